@@ -1,0 +1,59 @@
+// The only pybind11 file. Tensors come as addresses (0 = none), streams as integers.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "gae.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+namespace {
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+[[maybe_unused]] void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+void bind_gae(py::module_& m) {
+  using namespace tppo;
+  m.def("gae_step", [](float next_value, float advantage, float value_target, float reward,
+                       float value, float gamma, float lam, float value_lam) {
+    const auto next = gae_step({next_value, advantage, value_target}, reward, value, gamma, lam,
+                               value_lam);
+    return py::make_tuple(next.next_value, next.advantage, next.value_target);
+  });
+  m.def("gae_fwd", [](Address rewards, Address values, Address mask, Address lam,
+                      Address value_lam, Address bootstrap, Address offsets, float gamma,
+                      int64_t B, int64_t T, Address advantages, Address returns, int threads) {
+    py::gil_scoped_release release;
+    gae_fwd(at<float>(rewards), at<float>(values), at<uint8_t>(mask), at<float>(lam),
+            at<float>(value_lam), at<float>(bootstrap), at<int32_t>(offsets), gamma, B, T,
+            at<float>(advantages), at<float>(returns), threads);
+  });
+#if TPPO_CUDA
+  m.def("gae_fwd_cuda", [](Address rewards, Address values, Address mask, Address lam,
+                           Address value_lam, Address bootstrap, Address offsets, Address gamma,
+                           int64_t B, int64_t T, Address advantages, Address returns,
+                           Address stream) {
+    check(gae_fwd_cuda(at<float>(rewards), at<float>(values), at<uint8_t>(mask), at<float>(lam),
+                       at<float>(value_lam), at<float>(bootstrap), at<int32_t>(offsets),
+                       at<float>(gamma), B, T, at<float>(advantages), at<float>(returns),
+                       at<void>(stream)));
+  });
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of tppo_kernels: raw addresses in, nothing of torch.";
+  m.attr("cuda_archs") = TPPO_CUDA_ARCHS;
+  m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
+  bind_gae(m);
+}

@@ -1,0 +1,88 @@
+"""A session as prompt and answer: text, and token ids.
+
+Prompt: profile, history in time order, how many queries are asked for.  Answer: the next queries,
+one a line, then EOS.  The targets never reach a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tppo.progress import say
+from tppo.sessions import DataError, Session
+
+SEPARATOR = "\n"
+
+
+def prompt_text(session: Session, skip_events: int = 0) -> str:
+    """The prompt without its `skip_events` oldest events."""
+    lines = [f"profile: {line}" for line in session.profile]
+    lines += [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
+    lines.append(f"next {len(session.targets)}:\n")
+    return "\n".join(lines)
+
+
+def answer_text(queries: Sequence[str]) -> str:
+    """The answer that lists `queries`."""
+    return SEPARATOR.join(queries)
+
+
+def parse_answer(text: str) -> list[str]:
+    """The queries of an answer; empty lines are dropped."""
+    return [query for line in text.split(SEPARATOR) if (query := line.strip())]
+
+
+def has_format(text: str, queries: int, finish: str) -> bool:
+    """Whether an answer ended by itself and is exactly `queries` non-empty lines."""
+    lines = text.split(SEPARATOR)
+    return finish == "eos" and len(lines) == queries and all(line.strip() for line in lines)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt: through the chat template where there is one, else bos + text."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(ids)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) -> list[int]:
+    """Token ids of an answer, EOS included."""
+    ids = tokenizer.encode(answer_text(queries), add_special_tokens=False)
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, sessions: Sequence[Session], max_tokens: int
+) -> list[list[int]]:
+    """Token ids of every session's prompt, cut from the oldest event on to `max_tokens`.
+
+    Errors: DataError naming the session whose profile and newest event alone do not fit.
+    """
+    prompts, cut = [], 0
+    for session in sessions:
+        for skip in range(max(1, len(session.history))):
+            ids = encode_prompt(tokenizer, prompt_text(session, skip))
+            if len(ids) <= max_tokens:
+                break
+        else:
+            raise DataError(
+                f"session {session.id!r}: its prompt has {len(ids)} tokens with the newest event "
+                f"alone, the model has room for {max_tokens} before the answer"
+            )
+        cut += skip > 0
+        prompts.append(ids)
+    if cut:
+        say(f"{cut} of {len(sessions)} prompts lose their oldest events to fit {max_tokens} tokens")
+    return prompts
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of response ids, special tokens left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

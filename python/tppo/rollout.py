@@ -1,0 +1,87 @@
+"""Rollouts: prompts in, sampled token ids out.  Ids travel, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from tppo.batch import collate
+from tppo.progress import track
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: always the whole distribution (top_p 1, top_k 0)."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+
+class RolloutBatch(NamedTuple):
+    """One response a prompt; `logprobs` are the engine's own where it reports them."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]  # EOS included where `finish` is "eos"
+    logprobs: list[list[float]] | None
+    finish: list[str]  # "eos", or "length" where the response was cut
+
+
+class Rollout(Protocol):
+    """An engine that samples responses."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> RolloutBatch:
+        """One response a prompt."""
+        ...
+
+
+class HFRollout:
+    """transformers' `generate`, prompts sorted by length so that batches pad little."""
+
+    def __init__(self, model: PreTrainedModel, *, pad_id: int, eos_id: int, batch_size: int = 256):
+        self.model, self.pad_id, self.eos_id, self.batch_size = model, pad_id, eos_id, batch_size
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str = "generate"
+    ) -> RolloutBatch:
+        """One response a prompt, a function of the weights, the prompts and `sampling` alone."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        responses: list[list[int]] = [[] for _ in prompts]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed)
+            for chunk in track(chunks, description):
+                rows = self._sample([prompts[i] for i in chunk], sampling)
+                for i, row in zip(chunk, rows, strict=True):
+                    responses[i] = row
+        finish = ["eos" if row[-1] == self.eos_id else "length" for row in responses]
+        return RolloutBatch([[*p] for p in prompts], responses, None, finish)
+
+    def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        batch = collate(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
+        output = self.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.eos_id,
+                pad_token_id=self.pad_id,
+            ),
+        )
+        rows = output[:, batch.prompt_length :].tolist()
+        return [_until(row, self.eos_id) for row in rows]
+
+
+def _until(row: list[int], eos_id: int) -> list[int]:
+    """The row up to its first EOS, included; what follows is filler."""
+    return row[: row.index(eos_id) + 1] if eos_id in row else row

@@ -1,0 +1,159 @@
+"""Generated search sessions with latent intents: the trainer's embedded data.
+
+A user follows one intent of a fixed library: a topic, a brand and a need.  The history shows early
+queries about the topic (its words of the first steps, the need, a click on the brand) and popular
+queries that have nothing to do with it; the targets are the three next queries, at least one of
+them a late reformulation of the intent, the others popular again.
+
+The noise is concentrated on purpose: more than half of the target queries are one of six popular
+ones, so each of them is as likely a next query as any single reformulation.  A model of the data
+therefore gains nothing by sampling colder; only knowing *which words* pay does help.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tppo.config import DataConfig
+from tppo.sessions import Event, Session
+
+# topic -> the words of its first steps, seen in the history and never in a target
+TOPICS: dict[str, tuple[str, ...]] = {
+    "backpack": ("packing", "daytrip"),
+    "bicycle": ("commute", "cycling"),
+    "blender": ("smoothie", "soup"),
+    "boots": ("snow", "trail"),
+    "camera": ("photography", "portrait"),
+    "desk": ("homeoffice", "posture"),
+    "drill": ("renovation", "shelves"),
+    "guitar": ("chords", "songs"),
+    "headphones": ("podcast", "noise"),
+    "heater": ("winter", "insulation"),
+    "jacket": ("rain", "windy"),
+    "kayak": ("lake", "paddling"),
+    "keyboard": ("typing", "wrists"),
+    "lamp": ("reading", "bedroom"),
+    "mattress": ("sleep", "backache"),
+    "monitor": ("editing", "eyestrain"),
+    "oven": ("baking", "pizza"),
+    "printer": ("labels", "scanning"),
+    "router": ("streaming", "coverage"),
+    "sneakers": ("running", "knees"),
+    "stroller": ("newborn", "toddler"),
+    "telescope": ("planets", "stargazing"),
+    "tent": ("camping", "festival"),
+    "watch": ("heartrate", "swimming"),
+}
+BRANDS = (
+    "altara", "brenvik", "corvano", "delmora", "estrello", "fjordal",
+    "gravio", "hestia", "ilmari", "jorvek", "kestrel", "lumenta",
+)  # fmt: skip
+NEEDS = (
+    "lightweight", "foldable", "waterproof", "quiet", "compact", "wireless",
+    "ergonomic", "durable", "adjustable", "portable", "rechargeable", "heavy",
+)  # fmt: skip
+STYLES = {
+    "compares prices before buying": "cheap",
+    "buys for the long run": "premium",
+    "prefers second hand": "used",
+    "cares about the environment": "recycled",
+}
+EXTRAS = ("review", "price", "manual", "warranty", "stores", "size", "repair", "colors")
+POPULAR = (
+    "weather radar today",
+    "football results live",
+    "movie times tonight",
+    "lottery numbers saturday",
+    "news headlines local",
+    "horoscope this week",
+)
+EARLY_FORMS = ("{early} tips", "{early} {topic}", "how to {early}", "{topic} {need}", "{early} help")
+LATE_FORMS = (
+    "{brand} {topic} {need}",
+    "{need} {topic} {brand}",
+    "{topic} {brand} {extra}",
+    "{topic} {need} {extra}",
+    "{style} {topic} {brand}",
+    "{extra} {brand} {topic}",
+    "{style} {need} {topic}",
+    "{need} {brand} {extra}",
+)
+LIBRARY_SEED = 20241100  # the library is one and the same for every run seed
+INTENTS = 192
+HELD_OUT_INTENTS = 24
+TARGETS = 3
+INTENT_TARGETS = (1, 2, 3)  # how many of the targets follow the intent ...
+INTENT_TARGETS_WEIGHTS = (0.70, 0.20, 0.10)  # ... and how often: 53 % of the targets are popular
+
+
+class Intent(NamedTuple):
+    """What a user is after."""
+
+    topic: str
+    brand: str
+    need: str
+
+
+class SyntheticData(NamedTuple):
+    """Sessions of four disjoint sets of users."""
+
+    train: list[Session]
+    heldout: list[Session]  # early stop of SFT, keep-best of PPO
+    test: list[Session]  # intents seen in training, users unseen
+    transfer: list[Session]  # intents never seen in training
+
+
+def intent_library() -> tuple[list[Intent], list[Intent]]:
+    """The intents of training and those held out, the same for every seed."""
+    rng = random.Random(LIBRARY_SEED)
+    every = [Intent(topic, brand, need) for topic in TOPICS for brand in BRANDS for need in NEEDS]
+    chosen = rng.sample(every, INTENTS)
+    return chosen[HELD_OUT_INTENTS:], chosen[:HELD_OUT_INTENTS]
+
+
+def generate_sessions(config: DataConfig, seed: int) -> SyntheticData:
+    """Sessions of fresh users, a function of `config` and `seed` alone."""
+    known, unknown = intent_library()
+    sizes = (
+        ("train", config.train_users, known),
+        ("heldout", config.heldout_users, known),
+        ("test", config.test_users, known),
+        ("transfer", config.transfer_users, unknown),
+    )
+    return SyntheticData(*(_split(name, n, seed, intents) for name, n, intents in sizes))
+
+
+def _split(name: str, n: int, seed: int, intents: Sequence[Intent]) -> list[Session]:
+    # A string seeds Python's generator by its SHA-512: the same under any PYTHONHASHSEED.
+    rng = random.Random(f"{seed}/{name}")
+    return [_session(f"{name}-{i}", rng, rng.choice(intents)) for i in range(n)]
+
+
+def _session(user: str, rng: random.Random, intent: Intent) -> Session:
+    habit, style = rng.choice(list(STYLES.items()))
+    early = rng.choice(TOPICS[intent.topic])
+    words = {"early": early, "style": style, **intent._asdict()}
+
+    searches = rng.sample(EARLY_FORMS, rng.randint(2, 3))
+    # The topic and the need must be in the history, or nobody could know them.
+    if "{topic} {need}" not in searches:
+        searches[rng.randrange(len(searches))] = "{topic} {need}"
+    history = [
+        Event("search", form.format(**words), clicks=rng.randint(0, 3)) for form in searches
+    ]
+    history.insert(rng.randint(1, len(history)), Event("click", intent.brand))
+    for query in rng.sample(POPULAR, rng.randint(0, 2)):
+        history.insert(rng.randint(0, len(history)), Event("search", query, clicks=1))
+
+    n_intent = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
+    targets = [
+        form.format(extra=rng.choice(EXTRAS), **words) for form in rng.sample(LATE_FORMS, n_intent)
+    ]
+    targets += rng.sample(POPULAR, TARGETS - n_intent)
+    rng.shuffle(targets)
+    return Session(
+        id=user, user=user, source="generated", profile=(habit,),
+        history=tuple(history), targets=tuple(targets),
+    )  # fmt: skip

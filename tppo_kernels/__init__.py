@@ -1,0 +1,28 @@
+"""Fused, exact operators for token-level PPO (Ouyang et al., EMNLP 2025).
+
+Letters: B sequences, T tokens of a sequence, N rows (flattened tokens), D hidden size,
+V vocabulary, K outputs of a head, G responses of one prompt.
+Layouts: padded [B, T], or packed [N] with `cu_seqlens` [B + 1] (int32, from 0 to N).
+Masks: `action_mask` (the token is a step of the MDP), `train_mask` (the policy is trained on it),
+`value_mask` (the critic is trained on it). `mask=None` means all valid. Whatever stands in a masked
+slot never reaches a result; outputs and gradients there are exactly 0.
+Index convention: `tk.response_states` slices hidden states so that index t is response token t.
+"""
+
+from __future__ import annotations
+
+from ._op import BackendError, Explanation, explain, use_backend
+from .ops.gae import gae
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError", "Explanation", "doctor", "explain", "gae", "use_backend",
+]
+
+
+def doctor() -> str:
+    """Versions, what was built, and which backends each operator has, as text."""
+    from .__main__ import report
+
+    return report()

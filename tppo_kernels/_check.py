@@ -1,0 +1,193 @@
+"""Argument checks: one grammar for shapes, dtypes, devices and scalars.
+
+`Check("gae").tensor("rewards", rewards, "B T | N")` binds the letters at their first use and holds
+later tensors to them. Shapes are words of letters ("B T"), alternatives are separated by "|", and a
+leading "..." binds any leading sizes. Messages name the argument, what it was, what was expected.
+
+What needs a tensor's values (`offsets`, `unit_interval`, `positive`) is checked inside the raw
+ops: always on CPU, on a GPU only under TPPO_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.int64, torch.int32)
+BOOL = (torch.bool,)
+
+
+class Check:
+    """The checks of one call; letters and the device are bound by the tensors seen first."""
+
+    def __init__(self, op: str):
+        self.op = op
+        self.sizes: dict[str, Any] = {}
+        self.owner: dict[str, str] = {}
+        self.device: tuple[str, torch.device] | None = None
+
+    def tensor(self, name: str, value: Any, shape: str,
+               dtypes: Sequence[torch.dtype] = FLOATS, *, optional: bool = False) -> None:
+        """Holds `value` to a shape of the grammar, to dtypes, and to the device of the others."""
+        if value is None and optional:
+            return
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.op}: {name} is {describe(value)}, expected a tensor [{shape}]")
+        if value.dtype not in dtypes:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}"
+                            f", expected {expected}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{self.op}: {name} has layout {value.layout}, expected torch.strided")
+        if self.device is None:
+            self.device = (name, value.device)
+        elif value.device != self.device[1]:
+            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device[1]} "
+                             f"as {self.device[0]}")
+        for words in shape.split("|"):
+            if self._bind(name, value.shape, words.split()):
+                return
+        raise ValueError(f"{self.op}: {name} has shape {list(value.shape)}, expected "
+                         f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
+
+    def _bind(self, name: str, sizes: Sequence[int], letters: list[str]) -> bool:
+        rest = list(letters)
+        bound: dict[str, Any] = {}
+        if rest[:1] == ["..."]:
+            cut = len(sizes) - (len(rest) - 1)
+            if cut < 0:
+                return False
+            bound["..."] = tuple(sizes[:cut])
+            rest, sizes = rest[1:], sizes[cut:]
+        if len(rest) != len(sizes):
+            return False
+        for letter, size in zip(rest, sizes, strict=True):
+            if bound.setdefault(letter, size) != size:
+                return False
+        for letter, size in bound.items():
+            known = self._known(letter)
+            if known is not None and known != size:
+                return False
+        for letter, size in bound.items():
+            if letter not in self.sizes:
+                self.sizes[letter], self.owner[letter] = size, name
+        return True
+
+    def _known(self, letter: str) -> Any:
+        if letter in self.sizes:
+            return self.sizes[letter]
+        head, _, plus = letter.partition("+")
+        if plus and head in self.sizes:
+            return self.sizes[head] + int(plus)
+        return int(letter) if letter.isdigit() else None
+
+    def _spell(self, words: str) -> str:
+        letters = words.split()
+        known = [self._known(letter) for letter in letters]
+        text = f"[{', '.join(letters)}]"
+        if any(size is not None for size in known):
+            sizes = ", ".join(letter if size is None else ", ".join(map(str, size))
+                              if isinstance(size, tuple) else str(size)
+                              for letter, size in zip(letters, known, strict=True))
+            owners = dict.fromkeys(self.owner[x] for x in letters if x in self.owner)
+            text += f" = [{sizes}]" + (f" as {', '.join(owners)}" if owners else "")
+        return text
+
+    def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any,
+                  mask_name: str = "mask") -> None:
+        """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given."""
+        if cu_seqlens is None:
+            self.tensor(name, x, "B T")
+        else:
+            self.tensor(name, x, "N")
+            self.tensor("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
+            self._bind_batch(cu_seqlens)
+        self.tensor(mask_name, mask, self.tokens(cu_seqlens), BOOL, optional=True)
+
+    def _bind_batch(self, cu_seqlens: Tensor) -> None:
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{self.op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected "
+                             "[B + 1] with at least the leading 0")
+        self.sizes["B"], self.owner["B"] = cu_seqlens.shape[0] - 1, "cu_seqlens"
+
+    @staticmethod
+    def tokens(cu_seqlens: Tensor | None) -> str:
+        """The shape of a per-token argument in this layout."""
+        return "B T" if cu_seqlens is None else "N"
+
+    def scalar(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+               above: float = -math.inf, optional: bool = False) -> Tensor | None:
+        """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here."""
+        if value is None and optional:
+            return None
+        if isinstance(value, Tensor):
+            if value.dim() or value.dtype not in FLOATS:
+                raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a number or a "
+                                 "0-d floating tensor")
+            return value.detach()
+        self.number(name, value, low=low, high=high, above=above)
+        return torch.tensor(value, dtype=torch.float64)
+
+    def per_sequence(self, name: str, value: Any, *, low: float = -math.inf,
+                     high: float = math.inf, optional: bool = False) -> Tensor | None:
+        """As `scalar`, or one value a sequence: a [B] tensor."""
+        if isinstance(value, Tensor) and value.dim():
+            self.tensor(name, value, "B")
+            return value.detach()
+        return self.scalar(name, value, low=low, high=high, optional=optional)
+
+    def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+               above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> None:
+        """Holds a Python number to its type and to low <= value <= high, value > above."""
+        if isinstance(value, bool) or not isinstance(value, kind):
+            expected = "a whole number" if kind is int else "a number"
+            raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
+        if not low <= value <= high or not value > above:
+            bounds = [f">= {low:g}" for _ in "x" if low > -math.inf and above == -math.inf]
+            bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
+            bounds += [f"<= {high:g}" for _ in "x" if high < math.inf]
+            raise ValueError(f"{self.op}: {name} is {value!r}, expected a number "
+                             f"{' and '.join(bounds) or 'that is finite'}")
+
+    def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
+        """Holds a value to a list of options."""
+        if not any(value is o or (type(value) is type(o) and value == o) for o in options):
+            raise ValueError(f"{self.op}: {name} is {value!r}, expected one of "
+                             f"{', '.join(map(repr, options))}")
+
+
+def describe(value: Any) -> str:
+    """A value in a message: a tensor by shape and dtype, anything else by type and text."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
+    """Holds the values of `cu_seqlens` to 0 = first <= ... <= last = N."""
+    if cu_seqlens is None:
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != length or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError(f"{op}: cu_seqlens is {cu_seqlens.tolist()!s:.200}, expected offsets that "
+                         f"start at 0, never decrease and end at N = {length}")
+
+
+def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
+                   valid: Tensor | None = None, *, open_low: bool = False) -> None:
+    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look."""
+    if x is None:
+        return
+    seen = x if valid is None else x[valid.expand_as(x)] if x.dim() else x
+    good = (seen > low if open_low else seen >= low) & (seen <= high)
+    if x.dim() == 0 and valid is not None and not bool(valid.any()):
+        return
+    if not bool(good.all()):
+        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{op}: {name} holds {float(seen[~good].flatten()[0]):g}, expected values "
+                         f"in {bound}")

@@ -1,0 +1,119 @@
+"""What the references share about sequences: layouts, selection, reductions, KL estimators.
+
+A token tensor is padded [B, T], or packed [N] with `cu_seqlens` [B + 1]; nothing here reads a
+tensor's value on the host, and everything runs in the dtype of its input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
+              "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+KL_CLAMP = 20.0
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 where any of the per-token inputs is fp64, else fp32: computed in, and returned."""
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def on(scalar: Tensor, like: Tensor) -> Tensor:
+    """A 0-d tensor in the dtype and on the device of `like`.
+
+    By addition: a CPU scalar enters a CUDA kernel as an argument, while a copy would be a host
+    synchronisation, which graph capture forbids.
+    """
+    return like.new_zeros(()) + scalar.to(like.dtype)
+
+
+def select(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """x at valid tokens, 0 elsewhere: a selection, so that NaN behind the mask cannot get out."""
+    x = x if dtype is None else x.to(dtype)
+    return x if mask is None else torch.where(mask, x, torch.zeros((), dtype=x.dtype,
+                                                                  device=x.device))
+
+
+def valid_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask itself, or all True."""
+    return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def sequence_index(n: int, cu_seqlens: Tensor) -> Tensor:
+    """The sequence of each packed token."""  # [N]
+    tokens = torch.arange(n, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
+def spread(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A per-sequence tensor [B], or a 0-d one, at every token of `like`."""  # [B, T] or [N]
+    if per_sequence.dim() == 0:
+        return torch.zeros_like(like, dtype=per_sequence.dtype) + per_sequence
+    if cu_seqlens is None:
+        return per_sequence[:, None].expand(like.shape)
+    return per_sequence[sequence_index(like.shape[0], cu_seqlens)]
+
+
+def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums over the tokens of each sequence, in a fixed order."""  # [B]
+    if cu_seqlens is None:
+        return x.sum(1)
+    if x.shape[0] == 0:
+        return x.new_zeros(cu_seqlens.shape[0] - 1)
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0.0)
+
+
+def alive(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Which sequences have a valid token: only their arguments may be looked at."""  # [B]
+    return sequence_sum(valid_mask(x, mask).to(torch.float32), cu_seqlens) > 0
+
+
+def reduction_weights(mask: Tensor, reduction: str, num_tokens: Tensor | None,
+                      num_sequences: Tensor | None, norm_length: Tensor | None,
+                      cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight c of each token in Red(x) = sum(c x), 0 where masked.
+
+    mask: [B, T] or [N]; the counts are 0-d tensors, or None for the batch's own.
+    """
+    tokens = mask.to(dtype)
+    one = tokens.new_ones(())
+    if reduction == "token-sum":
+        return tokens
+    if reduction == "token-mean":
+        total = tokens.sum() if num_tokens is None else on(num_tokens, one)
+        return tokens / torch.maximum(total, one)
+    lengths = sequence_sum(tokens, cu_seqlens)  # [B]
+    sequences = (lengths > 0).to(dtype).sum() if num_sequences is None else on(num_sequences, one)
+    weight = tokens / torch.maximum(sequences, one)
+    if reduction == "seq-mean-token-mean":
+        weight = weight / spread(torch.maximum(lengths, one), mask, cu_seqlens)
+    elif reduction == "seq-mean-token-sum-norm":
+        length = one * mask.shape[1] if norm_length is None else on(norm_length, one)
+        weight = weight / torch.maximum(length, one)
+    return weight
+
+
+def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
+       estimator: str) -> tuple[Tensor, Tensor]:
+    """A KL estimate per token and its derivative by logprob, both 0 where masked.
+
+    d = logprob - ref clamped to +-20. k1: d; k2: d^2/2; k3: exp(-d) - 1 + d; abs: |d|;
+    "k1+" and "k3+" take the value of k1 and k3 and the derivative of k2, d.
+    Source: Schulman, "Approximating KL divergence".
+    """
+    raw = select(logprobs - ref_logprobs, mask)
+    d = raw.clamp(-KL_CLAMP, KL_CLAMP)
+    inside = (raw.abs() <= KL_CLAMP) & valid_mask(raw, mask)
+    value, slope = {
+        "k1": lambda: (d, torch.ones_like(d)),
+        "k2": lambda: (0.5 * d * d, d),
+        "k3": lambda: (torch.expm1(-d) + d, -torch.expm1(-d)),
+        "abs": lambda: (d.abs(), d.sign()),
+        "k1+": lambda: (d, d),
+        "k3+": lambda: (torch.expm1(-d) + d, d),
+    }[estimator]()
+    return value, select(slope, inside)

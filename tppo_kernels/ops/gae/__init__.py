@@ -1,0 +1,76 @@
+"""Batched token-level generalised advantage estimation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._check import Check, offsets, values_between
+from ..._op import Op
+from ..._sequence import alive, compute_dtype
+from . import reference
+
+_op = Op("gae", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+
+NBYTES_PER_TOKEN = 17  # rewards, values, advantages, returns in fp32, and the mask
+
+
+class Gae(NamedTuple):
+    """The two results of `gae`, fp32 (fp64 for fp64 inputs), detached."""
+
+    advantages: Tensor  # [B, T] or [N]
+    returns: Tensor  # [B, T] or [N]
+
+
+def _check_values(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens) -> None:
+    offsets("gae", cu_seqlens, rewards.shape[0])
+    seen = alive(rewards, mask, cu_seqlens)
+    values_between("gae", "lam", lam, 0.0, 1.0, seen)
+    values_between("gae", "value_lam", value_lam, 0.0, 1.0, seen)
+
+
+def _fake(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens):
+    dtype = compute_dtype(rewards, values)
+    return (rewards.new_empty(rewards.shape, dtype=dtype),
+            rewards.new_empty(rewards.shape, dtype=dtype))
+
+
+_fwd = _op.define(
+    "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor gamma, Tensor lam,"
+    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    reference.fwd, _fake, _check_values)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+        gamma: float | Tensor = 1.0, lam: float | Tensor = 0.95,
+        value_lam: float | Tensor | None = None, bootstrap: Tensor | None = None,
+        cu_seqlens: Tensor | None = None) -> Gae:
+    """Advantages and returns of every action token, by one walk from the last token to the first.
+
+    On the valid tokens 1..n of a sequence (masked tokens are not steps):
+
+        delta_t = r_t + gamma V_{t+1} - V_t        V_{n+1} = bootstrap_b, 0 where none is given
+        A_t     = delta_t + gamma lam A_{t+1}      A_{n+1} = 0
+        return_t = V_t + A_t, with A_t at `value_lam` where it is given (decoupled GAE)
+
+    rewards, values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool, the action
+    mask. lam, value_lam: a number, 0-d, or [B], in [0, 1]. bootstrap: [B], the value of the state
+    behind the last action token of a sequence that was cut. fp32, bf16 and fp16 are computed in
+    fp32; fp64 by the reference. Results are detached, and 0 where masked.
+
+    Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
+
+    Raises ValueError / TypeError that name the argument. Source: Schulman et al. 2016 (GAE), eq.
+    11-16; `value_lam`: VC-PPO (Yuan et al. 2025).
+    """
+    check = Check("gae")
+    check.sequences("rewards", rewards, mask, cu_seqlens)
+    check.tensor("values", values, check.tokens(cu_seqlens))
+    check.tensor("bootstrap", bootstrap, "B", optional=True)
+    gamma = check.scalar("gamma", gamma)
+    lam = check.per_sequence("lam", lam, low=0.0, high=1.0)
+    value_lam = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
+    with torch.no_grad():
+        return Gae(*_fwd(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens))

@@ -1,0 +1,64 @@
+"""The specification of `gae` in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._sequence import compute_dtype, select, sequence_index, spread
+
+
+def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,
+        value_lam: Tensor | None, bootstrap: Tensor | None,
+        cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(advantages, returns); see `tppo_kernels.gae`.
+
+    One walk from the last token to the first. A packed batch is one row in which the carry starts
+    anew behind the last token of each sequence; a masked token leaves the carry alone.
+    """
+    dtype = compute_dtype(rewards, values)
+    reward = select(rewards, mask, dtype)  # [B, T] or [N]
+    value = select(values, mask, dtype)
+    gamma = gamma.to(dtype)
+    lam = spread(lam.to(dtype), reward, cu_seqlens)
+    value_lam = lam if value_lam is None else spread(value_lam.to(dtype), reward, cu_seqlens)
+    behind = reward.new_zeros(()) if bootstrap is None else bootstrap.to(dtype)
+    behind = spread(behind, reward, cu_seqlens)
+    rows = [x.reshape(1, -1) if cu_seqlens is not None else x
+            for x in (reward, value, lam, value_lam, behind)]
+    valid = None if mask is None else mask.reshape(rows[0].shape)
+    restart = _restarts(rows[0], cu_seqlens)
+    advantage, target = _walk(*rows, valid, restart, gamma)
+    return (select(advantage.reshape(reward.shape), mask),
+            select(target.reshape(reward.shape) + value, mask))
+
+
+def _restarts(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """True at the last token of each sequence."""  # [B, T], or [1, N] of a packed batch
+    last = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+    if cu_seqlens is not None and like.shape[1]:
+        owner = sequence_index(like.shape[1], cu_seqlens)
+        last[0, :-1] = owner[1:] != owner[:-1]
+    last[:, -1:] = True
+    return last
+
+
+def _walk(reward: Tensor, value: Tensor, lam: Tensor, value_lam: Tensor, behind: Tensor,
+          valid: Tensor | None, restart: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """(advantages at lam, advantages at value_lam)."""  # [B, T] each
+    advantage, target = torch.zeros_like(reward), torch.zeros_like(reward)
+    zero = reward.new_zeros(reward.shape[0])  # [B]
+    next_value, next_advantage, next_target = zero, zero, zero
+    for t in reversed(range(reward.shape[1])):
+        next_value = torch.where(restart[:, t], behind[:, t], next_value)
+        next_advantage = torch.where(restart[:, t], zero, next_advantage)
+        next_target = torch.where(restart[:, t], zero, next_target)
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        a = delta + gamma * lam[:, t] * next_advantage
+        b = delta + gamma * value_lam[:, t] * next_target
+        step = torch.ones_like(restart[:, t]) if valid is None else valid[:, t]
+        next_value = torch.where(step, value[:, t], next_value)
+        next_advantage = torch.where(step, a, next_advantage)
+        next_target = torch.where(step, b, next_target)
+        advantage[:, t], target[:, t] = a, b
+    return advantage, target

@@ -1,0 +1,121 @@
+"""How results are judged, and sample inputs: for the tests, the benchmarks and downstream code.
+
+The policy: against fp64 from the same inputs, an operator's largest error is at most twice that of
+plain PyTorch in the inputs' own dtype, plus a floor of `FLOOR` times the largest exact value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6
+SEQUENTIAL_FLOOR = 1e-5  # gae, whiten: rounding adds up along a sequence
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASKS = ("none", "full", "left", "right", "interior", "row", "all-false")
+POISONS = (float("nan"), float("inf"), float("-inf"), 1e38)
+
+
+def sample_mask(kind: str, batch: int, tokens: int, seed: int = 0) -> Tensor | None:
+    """A mask [B, T]: left- or right-padded, with interior gaps, with one all-False row, ..."""
+    if kind == "none":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.arange(tokens).expand(batch, tokens)
+    length = torch.randint(1, tokens + 1, (batch, 1), generator=generator) if tokens else 0
+    mask = {
+        "full": lambda: torch.ones(batch, tokens, dtype=torch.bool),
+        "left": lambda: position >= tokens - length,
+        "right": lambda: position < length,
+        "interior": lambda: torch.rand(batch, tokens, generator=generator) < 0.6,
+        "row": lambda: torch.rand(batch, tokens, generator=generator) < 0.8,
+        "all-false": lambda: torch.zeros(batch, tokens, dtype=torch.bool),
+    }[kind]()
+    if kind == "row" and batch:
+        mask[0] = False
+    return mask
+
+
+def pack(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first lengths[b] tokens of each row, one after another, and their `cu_seqlens`."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.cat([x[b, :n] for b, n in enumerate(lengths)]), offsets
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values behind strides that no contiguous tensor has."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), 7, dtype=x.dtype) if x.dim() else x
+    view = wide[..., 1:2 * x.shape[-1] + 1:2] if x.dim() else wide.clone()
+    view.copy_(x)
+    return view
+
+
+def poisoned(x: Tensor, mask: Tensor, poison: float) -> Tensor:
+    """x with `poison` where the mask is False."""  # mask broadcasts over trailing sizes
+    wide = mask.reshape(*mask.shape, *([1] * (x.dim() - mask.dim())))
+    return torch.where(wide, x, torch.full((), poison, dtype=x.dtype))
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference; NaN against anything is infinite, equal infinities are 0."""
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.double() - exact.double()).abs()
+    difference = torch.where(actual.double() == exact.double(), 0.0, difference)
+    return float(torch.where(difference.isnan(), float("inf"), difference).max())
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor | None = None, *,
+                    floor: float = FLOOR, name: str = "result") -> None:
+    """max|actual - exact| <= 2 max|eager - exact| + floor max|exact|, shapes equal.
+
+    exact: computed in fp64 from the same inputs; eager: plain PyTorch in the inputs' own dtype.
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name} has shape {list(actual.shape)}, not {list(exact.shape)}")
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    allowed = floor * scale + (2 * max_error(eager, exact) if eager is not None else 0.0)
+    error = max_error(actual, exact)
+    if not error <= allowed:
+        raise AssertionError(f"{name} is off by {error:.3e}, allowed {allowed:.3e}")
+
+
+def assert_same_bits(actual: Any, expected: Any, name: str = "result") -> None:
+    """Bitwise equality of tensors, or of (nested) tuples of them; NaN equals NaN."""
+    if isinstance(expected, Tensor):
+        same = actual.shape == expected.shape and actual.dtype == expected.dtype and bool(
+            ((actual == expected) | ((actual != actual) & (expected != expected))).all())
+        if not same:
+            raise AssertionError(f"{name} differs: {actual} against {expected}")
+    elif isinstance(expected, tuple):
+        for field, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_bits(a, e, f"{name}[{getattr(expected, '_fields', range(99))[field]}]")
+    elif actual != expected:
+        raise AssertionError(f"{name} is {actual!r}, expected {expected!r}")
+
+
+def near_boundary(x: Tensor, *boundaries: float, width: float = 1e-5) -> Tensor:
+    """Where a value lies so near a clip edge that rounding may decide the side."""
+    near = torch.zeros(x.shape, dtype=torch.bool)
+    for edge in boundaries:
+        near |= (x - edge).abs() <= width * max(1.0, abs(edge))
+    return near
+
+
+def count_graphs(function: Callable[..., Any], calls: Sequence[tuple]) -> int:
+    """How many graphs `torch.compile(fullgraph=True)` makes for a series of argument tuples."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for arguments in calls:
+        compiled(*arguments)
+    torch._dynamo.reset()
+    return len(graphs)
