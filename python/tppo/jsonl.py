@@ -1,0 +1,164 @@
+"""Read and write JSON and JSONL: errors name file, line and field; a write is whole or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """A data file is not what it should be: the message says which file, line and field."""
+
+
+class Line:
+    """One JSON object of a JSONL file, which knows where it stands."""
+
+    def __init__(self, path: Path, number: int, values: dict[str, Any]) -> None:
+        self.path, self.number, self.values = path, number, values
+
+    def error(self, field: str, was: object, expected: str) -> DataError:
+        """The error for a field: its place, what it was, what was expected."""
+        return DataError(
+            f"{self.path}: line {self.number}: field '{field}': "
+            f"was {_short(was)}, expected {expected}"
+        )
+
+    def get(
+        self, field: str, ok: Callable[[Any], Any], expected: str, *, default: Any = ...
+    ) -> Any:
+        """The value of `field` if `ok`; the default where it is absent or null; an error otherwise."""
+        value = self.values.get(field)
+        if value is None and default is not ...:
+            return default
+        if field not in self.values:
+            raise DataError(
+                f"{self.path}: line {self.number}: field '{field}': missing, expected {expected}"
+            )
+        if not ok(value):
+            raise self.error(field, value, expected)
+        return value
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a string that is not blank and that UTF-8 can hold."""
+    return isinstance(value, str) and bool(value.strip()) and not has_surrogate(value)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether half of a UTF-16 pair stands alone: JSON's escapes can say it, UTF-8 cannot."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
+    """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF and blank lines are fine.
+
+    Raises DataError for a file that cannot be read or holds nothing, and for a line that is not
+    UTF-8, not JSON, or not an object.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    empty = True
+    # Split at LF alone: str.splitlines would also split inside a text at U+2028 and its like.
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        empty = False
+        yield Line(path, number, _parse_object(path, number, raw))
+    if empty:
+        raise DataError(f"{path}: empty, expected one JSON object a line")
+
+
+def _parse_object(path: Path, number: int, raw: bytes) -> dict[str, Any]:
+    where = f"{path}: line {number}"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} "
+            f"at byte {error.start + 1} of the line"
+        ) from None
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{where}: not JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}: {_short(text.strip())}"
+        ) from None
+    except ValueError as error:  # an integer with thousands of digits
+        raise DataError(f"{where}: not JSON that can be held: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: was {_short(value)}, expected a JSON object {{...}}")
+    return value
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: dataclasses become objects, paths text, NaN and infinities null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=repr)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a number of torch or numpy
+        return plain(value.item())
+    raise TypeError(f"value was a {type(value).__name__}, expected something that JSON can hold")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write one JSON document, whole or not at all."""
+    write_text(path, json.dumps(plain(value), ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Write one JSON document a line, the whole file or none of it."""
+    write_text(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file by way of a temporary one beside it: a kill leaves the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,273 @@
+"""Phase II: word labels become token categories, by character offsets.
+
+Token-level PPO (Ouyang et al., EMNLP 2025), figure 3: every sub-token of a word copies the word's
+category, without averaging; tokens of no labelled word get 0.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+NONE, IRRELEVANT, RELEVANT = 0, 1, 2
+
+_ZWJ, _KEYCAP = "\u200d", "\u20e3"
+_VARIATION = "\ufe0e\ufe0f"
+_APOSTROPHES = "'\u2019\u02bc"
+_BETWEEN_DIGITS = ".,:/"
+_SEPARATORS = ',;:|<>()[]{}"\u201c\u201d\u201e\u00ab\u00bb\u3001\u3002\uff0c\uff1b\u2026\u200b'
+# Scripts written without spaces: inside a run of them any substring may be a word.
+_UNSPACED = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FFF), (0x3005, 0x3007),
+    (0x3040, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)  # fmt: skip
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Half-open character spans of the words of a text, in order.
+
+    A word is a maximal run of letters, digits, symbols or emoji, in whole grapheme clusters. One
+    punctuation mark between two of them belongs to it ("t-shirt", "3.5", "don't"), a separator such
+    as a comma only between digits; a run of emoji is a word of its own.
+    """
+    spans: list[tuple[int, int]] = []
+    previous: _Unit | None = None
+    for unit in _units(text, frozenset()):
+        if previous and not unit.gap and unit.emoji == previous.emoji:
+            spans[-1] = (spans[-1][0], unit.end)
+        else:
+            spans.append((unit.start, unit.end))
+        previous = unit
+    return spans
+
+
+def map_labels(
+    text: str,
+    words: Sequence[tuple[str, int]],
+    offsets: Sequence[tuple[int, int]],
+    special: Sequence[bool] | None = None,
+) -> list[int]:
+    """The category of every token: 0 none, 1 irrelevant, 2 relevant.
+
+    `words` are (word, 0 or 1) in the order of the text; case, Unicode form and punctuation need not
+    agree. A word listed once gets its label at each of its occurrences; labels of one word that
+    differ go to its occurrences in order. `offsets` are half-open character spans of the tokens in
+    `text`, as a fast tokenizer's `offset_mapping` gives them; (s, s) is a token without characters.
+    A token over several words takes the category of most of its labelled characters, at a tie that
+    of the last. `special` marks tokens whose characters the labeller did not see: a word goes on
+    across them, and they get 0.
+
+    Raises ValueError for a word that the text does not have, for labels of one word that differ
+    and that order cannot tell apart, and for a label or an offset out of range.
+    """
+    for word, label in words:
+        if label not in (0, 1):
+            raise ValueError(f"label of word {word!r} was {label!r}, expected 0 or 1")
+    for start, end in offsets:
+        if not 0 <= start <= end <= len(text):
+            raise ValueError(
+                f"offset was ({start}, {end}), expected 0 <= start <= end <= {len(text)}"
+            )
+    marked = zip(offsets, special, strict=True) if special is not None else ()
+    unseen = frozenset(i for (start, end), out in marked if out for i in range(start, end))
+    content = _Content(text, unseen)
+    categories = [NONE] * len(text)
+    for first, last, label in _claims(content, words):
+        for i in content.characters(first, last):
+            categories[i] = NONE if i in unseen else IRRELEVANT + label
+    return [_majority(categories[start:end]) for start, end in offsets]
+
+
+def _majority(categories: Sequence[int]) -> int:
+    labelled = [category for category in categories if category != NONE]
+    counts = Counter(labelled)
+    return max(reversed(labelled), key=lambda category: counts[category], default=NONE)
+
+
+def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[int, int, int]]:
+    """(first unit, last unit, label) for every occurrence of every labelled word."""
+    keys = [_Content(word, frozenset()).key for word, _ in words]  # "" for punctuation alone
+    in_order = _match_in_order(content, keys)
+    claims = [(*match, words[i][1]) for i, match in in_order.items()]
+    taken = {unit for first, last, _ in claims for unit in range(first, last + 1)}
+    # The longest first, so that "sea" does not take a piece of "sea food".
+    for key in sorted(dict.fromkeys(filter(None, keys)), key=len, reverse=True):
+        listed = [words[i] for i, other in enumerate(keys) if other == key]
+        labels = [label for _, label in listed]
+        everywhere = list(content.matches(key))
+        if not everywhere:
+            raise ValueError(f"no word {listed[0][0]!r} in the response {_short(content.text)}")
+        free = [m for m in everywhere if taken.isdisjoint(range(m[0], m[1] + 1))]
+        if len(set(labels)) == 1:
+            labels = labels[:1] * len(free)
+        elif free and (in_order or len(free) != len(labels)):
+            raise ValueError(
+                f"word {listed[0][0]!r} is listed {len(labels)} times with labels that differ, but "
+                f"occurs {len(everywhere)} times in the response {_short(content.text)}"
+            )
+        for (first, last), label in zip(free, labels, strict=False):
+            claims.append((first, last, label))
+            taken.update(range(first, last + 1))
+    return claims
+
+
+def _match_in_order(content: _Content, keys: Sequence[str]) -> dict[int, tuple[int, int]]:
+    """Each listed word at its first place after the one before it; nothing if one has none."""
+    found: dict[int, tuple[int, int]] = {}
+    position = 0
+    for i, key in enumerate(keys):
+        if key:
+            match = next(content.matches(key, position), None)
+            if match is None:
+                return {}
+            found[i], position = match, match[1] + 1
+    return found
+
+
+@dataclass
+class _Unit:
+    """One grapheme cluster of content: a letter with its accents, a whole emoji, a digit."""
+
+    start: int
+    end: int
+    key: str
+    emoji: bool
+    gap: bool
+    """Something that separates words stands before it."""
+    bound: bool
+    """It cannot belong to another word than the unit before it."""
+
+
+class _Content:
+    """A text as matching sees it: folded, without punctuation, words apart by single spaces."""
+
+    def __init__(self, text: str, unseen: frozenset[int]) -> None:
+        self.text = text
+        self.units = list(_units(text, unseen))
+        self.key = ""
+        self._begins: dict[int, int] = {}  # index into key -> the unit that begins there
+        self._ends: dict[int, int] = {}  # index into key -> the unit that ends there
+        for index, unit in enumerate(self.units):
+            self.key += " " if unit.gap and index else ""
+            self._begins[len(self.key)] = index
+            self.key += unit.key
+            self._ends[len(self.key)] = index
+
+    def matches(self, key: str, start: int = 0) -> Iterator[tuple[int, int]]:
+        """(first unit, last unit) of the key as whole words that do not overlap, from `start` on."""
+        at = self.key.find(key)
+        while at >= 0:
+            first, last = self._begins.get(at, -1), self._ends.get(at + len(key), -1)
+            if first >= start and last >= 0 and self._is_whole(first, last):
+                yield first, last
+                start = last + 1
+            at = self.key.find(key, at + 1)
+
+    def characters(self, first: int, last: int) -> Iterator[int]:
+        """Indices into the text of some units and of the punctuation inside a word of them."""
+        for index in range(first, last + 1):
+            unit = self.units[index]
+            joined = index > first and not unit.gap
+            yield from range(self.units[index - 1].end if joined else unit.start, unit.end)
+
+    def _is_whole(self, first: int, last: int) -> bool:
+        after = self.units[last + 1 : last + 2]
+        return not self.units[first].bound and not (after and after[0].bound)
+
+
+def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
+    """The content of a text; what stands between leaves its trace in `gap` and `bound` only."""
+    previous: _Unit | None = None
+    between = ""
+    for start, end in _clusters(text):
+        base = text[start]
+        if start in unseen or (unicodedata.category(base) == "Cf" and base not in _SEPARATORS):
+            continue
+        if not _is_content(base):
+            between += base
+            continue
+        unit = _Unit(start, end, _fold(text[start:end]), _is_emoji(text[start:end]), False, False)
+        sides = (text[previous.start], base) if previous else ("", base)
+        unit.gap = previous is None or _is_gap(sides, between)
+        unit.bound = previous is not None and not unit.gap and _is_bound(sides, between)
+        yield unit
+        previous, between = unit, ""
+
+
+def _clusters(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of characters that a reader sees as one: accents, emoji sequences, flags, jamo."""
+    start = 0
+    for i in range(1, len(text) + 1):
+        if i == len(text) or not _extends(text, start, i):
+            yield start, i
+            start = i
+
+
+def _extends(text: str, start: int, i: int) -> bool:
+    """Whether character i goes on with the cluster that began at `start`."""
+    code, category = ord(text[i]), unicodedata.category(text[i])
+    if category.startswith("M") or text[i] == _ZWJ or 0x1160 <= code <= 0x11FF:
+        return True
+    if 0x1F3FB <= code <= 0x1F3FF or 0xE0020 <= code <= 0xE007F:  # skin tones, tags of a flag
+        return True
+    if text[i - 1] == _ZWJ:
+        return _is_emoji(text[i])
+    return i - start == 1 and _is_flag_half(text[start]) and _is_flag_half(text[i])
+
+
+def _fold(cluster: str) -> str:
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", cluster).casefold())
+    return "".join(character for character in folded if character not in _VARIATION)
+
+
+def _is_content(base: str) -> bool:
+    return (
+        unicodedata.category(base)[0] in "LMNS" and base not in _SEPARATORS or _is_unassigned(base)
+    )
+
+
+def _is_unassigned(base: str) -> bool:
+    """A letter or an emoji that is newer than Python's tables, or of private use."""
+    return unicodedata.category(base) in ("Cn", "Co")
+
+
+def _is_emoji(cluster: str) -> bool:
+    return unicodedata.category(cluster[0]) == "So" or _KEYCAP in cluster
+
+
+def _is_flag_half(character: str) -> bool:
+    return 0x1F1E6 <= ord(character) <= 0x1F1FF
+
+
+def _is_gap(sides: tuple[str, str], between: str) -> bool:
+    """Whether words end where `between` stands."""
+    if len(between) != 1 or _both_digits(sides) and between in _BETWEEN_DIGITS:
+        return len(between) > 1
+    return between in _SEPARATORS or not unicodedata.category(between).startswith("P")
+
+
+def _is_bound(sides: tuple[str, str], between: str) -> bool:
+    """Whether no word can end where `between` stands."""
+    if any(_is_emoji(side) or _is_unspaced(side) for side in sides):
+        return False
+    if "Sc" in map(unicodedata.category, sides):
+        return False
+    return (
+        not between
+        or _both_digits(sides)
+        or (between in _APOSTROPHES and all(side.isalpha() for side in sides))
+    )
+
+
+def _both_digits(sides: tuple[str, str]) -> bool:
+    return all(side.isnumeric() for side in sides)
+
+
+def _is_unspaced(character: str) -> bool:
+    return any(low <= ord(character) <= high for low, high in _UNSPACED)
+
+
+def _short(text: str, limit: int = 200) -> str:
+    return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."

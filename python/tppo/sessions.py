@@ -1,0 +1,133 @@
+"""The canonical format of search sessions: what the trainer reads, and what its readers write.
+
+A file is UTF-8 JSONL, one session a line:
+`{"id", "user", "source", "profile": [str]?, "history": [{"type", "text", "time"?, "clicks"?}],
+"targets": [str]}`. `history` is in time order; `targets` are the true next queries, which no model
+may see in its prompt; data is split by `user`. Other keys are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tppo.jsonl import DataError, Line, is_text, read_jsonl, write_jsonl
+
+__all__ = ["DataError", "Event", "Session", "read_sessions", "write_sessions"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that a user did: a search, a click, an utterance."""
+
+    type: str
+    text: str
+    time: str | None = None
+    clicks: int | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """One user's history and the queries that truly came next."""
+
+    id: str
+    user: str
+    source: str
+    profile: tuple[str, ...]
+    history: tuple[Event, ...]
+    targets: tuple[str, ...]
+
+
+def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
+    """Read and check a session file; white space inside texts is collapsed to single spaces.
+
+    Raises DataError naming the file, the line, the field, what it was and what was expected.
+    """
+    sessions: list[Session] = []
+    first_line: dict[str, int] = {}
+    for line in read_jsonl(path):
+        session = _session(line)
+        if session.id in first_line:
+            raise line.error(
+                "id",
+                session.id,
+                f"an id that is used once (line {first_line[session.id]} has it too)",
+            )
+        first_line[session.id] = line.number
+        sessions.append(session)
+    return sessions
+
+
+def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) -> None:
+    """Write a session file, whole or not at all; fields that say nothing are left out."""
+    write_jsonl(path, (_row(session) for session in sessions))
+
+
+def _session(line: Line) -> Session:
+    history = line.get("history", _is_list, "a list of events in time order")
+    return Session(
+        id=_text(line, "id"),
+        user=_text(line, "user"),
+        source=_text(line, "source"),
+        profile=_texts(
+            line, "profile", line.get("profile", _is_list, "a list of texts", default=[])
+        ),
+        history=tuple(_event(line, index, value) for index, value in enumerate(history)),
+        targets=_targets(line),
+    )
+
+
+def _targets(line: Line) -> tuple[str, ...]:
+    expected = "a list with at least one true next query"
+    return _texts(line, "targets", line.get("targets", lambda v: _is_list(v) and v, expected))
+
+
+def _event(line: Line, index: int, value: Any) -> Event:
+    name = f"history[{index}]"
+    if not isinstance(value, dict):
+        raise line.error(name, value, "an object with 'type' and 'text'")
+    event = Line(line.path, line.number, {f"{name}.{key}": item for key, item in value.items()})
+    return Event(
+        type=_text(event, f"{name}.type"),
+        text=_text(event, f"{name}.text"),
+        time=event.get(f"{name}.time", is_text, "a text or null", default=None),
+        clicks=event.get(f"{name}.clicks", _is_count, "a whole number >= 0 or null", default=None),
+    )
+
+
+def _text(line: Line, field: str) -> str:
+    return _collapse(line.get(field, is_text, "a text that is not blank"))
+
+
+def _texts(line: Line, field: str, values: list[Any]) -> tuple[str, ...]:
+    for index, value in enumerate(values):
+        if not is_text(value):
+            raise line.error(f"{field}[{index}]", value, "a text that is not blank")
+    return tuple(_collapse(value) for value in values)
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _row(session: Session) -> dict[str, Any]:
+    events = [{k: v for k, v in vars(event).items() if v is not None} for event in session.history]
+    row = {
+        "id": session.id,
+        "user": session.user,
+        "source": session.source,
+        "profile": session.profile,
+        "history": events,
+        "targets": session.targets,
+    }
+    return {key: value for key, value in row.items() if key != "profile" or value}
