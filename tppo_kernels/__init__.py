@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from ._op import BackendError, Explanation, explain, use_backend
 from .ops.gae import gae
+from .ops.token_logprobs import token_logprobs
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "doctor", "explain", "gae", "use_backend",
+    "BackendError", "Explanation", "doctor", "explain", "gae", "token_logprobs", "use_backend",
 ]
 
 

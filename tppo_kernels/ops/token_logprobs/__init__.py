@@ -1,0 +1,154 @@
+"""Log-probability of each target token and entropy of its distribution, from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import BOOL, LABELS, Check, values_between
+from ..._op import Op
+from ..._sequence import compute_dtype
+from . import reference
+
+_op = Op("token_logprobs")
+
+
+class TokenLogprobs(NamedTuple):
+    """The two results of `token_logprobs`, fp32 (fp64 for fp64 logits)."""
+
+    logprobs: Tensor  # [...]
+    entropy: Tensor  # [...]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is not a tensor."""
+
+    valid_vocab: int | None
+
+
+def nbytes(logits: Tensor, *, backward: bool = False) -> int:
+    """Bytes that the operator must move when every row is valid.
+
+    Forward: the logits once, int64 targets, two fp32 results and two fp32 numbers kept for
+    backward. Backward: the logits once more, their gradient, and the same numbers per row.
+    """
+    rows = logits.numel() // logits.shape[-1]
+    size = logits.numel() * logits.element_size()
+    forward = size + rows * (8 + 4 * 4)
+    return forward + 2 * size + rows * (8 + 5 * 4) if backward else forward
+
+
+def _check_targets(logits: Tensor, targets: Tensor, mask: Tensor | None,
+                   valid_vocab: int | None) -> None:
+    columns = logits.shape[-1] if valid_vocab is None else valid_vocab
+    values_between("token_logprobs", "targets", targets, 0, columns - 1, mask)
+
+
+def _check_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab) -> None:
+    _check_targets(logits, targets, mask, valid_vocab)
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        values_between("token_logprobs", name, value, 0.0, float("inf"), mask, open_low=True)
+
+
+def _fake_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab):
+    dtype = compute_dtype(logits)
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(4))
+
+
+def _fake_bwd(grad_logprobs, grad_entropy, logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+_ARGUMENTS = ("Tensor logits, Tensor targets, Tensor? mask, Tensor temperature, Tensor? softcap,"
+              " Tensor logit_scale, SymInt? valid_vocab")
+
+_fwd = _op.define(f"token_logprobs_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+                  reference.fwd, _fake_fwd, _check_fwd)
+_bwd = _op.define(f"token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, {_ARGUMENTS},"
+                  " Tensor entropy, Tensor top, Tensor log_sum) -> Tensor",
+                  reference.bwd, _fake_bwd)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, mask, temperature, softcap, logit_scale, config):
+        logprobs, entropy, top, log_sum = _fwd(logits, targets, mask, temperature, softcap,
+                                               logit_scale, config.valid_vocab)
+        ctx.save_for_backward(logits, targets, mask, temperature, softcap, logit_scale, entropy,
+                              top, log_sum)
+        ctx.config = config
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        *arguments, entropy, top, log_sum = ctx.saved_tensors
+        grad = _bwd(grad_logprobs, grad_entropy, *arguments, ctx.config.valid_vocab, entropy, top,
+                    log_sum)
+        return (grad, *[None] * 6)
+
+
+def _constant(name: str, value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"token_logprobs: {name} requires a gradient, expected a constant: only "
+                         "logits are differentiable here")
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *,
+                   temperature: float | Tensor = 1.0, softcap: float | Tensor | None = None,
+                   logit_scale: float | Tensor = 1.0,
+                   valid_vocab: int | None = None) -> TokenLogprobs:
+    """Log-probability of every target and entropy of every row, from one read of the logits.
+
+        z       = softcap tanh(logit_scale logits / softcap) / temperature
+                  (logit_scale logits / temperature without a softcap)
+        logprob = z[target] - logsumexp(z)
+        entropy = logsumexp(z) - sum(p z),  p = softmax(z),  0 * -inf = 0
+        dz      = g_lp (1[target] - p) - g_ent p (log p + entropy)
+
+    logits: [..., V] with any leading shape, also none; fp32, bf16 and fp16 are read as they are,
+    computed in fp32; fp64 by the reference. Strided logits are read in place as long as the last
+    stride is 1. targets: [...] int64 or int32. mask: [...] bool; masked rows are not read, and
+    give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a constant.
+    Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
+
+    Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
+    whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
+    of -inf only gives NaN, as torch's log_softmax does. Under `torch.compile` a Python float is a
+    constant; give 0-d tensors for scalars that change.
+
+    Raises ValueError / TypeError that name the argument; a target outside [0, V), or
+    [0, valid_vocab), at a valid slot too: on a GPU only under TPPO_CHECK=1, otherwise its row is
+    NaN. Source: DESIGN of TRL's selective_log_softmax and entropy_from_logits, as one operator.
+    """
+    check = Check("token_logprobs")
+    check.tensor("logits", logits, "... V")
+    columns = logits.shape[-1]
+    if columns == 0:
+        raise ValueError(f"token_logprobs: logits has shape {list(logits.shape)}, expected at "
+                         "least one column")
+    check.tensor("targets", targets, "...", LABELS)
+    check.tensor("mask", mask, "...", BOOL, optional=True)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        check.tensor("temperature", temperature, "...")
+        temperature = temperature.detach()
+    else:
+        temperature = check.scalar("temperature", temperature, above=0.0)
+    _constant("softcap", softcap)
+    _constant("logit_scale", logit_scale)
+    softcap = check.scalar("softcap", softcap, above=0.0, optional=True)
+    logit_scale = check.scalar("logit_scale", logit_scale)
+    if valid_vocab is not None:
+        check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
+    arguments = (logits, targets, mask, temperature, softcap, logit_scale)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return TokenLogprobs(*_Function.apply(*arguments, _Config(valid_vocab)))
+    return TokenLogprobs(*_fwd(*arguments, valid_vocab)[:2])
