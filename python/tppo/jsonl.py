@@ -32,7 +32,7 @@ class Line:
     def get(
         self, field: str, ok: Callable[[Any], Any], expected: str, *, default: Any = ...
     ) -> Any:
-        """The value of `field` if `ok`; the default where it is absent or null; an error otherwise."""
+        """The value of `field` if `ok`; the default where absent or null; an error otherwise."""
         value = self.values.get(field)
         if value is None and default is not ...:
             return default
@@ -56,7 +56,7 @@ def has_surrogate(text: str) -> bool:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
-    """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF and blank lines are fine.
+    """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF, blank lines are fine.
 
     Raises DataError for a file that cannot be read or holds nothing, and for a line that is not
     UTF-8, not JSON, or not an object.
@@ -140,7 +140,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file by way of a temporary one beside it: a kill leaves the old file or the new."""
+    """Write a UTF-8 file through a temporary one: a kill leaves the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

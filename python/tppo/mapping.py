@@ -43,6 +43,11 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+def fold(text: str) -> str:
+    """The words of a text as they are compared: case-folded, NFC, no punctuation, single spaces."""
+    return _Content(text, frozenset()).key
+
+
 def map_labels(
     text: str,
     words: Sequence[tuple[str, int]],
@@ -88,7 +93,7 @@ def _majority(categories: Sequence[int]) -> int:
 
 def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[int, int, int]]:
     """(first unit, last unit, label) for every occurrence of every labelled word."""
-    keys = [_Content(word, frozenset()).key for word, _ in words]  # "" for punctuation alone
+    keys = [fold(word) for word, _ in words]  # "" for punctuation alone
     in_order = _match_in_order(content, keys)
     claims = [(*match, words[i][1]) for i, match in in_order.items()]
     taken = {unit for first, last, _ in claims for unit in range(first, last + 1)}
@@ -156,7 +161,7 @@ class _Content:
             self._ends[len(self.key)] = index
 
     def matches(self, key: str, start: int = 0) -> Iterator[tuple[int, int]]:
-        """(first unit, last unit) of the key as whole words that do not overlap, from `start` on."""
+        """(first unit, last unit) of the key as whole words, none overlapping, from `start` on."""
         at = self.key.find(key)
         while at >= 0:
             first, last = self._begins.get(at, -1), self._ends.get(at + len(key), -1)

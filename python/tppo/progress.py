@@ -32,7 +32,7 @@ def say(text: str) -> None:
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Track[T]:
-    """Iterate and show how far, how fast and how long still; `.note(text)` adds the latest figure."""
+    """Iterate and show how far, how fast, how long still; `.note(text)` adds the latest figure."""
     return Track(iterable, description, total)
 
 

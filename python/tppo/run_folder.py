@@ -196,7 +196,7 @@ def _sync_tree(work: Path) -> None:
 
 
 def _replace(work: Path, final: Path) -> None:
-    """Rename, with an earlier result moved aside first: a folder cannot be renamed over a full one."""
+    """Rename, after moving an earlier result aside: no folder is renamed over a full one."""
     old = final.with_name(f"{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
