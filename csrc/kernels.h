@@ -1,4 +1,4 @@
-// Every kernel that bindings.cpp exposes. Pointers may be null where the comment of the kernel says so.
+// Every kernel that bindings.cpp exposes. A pointer may be null where its kernel says so.
 #pragma once
 #include <cstdint>
 

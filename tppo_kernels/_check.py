@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sequence import REDUCTIONS
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
@@ -105,11 +107,12 @@ class Check:
             self.tensor(name, x, "B T")
         else:
             self.tensor(name, x, "N")
-            self.tensor("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
-            self._bind_batch(cu_seqlens)
+            self.packing(cu_seqlens)
         self.tensor(mask_name, mask, self.tokens(cu_seqlens), BOOL, optional=True)
 
-    def _bind_batch(self, cu_seqlens: Tensor) -> None:
+    def packing(self, cu_seqlens: Any) -> None:
+        """Holds `cu_seqlens` to int32 [B + 1], which binds B."""
+        self.tensor("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
         if cu_seqlens.shape[0] < 1:
             raise ValueError(f"{self.op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected "
                              "[B + 1] with at least the leading 0")
@@ -140,6 +143,29 @@ class Check:
             self.tensor(name, value, "B")
             return value.detach()
         return self.scalar(name, value, low=low, high=high, optional=optional)
+
+    def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
+                  cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Holds the arguments of a reduction; its denominators as 0-d tensors, None where none."""
+        self.choice("reduction", reduction, REDUCTIONS)
+        if (reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None
+                and norm_length is None):
+            raise ValueError(f"{self.op}: norm_length is None, expected a length, because "
+                             f"reduction is {reduction!r} and the layout is packed")
+        return (self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
+                self.count("norm_length", norm_length))
+
+    def count(self, name: str, value: Any) -> Tensor | None:
+        """A whole number >= 0, or a 0-d tensor (whole numbers too), as a detached 0-d tensor."""
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            if value.dim() or value.dtype not in FLOATS + LABELS:
+                raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a whole number "
+                                 "or a 0-d tensor")
+            return value.detach()
+        self.number(name, value, low=0, kind=int)
+        return torch.tensor(value, dtype=torch.float64)
 
     def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
                above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> None:

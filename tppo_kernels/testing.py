@@ -6,11 +6,14 @@ plain PyTorch in the inputs' own dtype, plus a floor of `FLOOR` times the larges
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._op import use_backend
 
 FLOOR = 1e-6
 SEQUENTIAL_FLOOR = 1e-5  # gae, whiten: rounding adds up along a sequence
@@ -95,6 +98,62 @@ def assert_same_bits(actual: Any, expected: Any, name: str = "result") -> None:
             assert_same_bits(a, e, f"{name}[{getattr(expected, '_fields', range(99))[field]}]")
     elif actual != expected:
         raise AssertionError(f"{name} is {actual!r}, expected {expected!r}")
+
+
+def compare(op: str, backend: str, device: str) -> str | None:
+    """Runs an operator's sample on a backend against the fp64 reference; None, or what is wrong.
+
+    Results and the gradients of a random projection of them are compared.
+    """
+    module = importlib.import_module(f"tppo_kernels.ops.{op}")
+    try:
+        with use_backend(backend):
+            actual = _run_sample(module.sample_inputs, op, torch.float32, device)
+        with use_backend("reference"):
+            exact = _run_sample(module.sample_inputs, op, torch.float64, "cpu")
+            eager = _run_sample(module.sample_inputs, op, torch.float32, "cpu")
+        for name, value in exact.items():
+            assert_accurate(actual[name].cpu(), value, eager[name], name=name)
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _run_sample(sample_inputs: Callable, op: str, dtype: torch.dtype,
+                device: str) -> dict[str, Tensor]:
+    """Every floating result of the op's sample by name, and the gradient of each input."""
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    args, kwargs = sample_inputs()
+    inputs = {**{str(i): place(x) for i, x in enumerate(args)},
+              **{name: place(x) for name, x in kwargs.items()}}
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()
+              if isinstance(x, Tensor) and x.is_floating_point() and x.dim()}
+    result = getattr(importlib.import_module("tppo_kernels"), op)(
+        *(inputs[str(i)] for i in range(len(args))), **{name: inputs[name] for name in kwargs})
+    outputs = {name: x for name, x in _floats("result", result) if x.numel()}
+    loss = sum((x * torch.linspace(-1, 1, x.numel(), device=device).to(x).reshape(x.shape)).sum()
+               for x in outputs.values() if x.requires_grad)
+    if isinstance(loss, Tensor):
+        loss.backward()
+    gradients = {f"gradient of argument {name}": x.grad for name, x in leaves.items()
+                 if x.grad is not None}
+    return {name: x.detach() for name, x in {**outputs, **gradients}.items()}
+
+
+def _floats(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The floating tensors of a result and of the tuples in it, by name."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, tuple):
+        fields = getattr(value, "_fields", range(len(value)))
+        for field, item in zip(fields, value, strict=True):
+            yield from _floats(f"{name}.{field}", item)
 
 
 def near_boundary(x: Tensor, *boundaries: float, width: float = 1e-5) -> Tensor:

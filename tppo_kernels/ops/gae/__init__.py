@@ -24,6 +24,14 @@ class Gae(NamedTuple):
     returns: Tensor  # [B, T] or [N]
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test and the benchmarks' gate."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 17, generator=g, dtype=torch.float64)
+    return (rewards, values, torch.rand(3, 17, generator=g) < 0.7), {
+        "gamma": 0.99, "bootstrap": torch.randn(3, generator=g, dtype=torch.float64)}
+
+
 def _check_values(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens) -> None:
     offsets("gae", cu_seqlens, rewards.shape[0])
     seen = alive(rewards, mask, cu_seqlens)

@@ -1,0 +1,65 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+# Each sets up what it needs in ./.venv and says what it is doing.
+#
+#   PYTHON       the interpreter for the environment (default python3, 3.10 or newer)
+#   TORCH_INDEX  a package index for torch alone; without an NVIDIA GPU the CPU build saves
+#                gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+OUT ?= runs/demo
+SEEDS ?= 0 1 2 3
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench check clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
+
+demo: .venv/train  ## search sessions -> SFT -> labels -> reward model -> token-level PPO -> table
+	$(BIN)/python -m tppo run --out "$(OUT)"
+
+test: lint  ## lint, types and the tests (a seeded third of the large matrices)
+	$(BIN)/python -m pytest
+
+test-full: lint  ## everything, the large matrices whole
+	TPPO_TEST_FULL=1 $(BIN)/python -m pytest
+
+lint: .venv/dev
+	@echo "== ruff and mypy"
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: .venv/dev  ## the operators against eager and compiled PyTorch on this machine
+	$(BIN)/python -m pytest bench
+
+check: .venv/train  ## the demo at several seeds, held to what it promises (about 6 minutes each)
+	for seed in $(SEEDS); do \
+	  $(BIN)/python -m tppo run --seed $$seed --out runs/check-$$seed && \
+	  $(BIN)/python tests/tppo/learning.py runs/check-$$seed || exit 1; done
+
+clean:  ## remove the environment and what was built
+	rm -rf .venv build dist *.egg-info tppo_kernels/_C*.so
+
+.venv/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed")'
+	@echo "== making the environment .venv"
+	$(PYTHON) -m venv .venv
+	@echo "== installing $(TORCH) (the largest download)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)" numpy
+	@touch $@
+
+.venv/train: .venv/torch $(SOURCES)
+	@echo "== installing tppo-kernels and the trainer, with compiled operators where a compiler is"
+	$(PIP) --editable ".[train,label]"
+	@$(BIN)/python -c 'from tppo_kernels import doctor; print(doctor())'
+	@touch $@
+
+.venv/dev: .venv/torch $(SOURCES)
+	@echo "== installing tppo-kernels for development, with compiled operators where a compiler is"
+	$(PIP) --editable ".[train,label,dev]"
+	@touch $@ .venv/train

@@ -1,0 +1,138 @@
+"""The chooser: order, forcing, reasons, the one line that a fallback logs."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import tppo_kernels as tk
+from tppo_kernels import _op
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(2, 5), torch.randn(2, 5)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tppo_kernels._C", None)
+    _op.missing.cache_clear()
+    yield
+    _op.missing.cache_clear()
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True,
+                          text=True, env={**os.environ, **env}, timeout=120)
+
+
+def test_explain_names_the_backend_and_runs_nothing(inputs, monkeypatch):
+    kernel = "tppo_kernels.ops.gae._cpp" if not _op.missing("cpp") else "tppo_kernels.ops.gae"
+    monkeypatch.delattr(f"{kernel}.fwd", raising=False)
+    said = tk.explain("gae", *inputs)
+    assert said == tk.explain(tk.gae, *inputs)
+    assert said.backend == ("reference" if _op.missing("cpp") else "cpp")
+
+
+def test_explain_gives_the_reason_for_every_refusal(inputs):
+    said = tk.explain("gae", *(x.double() for x in inputs))
+    assert said.backend == "reference"
+    assert "cpp" in said.refused and "not cpp: " in str(said)
+
+
+def test_explain_of_bad_arguments_raises_as_the_call_would(inputs):
+    with pytest.raises(ValueError, match="values has shape"):
+        tk.explain("gae", inputs[0], inputs[1][:1])
+    with pytest.raises(ValueError, match="op is 'gea', expected one of .*gae"):
+        tk.explain("gea")
+
+
+def test_forcing_a_backend_that_cannot_run_raises_with_the_reason(inputs):
+    with tk.use_backend("triton"), pytest.raises(tk.BackendError, match="gae.*triton: it has no"):
+        tk.gae(*inputs)
+    if not _op.missing("cpp"):
+        with tk.use_backend("cpp"), pytest.raises(tk.BackendError, match="fp64"):
+            tk.gae(*(x.double() for x in inputs))
+    with pytest.raises(ValueError, match="backend is 'opencl', expected one of reference"):
+        with tk.use_backend("opencl"):
+            pass
+
+
+def test_forcing_ends_with_the_block_and_nests(inputs):
+    with tk.use_backend("triton"):
+        with tk.use_backend("reference"):
+            tk.gae(*inputs)
+        with pytest.raises(tk.BackendError):
+            tk.gae(*inputs)
+    tk.gae(*inputs)
+
+
+def test_the_environment_forces_a_backend(inputs, monkeypatch):
+    monkeypatch.setenv("TPPO_BACKEND", "reference")
+    assert tk.explain("gae", *inputs).backend == "reference"
+    monkeypatch.setenv("TPPO_BACKEND", "quantum")
+    with pytest.raises(tk.BackendError, match="quantum"):
+        tk.gae(*inputs)
+
+
+def test_a_fallback_is_logged_once(inputs, caplog, no_extension):
+    _op._said.clear()
+    with caplog.at_level(logging.WARNING, "tppo_kernels"):
+        tk.gae(*inputs)
+        tk.gae(*inputs)
+    assert len(caplog.records) == 1
+    assert "gae: cpp passed over: no compiled part" in caplog.text
+    assert "install a C++ compiler" in caplog.text
+
+
+def test_everything_works_without_the_compiled_part(inputs, no_extension):
+    assert tk.explain("gae", *inputs).backend == "reference"
+    assert "no compiled part" in tk.explain("gae", *inputs).refused["cpp"]
+    assert "none: no compiled part" in tk.doctor()
+
+
+def test_import_loads_neither_the_extension_nor_triton_nor_transformers():
+    """PufferLib#312, DeepSeek-R1#493: import fails without CUDA or Triton."""
+    done = run("""
+        import sys, torch
+        before = set(sys.modules)
+        import tppo_kernels
+        new = {m.split(".")[0] for m in set(sys.modules) - before}
+        assert "tppo_kernels._C" not in sys.modules
+        assert not new & {"triton", "transformers", "tppo"}, new
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_works_where_triton_and_the_extension_are_broken():
+    done = run("""
+        import sys
+        sys.modules["triton"] = sys.modules["tppo_kernels._C"] = None
+        import torch, tppo_kernels as tk
+        print(tk.gae(torch.ones(1, 2), torch.zeros(1, 2), lam=1.0).advantages.tolist())
+    """)
+    assert done.stdout.strip() == "[[2.0, 1.0]]", done.stderr
+
+
+def test_denormals_survive_the_import():
+    done = run("""
+        import torch, tppo_kernels as tk
+        tk.gae(torch.ones(1, 2), torch.zeros(1, 2))
+        assert (torch.tensor([1e-40]) * 1).item() > 0 and 1e-320 * 1 > 0
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_raw_ops_exist_and_are_functional():
+    for name in _op.OPS:
+        for raw in (f"{name}_fwd", f"{name}_bwd"):
+            if hasattr(torch.ops.tppo_kernels, raw):
+                schema = getattr(torch.ops.tppo_kernels, raw).default._schema
+                assert not schema.is_mutable
+                assert all(r.alias_info is None for r in schema.returns)

@@ -1,0 +1,117 @@
+"""sdist -> wheel -> empty environment -> `python -m tppo_kernels`, with and without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd, **env) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The tree packed from a copy of its sources, on a path with a space in it."""
+    where = tmp_path_factory.mktemp("a path with spaces") / "tree"
+    names = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "tppo_kernels", "csrc", "python")
+    where.mkdir()
+    for name in names:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, where / name, ignore=shutil.ignore_patterns(
+                "*.so", "__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, where / name)
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", where / "dist", cwd=where)
+    (archive,) = (where / "dist").glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory) -> Path:
+    """An environment that holds torch and numpy, the only things the library depends on."""
+    where = tmp_path_factory.mktemp("an environment") / "env"
+    venv.create(where, with_pip=True)
+    python = where / "bin/python"
+    index = os.environ.get("TORCH_INDEX")
+    run(python, "-m", "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", "numpy",
+        *(("--extra-index-url", index) if index else ()), cwd=where)
+    return python
+
+
+def unpacked(archive: Path, where: Path) -> Path:
+    with tarfile.open(archive) as tar:
+        tar.extractall(where, filter="data")
+    (tree,) = where.iterdir()
+    return tree
+
+
+def wheel(tree: Path, **env: str) -> tuple[Path, str]:
+    said = run(sys.executable, "-m", "build", "--wheel", "--outdir", tree / "dist", cwd=tree, **env)
+    (built,) = (tree / "dist").glob("*.whl")
+    return built, said
+
+
+def test_the_sdist_holds_every_source_and_nothing_else(sdist):
+    with tarfile.open(sdist) as tar:
+        names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
+    sources = [p.relative_to(ROOT).as_posix() for folder in ("tppo_kernels", "csrc", "python/tppo")
+               for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".h")]
+    assert not [s for s in sources if s not in names]
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
+    assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith("tests")]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")
+def test_with_a_compiler(sdist, empty, tmp_path):
+    built, said = wheel(unpacked(sdist, tmp_path), TPPO_BUILD_CUDA="0")
+    assert "tppo-kernels: building C++ with g++, no CUDA (TPPO_BUILD_CUDA=0 at build time)" in said
+    assert any("_C." in n for n in zipfile.ZipFile(built).namelist())
+    run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
+    said = run(empty, "-m", "tppo_kernels", cwd=tmp_path)
+    assert "compiled part C++, no CUDA: TPPO_BUILD_CUDA=0 at build time" in said
+    assert "self-test: all passed" in said and "cpp" in said
+
+
+def test_without_a_compiler(sdist, empty, tmp_path):
+    built, said = wheel(unpacked(sdist, tmp_path), CXX="no-such-compiler")
+    assert "building pure Python: no compiler no-such-compiler was found (install g++" in said
+    assert built.name.endswith("py3-none-any.whl")
+    run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
+    said = run(empty, "-m", "tppo_kernels", cwd=tmp_path)
+    assert "no compiled part" in said and "self-test: all passed" in said
+
+
+def test_a_wish_for_cuda_that_cannot_be_met_stops_the_build(sdist, tmp_path):
+    tree = unpacked(sdist, tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("g++", "python3"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=tree, capture_output=True,
+                          text=True, env={**env, "PATH": str(tools), "TPPO_BUILD_CUDA": "1"})
+    assert done.returncode and "TPPO_BUILD_CUDA=1, but nvcc is neither" in done.stderr
+
+
+def test_the_command_line_says_what_is_missing(empty, tmp_path, sdist):
+    built, _ = wheel(unpacked(sdist, tmp_path), CXX="no-such-compiler")
+    run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
+    done = subprocess.run([empty, "-m", "tppo", "--help"], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode and "pip install 'tppo-kernels[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

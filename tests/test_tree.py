@@ -1,0 +1,109 @@
+"""The law of the tree: one op, one name, everywhere; nothing unlisted, nothing too long."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import tppo_kernels as tk
+from tppo_kernels._op import OPS
+
+ROOT = Path(__file__).parent.parent
+BENCHED = {"gae", "token_logprobs"}
+KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "testing.py",
+                "align.py"}
+SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
+TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
+       "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
+SHARED_TESTS = {"conftest.py", "_matrix.py", "test_tree.py", "test_op.py", "test_check.py",
+                "test_compile.py", "test_packaging.py", "test_testing.py", "test_align.py",
+                "test_bench.py"}
+LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}
+
+
+def files() -> list[str]:
+    try:
+        listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+                                cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("the tree is judged in a git checkout")
+    return [f for f in listed.splitlines() if (ROOT / f).exists()]
+
+
+def test_every_op_has_its_pieces_and_no_other():
+    folders = {p.parent.name for p in (ROOT / "tppo_kernels/ops").glob("*/__init__.py")}
+    assert folders == set(OPS)
+    for name, op in OPS.items():
+        backends = {b for order in op.order.values() for b in order} - {"reference"}
+        expected = {"__init__.py", "reference.py"} | {f"_{b}.py" for b in backends}
+        present = {p.name for p in (ROOT / "tppo_kernels/ops" / name).glob("*.py")}
+        assert present == expected, name
+        assert (ROOT / f"tests/test_{name}.py").exists(), name
+        assert name in tk.__all__ and callable(getattr(tk, name))
+
+
+def test_no_file_is_unlisted():
+    names = set(OPS)
+    for file in files():
+        parts = file.split("/")
+        assert parts[0] in TOP, file
+        if parts[0] == "tppo_kernels" and len(parts) == 2:
+            assert parts[1] in KERNEL_FILES, file
+        if parts[0] == "csrc":
+            assert len(parts) == 2
+            assert parts[1] in SHARED_CSRC or parts[1].split(".")[0] in names, file
+        if parts[0] == "tests" and len(parts) == 2:
+            assert parts[1] in SHARED_TESTS | {f"test_{n}.py" for n in names}, file
+        if parts[0] == "bench" and parts[-1].startswith("bench_"):
+            assert parts[1] in {f"bench_{n}.py" for n in BENCHED}, file
+
+
+def test_benchmarks_are_where_they_are_promised():
+    assert all((ROOT / f"bench/bench_{name}.py").exists() for name in BENCHED)
+
+
+@pytest.mark.parametrize("file", [f for f in ("README.md", *LIMITS)])
+def test_files_that_have_a_limit_of_their_own(file):
+    assert len((ROOT / file).read_text().splitlines()) <= LIMITS[file]
+
+
+def test_sources_are_short():
+    for file in files():
+        path = ROOT / file
+        if path.suffix not in (".py", ".cpp", ".cu", ".h") or file.startswith("tests/"):
+            continue
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 400, f"{file} has {len(lines)} lines"
+        long = [i for i, line in enumerate(lines, 1) if len(line) > 100]
+        assert not long, f"{file}: lines {long} are over 100 columns"
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    size = node.end_lineno - node.lineno + 1
+                    doc = ast.get_docstring(node, clean=False)
+                    size -= len(doc.splitlines()) if doc else 0
+                    assert size <= 60, f"{file}: {node.name} has {size} lines"
+
+
+def test_public_functions_have_docstrings():
+    for file in files():
+        if not file.startswith(("tppo_kernels/", "python/")) or not file.endswith(".py"):
+            continue
+        tree = ast.parse((ROOT / file).read_text())
+        assert ast.get_docstring(tree), f"{file} says nothing of itself"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def test_csrc_is_free_of_torch():
+    for path in (ROOT / "csrc").iterdir():
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10)', path.read_text()), path.name
+
+
+def test_nothing_runs_at_a_cost_in_accuracy():
+    """-ffast-math flushes denormals process-wide; -march=native breaks on the next machine."""
+    text = (ROOT / "setup.py").read_text()
+    assert "fast-math" not in text and "march=native" not in text
