@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from ._op import BackendError, Explanation, explain, use_backend
 from .ops.gae import gae
+from .ops.ppo_loss import ppo_loss
 from .ops.token_logprobs import token_logprobs
+from .ops.value_loss import value_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "doctor", "explain", "gae", "token_logprobs", "use_backend",
+    "BackendError", "Explanation", "doctor", "explain", "gae", "ppo_loss", "token_logprobs",
+    "use_backend", "value_loss",
 ]
 
 

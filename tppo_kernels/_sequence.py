@@ -107,7 +107,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
     """
     raw = select(logprobs - ref_logprobs, mask)
     d = raw.clamp(-KL_CLAMP, KL_CLAMP)
-    inside = (raw.abs() <= KL_CLAMP) & valid_mask(raw, mask)
+    inside = ~(raw.abs() > KL_CLAMP) & valid_mask(raw, mask)  # NaN counts as inside: it shows
     value, slope = {
         "k1": lambda: (d, torch.ones_like(d)),
         "k2": lambda: (0.5 * d * d, d),

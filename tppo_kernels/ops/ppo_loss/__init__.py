@@ -1,0 +1,235 @@
+"""The clipped policy loss of token-level PPO, with its gradient computed in the same pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import Check, offsets, values_between
+from ..._op import Op
+from ..._sequence import KL_ESTIMATORS, compute_dtype
+from . import reference
+
+_op = Op("ppo_loss")
+
+
+class PolicyMetrics(NamedTuple):
+    """Sums over the mask, as 0-d tensors on the device: of micro-batches, `merged` adds them.
+
+    Fractions and means are properties: a sum by `tokens`, 0 where there are none; no host read.
+    d and r are those of `ppo_loss`, d always the token's own. A term that was not given sums to 0.
+    """
+
+    tokens: Tensor  # valid tokens
+    clip_low_count: Tensor  # A < 0 and r < 1 - clip_low
+    clip_high_count: Tensor  # A > 0 and r > 1 + clip_high
+    clip_dual_count: Tensor  # A < 0 and the loss above -c A
+    clamped_count: Tensor  # |logprob - old| > max_log_ratio
+    approx_kl_k1_sum: Tensor  # -d: KL(old || new) of tokens drawn from the old policy
+    approx_kl_k3_sum: Tensor  # r - 1 - d, the same without negative values
+    ratio_sum: Tensor  # r; the sequence's under ratio="sequence"
+    entropy_sum: Tensor
+    kl_sum: Tensor  # the value of `kl_estimator` against ref_logprobs
+    ratio_max: Tensor  # the largest r; merged by maximum
+
+    def merged(self, other: PolicyMetrics) -> PolicyMetrics:
+        """The metrics of two batches together."""
+        sums = [a + b for a, b in zip(self[:-1], other[:-1], strict=True)]
+        return PolicyMetrics._make([*sums, torch.maximum(self.ratio_max, other.ratio_max)])
+
+    def _mean(self, total: Tensor) -> Tensor:
+        return total / self.tokens.clamp(min=1)
+
+    @property
+    def clip_fraction_low(self) -> Tensor:
+        return self._mean(self.clip_low_count)
+
+    @property
+    def clip_fraction_high(self) -> Tensor:
+        return self._mean(self.clip_high_count)
+
+    @property
+    def clip_fraction_dual(self) -> Tensor:
+        return self._mean(self.clip_dual_count)
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """Low and high together; tokens of the dual clip are counted apart."""
+        return self._mean(self.clip_low_count + self.clip_high_count)
+
+    @property
+    def approx_kl_k1(self) -> Tensor:
+        return self._mean(self.approx_kl_k1_sum)
+
+    @property
+    def approx_kl_k3(self) -> Tensor:
+        return self._mean(self.approx_kl_k3_sum)
+
+    @property
+    def ratio_mean(self) -> Tensor:
+        return self._mean(self.ratio_sum)
+
+    @property
+    def entropy(self) -> Tensor:
+        return self._mean(self.entropy_sum)
+
+    @property
+    def kl(self) -> Tensor:
+        return self._mean(self.kl_sum)
+
+
+class PolicyLoss(NamedTuple):
+    """The results of `ppo_loss`, fp32 (fp64 for fp64 inputs)."""
+
+    loss: Tensor  # []
+    metrics: PolicyMetrics  # detached
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of the raw op that are not tensors."""
+
+    ratio: str
+    kl_estimator: str
+    reduction: str
+
+
+def _require(term: str, coef_name: str, coef: Any) -> None:
+    if coef != 0:
+        raise ValueError(f"ppo_loss: {term} is None, expected a tensor, because {coef_name} is "
+                         f"{float(coef):g}")
+
+
+def _check_values(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights,
+                  clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens,
+                  num_sequences, norm_length, cu_seqlens, *_) -> None:
+    inf = float("inf")
+    offsets("ppo_loss", cu_seqlens, logprobs.shape[0])
+    values_between("ppo_loss", "clip_low", clip_low, 0.0, inf)
+    values_between("ppo_loss", "clip_high", clip_high, 0.0, inf)
+    values_between("ppo_loss", "dual_clip", dual_clip, 1.0, inf, open_low=True)
+    values_between("ppo_loss", "max_log_ratio", max_log_ratio, 0.0, inf, open_low=True)
+    if entropy is None:
+        _require("entropy", "entropy_coef", entropy_coef)
+    if ref_logprobs is None:
+        _require("ref_logprobs", "kl_coef", kl_coef)
+
+
+def _fake(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, *rest):
+    given = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, weights)
+    dtype = compute_dtype(*(x for x in given if x is not None))
+    grad_logprobs, grad_entropy = rest[-2:]
+    empty = logprobs.new_empty
+    return (empty((), dtype=dtype), empty(logprobs.shape if grad_logprobs else 0, dtype=dtype),
+            empty(logprobs.shape if grad_entropy else 0, dtype=dtype),
+            empty(len(PolicyMetrics._fields), dtype=dtype))
+
+
+_fwd = _op.define(
+    "ppo_loss_fwd(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages,"
+    " Tensor? mask, Tensor? ref_logprobs, Tensor? weights, Tensor clip_low, Tensor clip_high,"
+    " Tensor? dual_clip, Tensor max_log_ratio, Tensor entropy_coef, Tensor kl_coef,"
+    " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
+    " str ratio, str kl_estimator, str reduction, bool grad_logprobs, bool grad_entropy)"
+    " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+_bwd = _op.define(
+    "ppo_loss_bwd(Tensor grad_loss, Tensor dlogprobs, Tensor dentropy) -> (Tensor, Tensor)",
+    reference.bwd, lambda grad_loss, *slopes: tuple(torch.empty_like(s) for s in slopes))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Forward keeps the derivatives; backward multiplies them by the incoming gradient."""
+
+    @staticmethod
+    def forward(ctx, call, logprobs, entropy, *tensors):
+        _, need_logprobs, need_entropy = ctx.needs_input_grad[:3]
+        loss, dlogprobs, dentropy, metrics = _fwd(
+            logprobs, entropy, *tensors, call.ratio, call.kl_estimator, call.reduction,
+            need_logprobs, need_entropy)
+        ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+        ctx.save_for_backward(dlogprobs, dentropy)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors)
+        dtypes, needed = ctx.dtypes, ctx.needs_input_grad
+        return (None, dlogprobs.to(dtypes[0]) if needed[1] else None,
+                dentropy.to(dtypes[1]) if needed[2] else None, *[None] * (len(needed) - 3))
+
+
+def _check_tensors(check: Check, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+                   mask: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
+                   weights: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    check.sequences("logprobs", logprobs, mask, cu_seqlens)
+    tokens = check.tokens(cu_seqlens)
+    check.tensor("old_logprobs", old_logprobs, tokens)
+    check.tensor("advantages", advantages, f"{tokens} | B")
+    check.tensor("entropy", entropy, tokens, optional=True)
+    check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
+    check.tensor("weights", weights, f"{tokens} | B", optional=True)
+
+
+def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+             mask: Tensor | None = None, *, clip_low: float | Tensor = 0.2,
+             clip_high: float | Tensor = 0.2, dual_clip: float | Tensor | None = None,
+             ratio: str = "token", entropy: Tensor | None = None,
+             entropy_coef: float | Tensor = 0.0, ref_logprobs: Tensor | None = None,
+             kl_coef: float | Tensor = 0.0, kl_estimator: str = "k2",
+             weights: Tensor | None = None, reduction: str = "token-mean",
+             num_tokens: int | Tensor | None = None, num_sequences: int | Tensor | None = None,
+             norm_length: int | Tensor | None = None, max_log_ratio: float | Tensor = 20.0,
+             cu_seqlens: Tensor | None = None) -> PolicyLoss:
+    """The clipped policy loss over the train mask, with entropy and KL terms, and its metrics.
+
+        d = where(mask, logprob - old, 0) clamped to +-max_log_ratio; "sequence": its mean (GSPO)
+        r = exp(d), l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+        dual_clip c > 1: l = min(l, -c A) where A < 0
+        loss = Red(w l) - entropy_coef Red(H) + kl_coef Red(KL(logprob, ref))
+
+    logprobs, old_logprobs, entropy, ref_logprobs: [B, T], or packed [N] with `cu_seqlens`.
+    advantages, weights (0 selects the token away): the same or [B]; packed with N = B is [N].
+    Red, at its denominators >= 1: "token-mean" (num_tokens, the valid tokens), "token-sum",
+    "seq-mean-token-sum" and "seq-mean-token-mean" (num_sequences, those with a valid token),
+    "seq-mean-token-sum-norm" (num_sequences * norm_length, T; required when packed). A denominator
+    of another reduction is not used: counts of the whole batch make micro-batches add up to it.
+
+    Differentiable in logprobs and entropy. The policy term has gradient 0 at a clamped token, and
+    where l is clipped; where its branches meet, r at a clip edge counts as inside and l = -c A as
+    not clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid token.
+    A coefficient of 0 is off. One that is not 0 without its tensor is a ValueError; given as a
+    tensor on a GPU, NaN. Under `torch.compile` a Python float is a constant: give 0-d tensors.
+
+    Raises ValueError / TypeError that name the argument. Source: Schulman et al. 2017 (PPO) eq. 7;
+    dual clip: Ye et al. 2020; sequence ratio: Zheng et al. 2025 (GSPO); KL estimators: Schulman.
+    """
+    check = Check("ppo_loss")
+    _check_tensors(check, logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights,
+                   cu_seqlens)
+    check.choice("ratio", ratio, ("token", "sequence"))
+    check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    scalars = (
+        check.scalar("clip_low", clip_low, low=0.0), check.scalar("clip_high", clip_high, low=0.0),
+        check.scalar("dual_clip", dual_clip, above=1.0, optional=True),
+        check.scalar("max_log_ratio", max_log_ratio, above=0.0),
+        check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
+        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
+    if entropy is None and not isinstance(entropy_coef, Tensor):
+        _require("entropy", "entropy_coef", entropy_coef)
+    if ref_logprobs is None and not isinstance(kl_coef, Tensor):
+        _require("ref_logprobs", "kl_coef", kl_coef)
+    tensors = (logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, *scalars,
+               cu_seqlens)
+    grad = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    if grad and torch.is_grad_enabled():
+        loss, metrics = _PolicyLoss.apply(_Call(ratio, kl_estimator, reduction), *tensors)
+    else:
+        with torch.no_grad():
+            loss, _, _, metrics = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
+    return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))

@@ -1,0 +1,143 @@
+"""The critic's squared error, with optional value clipping and its gradient in the same pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import Check, offsets, values_between
+from ..._op import Op
+from ..._sequence import compute_dtype
+from . import reference
+
+_op = Op("value_loss")
+
+
+class ValueMetrics(NamedTuple):
+    """Sufficient statistics over the mask, as 0-d tensors on the device.
+
+    `merged` joins those of micro-batches; the properties need no host read.
+    """
+
+    tokens: Tensor  # valid tokens
+    clip_count: Tensor  # tokens whose loss is the clipped branch's
+    return_mean: Tensor
+    return_m2: Tensor  # sum of squared deviations of returns from their mean
+    error_mean: Tensor  # of returns - values
+    error_m2: Tensor
+
+    def merged(self, other: ValueMetrics) -> ValueMetrics:
+        """The metrics of two batches together. Source: Chan, Golub, LeVeque 1979."""
+        tokens = self.tokens + other.tokens
+        part = other.tokens / tokens.clamp(min=1)
+
+        def moments(mean: Tensor, m2: Tensor, mean_2: Tensor, m2_2: Tensor) -> list[Tensor]:
+            shift = mean_2 - mean
+            return [mean + shift * part, m2 + m2_2 + shift.square() * self.tokens * part]
+
+        return ValueMetrics(tokens, self.clip_count + other.clip_count,
+                            *moments(self.return_mean, self.return_m2, *other[2:4]),
+                            *moments(self.error_mean, self.error_m2, *other[4:6]))
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        return self.clip_count / self.tokens.clamp(min=1)
+
+    @property
+    def explained_variance(self) -> Tensor:
+        """1 - Var(returns - values) / Var(returns); 0 where the returns do not vary.
+
+        A variance up to (1e-6 mean)^2 is rounding, not variance.
+        """
+        rounding = self.tokens * (1e-6 * self.return_mean).square()
+        varies = ~(self.return_m2 <= rounding)  # NaN varies: it shows
+        explained = 1 - self.error_m2 / torch.where(varies, self.return_m2, 1.0)
+        return torch.where(varies, explained, torch.zeros_like(explained))
+
+
+class ValueLoss(NamedTuple):
+    """The results of `value_loss`, fp32 (fp64 for fp64 inputs)."""
+
+    loss: Tensor  # []
+    metrics: ValueMetrics  # detached
+
+
+def _check_values(values, returns, mask, old_values, clip, num_tokens, num_sequences, norm_length,
+                  cu_seqlens, reduction, grad) -> None:
+    offsets("value_loss", cu_seqlens, values.shape[0])
+    values_between("value_loss", "clip", clip, 0.0, float("inf"))
+
+
+def _fake(values, returns, mask, old_values, *rest):
+    dtype = compute_dtype(*(x for x in (values, returns, old_values) if x is not None))
+    return (values.new_empty((), dtype=dtype),
+            values.new_empty(values.shape if rest[-1] else 0, dtype=dtype),
+            values.new_empty(len(ValueMetrics._fields), dtype=dtype))
+
+
+_fwd = _op.define(
+    "value_loss_fwd(Tensor values, Tensor returns, Tensor? mask, Tensor? old_values, Tensor? clip,"
+    " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
+    " str reduction, bool grad) -> (Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+_bwd = _op.define("value_loss_bwd(Tensor grad_loss, Tensor dvalues) -> Tensor", reference.bwd,
+                  lambda grad_loss, dvalues: torch.empty_like(dvalues))
+
+
+class _ValueLoss(torch.autograd.Function):
+    """Forward keeps the derivative; backward multiplies it by the incoming gradient."""
+
+    @staticmethod
+    def forward(ctx, reduction, values, *tensors):
+        loss, dvalues, metrics = _fwd(values, *tensors, reduction, True)
+        ctx.dtype = values.dtype
+        ctx.save_for_backward(dvalues)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        dvalues = _bwd(grad_loss, *ctx.saved_tensors).to(ctx.dtype)
+        return (None, dvalues, *[None] * (len(ctx.needs_input_grad) - 2))
+
+
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
+               old_values: Tensor | None = None, clip: float | Tensor | None = None,
+               reduction: str = "token-mean", num_tokens: int | Tensor | None = None,
+               num_sequences: int | Tensor | None = None, norm_length: int | Tensor | None = None,
+               cu_seqlens: Tensor | None = None) -> ValueLoss:
+    """The critic's loss over the value mask, and its metrics.
+
+        l = 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = V_old + clamp(V - V_old, -clip, clip)
+        loss = Red(l)
+
+    values, returns, old_values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool.
+    clip: None is off, l = 0.5 (V - R)^2; old_values is then not read. It bounds the step of V in
+    the units of the returns: 0.2 with returns of 10 stops the critic. Reductions and their
+    denominators: as in `ppo_loss`.
+
+    Differentiable in values only. The gradient of the clipped branch, where it is the larger one
+    and V is beyond the clip, is 0; where the branches meet it is V - R: judge gradients near an
+    edge within a band. Under `torch.compile` a Python float is a constant: give a 0-d tensor.
+
+    Raises ValueError / TypeError that name the argument. Source: PPO2 of OpenAI baselines.
+    """
+    check = Check("value_loss")
+    check.sequences("values", values, mask, cu_seqlens)
+    check.tensor("returns", returns, check.tokens(cu_seqlens))
+    check.tensor("old_values", old_values, check.tokens(cu_seqlens), optional=True)
+    clip = check.scalar("clip", clip, low=0.0, optional=True)
+    if clip is not None and old_values is None:
+        raise ValueError("value_loss: old_values is None, expected a tensor, because clip is given")
+    counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
+    old_values = None if clip is None else old_values
+    tensors = (values, returns, mask, old_values, clip, *counts, cu_seqlens)
+    if values.requires_grad and torch.is_grad_enabled():
+        loss, metrics = _ValueLoss.apply(reduction, *tensors)
+    else:
+        with torch.no_grad():
+            loss, _, metrics = _fwd(*tensors, reduction, False)
+    return ValueLoss(loss, ValueMetrics(*metrics.unbind()))

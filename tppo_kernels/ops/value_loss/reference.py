@@ -1,0 +1,60 @@
+"""The specification of `value_loss` in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._sequence import compute_dtype, on, reduction_weights, select, valid_mask
+
+
+def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor | None,
+        clip: Tensor | None, num_tokens: Tensor | None, num_sequences: Tensor | None,
+        norm_length: Tensor | None, cu_seqlens: Tensor | None, reduction: str,
+        grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], d loss/d values, metrics [6]); see `tppo_kernels.value_loss`.
+
+    The derivative is an empty tensor where it is not wanted.
+    """
+    given = (values, returns, old_values)
+    dtype = compute_dtype(*(x for x in given if x is not None))
+    valid = valid_mask(values, mask)
+    value, target = select(values, valid, dtype), select(returns, valid, dtype)  # [B, T] or [N]
+    error = value - target
+    loss, slope, clipped = 0.5 * error.square(), error, torch.zeros_like(valid)
+    if clip is not None and old_values is not None:
+        loss, slope, clipped = _clipped(value, target, select(old_values, valid, dtype),
+                                        on(clip, value))
+    share = reduction_weights(valid, reduction, num_tokens, num_sequences, norm_length, cu_seqlens,
+                              dtype)
+    metrics = [valid.sum(dtype=torch.float64), clipped.sum(dtype=torch.float64),
+               *_moments(target, valid), *_moments(-error, valid)]
+    return ((share * loss).sum(dtype=torch.float64).to(dtype),
+            select(share * slope, valid).contiguous() if grad else loss.new_empty(0),
+            torch.stack(metrics).to(dtype))
+
+
+def _clipped(value: Tensor, target: Tensor, old: Tensor, clip: Tensor
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped loss, its derivative by value, and where the clipped branch is taken.
+
+    Within the clip V_clip is V itself, not V_old + (V - V_old), which rounds; beyond it V_clip is
+    constant in V. A NaN of any input stays NaN in both results.
+    """
+    drift = value - old
+    held_value = torch.where(drift.abs() <= clip, value, old + torch.clamp(drift, -clip, clip))
+    free, held = 0.5 * (value - target).square(), 0.5 * (held_value - target).square()
+    slope = torch.where(free >= held, value - target, 0.0 * held)
+    return torch.maximum(free, held), slope, held > free
+
+
+def _moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations from it, over the valid tokens, in two passes."""
+    n = valid.sum(dtype=torch.float64).clamp(min=1)
+    mean = x.sum(dtype=torch.float64) / n  # x is 0 where masked
+    return mean, select((x - mean).square(), valid).sum(dtype=torch.float64)
+
+
+def bwd(grad_loss: Tensor, dvalues: Tensor) -> Tensor:
+    """The gradient of values; a derivative of 0 stays 0 whatever comes in."""
+    return torch.where(dvalues == 0, torch.zeros_like(dvalues), grad_loss * dvalues)
