@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from ._op import BackendError, Explanation, explain, use_backend
 from .ops.gae import gae
+from .ops.place_rewards import place_rewards
 from .ops.ppo_loss import ppo_loss
+from .ops.response_states import response_states
+from .ops.token_advantages import token_advantages
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import value_loss
+from .ops.whiten import whiten
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "doctor", "explain", "gae", "ppo_loss", "token_logprobs",
-    "use_backend", "value_loss",
+    "BackendError", "Explanation", "doctor", "explain", "gae", "place_rewards", "ppo_loss",
+    "response_states", "token_advantages", "token_logprobs", "use_backend", "value_loss", "whiten",
 ]
 
 

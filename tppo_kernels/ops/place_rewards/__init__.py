@@ -1,0 +1,105 @@
+"""Rewards of sequences, spans and tokens, put where the trajectory can be paid for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._check import LABELS, Check, describe, offsets
+from ..._op import Op
+from ..._sequence import compute_dtype
+from . import reference
+
+_op = Op("place_rewards")
+
+
+class PlacedRewards(NamedTuple):
+    """The results of `place_rewards`, on the device of the mask, detached."""
+
+    rewards: Tensor  # [B, T] or [N], fp32 (fp64 where a tensor of rewards is fp64)
+    dropped: Tensor  # 0-d int64: how many non-zero rewards `on_masked="drop"` left out
+
+
+def _fake(mask, terminal, spans, span_values, dense, cu_seqlens, span_at, on_masked):
+    floats = [x for x in (terminal, dense, span_values) if x is not None]
+    return (mask.new_empty(mask.shape, dtype=compute_dtype(*floats)),
+            mask.new_empty((), dtype=torch.int64))
+
+
+_fwd = _op.define(
+    "place_rewards_fwd(Tensor mask, Tensor? terminal, Tensor spans, Tensor span_values,"
+    " Tensor? dense, Tensor? cu_seqlens, str span_at, str on_masked) -> (Tensor, Tensor)",
+    reference.fwd, _fake)
+
+
+def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
+           device: torch.device) -> tuple[Tensor, Tensor]:
+    """Spans as tensors: (b, start, end) [S, 3] int64 and values [S]."""
+    if isinstance(spans, Sequence) and len(spans) == 2 and all(
+            isinstance(x, Tensor) and x.dim() for x in spans) and spans[0].dim() == 2:
+        check.tensor("spans[0]", spans[0], "S 3", LABELS)
+        check.tensor("spans[1]", spans[1], "S")
+        return spans[0].long(), spans[1]
+    where, values = [], []
+    if isinstance(spans, (str, Tensor)) or not isinstance(spans, (Iterable, type(None))):
+        raise TypeError(f"{check.op}: spans is {describe(spans)}, expected (b, start, end, value) "
+                        "tuples, or a pair of tensors [S, 3] and [S]")
+    for i, span in enumerate(spans or ()):
+        try:
+            b, start, end, value = span
+            where.append([operator.index(b), operator.index(start), operator.index(end)])
+            values.append(float(value))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{check.op}: spans[{i}] is {describe(span)}, expected (b, start, "
+                              f"end, value), three whole numbers and a number") from error
+    return (torch.tensor(where, dtype=torch.int64, device=device).reshape(-1, 3),
+            torch.tensor(values, dtype=dtype, device=device))
+
+
+def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
+                  spans: Iterable | None = None, dense: Tensor | None = None,
+                  span_at: str = "last", on_masked: str = "error",
+                  cu_seqlens: Tensor | None = None) -> PlacedRewards:
+    """The token rewards [B, T] or [N] that the given rewards add up to, each on an action token.
+
+        terminal [B]                 at the last action token of each sequence
+        spans (b, start, end, v)     v at token end - 1 ("last"), v at every token of start..end-1
+                                     ("each"), or v / (end - start) at every one ("spread")
+        dense [B, T] or [N]          where it stands
+
+    mask: bool, the action mask (None: all tokens, with `dense` or `cu_seqlens` to give the shape).
+    spans: an iterable of tuples, or a pair of tensors, (b, start, end) int [S, 3] and values [S];
+    start and end count the tokens of sequence b, packed too. Rewards on one slot add up, in double
+    precision. A non-zero reward on a masked slot follows `on_masked`: "error" names the first such
+    slot; "move_back" moves it to the last action token before it in its sequence, an error if there
+    is none; "drop" leaves it out and counts it. A non-zero terminal reward of a sequence without an
+    action token is an error always. A reward of 0 is none; NaN is one.
+
+    Works on the host by its nature: it reads its inputs, so it is no part of a CUDA graph.
+    """
+    check = Check("place_rewards")
+    tokens = check.tokens(cu_seqlens)
+    if mask is None and (dense is not None or cu_seqlens is not None):
+        check.tensor("dense", dense, tokens, optional=True)
+        if cu_seqlens is not None:
+            check.packing(cu_seqlens)
+        like = dense if dense is not None else cu_seqlens
+        shape = dense.shape if dense is not None else (int(cu_seqlens[-1]),)
+        mask = torch.ones(shape, dtype=torch.bool, device=like.device)
+    check.tensor("mask", mask, tokens, (torch.bool,))
+    if cu_seqlens is not None:
+        check.packing(cu_seqlens)
+        offsets("place_rewards", cu_seqlens, mask.shape[0])
+    check.tensor("terminal", terminal, "B", optional=True)
+    check.tensor("dense", dense, tokens, optional=True)
+    check.choice("span_at", span_at, ("last", "each", "spread"))
+    check.choice("on_masked", on_masked, ("error", "move_back", "drop"))
+    floats = [x for x in (terminal, dense) if x is not None]
+    where, values = _pairs(check, spans, compute_dtype(*floats), mask.device)
+    with torch.no_grad():
+        return PlacedRewards(*_fwd(mask, terminal, where, values, dense, cu_seqlens, span_at,
+                                   on_masked))

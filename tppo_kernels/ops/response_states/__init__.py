@@ -1,0 +1,128 @@
+"""States of a full sequence, lined up with its response tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import BOOL, LABELS, Check, offsets
+from ..._op import Op
+from . import reference
+
+ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
+
+_op = Op("response_states")
+
+
+def _check_values(full, prompt_length, mask, cu_seqlens, T, align) -> None:
+    batch, length = full.shape[0], full.shape[0 if cu_seqlens is not None else 1]
+    if cu_seqlens is not None:
+        offsets("response_states", cu_seqlens, length)
+        batch = cu_seqlens.shape[0] - 1
+    first, wanted = reference.window(prompt_length, mask, batch, T, align)
+    position, inside = reference.positions(first, wanted.shape[1], cu_seqlens, length)
+    wrong = (wanted & ~inside).nonzero()
+    if len(wrong) == 0:
+        return
+    b, slot = wrong[0].tolist()
+    prompt, at = int(prompt_length.expand(batch)[b]), int(position[b, slot])
+    end = length if cu_seqlens is None else int(cu_seqlens[b + 1] - cu_seqlens[b])
+    token = T - 1 if align == "bootstrap" and mask is None else slot
+    if align == "bootstrap" and mask is not None:
+        token = at - prompt
+    raise ValueError(
+        f"response_states: prompt_length is {prompt} and T is {T}: align={align!r} puts token "
+        f"{token} of sequence {b} at position {at}, expected a position in [0, {end}); slots "
+        "behind the end of a sequence are masked by `mask`")
+
+
+def _fake_fwd(full, prompt_length, mask, cu_seqlens, T, align):
+    batch = full.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    inner = full.shape[2:] if cu_seqlens is None else full.shape[1:]
+    return full.new_empty((batch, *inner) if align == "bootstrap" else (batch, T, *inner))
+
+
+def _fake_bwd(grad, prompt_length, mask, cu_seqlens, length, T, align):
+    inner = grad.shape[1:] if align == "bootstrap" else grad.shape[2:]
+    return grad.new_empty((length, *inner) if cu_seqlens is not None
+                          else (grad.shape[0], length, *inner))
+
+
+_fwd = _op.define(
+    "response_states_fwd(Tensor full, Tensor prompt_length, Tensor? mask, Tensor? cu_seqlens,"
+    " SymInt T, str align) -> Tensor", reference.fwd, _fake_fwd, _check_values)
+_bwd = _op.define(
+    "response_states_bwd(Tensor grad, Tensor prompt_length, Tensor? mask, Tensor? cu_seqlens,"
+    " SymInt length, SymInt T, str align) -> Tensor", reference.bwd, _fake_bwd)
+
+
+@dataclass(frozen=True)
+class _Static:
+    length: int  # L, or N of a packed batch
+    T: int
+    align: str
+
+
+class _ResponseStates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, full, prompt_length, mask, cu_seqlens, static):
+        ctx.save_for_backward(prompt_length, mask, cu_seqlens)
+        ctx.static = static
+        return _fwd(full, prompt_length, mask, cu_seqlens, static.T, static.align)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        static = ctx.static
+        return (_bwd(grad, *ctx.saved_tensors, static.length, static.T, static.align),
+                None, None, None, None)
+
+
+def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: str = "logprob", *,
+                    mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The states that belong to the response tokens t = 0..T-1 of each sequence.
+
+        align "logprob", "value"   full[:, P - 1 : P + T - 1]    the state before token t
+        align "reward"             full[:, P : P + T]            the state at token t
+        align "bootstrap"          full[b, P + t_last]           the state at the last action token
+
+    full: [B, L, ...] (hidden states, or one value a token), or packed [N, ...] with `cu_seqlens`
+    [B + 1] int32 over prompt and response. prompt_length P: a number, or [B] (the width of the
+    prompt where prompts are left-padded to one width). mask: bool [B, T], the action mask of the
+    response tokens, None for all. With responses of several lengths, T is the longest, and the mask
+    is False behind the end of the shorter ones: those slots are never read, and are 0.
+
+    Gives [B, T, ...], from packed input too; "bootstrap" [B, ...], with t_last the last True of the
+    mask, T - 1 without one, and 0 for a sequence without an action token. The dtype is that of
+    `full`, nothing is computed. Differentiable in `full`, deterministic.
+
+    A valid slot outside its sequence is a ValueError on CPU (on a GPU where P is a number and no
+    mask is given, or under TPPO_CHECK=1; otherwise it is NaN).
+    """
+    check = Check("response_states")
+    packed = cu_seqlens is not None
+    outer = 1 if packed else 2
+    inner = range(outer, full.dim() if isinstance(full, Tensor) else outer)
+    check.tensor("full", full, " ".join(["N" if packed else "B L", *(f"D{i}" for i in inner)]))
+    if packed:
+        check.packing(cu_seqlens)
+    check.number("T", T, low=0, kind=int)
+    check.choice("align", align, ALIGNMENTS)
+    check.sizes["T"], check.owner["T"] = T, "T"
+    check.tensor("mask", mask, "B T", BOOL, optional=True)
+    if isinstance(prompt_length, Tensor):
+        check.tensor("prompt_length", prompt_length, "B|", LABELS)
+    else:
+        least = 1 if align in ("logprob", "value") and T > 0 and mask is None else 0
+        check.number("prompt_length", prompt_length, low=least, kind=int)
+        end = prompt_length + T - (align in ("logprob", "value"))
+        if mask is None and not packed and T > 0 and end > full.shape[1]:
+            raise ValueError(
+                f"response_states: prompt_length is {prompt_length} and T is {T}: align={align!r} "
+                f"needs {end} states a sequence, full has L = {full.shape[1]}")
+        prompt_length = torch.full((), prompt_length, dtype=torch.int64, device=full.device)
+    static = _Static(full.shape[0 if packed else 1], T, align)
+    return _ResponseStates.apply(full, prompt_length, mask, cu_seqlens, static)

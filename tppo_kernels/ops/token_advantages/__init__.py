@@ -1,0 +1,129 @@
+"""Advantages of every token in one call: KL-shaped rewards, GAE, whitening, statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._check import BOOL, Check, offsets, values_between
+from ..._op import Op
+from ..._sequence import KL_ESTIMATORS, alive, compute_dtype
+from ..whiten import check_group, over_group
+from ..whiten.reference import fwd as whitened
+from . import reference
+
+_op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+
+NBYTES_PER_TOKEN = 29  # gae's 17, two log-probs and the shaped rewards; 37 with whitening
+
+
+class AdvantageStats(NamedTuple):
+    """Scalars on the device, over the action mask of this process."""
+
+    n: Tensor  # action tokens, int64
+    reward_mean: Tensor  # of the shaped rewards
+    reward_std: Tensor
+    kl_mean: Tensor  # of the estimator, not multiplied by kl_coef; 0 without log-probs
+    advantage_mean: Tensor  # of the raw advantages
+    advantage_std: Tensor
+    return_mean: Tensor
+    return_std: Tensor
+
+
+class TokenAdvantages(NamedTuple):
+    """The results of `token_advantages`, fp32 (fp64 for fp64 inputs), detached."""
+
+    advantages: Tensor  # [B, T] or [N]
+    returns: Tensor  # [B, T] or [N]
+    rewards: Tensor  # [B, T] or [N]
+    stats: AdvantageStats
+
+
+def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma,
+                  lam, value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased) -> None:
+    offsets("token_advantages", cu_seqlens, token_rewards.shape[0])
+    seen = alive(token_rewards, mask, cu_seqlens)
+    values_between("token_advantages", "lam", lam, 0.0, 1.0, seen)
+    values_between("token_advantages", "value_lam", value_lam, 0.0, 1.0, seen)
+    if mask is not None and train_mask is not None and bool((train_mask & ~mask).any()):
+        where = (train_mask & ~mask).nonzero()[0].tolist()
+        raise ValueError(f"token_advantages: train_mask is True at {where}, where mask is False, "
+                         "expected a subset of mask")
+
+
+def _fake(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma, lam,
+          value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased):
+    given = [x for x in (token_rewards, values, logprobs, ref_logprobs) if x is not None]
+    tokens = [token_rewards.new_empty(token_rewards.shape, dtype=compute_dtype(*given))
+              for _ in range(3)]
+    return (*tokens, token_rewards.new_empty(8, dtype=torch.float64),
+            token_rewards.new_empty(4, dtype=torch.float64))
+
+
+_fwd = _op.define(
+    "token_advantages_fwd(Tensor token_rewards, Tensor values, Tensor? mask, Tensor? train_mask,"
+    " Tensor? logprobs, Tensor? ref_logprobs, Tensor kl_coef, Tensor gamma, Tensor lam,"
+    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens, str kl_estimator, bool unbiased)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+
+
+def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+                     train_mask: Tensor | None = None, logprobs: Tensor | None = None,
+                     ref_logprobs: Tensor | None = None, kl_coef: float | Tensor = 0.0,
+                     kl_estimator: str = "k1", gamma: float | Tensor = 1.0,
+                     lam: float | Tensor = 0.95, value_lam: float | Tensor | None = None,
+                     bootstrap: Tensor | None = None, normalize: bool = True,
+                     unbiased: bool = True, group: Any = None,
+                     cu_seqlens: Tensor | None = None) -> TokenAdvantages:
+    """Rewards minus KL, then `gae`, then `whiten`, with the statistics a trainer logs.
+
+        rewards_t  = token_reward_t - kl_coef k(logprob_t, ref_logprob_t)
+        A, returns = gae(rewards, values, mask, gamma, lam, value_lam, bootstrap)
+        advantages = whiten(A, train_mask)        A itself where `normalize` is False
+
+    token_rewards, values, logprobs, ref_logprobs: [B, T], or packed [N] with `cu_seqlens` [B + 1]
+    int32. mask: the action mask, over which KL is paid and `stats` is taken. train_mask: a subset
+    of it, `mask` itself where None; normalised advantages are 0 outside. kl_coef: a number or 0-d;
+    a number other than 0, or a 0-d tensor (which is not read), needs both log-probs; with them and
+    kl_coef 0 the KL is only measured. kl_estimator: of `KL_ESTIMATORS`. gamma, lam, value_lam,
+    bootstrap: as in `gae`. unbiased: as in `whiten`, for `stats` too. group: whitens over all its
+    processes, each of which must call, also one without a token; `stats` stays this process's own.
+
+    Source: Ziegler et al. 2019, eq. 2 (the KL inside the reward); `gae` and `whiten` for the rest.
+    """
+    check = Check("token_advantages")
+    check.sequences("token_rewards", token_rewards, mask, cu_seqlens)
+    tokens = check.tokens(cu_seqlens)
+    check.tensor("values", values, tokens)
+    check.tensor("train_mask", train_mask, tokens, BOOL, optional=True)
+    check.tensor("logprobs", logprobs, tokens, optional=True)
+    check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
+    check.tensor("bootstrap", bootstrap, "B", optional=True)
+    check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    check.choice("normalize", normalize, (True, False))
+    check.choice("unbiased", unbiased, (True, False))
+    coef = check.scalar("kl_coef", kl_coef)
+    shaped = isinstance(kl_coef, Tensor) or kl_coef != 0
+    for name, given, other in (("logprobs", logprobs, ref_logprobs),
+                               ("ref_logprobs", ref_logprobs, logprobs)):
+        if given is None and (shaped or other is not None):
+            why = f"kl_coef is {kl_coef}" if shaped else "the other log-probs are given"
+            raise ValueError(f"token_advantages: {name} is None, expected a tensor because {why}")
+    gamma = check.scalar("gamma", gamma)
+    lam = check.per_sequence("lam", lam, low=0.0, high=1.0)
+    value_lam = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
+    check_group(check, group)
+    with torch.no_grad():
+        advantages, returns, rewards, stats, moments = _fwd(
+            token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, gamma, lam,
+            value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased)
+        if normalize:
+            trained = mask if train_mask is None else train_mask
+            eps = torch.tensor(1e-8, dtype=torch.float64)
+            advantages = whitened(advantages, trained, over_group(moments, group), eps, unbiased,
+                                  True)
+        n, *scalars = stats.unbind()
+        return TokenAdvantages(advantages, returns, rewards, AdvantageStats(
+            n.long(), *(x.to(rewards.dtype) for x in scalars)))

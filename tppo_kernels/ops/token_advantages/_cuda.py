@@ -1,0 +1,16 @@
+"""`token_advantages` on an NVIDIA GPU: the compiled walk of `gae` between vectorised passes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..gae._cuda import fwd as gae
+from ._cpp import supports
+from .reference import compose
+
+__all__ = ["fwd", "supports"]
+
+
+def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.compose`."""
+    return compose(gae, *args)

@@ -1,0 +1,73 @@
+"""Whitening of advantages, or of anything else, over the valid tokens of all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..._check import BOOL, Check, describe, values_between
+from ..._op import Op
+from ..._sequence import compute_dtype
+from . import reference
+
+_op = Op("whiten")
+
+
+def _check_values(x, mask, moments, eps, unbiased, shift_mean) -> None:
+    values_between("whiten", "eps", eps, 0.0, float("inf"))
+
+
+_stats = _op.define(
+    "whiten_stats(Tensor x, Tensor? mask) -> Tensor", reference.stats,
+    lambda x, mask: x.new_empty(4, dtype=torch.float64))
+_fwd = _op.define(
+    "whiten_fwd(Tensor x, Tensor? mask, Tensor moments, Tensor eps, bool unbiased,"
+    " bool shift_mean) -> Tensor", reference.fwd,
+    lambda x, mask, moments, eps, unbiased, shift_mean: x.new_empty(
+        x.shape, dtype=compute_dtype(x)), _check_values)
+
+
+def check_group(check: Check, group: Any) -> None:
+    """Holds `group` to a process group that this process belongs to, or None."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"{check.op}: group is {describe(group)}, expected a "
+                        "torch.distributed.ProcessGroup of this process, or None")
+
+
+def over_group(moments: Tensor, group: Any) -> Tensor:
+    """The statistics of all processes of the group; each takes part, with tokens or without."""
+    if group is None:
+        return moments
+    parts = moments.new_empty(dist.get_world_size(group) * 4)
+    dist.all_gather_into_tensor(parts, moments, group=group)
+    return reference.merge(parts.reshape(-1, 4))  # in the order of ranks: the same bits on each
+
+
+def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
+           shift_mean: bool = True, eps: float | Tensor = 1e-8, group: Any = None) -> Tensor:
+    """x shifted to mean 0 and scaled to variance 1 over its valid tokens.
+
+        (x - mean) * rsqrt(var + eps)        + mean where `shift_mean` is False
+
+    x: [B, T], packed [N], or any other shape; mask: bool, of the same shape: the train mask.
+    var = M2 / (n - 1), or M2 / n where `unbiased` is False. var <= (1e-6 max|x|)^2 or n < 2 counts
+    as no variance and gives 0 (or the mean). eps: a number >= 0, or 0-d.
+    group: a ProcessGroup; (n, mean, M2, max|x|) are then those of all its processes, by one
+    all-gather of four numbers. Every process must call, also one without a valid token.
+    The result is fp32 (fp64 of fp64), detached, and 0 where masked.
+
+    Source: n - 1 as verl, TRL and SkyRL, n as OpenRLHF; merging: Chan, Golub, LeVeque 1979.
+    """
+    check = Check("whiten")
+    check.tensor("x", x, "...")
+    check.tensor("mask", mask, "...", BOOL, optional=True)
+    check.choice("unbiased", unbiased, (True, False))
+    check.choice("shift_mean", shift_mean, (True, False))
+    eps = check.scalar("eps", eps, low=0.0)
+    check_group(check, group)
+    with torch.no_grad():
+        moments = over_group(_stats(x, mask), group)
+        return _fwd(x, mask, moments, eps, unbiased, shift_mean)
