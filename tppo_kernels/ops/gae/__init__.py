@@ -77,8 +77,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
     check.sequences("rewards", rewards, mask, cu_seqlens)
     check.tensor("values", values, check.tokens(cu_seqlens))
     check.tensor("bootstrap", bootstrap, "B", optional=True)
-    gamma = check.scalar("gamma", gamma)
-    lam = check.per_sequence("lam", lam, low=0.0, high=1.0)
-    value_lam = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
+    discount = check.scalar("gamma", gamma)
+    lam_rows = check.per_sequence("lam", lam, low=0.0, high=1.0)
+    value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
     with torch.no_grad():
-        return Gae(*_fwd(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens))
+        return Gae(*_fwd(rewards, values, mask, discount, lam_rows, value_rows, bootstrap,
+                         cu_seqlens))

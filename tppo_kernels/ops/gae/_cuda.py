@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _C
+import tppo_kernels._C as _C
+
 from ._cpp import address, rows, supports
 
 __all__ = ["fwd", "supports"]

@@ -24,11 +24,12 @@ def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam
     value_lam = lam if value_lam is None else spread(value_lam.to(dtype), reward, cu_seqlens)
     behind = reward.new_zeros(()) if bootstrap is None else bootstrap.to(dtype)
     behind = spread(behind, reward, cu_seqlens)
-    rows = [x.reshape(1, -1) if cu_seqlens is not None else x
-            for x in (reward, value, lam, value_lam, behind)]
-    valid = None if mask is None else mask.reshape(rows[0].shape)
-    restart = _restarts(rows[0], cu_seqlens)
-    advantage, target = _walk(*rows, valid, restart, gamma)
+    shape = reward.shape if cu_seqlens is None else (1, reward.shape[0])
+    valid = None if mask is None else mask.reshape(shape)
+    restart = _restarts(reward.reshape(shape), cu_seqlens)
+    advantage, target = _walk(reward.reshape(shape), value.reshape(shape), lam.reshape(shape),
+                              value_lam.reshape(shape), behind.reshape(shape), valid, restart,
+                              gamma)
     return (select(advantage.reshape(reward.shape), mask),
             select(target.reshape(reward.shape) + value, mask))
 

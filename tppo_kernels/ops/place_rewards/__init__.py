@@ -9,12 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import LABELS, Check, describe, offsets
+from ..._check import BOOL, LABELS, Check, describe, offsets
 from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
 
 _op = Op("place_rewards")
+
+
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 17, generator=g) < 0.7
+    terminal = torch.randn(3, generator=g, dtype=torch.float64)
+    dense = torch.randn(3, 17, generator=g, dtype=torch.float64)
+    return (mask,), {"terminal": terminal, "dense": dense, "spans": [(0, 2, 9, 1.0)],
+                     "span_at": "spread", "on_masked": "drop"}
 
 
 class PlacedRewards(NamedTuple):
@@ -83,14 +93,14 @@ def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
     """
     check = Check("place_rewards")
     tokens = check.tokens(cu_seqlens)
-    if mask is None and (dense is not None or cu_seqlens is not None):
-        check.tensor("dense", dense, tokens, optional=True)
-        if cu_seqlens is not None:
-            check.packing(cu_seqlens)
-        like = dense if dense is not None else cu_seqlens
-        shape = dense.shape if dense is not None else (int(cu_seqlens[-1]),)
-        mask = torch.ones(shape, dtype=torch.bool, device=like.device)
-    check.tensor("mask", mask, tokens, (torch.bool,))
+    if mask is None and dense is not None:
+        check.tensor("dense", dense, tokens)
+        mask = torch.ones(dense.shape, dtype=torch.bool, device=dense.device)
+    elif mask is None and cu_seqlens is not None:
+        check.packing(cu_seqlens)
+        mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
+    check.tensor("mask", mask, tokens, BOOL)
+    assert mask is not None
     if cu_seqlens is not None:
         check.packing(cu_seqlens)
         offsets("place_rewards", cu_seqlens, mask.shape[0])

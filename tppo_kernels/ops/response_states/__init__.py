@@ -17,6 +17,14 @@ ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
 _op = Op("response_states")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    full = torch.randn(3, 17, 4, generator=g, dtype=torch.float64)
+    return (full, torch.tensor([5, 3, 9]), 8), {
+        "align": "logprob", "mask": torch.rand(3, 8, generator=g) < 0.7}
+
+
 def _check_values(full, prompt_length, mask, cu_seqlens, T, align) -> None:
     batch, length = full.shape[0], full.shape[0 if cu_seqlens is not None else 1]
     if cu_seqlens is not None:

@@ -19,6 +19,14 @@ _op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "reference"
 NBYTES_PER_TOKEN = 29  # gae's 17, two log-probs and the shaped rewards; 37 with whitening
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test and the benchmarks' gate."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values, logprobs, ref = torch.randn(4, 3, 17, generator=g, dtype=torch.float64)
+    return (rewards, values, torch.rand(3, 17, generator=g) < 0.7), {
+        "logprobs": logprobs, "ref_logprobs": ref, "kl_coef": 0.1, "gamma": 0.99}
+
+
 class AdvantageStats(NamedTuple):
     """Scalars on the device, over the action mask of this process."""
 
@@ -111,14 +119,14 @@ def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None 
         if given is None and (shaped or other is not None):
             why = f"kl_coef is {kl_coef}" if shaped else "the other log-probs are given"
             raise ValueError(f"token_advantages: {name} is None, expected a tensor because {why}")
-    gamma = check.scalar("gamma", gamma)
-    lam = check.per_sequence("lam", lam, low=0.0, high=1.0)
-    value_lam = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
+    discount = check.scalar("gamma", gamma)
+    lam_rows = check.per_sequence("lam", lam, low=0.0, high=1.0)
+    value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
     check_group(check, group)
     with torch.no_grad():
         advantages, returns, rewards, stats, moments = _fwd(
-            token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, gamma, lam,
-            value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased)
+            token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, discount,
+            lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased)
         if normalize:
             trained = mask if train_mask is None else train_mask
             eps = torch.tensor(1e-8, dtype=torch.float64)

@@ -16,6 +16,13 @@ from . import reference
 _op = Op("whiten")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(3, 17, generator=g, dtype=torch.float64)
+    return (x, torch.rand(3, 17, generator=g) < 0.7), {}
+
+
 def _check_values(x, mask, moments, eps, unbiased, shift_mean) -> None:
     values_between("whiten", "eps", eps, 0.0, float("inf"))
 
@@ -66,8 +73,8 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
     check.tensor("mask", mask, "...", BOOL, optional=True)
     check.choice("unbiased", unbiased, (True, False))
     check.choice("shift_mean", shift_mean, (True, False))
-    eps = check.scalar("eps", eps, low=0.0)
+    epsilon = check.scalar("eps", eps, low=0.0)
     check_group(check, group)
     with torch.no_grad():
         moments = over_group(_stats(x, mask), group)
-        return _fwd(x, mask, moments, eps, unbiased, shift_mean)
+        return _fwd(x, mask, moments, epsilon, unbiased, shift_mean)
