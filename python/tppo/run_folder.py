@@ -23,6 +23,7 @@ __all__ = ["RunFolder", "write_json", "write_jsonl"]
 
 MANIFEST = "manifest.json"
 _HIDDEN = "(not written)"
+_ABSENT = object()
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "credential", "authorization"}
 
 
@@ -157,15 +158,20 @@ def _lock(work: Path) -> Iterator[None]:
         work.mkdir(exist_ok=True)
         descriptor = os.open(work, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor, work)
             # Between open and lock another process may have renamed the folder away.
             if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
                 yield
                 return
-        except BlockingIOError:
-            raise RuntimeError(f"{work}: another process is running this stage") from None
         finally:
             os.close(descriptor)
+
+
+def _take(descriptor: int, work: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"{work}: another process is running this stage") from None
 
 
 def _clear(work: Path, *, keep: bool) -> None:
@@ -228,9 +234,13 @@ def _changes(name: str, was: Any, now: Any) -> list[str]:
         return [
             change
             for key in sorted(was.keys() | now.keys())
-            for change in _changes(f"{name}.{key}", was.get(key), now.get(key))
+            for change in _changes(f"{name}.{key}", was.get(key, _ABSENT), now.get(key, _ABSENT))
         ]
-    return [] if was == now else [f"{name} was {was!r}, is {now!r}"]
+    return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)
 
 
 def _input_changes(was: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:

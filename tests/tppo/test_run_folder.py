@@ -1,0 +1,324 @@
+"""Run folders: a stage is there whole or not at all, and knows what it was made from."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tppo.progress import INTERVAL_S, say, status, track
+from tppo.run_folder import RunFolder, sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    lr: float = 1e-3
+    shape: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    inner: Inner = Inner()
+    path: Path = Path("x/y")
+    max_new_tokens: int = 24
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("one\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def finish(folder, data, config=Config(), seed=1, text="weights"):  # noqa: B008
+    with folder.stage("sft", [data], config, seed) as out:
+        (out / "model").mkdir()
+        (out / "model" / "a.txt").write_text(text)
+    return folder.root / "sft"
+
+
+def test_a_finished_stage_has_its_files_and_a_manifest(folder, data):
+    final = finish(folder, data)
+    assert os.listdir(folder.root) == ["sft"]
+    assert (final / "model" / "a.txt").read_text() == "weights"
+    manifest = json.loads((final / "manifest.json").read_text())
+    assert manifest["inputs"] == [
+        {"path": "../data.jsonl", "sha256": hashlib.sha256(b"one\n").hexdigest()}
+    ]
+    assert manifest["config"] == {
+        "inner": {"lr": 0.001, "shape": [1, 2]},
+        "path": "x/y",
+        "max_new_tokens": 24,
+    }
+    assert manifest["seed"] == 1
+    assert manifest["seconds"] >= 0
+    assert set(manifest["versions"]) == {"python", "tppo-kernels", "torch", "transformers"}
+    assert manifest["outputs"] == {
+        "model/a.txt": {"nbytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    }
+
+
+def test_done_compares_inputs_config_and_seed(folder, data, capsys):
+    assert not folder.done("sft", [data], Config(), 1)
+    assert capsys.readouterr().err == ""  # nothing to explain: it never ran
+    finish(folder, data)
+    assert folder.done("sft", [data], Config(), 1)
+    assert capsys.readouterr().err == ""
+
+    assert not folder.done("sft", [data], Config(inner=Inner(lr=0.1)), 2)
+    err = capsys.readouterr().err
+    assert err == "sft: runs again, because config.inner.lr was 0.001, is 0.1; seed was 1, is 2\n"
+
+    data.write_text("two\n")
+    assert not folder.done("sft", [data], Config(), 1)
+    assert capsys.readouterr().err == "sft: runs again, because input ../data.jsonl changed\n"
+
+
+def test_a_config_that_gains_or_loses_a_key_is_another(folder, data):
+    finish(folder, data, config={"a": 1, "b": None})
+    assert folder.changes("sft", [data], {"a": 1, "b": None}, 1) == []
+    assert folder.changes("sft", [data], {"a": 1}, 1) == ["config.b was None, is absent"]
+    assert folder.changes("sft", [data], {"a": 1, "b": None, "c": 2}, 1) == [
+        "config.c was absent, is 2"
+    ]
+    assert folder.changes("sft", [data, data], {"a": 1, "b": None}, 1) == ["it had 1 inputs, has 2"]
+
+
+def test_the_same_input_elsewhere_is_the_same_input(folder, data, tmp_path):
+    finish(folder, data)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(data.read_bytes())
+    assert folder.done("sft", [copy], Config(), 1)
+
+
+def test_a_folder_is_an_input_by_names_and_contents(folder, data):
+    model = finish(folder, data)
+    before = sha256(model)
+    (model / "manifest.json").write_text("{}")
+    assert sha256(model) == before  # when and where it was made does not matter
+    os.rename(model / "model" / "a.txt", model / "model" / "b.txt")
+    renamed = sha256(model)
+    (model / "model" / "b.txt").write_text("other")
+    assert len({before, renamed, sha256(model)}) == 3
+    with pytest.raises(ValueError, match="absent: no such file or folder"):
+        sha256(model / "absent")
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "manifest"])
+def test_a_damaged_stage_is_not_done(folder, data, damage):
+    final = finish(folder, data)
+    if damage == "remove":
+        (final / "model" / "a.txt").unlink()
+    elif damage == "truncate":
+        (final / "model" / "a.txt").write_text("weigh")
+    else:
+        (final / "manifest.json").write_text('{"inputs": ')
+    assert not folder.done("sft", [data], Config(), 1)
+    finish(folder, data)
+    assert folder.done("sft", [data], Config(), 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_stage_leaves_nothing(folder, data, error):
+    with pytest.raises(error):
+        with folder.stage("sft", [data], Config(), 1) as out:
+            (out / "half.txt").write_text("x")
+            raise error
+    assert os.listdir(folder.root) == []
+    assert not folder.done("sft", [data], Config(), 1)
+
+
+def test_a_failing_stage_leaves_the_earlier_result(folder, data):
+    finish(folder, data)
+    with pytest.raises(RuntimeError):
+        with folder.stage("sft", [data], Config(), 2) as out:
+            (out / "half.txt").write_text("x")
+            raise RuntimeError
+    assert os.listdir(folder.root) == ["sft"]
+    assert folder.done("sft", [data], Config(), 1)
+    assert not folder.done("sft", [data], Config(), 2)
+
+
+def test_a_second_run_replaces_the_first_whole(folder, data):
+    finish(folder, data)
+    with folder.stage("sft", [data], Config(), 2) as out:
+        (out / "only.txt").write_text("new")
+    assert sorted(os.listdir(folder.root / "sft")) == ["manifest.json", "only.txt"]
+    assert os.listdir(folder.root) == ["sft"]
+
+
+KILLED = """
+import sys, time
+from tppo.run_folder import RunFolder
+with RunFolder(sys.argv[1]).stage("sft", [], {"a": 1}, 1, resume=len(sys.argv) > 2) as out:
+    (out / "half.txt").write_text("x")
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-c", KILLED, str(folder.root), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_killed_stage_does_not_look_finished_and_starts_anew(folder):
+    kill(start(folder))
+    assert not folder.done("sft", [], {"a": 1}, 1)
+    assert not (folder.root / "sft").exists()
+    with folder.stage("sft", [], {"a": 1}, 1) as out:
+        assert not (out / "half.txt").exists()
+    assert folder.done("sft", [], {"a": 1}, 1)
+    assert os.listdir(folder.root) == ["sft"]
+
+
+@pytest.mark.parametrize(("config", "kept"), [({"a": 1}, True), ({"a": 2}, False)])
+def test_a_resumable_stage_gets_its_files_back_for_the_same_work(folder, config, kept):
+    kill(start(folder, "resume"))
+    assert not folder.done("sft", [], {"a": 1}, 1)
+    with folder.stage("sft", [], config, 1, resume=True) as out:
+        assert (out / "half.txt").exists() == kept
+    assert folder.done("sft", [], config, 1)
+
+
+def test_a_resumable_stage_keeps_its_files_when_it_fails(folder):
+    with pytest.raises(RuntimeError):
+        with folder.stage("ppo", resume=True) as out:
+            (out / "step-1").write_text("x")
+            raise RuntimeError
+    assert not folder.done("ppo")
+    with folder.stage("ppo", resume=True) as out:
+        assert (out / "step-1").read_text() == "x"
+
+
+def test_two_processes_cannot_run_one_stage(folder):
+    process = start(folder)
+    try:
+        with pytest.raises(RuntimeError, match=r"sft\.tmp: another process is running this stage"):
+            with folder.stage("sft", [], {"a": 1}, 1):
+                pass
+        assert (folder.root / "sft.tmp" / "half.txt").exists()
+        with folder.stage("other"):
+            pass
+    finally:
+        kill(process)
+
+
+def test_an_interrupted_replacement_is_finished_by_the_next_run(folder, data):
+    final = finish(folder, data)
+    os.rename(final, folder.root / "sft.old")  # where a kill between the two renames leaves it
+    assert not folder.done("sft", [data], Config(), 1)
+    finish(folder, data)
+    assert os.listdir(folder.root) == ["sft"]
+
+
+def test_secrets_are_not_written(folder):
+    config = {
+        "base_url": "https://me:pass1@host/v1",
+        "api_key": "sk-1234",
+        "api_key_env": "MY_KEY",
+        "headers": [{"Authorization": "Bearer 99"}],
+        "hf_token": "hf_77",
+        "max_new_tokens": 24,
+        "tokenizer": "bpe",
+    }
+    with folder.stage("label", [], config):
+        pass
+    text = (folder.root / "label" / "manifest.json").read_text()
+    for secret in ("pass1", "sk-1234", "Bearer", "hf_77"):
+        assert secret not in text
+    written = json.loads(text)["config"]
+    assert written["api_key_env"] == "MY_KEY"
+    assert written["max_new_tokens"] == 24
+    assert written["tokenizer"] == "bpe"
+    assert written["base_url"].endswith("@host/v1")
+    assert folder.done("label", [], config)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", ".x", "a.tmp"])
+def test_stage_names_are_plain(folder, name):
+    with pytest.raises(ValueError, match="stage name was"):
+        with folder.stage(name):
+            pass
+
+
+def test_work_that_takes_long_is_never_silent(capsys):
+    """A single step that takes three intervals is reported on while it runs."""
+    lines = []
+
+    def watch():
+        started = time.monotonic()
+        while time.monotonic() - started < 3.4 * INTERVAL_S and len(lines) < 3:
+            text = capsys.readouterr().err
+            if text:
+                lines.append((time.monotonic() - started, text))
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    bar = track(iter([1]), "thinking", total=1)
+    for _ in bar:
+        bar.note("loss 1.5")
+        watcher.join()
+    assert len(lines) == 3
+    gaps = [b - a for (a, _), (b, _) in zip([(0.0, ""), *lines], lines, strict=False)]
+    assert all(0.8 * INTERVAL_S < gap < 1.4 * INTERVAL_S for gap in gaps), gaps
+    assert lines[0][1].startswith("thinking 0/1 (0 %) 2 s: loss 1.5")
+    assert capsys.readouterr().err.startswith("thinking 1/1 (100 %)")
+
+
+def test_quick_work_says_nothing_and_other_ranks_never_speak(capsys, monkeypatch):
+    assert list(track([1, 2, 3], "quick")) == [1, 2, 3]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    with status("loading"):
+        say("hello")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_live_bar():
+    """The bar, a line beside it, and a clean screen afterwards, on a real pseudo-terminal."""
+    import pty
+
+    script = (
+        "from tppo.progress import *; import time\n"
+        "for i in (bar := track(range(4), 'steps')):\n"
+        "    time.sleep(.2); bar.note(f'loss {i}'); say('line %d [x]' % i)\n"
+    )
+    parent, child = pty.openpty()
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, stderr=child, env=environment)
+    os.close(child)
+    seen = b""
+    try:
+        while block := os.read(parent, 4096):
+            seen += block
+    except OSError:  # the other end is closed
+        pass
+    finally:
+        process.wait()
+        os.close(parent)
+    assert process.returncode == 0
+    text = seen.decode()
+    assert "steps" in text and "2/4 (50 %)" in text and "line 3 [x]" in text and "loss 2" in text
