@@ -17,7 +17,10 @@ from .ops.place_rewards import place_rewards
 from .ops.ppo_loss import ppo_loss
 from .ops.response_states import response_states
 from .ops.token_advantages import token_advantages
+from .ops.token_head import token_head
 from .ops.token_logprobs import token_logprobs
+from .ops.token_reward_loss import token_reward_loss
+from .ops.token_rewards import token_rewards
 from .ops.value_loss import value_loss
 from .ops.whiten import whiten
 
@@ -25,7 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError", "Explanation", "doctor", "explain", "gae", "place_rewards", "ppo_loss",
-    "response_states", "token_advantages", "token_logprobs", "use_backend", "value_loss", "whiten",
+    "response_states", "token_advantages", "token_head", "token_logprobs", "token_reward_loss",
+    "token_rewards", "use_backend", "value_loss", "whiten",
 ]
 
 

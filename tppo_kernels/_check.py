@@ -22,6 +22,7 @@ from ._sequence import REDUCTIONS
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 class Check:
@@ -101,12 +102,13 @@ class Check:
         return text
 
     def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any,
-                  mask_name: str = "mask") -> None:
-        """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given."""
-        if cu_seqlens is None:
-            self.tensor(name, x, "B T")
-        else:
-            self.tensor(name, x, "N")
+                  mask_name: str = "mask", *, trailing: str = "") -> None:
+        """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given.
+
+        `trailing`: the letters of what each token holds, where it is more than a number.
+        """
+        self.tensor(name, x, f"{self.tokens(cu_seqlens)} {trailing}".rstrip())
+        if cu_seqlens is not None:
             self.packing(cu_seqlens)
         self.tensor(mask_name, mask, self.tokens(cu_seqlens), BOOL, optional=True)
 
@@ -143,6 +145,21 @@ class Check:
             self.tensor(name, value, "B")
             return value.detach()
         return self.scalar(name, value, low=low, high=high, optional=optional)
+
+    def scalars(self, name: str, values: Any, count: int, *, low: float = -math.inf
+                ) -> list[Tensor]:
+        """A sequence of `count` finite numbers, or a tensor [count], as detached 0-d tensors."""
+        if isinstance(values, Tensor):
+            self.tensor(name, values, str(count))
+            return list(values.detach().unbind())
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+            raise ValueError(f"{self.op}: {name} is {describe(values)}, expected {count} numbers "
+                             f"or a tensor [{count}]")
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                continue
+            self.number(f"{name}[{index}]", value, low=max(low, -FP32_MAX), high=FP32_MAX)
+        return [self.scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
     def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
                   cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

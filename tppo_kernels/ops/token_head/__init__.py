@@ -1,0 +1,80 @@
+"""Per-token linear head in fp32 on a trunk of any dtype: values, rewards, reward classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import BOOL, Check
+from ..._op import Op
+from . import reference
+
+_op = Op("token_head")
+
+
+def _fake_fwd(hidden, weight, bias, mask):
+    return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]),
+                            dtype=reference.result_dtype(hidden, weight, bias))
+
+
+def _fake_bwd(grad, hidden, weight, bias, mask, grad_hidden, grad_weight, grad_bias):
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(0)
+    if grad_bias and bias is not None:
+        dbias = bias.new_empty(bias.shape)
+    return (hidden.new_empty(hidden.shape if grad_hidden else (0,)),
+            weight.new_empty(weight.shape if grad_weight else (0,)), dbias)
+
+
+_fwd = _op.define(
+    "token_head_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask) -> Tensor",
+    reference.fwd, _fake_fwd)
+_bwd = _op.define(
+    "token_head_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask,"
+    " bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    reference.bwd, _fake_bwd)
+
+
+class _TokenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+                mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, mask)
+        return _fwd(hidden, weight, bias, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:3]
+        grads = _bwd(grad, *ctx.saved_tensors, *wanted)
+        return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), None)
+
+
+def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
+               mask: Tensor | None = None) -> Tensor:
+    """A linear head at the valid tokens, in fp32 whatever the dtype of the trunk.
+
+        out[..., k] = sum_d hidden[..., d] weight[k, d] + bias[k], 0 where masked
+
+    hidden: [..., D], padded or packed alike. weight: [K, D], bias: [K], of any floating dtype, not
+    necessarily that of hidden. mask: bool, exactly hidden.shape[:-1]. Returns [..., K], or [...]
+    where K = 1: values and scalar rewards at K = 1, reward classes at K = 3.
+
+    bf16 and fp16 are multiplied and added in fp32, also under autocast, and the result is fp32;
+    with any fp64 input all is fp64. No TF32 unless the user turned it on in torch. Differentiable
+    in hidden, weight and bias: gradients are added up in fp32 and come in the dtype of their
+    tensor; they are 0 at masked rows of hidden. On CPU the cost follows the valid rows.
+
+    Raises ValueError / TypeError that name the argument.
+    """
+    check = Check("token_head")
+    check.tensor("hidden", hidden, "... D")
+    check.tensor("weight", weight, "K D")
+    check.tensor("bias", bias, "K", optional=True)
+    check.tensor("mask", mask, "...", BOOL, optional=True)
+    learns = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias))
+    out = (_TokenHead.apply if learns else _fwd)(hidden, weight, bias, mask)
+    return out.squeeze(-1) if weight.shape[0] == 1 else out

@@ -1,0 +1,67 @@
+"""The specification of `token_head` in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._sequence import compute_dtype
+
+
+def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias at valid rows, 0 elsewhere; see `tppo_kernels.token_head`."""
+    dtype = result_dtype(hidden, weight, bias)
+    x = _rows(hidden, mask).to(dtype)  # [N, D]
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = x @ weight.to(dtype).T  # [N, K]
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return _place(out, mask, hidden.shape[:-1])
+
+
+def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+        grad_hidden: bool, grad_weight: bool, grad_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, each in the dtype of its tensor; one that is not wanted is empty.
+
+    dhidden = g @ weight, dweight = g.T @ hidden, dbias = sum(g), over valid rows.
+    """
+    dtype = result_dtype(hidden, weight, bias)
+    g = _rows(grad, mask).to(dtype)  # [N, K]
+    dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if grad_hidden:
+            dhidden = _place((g @ weight.to(dtype)).to(hidden.dtype), mask, hidden.shape[:-1])
+        if grad_weight:
+            dweight = (g.T @ _rows(hidden, mask).to(dtype)).to(weight.dtype)
+    if grad_bias and bias is not None:
+        dbias = g.sum(0).to(bias.dtype)
+    return dhidden, dweight, dbias
+
+
+def result_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """fp64 where any of the three is fp64, else fp32."""
+    return compute_dtype(hidden, weight) if bias is None else compute_dtype(hidden, weight, bias)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The valid rows on CPU; elsewhere all rows, with 0 in the masked ones.
+
+    How many rows are valid is a host read, which is free on CPU only. Either way a masked row is
+    gone before arithmetic: 0 * NaN would reach dweight.
+    """
+    if mask is not None and x.device.type == "cpu":
+        return x[mask]
+    if mask is not None:
+        x = torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _place(rows: Tensor, mask: Tensor | None, leading: torch.Size) -> Tensor:
+    """The inverse of `_rows`: a tensor [..., K], 0 where masked."""
+    if mask is not None and rows.device.type == "cpu":
+        out = rows.new_zeros(*leading, rows.shape[-1])
+        out[mask] = rows
+        return out
+    out = rows.reshape(*leading, rows.shape[-1])
+    return out if mask is None else torch.where(mask[..., None], out, torch.zeros_like(out))

@@ -1,0 +1,79 @@
+"""Token rewards from a reward model's classes, with the length penalty of token-level PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._check import FP32_MAX, LABELS, Check, offsets, values_between
+from ..._op import Op
+from ..._sequence import alive, compute_dtype
+from . import reference
+
+_op = Op("token_rewards")
+
+
+class TokenRewards(NamedTuple):
+    """The two results of `token_rewards`, detached; both 0 where masked."""
+
+    rewards: Tensor  # [B, T] or [N], fp32 (fp64 for fp64 logits)
+    category: Tensor  # [B, T] or [N], int64: the most probable class, the first where several tie
+
+
+def _check_values(class_logits, mask, values, suggested_length, alpha, cu_seqlens,
+                  expected) -> None:
+    offsets("token_rewards", cu_seqlens, class_logits.shape[0])
+    seen = alive(class_logits[..., 0], mask, cu_seqlens)
+    values_between("token_rewards", "suggested_length", suggested_length, 0.0, FP32_MAX, seen)
+    values_between("token_rewards", "alpha", alpha, 0.0, FP32_MAX)
+
+
+def _fake(class_logits, mask, values, suggested_length, alpha, cu_seqlens, expected):
+    shape = class_logits.shape[:-1]
+    return (class_logits.new_empty(shape, dtype=compute_dtype(class_logits)),
+            class_logits.new_empty(shape, dtype=torch.int64))
+
+
+_fwd = _op.define(
+    "token_rewards_fwd(Tensor class_logits, Tensor? mask, Tensor[] values,"
+    " Tensor? suggested_length, Tensor alpha, Tensor? cu_seqlens, bool expected)"
+    " -> (Tensor, Tensor)",
+    reference.fwd, _fake, _check_values)
+
+
+def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str = "argmax",
+                  suggested_length: float | Tensor | None = None, alpha: float | Tensor = 2.0,
+                  values: Sequence[float] | Tensor = (0.0, -0.5, 0.5),
+                  cu_seqlens: Tensor | None = None) -> TokenRewards:
+    """The reward of every action token from the reward model's three classes.
+
+        R_t = values[argmax_c logits_tc]             mode "argmax"
+        R_t = sum_c softmax(logits_t)_c values[c]    mode "expected"
+        r_t = R_t sigmoid(6 - alpha (l_t - suggested_length)), l_t = 1, 2, ... over action tokens
+
+    class_logits: [B, T, 3], or packed [N, 3] with `cu_seqlens` [B + 1] int32; class 0 is no reward,
+    1 irrelevant, 2 relevant. mask: bool, the action mask. values: what each class pays; centred by
+    default, (0, 1, 2) on the paper's scale. suggested_length: in tokens, a number, 0-d or [B], at
+    least 0; None: no length penalty. alpha: at least 0. The penalty is .9975 at the suggested
+    length and, at alpha 2, .5 three tokens further. A NaN logit gives a NaN reward in both modes.
+
+    Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
+
+    Raises ValueError / TypeError that name the argument. Source: token-level PPO (Ouyang et al.,
+    EMNLP 2025), length-weighted penalty; the centred values and the expectation are ours.
+    """
+    check = Check("token_rewards")
+    check.sequences("class_logits", class_logits, mask, cu_seqlens, trailing="3")
+    check.choice("mode", mode, ("argmax", "expected"))
+    if isinstance(suggested_length, Tensor) and suggested_length.dtype in LABELS:
+        suggested_length = suggested_length.double()
+    length = check.per_sequence("suggested_length", suggested_length, low=0.0, high=FP32_MAX,
+                                optional=True)
+    alpha = check.scalar("alpha", alpha, low=0.0, high=FP32_MAX)
+    worth = check.scalars("values", values, 3)
+    with torch.no_grad():
+        return TokenRewards(*_fwd(class_logits, mask, worth, length, alpha, cu_seqlens,
+                                  mode == "expected"))
