@@ -1,7 +1,9 @@
 // The only pybind11 file. Tensors come as addresses (0 = none), streams as integers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "gae.h"
 #include "kernels.h"
@@ -49,6 +51,40 @@ void bind_gae(py::module_& m) {
 #endif
 }
 
+void bind_token_logprobs(py::module_& m) {
+  using namespace tppo;
+  // (logits, dtype, N, columns, inner, outer_stride, inner_stride, targets, mask,
+  //  row_temperature, temperature, softcap, logit_scale, threads)
+  using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
+                          Address, Address, double, double, double, int>;
+  static const auto unpack = [](const Rows& rows) {
+    return std::apply(
+        [](Address logits, int dtype, int64_t N, int64_t columns, int64_t inner,
+           int64_t outer_stride, int64_t inner_stride, Address targets, Address mask,
+           Address row_temperature, double temperature, double softcap, double logit_scale,
+           int threads) {
+          return TokenRows{at<void>(logits), dtype, N, columns, inner, outer_stride, inner_stride,
+                           at<int64_t>(targets), at<uint8_t>(mask), at<double>(row_temperature),
+                           temperature, softcap, logit_scale, threads};
+        },
+        rows);
+  };
+  m.def("token_logprobs_fwd", [](const Rows& rows, Address logprobs, Address entropy, Address top,
+                                 Address log_sum) {
+    py::gil_scoped_release release;
+    token_logprobs_fwd(unpack(rows), at<float>(logprobs), at<float>(entropy), at<float>(top),
+                       at<float>(log_sum));
+  });
+  m.def("token_logprobs_bwd", [](const Rows& rows, Address grad_logprobs, Address grad_entropy,
+                                 Address entropy, Address top, Address log_sum,
+                                 int64_t vocabulary, Address grad) {
+    py::gil_scoped_release release;
+    token_logprobs_bwd(unpack(rows), at<float>(grad_logprobs), at<float>(grad_entropy),
+                       at<float>(entropy), at<float>(top), at<float>(log_sum), vocabulary,
+                       at<void>(grad));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -56,4 +92,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = TPPO_CUDA_ARCHS;
   m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
   bind_gae(m);
+  bind_token_logprobs(m);
 }

@@ -8,6 +8,30 @@ void gae_fwd(const float* rewards, const float* values, const uint8_t* mask, con
              const float* value_lam, const float* bootstrap, const int32_t* offsets, float gamma,
              int64_t B, int64_t T, float* advantages, float* returns, int threads);
 
+enum Dtype { kFp32, kBf16, kFp16 };
+
+// N rows of logits, row i at (i / inner) * outer_stride + (i % inner) * inner_stride elements, of
+// which `columns` are live. mask [N] and row_temperature [N] may be null; softcap 0 is none.
+struct TokenRows {
+  const void* logits;
+  int dtype;
+  int64_t N, columns, inner, outer_stride, inner_stride;
+  const int64_t* targets;
+  const uint8_t* mask;
+  const double* row_temperature;
+  double temperature, softcap, logit_scale;
+  int threads;
+};
+
+// All results [N]; logsumexp = top + log_sum. A target outside [0, columns) gives NaN.
+void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, float* top,
+                        float* log_sum);
+
+// grad: [N, vocabulary] in the logits' dtype, written whole. grad_logprobs or grad_entropy: or null.
+void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const float* grad_entropy,
+                        const float* entropy, const float* top, const float* log_sum,
+                        int64_t vocabulary, void* grad);
+
 #if TPPO_CUDA
 // Returns null, or the CUDA error's text. gamma: one float on the device.
 const char* gae_fwd_cuda(const float* rewards, const float* values, const uint8_t* mask,

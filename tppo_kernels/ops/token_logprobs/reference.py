@@ -54,7 +54,8 @@ def fwd(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tenso
     total = e.sum(-1)  # [N]
     log_sum = torch.log(total)
     entropy = log_sum - (e / total[:, None] * select(d, e != 0)).sum(-1)
-    z_target = scaled(x.gather(1, target[:, None]).double(), temperature, softcap, logit_scale)[:, 0]
+    at_target = x.gather(1, target[:, None]).double()  # [N, 1]
+    z_target = scaled(at_target, temperature, softcap, logit_scale)[:, 0]
     logprobs = (z_target - top - log_sum).to(z.dtype)
     shape = logits.shape[:-1]
     return (select(logprobs, valid).reshape(shape), select(entropy, valid).reshape(shape),

@@ -1,0 +1,240 @@
+#include "token_logprobs.h"
+
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+
+namespace tppo {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // columns in flight: 8 KiB of fp32, a quarter of the L1 cache
+constexpr int kLanes = 64;        // independent sums, so that a loop over lanes vectorises
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// z = u * factor, u = sign(logit_scale) x, or tanh(logit_scale x / softcap). factor > 0: the largest
+// u has the largest z, and e^(z - top) takes (u - max u) * factor, exact where it matters at any
+// magnitude.
+struct Scaling {
+  double pre, factor;  // u = x pre, or tanh(x pre)
+  double slope;        // dz/dx, where capped without its part 1 - u^2
+  bool capped;
+
+  Scaling(double temperature, double softcap, double scale) : capped(softcap > 0) {
+    pre = capped ? scale / softcap : (scale > 0) - (scale < 0);
+    factor = capped ? softcap / temperature : scale ? std::fabs(scale) / temperature : 1.0;
+    factor = std::max(factor, 1e-37);  // in fp32 above 0: padding of -inf stays -inf
+    slope = scale / temperature;
+  }
+  double u(float x) const { return capped ? std::tanh(x * pre) : x * pre; }
+};
+
+struct Bf16 {
+  uint16_t bits;
+  TPPO_INLINE operator float() const { return from_bf16(bits); }
+  TPPO_INLINE static Bf16 of(float x) { return {to_bf16(x)}; }
+};
+
+struct Fp16 {
+  uint16_t bits;
+  TPPO_INLINE operator float() const { return from_fp16(bits); }
+  TPPO_INLINE static Fp16 of(float x) { return {to_fp16(x)}; }
+};
+
+struct Fp32 {
+  float value;
+  TPPO_INLINE operator float() const { return value; }
+  TPPO_INLINE static Fp32 of(float x) { return {x}; }
+};
+
+// u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length.
+template <typename T>
+TPPO_INLINE int64_t load_block(const T* x, int64_t count, float pre, bool capped, float* u) {
+  for (int64_t j = 0; j < count; ++j) u[j] = float(x[j]) * pre;
+  if (capped)
+    for (int64_t j = 0; j < count; ++j) u[j] = tanh_fast(u[j]);
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t j = count; j < padded; ++j) u[j] = -kInfinity;
+  return padded;
+}
+
+TPPO_INLINE float block_max(const float* u, int64_t count) {
+  float lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = -kInfinity;
+  for (int64_t j = 0; j < count; j += kLanes)
+    for (int l = 0; l < kLanes; ++l) lanes[l] = u[j + l] > lanes[l] ? u[j + l] : lanes[l];
+  float top = -kInfinity;
+  for (int l = 0; l < kLanes; ++l) top = std::max(top, lanes[l]);
+  return top;
+}
+
+// sum += e^d and weighted += d e^d over a block, d = (u - top) factor; a column of -inf adds 0 to
+// both, NaN makes both NaN.
+TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float top, double* sum,
+                            double* weighted) {
+  float s[kLanes] = {}, w[kLanes] = {};
+  for (int64_t j = 0; j < count; j += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const float d = (u[j + l] - top) * factor;
+      const bool dead = d < kExpFloor;
+      const float inside = dead ? 0.f : d;
+      const float e = dead ? 0.f : exp_in_range(inside);
+      s[l] += e;
+      w[l] += e * inside;
+    }
+  for (int l = 0; l < kLanes; ++l) {
+    *sum += s[l];
+    *weighted += w[l];
+  }
+}
+
+struct RowSums {
+  float top;             // max u
+  double sum, weighted;  // of e^d and of d e^d, d = (u - top) factor
+};
+
+// One read of the row: per block its maximum, a rescaling of the sums where it is a new one, and
+// its part of the sums while the block is in the L1 cache.
+template <typename T>
+TPPO_INLINE RowSums row_sums(const T* x, int64_t V, const Scaling& scaling) {
+  alignas(64) float u[kBlock];
+  const float factor = float(scaling.factor);
+  RowSums row{-kInfinity, 0.0, 0.0};
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t count = load_block(x + begin, std::min(kBlock, V - begin), float(scaling.pre),
+                                     scaling.capped, u);
+    const float top = block_max(u, count);
+    if (top > row.top) {
+      if (row.top > -kInfinity) {
+        const double shift = (double(row.top) - top) * scaling.factor, shrink = std::exp(shift);
+        row.weighted = shrink > 0 ? shrink * (row.weighted + row.sum * shift) : row.weighted * 0;
+        row.sum *= shrink;
+      }
+      row.top = top;
+    }
+    // While all is -inf the shift is 0: the columns add 0, and NaN among them still shows.
+    block_sums(u, count, factor, row.top > -kInfinity ? row.top : 0.f, &row.sum, &row.weighted);
+  }
+  return row;
+}
+
+TPPO_CLONES RowSums row_sums_of(const TokenRows& in, const char* x, const Scaling& scaling) {
+  if (in.dtype == kBf16) return row_sums(reinterpret_cast<const Bf16*>(x), in.columns, scaling);
+  if (in.dtype == kFp16) return row_sums(reinterpret_cast<const Fp16*>(x), in.columns, scaling);
+  return row_sums(reinterpret_cast<const Fp32*>(x), in.columns, scaling);
+}
+
+struct RowGrad {
+  float grad_logprob, grad_entropy, entropy, top, log_sum;
+  int64_t target;
+};
+
+// dx = slope (1 - u^2 if capped) (g_lp (1[target] - p) - g_ent p (log p + entropy)).
+template <typename T>
+TPPO_INLINE void row_grad(const T* x, int64_t V, const Scaling& scaling, const RowGrad& g,
+                          T* dx) {
+  alignas(64) float u[kBlock], out[kBlock];
+  const float factor = float(scaling.factor), slope = float(scaling.slope);
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t live = std::min(kBlock, V - begin);
+    load_block(x + begin, live, float(scaling.pre), scaling.capped, u);
+    // z is rounded here, as `top` was: fused into the subtraction, it would keep a difference.
+    for (int64_t j = 0; j < live; ++j) out[j] = u[j] * factor;
+    for (int64_t j = 0; j < live; ++j) {
+      const float log_p = (out[j] - g.top) - g.log_sum;
+      const bool dead = log_p < kExpFloor;
+      const float inside = dead ? 0.f : log_p;
+      const float p = dead ? 0.f : exp_in_range(inside);
+      out[j] = -p * (g.grad_logprob + g.grad_entropy * (inside + g.entropy));
+    }
+    if (g.target >= begin && g.target < begin + live) out[g.target - begin] += g.grad_logprob;
+    if (scaling.capped)
+      for (int64_t j = 0; j < live; ++j) out[j] *= 1.f - u[j] * u[j];
+    for (int64_t j = 0; j < live; ++j) dx[begin + j] = T::of(out[j] * slope);
+  }
+}
+
+TPPO_CLONES void row_grad_of(const TokenRows& in, const char* x, const Scaling& scaling,
+                             const RowGrad& g, char* dx) {
+  if (in.dtype == kBf16)
+    row_grad(reinterpret_cast<const Bf16*>(x), in.columns, scaling, g, reinterpret_cast<Bf16*>(dx));
+  else if (in.dtype == kFp16)
+    row_grad(reinterpret_cast<const Fp16*>(x), in.columns, scaling, g, reinterpret_cast<Fp16*>(dx));
+  else
+    row_grad(reinterpret_cast<const Fp32*>(x), in.columns, scaling, g, reinterpret_cast<Fp32*>(dx));
+}
+
+int64_t element_size(const TokenRows& in) { return in.dtype == kFp32 ? 4 : 2; }
+
+const char* row_at(const TokenRows& in, int64_t i) {
+  const int64_t offset = i / in.inner * in.outer_stride + i % in.inner * in.inner_stride;
+  return static_cast<const char*>(in.logits) + offset * element_size(in);
+}
+
+float value_at(const TokenRows& in, const char* row, int64_t column) {
+  if (in.dtype == kFp32) return reinterpret_cast<const float*>(row)[column];
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[column];
+  return in.dtype == kBf16 ? from_bf16(bits) : from_fp16(bits);
+}
+
+Scaling scaling_at(const TokenRows& in, int64_t i) {
+  return {in.row_temperature ? in.row_temperature[i] : in.temperature, in.softcap, in.logit_scale};
+}
+
+bool good_target(const TokenRows& in, int64_t i) {
+  return in.targets[i] >= 0 && in.targets[i] < in.columns;
+}
+
+// Rows whose mask is `wanted`: threads share the rows that cost something evenly.
+std::vector<int64_t> rows_where(const TokenRows& in, bool wanted) {
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < in.N; ++i)
+    if ((!in.mask || in.mask[i]) == wanted) rows.push_back(i);
+  return rows;
+}
+
+template <typename Body>
+void for_rows(const std::vector<int64_t>& rows, const TokenRows& in, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 131072 / std::max<int64_t>(in.columns, 1));
+  parallel_for(int64_t(rows.size()), grain, in.threads, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) body(rows[k]);
+  });
+}
+
+}  // namespace
+
+void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, float* top,
+                        float* log_sum) {
+  for (int64_t i : rows_where(in, false)) logprobs[i] = entropy[i] = top[i] = log_sum[i] = 0.f;
+  for_rows(rows_where(in, true), in, [&](int64_t i) {
+    if (!good_target(in, i)) {
+      logprobs[i] = entropy[i] = top[i] = log_sum[i] = std::nanf("");
+      return;
+    }
+    const char* x = row_at(in, i);
+    const Scaling scaling = scaling_at(in, i);
+    const RowSums row = row_sums_of(in, x, scaling);
+    const double log_of_sum = std::log(row.sum);
+    const double d = (scaling.u(value_at(in, x, in.targets[i])) - row.top) * scaling.factor;
+    logprobs[i] = float(d - log_of_sum);
+    entropy[i] = float(log_of_sum - row.weighted / row.sum);
+    top[i] = row.top * float(scaling.factor);
+    log_sum[i] = float(log_of_sum);
+  });
+}
+
+void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const float* grad_entropy,
+                        const float* entropy, const float* top, const float* log_sum,
+                        int64_t vocabulary, void* grad) {
+  const int64_t size = element_size(in), bytes = vocabulary * size;
+  char* out = static_cast<char*>(grad);
+  for_rows(rows_where(in, false), in, [&](int64_t i) { std::memset(out + i * bytes, 0, bytes); });
+  for_rows(rows_where(in, true), in, [&](int64_t i) {
+    RowGrad g{grad_logprobs ? grad_logprobs[i] : 0.f, grad_entropy ? grad_entropy[i] : 0.f,
+              entropy[i], good_target(in, i) ? top[i] : std::nanf(""), log_sum[i], in.targets[i]};
+    row_grad_of(in, row_at(in, i), scaling_at(in, i), g, out + i * bytes);
+    std::memset(out + i * bytes + in.columns * size, 0, bytes - in.columns * size);
+  });
+}
+
+}  // namespace tppo
