@@ -126,8 +126,11 @@ class Check:
         return "B T" if cu_seqlens is None else "N"
 
     def scalar(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-               above: float = -math.inf, optional: bool = False) -> Tensor | None:
-        """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here."""
+               above: float = -math.inf, optional: bool = False) -> Any:
+        """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here.
+
+        Returns a Tensor, or None where that is allowed (typed Any: callers rebind the argument).
+        """
         if value is None and optional:
             return None
         if isinstance(value, Tensor):

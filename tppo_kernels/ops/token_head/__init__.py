@@ -15,6 +15,14 @@ from . import reference
 _op = Op("token_head")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 17, 8, generator=g, dtype=torch.float64)
+    weight, bias = torch.randn(3, 9, generator=g, dtype=torch.float64).split([8, 1], 1)
+    return (hidden, weight, bias[:, 0], torch.rand(3, 17, generator=g) < 0.7), {}
+
+
 def _fake_fwd(hidden, weight, bias, mask):
     return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]),
                             dtype=reference.result_dtype(hidden, weight, bias))
@@ -41,6 +49,8 @@ class _TokenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
                 mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.is_inference():
+            mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
         ctx.save_for_backward(hidden, weight, bias, mask)
         return _fwd(hidden, weight, bias, mask)
 

@@ -17,6 +17,16 @@ from . import reference
 _op = Op("token_reward_loss")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 17, 3, generator=g, dtype=torch.float64)
+    labels = torch.randint(3, (3, 17), generator=g)
+    sentences = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
+    return (logits, labels, torch.rand(3, 17, generator=g) < 0.7, sentences), {
+        "class_weights": (0.5, 1.0, 2.0), "balance": 1.0, "seed": 3}
+
+
 class TokenRewardMetrics(NamedTuple):
     """Detached device tensors over the valid tokens; `judged` tokens are labelled 1 or 2."""
 
@@ -137,21 +147,21 @@ def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None
     check.sequences("logits", logits, mask, cu_seqlens, trailing="3")
     check.tensor("labels", labels, check.tokens(cu_seqlens), LABELS)
     check.tensor("sentence_labels", sentence_labels, "B", FLOATS + LABELS, optional=True)
-    local_weight = check.scalar("local_weight", local_weight, low=0.0, high=FP32_MAX)
-    global_weight = check.scalar("global_weight", global_weight, low=0.0, high=FP32_MAX)
+    local_part = check.scalar("local_weight", local_weight, low=0.0, high=FP32_MAX)
+    global_part = check.scalar("global_weight", global_weight, low=0.0, high=FP32_MAX)
     weights = check.scalars("class_weights", (1.0, 1.0, 1.0) if class_weights is None
                             else class_weights, 3, low=0.0)
     check.choice("local_reduction", local_reduction, ("token", "sequence"))
-    balance = check.scalar("balance", balance, above=0.0, optional=True)
-    seed = _seed(check, seed, balance)
+    keep = check.scalar("balance", balance, above=0.0, optional=True)
+    draw = _seed(check, seed, keep)
     if torch.is_grad_enabled() and logits.requires_grad:
         local, total, metrics = _TokenRewardLoss.apply(
-            logits, labels, mask, sentence_labels, *weights, balance, seed, cu_seqlens,
+            logits, labels, mask, sentence_labels, *weights, keep, draw, cu_seqlens,
             local_reduction)
     else:
-        local, total, metrics, _, _ = _fwd(logits, labels, mask, sentence_labels, weights, balance,
-                                           seed, cu_seqlens, local_reduction, False)
-    loss = on(local_weight, local) * local + on(global_weight, total) * total
+        local, total, metrics, _, _ = _fwd(logits, labels, mask, sentence_labels, weights, keep,
+                                           draw, cu_seqlens, local_reduction, False)
+    loss = on(local_part, local) * local + on(global_part, total) * total
     return TokenRewardLoss(loss, local, total, _metrics(metrics))
 
 

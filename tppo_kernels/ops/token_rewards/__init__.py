@@ -16,6 +16,14 @@ from . import reference
 _op = Op("token_rewards")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 17, 3, generator=g, dtype=torch.float64)
+    return (logits, torch.rand(3, 17, generator=g) < 0.7), {
+        "mode": "expected", "suggested_length": 6.5}
+
+
 class TokenRewards(NamedTuple):
     """The two results of `token_rewards`, detached; both 0 where masked."""
 
