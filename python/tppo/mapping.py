@@ -94,14 +94,15 @@ def _majority(categories: Sequence[int]) -> int:
 def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[int, int, int]]:
     """(first unit, last unit, label) for every occurrence of every labelled word."""
     keys = [fold(word) for word, _ in words]  # "" for punctuation alone
-    in_order = _match_in_order(content, keys)
+    in_order = _match_in_order(content, keys, pieces=False)
+    in_order = in_order or _match_in_order(content, keys, pieces=True)
     claims = [(*match, words[i][1]) for i, match in in_order.items()]
     taken = {unit for first, last, _ in claims for unit in range(first, last + 1)}
     # The longest first, so that "sea" does not take a piece of "sea food".
     for key in sorted(dict.fromkeys(filter(None, keys)), key=len, reverse=True):
         listed = [words[i] for i, other in enumerate(keys) if other == key]
         labels = [label for _, label in listed]
-        everywhere = list(content.matches(key))
+        everywhere = list(content.matches(key)) or list(content.matches(key, pieces=True))
         if not everywhere:
             raise ValueError(f"no word {listed[0][0]!r} in the response {_short(content.text)}")
         free = [m for m in everywhere if taken.isdisjoint(range(m[0], m[1] + 1))]
@@ -118,13 +119,15 @@ def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[i
     return claims
 
 
-def _match_in_order(content: _Content, keys: Sequence[str]) -> dict[int, tuple[int, int]]:
+def _match_in_order(
+    content: _Content, keys: Sequence[str], *, pieces: bool
+) -> dict[int, tuple[int, int]]:
     """Each listed word at its first place after the one before it; nothing if one has none."""
     found: dict[int, tuple[int, int]] = {}
     position = 0
     for i, key in enumerate(keys):
         if key:
-            match = next(content.matches(key, position), None)
+            match = next(content.matches(key, position, pieces=pieces), None)
             if match is None:
                 return {}
             found[i], position = match, match[1] + 1
@@ -143,6 +146,8 @@ class _Unit:
     """Something that separates words stands before it."""
     bound: bool
     """It cannot belong to another word than the unit before it."""
+    glued: bool
+    """Punctuation makes it one word with the unit before it."""
 
 
 class _Content:
@@ -160,12 +165,17 @@ class _Content:
             self.key += unit.key
             self._ends[len(self.key)] = index
 
-    def matches(self, key: str, start: int = 0) -> Iterator[tuple[int, int]]:
-        """(first unit, last unit) of the key as whole words, none overlapping, from `start` on."""
+    def matches(
+        self, key: str, start: int = 0, *, pieces: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """(first unit, last unit) of the key as whole words, none overlapping, from `start` on.
+
+        `pieces` counts the parts of "t-shirt" as words too.
+        """
         at = self.key.find(key)
         while at >= 0:
             first, last = self._begins.get(at, -1), self._ends.get(at + len(key), -1)
-            if first >= start and last >= 0 and self._is_whole(first, last):
+            if first >= start and last >= 0 and self._is_whole(first, last, pieces):
                 yield first, last
                 start = last + 1
             at = self.key.find(key, at + 1)
@@ -177,9 +187,9 @@ class _Content:
             joined = index > first and not unit.gap
             yield from range(self.units[index - 1].end if joined else unit.start, unit.end)
 
-    def _is_whole(self, first: int, last: int) -> bool:
-        after = self.units[last + 1 : last + 2]
-        return not self.units[first].bound and not (after and after[0].bound)
+    def _is_whole(self, first: int, last: int, pieces: bool) -> bool:
+        edges = [self.units[first], *self.units[last + 1 : last + 2]]
+        return not any(edge.bound or (edge.glued and not pieces) for edge in edges)
 
 
 def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
@@ -193,10 +203,15 @@ def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
         if not _is_content(base):
             between += base
             continue
-        unit = _Unit(start, end, _fold(text[start:end]), _is_emoji(text[start:end]), False, False)
+        cluster = text[start:end]
+        unit = _Unit(start, end, _fold(cluster), _is_emoji(cluster), False, False, False)
+        if not unit.key:  # a variation selector that varies nothing
+            continue
         sides = (text[previous.start], base) if previous else ("", base)
         unit.gap = previous is None or _is_gap(sides, between)
-        unit.bound = previous is not None and not unit.gap and _is_bound(sides, between)
+        if previous and not (unit.gap or unit.emoji or previous.emoji):
+            unit.bound = _is_bound(sides, between)
+        unit.glued = bool(between) and not unit.gap
         yield unit
         previous, between = unit, ""
 
@@ -255,9 +270,7 @@ def _is_gap(sides: tuple[str, str], between: str) -> bool:
 
 def _is_bound(sides: tuple[str, str], between: str) -> bool:
     """Whether no word can end where `between` stands."""
-    if any(_is_emoji(side) or _is_unspaced(side) for side in sides):
-        return False
-    if "Sc" in map(unicodedata.category, sides):
+    if any(_is_unspaced(side) or unicodedata.category(side) == "Sc" for side in sides):
         return False
     return (
         not between

@@ -1,0 +1,356 @@
+"""Word labels to token categories, on real tokenizers of the three families, trained here."""
+
+import random
+import unicodedata
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tppo.mapping import fold, map_labels, word_spans
+
+CORPUS = [
+    "red running shoes, cheap red boots",
+    "relevant queries: women's t-shirt 3.5mm café crème",
+    "running socks for flat feet and red wallets",
+    "bluetooth headphones under 1,000 dollars",
+    "红色连衣裙 连衣裙 运动鞋 上海海鲜",
+    "👟 👩‍💻 gift 🇩🇪 naïve cafe\u0301",
+]
+
+
+def byte_level():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    return tokenizer, trainer
+
+
+def metaspace():
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=160,
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    return tokenizer, trainer
+
+
+def word_piece():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=150,
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
+        show_progress=False,
+    )
+    return tokenizer, trainer
+
+
+FAMILIES = {"byte-level": byte_level, "metaspace": metaspace, "word-piece": word_piece}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tokenizer(request):
+    tokenizer, trainer = FAMILIES[request.param]()
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    )
+
+
+def encode(tokenizer, text):
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    return [tuple(offset) for offset in encoding["offset_mapping"]]
+
+
+def expected(text, labelled, offsets):
+    """The category by brute force, for labels given as [start, end) -> 0 or 1."""
+    out = []
+    for start, end in offsets:
+        inside = [
+            label + 1 for (a, b), label in labelled.items() for i in range(start, end) if a <= i < b
+        ]
+        out.append(max(reversed(inside), key=inside.count, default=0))
+    return out
+
+
+def spans_of(text, *words):
+    """The span of each word, one after the other."""
+    spans, at = [], 0
+    for word in words:
+        at = text.index(word, at)
+        spans.append((at, at + len(word)))
+        at += len(word)
+    return spans
+
+
+# text, the words as the labeller wrote them, their labels, the words as they stand in the text
+CASES = {
+    "plain": ("red running shoes", ["red", "running", "shoes"], [1, 0, 1], None),
+    "leading space and line break": (" red\nboots", ["red", "boots"], [1, 0], None),
+    "repeated word": ("red boots\nred socks", ["red", "boots", "red", "socks"], [1, 0, 0, 1], None),
+    "glued punctuation": (
+        'cheap "red" boots, (running) shoes!',
+        ["cheap", "red", "boots", "running", "shoes"],
+        [0, 1, 1, 0, 1],
+        None,
+    ),
+    "punctuation in the label": ("red boots, socks", ["red", "boots,", "socks."], [0, 1, 0],
+                                 ["red", "boots", "socks"]),
+    "case": ("RED Running shoes", ["red", "running", "SHOES"], [1, 0, 1],
+             ["RED", "Running", "shoes"]),
+    "inner punctuation": (
+        "women's t-shirt 3.5mm 1,000",
+        ["women\u2019s", "t-shirt", "3.5mm", "1,000"],
+        [1, 0, 1, 0],
+        ["women's", "t-shirt", "3.5mm", "1,000"],
+    ),
+    "accents composed": ("café crème now", ["cafe\u0301", "crème", "now"], [1, 0, 1],
+                         ["café", "crème", "now"]),
+    "accents apart": ("cafe\u0301 cre\u0300me now", ["café", "crème", "now"], [1, 0, 1],
+                      ["cafe\u0301", "cre\u0300me", "now"]),
+    "emoji": ("👟 red 👩‍💻 gift 🇩🇪", ["👟", "red", "👩‍💻", "gift", "🇩🇪"], [1, 0, 1, 0, 1], None),
+    "emoji glued": ("boots👟👗 ❤️red", ["boots", "👟", "👗", "❤", "red"],
+                    [0, 1, 0, 1, 0], ["boots", "👟", "👗", "❤️", "red"]),
+    "Chinese in words of the labeller": (
+        "红色连衣裙运动鞋", ["红色", "连衣裙", "运动鞋"], [0, 1, 0], None),
+    "Chinese beside Latin": ("nike运动鞋 红色", ["nike", "运动鞋", "红色"], [1, 0, 1], None),
+    "Japanese": (
+        "赤いスニーカーとバッグ", ["赤い", "スニーカー", "と", "バッグ"], [1, 0, 0, 1], None),
+    "Thai": ("รองเท้าสีแดง", ["รองเท้า", "สีแดง"], [0, 1], None),
+    "sharp s": ("Straße und STRASSE", ["strasse", "und", "straße"], [1, 0, 0],
+                ["Straße", "und", "STRASSE"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_token_takes_the_category_of_its_word(tokenizer, case):
+    text, words, labels, written = CASES[case]
+    offsets = encode(tokenizer, text)
+    labelled = dict(zip(spans_of(text, *(written or words)), labels, strict=True))
+    got = map_labels(text, list(zip(words, labels, strict=True)), offsets)
+    assert got == expected(text, labelled, offsets)
+    # Character by character too: independent of what the tokenizer merged.
+    each = [(i, i + 1) for i in range(len(text))]
+    assert map_labels(text, list(zip(words, labels, strict=True)), each) == expected(
+        text, labelled, each
+    )
+
+
+def test_sub_tokens_copy_and_special_tokens_get_none(tokenizer):
+    text = "relevant wallets, relevant"
+    offsets = [(0, 0), *encode(tokenizer, text), (0, 0), (len(text), len(text))]
+    got = map_labels(text, [("relevant", 1), ("wallets", 0)], offsets)
+    assert got[0] == got[-1] == got[-2] == 0
+    inner = dict(zip(offsets[1:-2], got[1:-2], strict=True))
+    assert len([c for (s, _), c in inner.items() if s < 8 and c == 2]) >= 1
+    assert {c for (s, e), c in inner.items() if 8 < s and e <= 16} == {1}
+    assert {c for (s, e), c in inner.items() if s >= 18} == {2}
+    assert {c for (s, e), c in inner.items() if text[s:e].strip() == ","} == {0}
+
+
+def test_a_word_split_by_added_and_special_tokens(tokenizer):
+    """`tooth` becomes a token of its own inside `bluetooth`; `<sep>` stands inside `running`."""
+    tokenizer.add_tokens(["tooth"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<sep>"]})
+    text = "bluetooth red run<sep>ning shoes"
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    offsets = [tuple(offset) for offset in encoding["offset_mapping"]]
+    separator = tokenizer.convert_tokens_to_ids("<sep>")
+    special = [token == separator for token in encoding["input_ids"]]
+    assert sum(special) == 1 and any(text[s:e].strip() == "tooth" for s, e in offsets)
+    words = [("bluetooth", 1), ("red", 0), ("running", 1), ("shoes", 0)]
+    labelled = {(0, 9): 1, (10, 13): 0, (14, 17): 1, (22, 26): 1, (27, 32): 0}
+    want = expected(text, labelled, offsets)
+    assert map_labels(text, words, offsets, special) == want
+    assert want[special.index(True)] == 0
+    with pytest.raises(ValueError, match="no word 'running'"):
+        map_labels(text, words, offsets)
+
+
+def test_bytes_of_one_character_share_its_category():
+    """A character outside the merges comes as several tokens with one character's offsets."""
+    tokenizer, trainer = byte_level()
+    tokenizer.train_from_iterator(["red boots"], trainer)
+    text = "red 🧦 鞋"
+    offsets = tokenizer.encode(text).offsets
+    assert offsets.count((4, 5)) >= 3 or offsets.count((3, 5)) >= 1
+    got = map_labels(text, [("red", 0), ("🧦", 1), ("鞋", 0)], offsets)
+    for (start, end), category in zip(offsets, got, strict=True):
+        if start <= 4 < end:
+            assert category == 2
+        if end == len(text) and start >= 6:
+            assert category == 1
+
+
+def test_byte_fallback_tokens_share_their_character():
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "a": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    encoding = tokenizer.encode("a鞋a")
+    assert encoding.tokens == ["a", "<0xE9>", "<0x9E>", "<0x8B>", "a"]
+    got = map_labels("a鞋a", [("a", 0), ("鞋", 1)], encoding.offsets)
+    assert got == [1, 2, 2, 2, 1], encoding.offsets
+
+
+RED = "red shoes, red boots\nRED hat"
+RED_AT = [(0, 3), (11, 14), (21, 24)]
+
+
+def test_a_word_listed_once_is_labelled_at_each_occurrence():
+    assert map_labels(RED, [("red", 1)], RED_AT) == [2, 2, 2]
+    assert map_labels(RED, [("hat", 0), ("red", 1)], RED_AT) == [2, 2, 2]  # in another order
+
+
+def test_labels_that_differ_go_to_the_occurrences_in_order():
+    words = [("red", 1), ("red", 0), ("red", 1)]
+    assert map_labels(RED, words, RED_AT) == [2, 1, 2]
+    # The words between tell which occurrence is meant, and nothing is left over.
+    words = [("red", 1), ("shoes", 1), ("red", 0), ("boots", 1), ("red", 1), ("hat", 1)]
+    assert map_labels(RED, words, RED_AT) == [2, 1, 2]
+    words = [("hat", 1), ("boots", 0), ("red", 1), ("red", 0), ("red", 1), ("shoes", 1)]
+    assert map_labels(RED, words, RED_AT) == [2, 1, 2]
+
+
+@pytest.mark.parametrize("labels", [(1, 0), (1, 0, 1, 0)])
+def test_labels_that_differ_and_do_not_count_out_are_refused(labels):
+    with pytest.raises(ValueError, match=r"word 'red' is listed \d times .* occurs 3 times"):
+        map_labels(RED, [("red", label) for label in labels], RED_AT)
+
+
+@pytest.mark.parametrize("word", ["blue", "shoe", "ed", "red socks", "🧦", "re", "hatred"])
+def test_a_word_that_the_response_does_not_have_is_named(word):
+    with pytest.raises(ValueError) as error:
+        map_labels(RED, [("red", 1), (word, 1)], [])
+    assert repr(word) in str(error.value) and repr(RED) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("don't", "t"), ("3.5mm", "5mm"), ("1,000", "000"), ("cafe\u0301", "cafe"), ("c++", "c")],
+)
+def test_a_piece_of_a_word_is_no_word(text, word):
+    with pytest.raises(ValueError, match="no word"):
+        map_labels(text, [(word, 1)], [])
+
+
+def test_half_an_emoji_is_no_word():
+    with pytest.raises(ValueError, match="no word"):
+        map_labels("👩‍💻", [("👩", 1)], [])
+    with pytest.raises(ValueError, match="no word"):
+        map_labels("Straße", [("stras", 1)], [])
+
+
+def test_parts_of_a_compound_are_words_only_where_the_labeller_split_it():
+    text, offsets = "t-shirt t", [(0, 1), (1, 2), (2, 7), (8, 9)]
+    assert map_labels(text, [("t", 1)], offsets) == [0, 0, 0, 2]
+    assert map_labels(text, [("t-shirt", 0), ("t", 1)], offsets) == [1, 1, 1, 2]
+    assert map_labels(text, [("t", 0), ("shirt", 1), ("t", 1)], offsets) == [1, 0, 2, 2]
+    assert map_labels("t-shirt", [("shirt", 1)], offsets[:3]) == [0, 0, 2]
+
+
+def test_the_longer_word_goes_first():
+    text = "york, new york"
+    offsets = [(0, 4), (6, 9), (10, 14)]
+    assert map_labels(text, [("york", 0), ("new york", 1)], offsets) == [1, 2, 2]
+    assert map_labels(text, [("new york", 1), ("york", 0)], offsets) == [1, 2, 2]
+    assert map_labels("海上海", [("上海", 1), ("海", 0)], [(0, 1), (1, 2), (2, 3)]) == [1, 2, 2]
+
+
+def test_a_token_over_several_words_takes_the_larger_share():
+    words = [("ab", 0), ("cde", 1), ("fgh", 0)]
+    text = "ab cde fgh"
+    assert map_labels(text, words, [(0, 6)]) == [2]
+    assert map_labels(text, words, [(3, 10)]) == [1]  # a tie: the last
+    assert map_labels(text, words, [(2, 3)]) == [0]
+
+
+def test_punctuation_that_was_labelled_as_a_word_is_passed_over():
+    assert map_labels("a , b", [("a", 1), (",", 0), ("b", 1)], [(0, 1), (2, 3), (4, 5)]) == [
+        2,
+        0,
+        2,
+    ]
+
+
+def test_empty_input():
+    assert map_labels("", [], []) == []
+    assert map_labels("", [], [(0, 0)]) == [0]
+    assert map_labels("red", [], [(0, 3)]) == [0]
+    assert word_spans("") == word_spans(" ,. \n") == []
+
+
+def test_labels_and_offsets_out_of_range_are_named():
+    with pytest.raises(ValueError, match="label of word 'red' was 2, expected 0 or 1"):
+        map_labels("red", [("red", 2)], [])
+    for offset in ((0, 4), (2, 1), (-1, 2)):
+        with pytest.raises(ValueError, match=r"offset was \(.*expected 0 <= start <= end <= 3"):
+            map_labels("red", [("red", 1)], [offset])
+
+
+WORDS = {
+    "red shoes, blue": ["red", "shoes", "blue"],
+    "t-shirt don't 3.5 1,000 10:30": ["t-shirt", "don't", "3.5", "1,000", "10:30"],
+    "c++ $20": ["c++", "$20"],
+    "a,b;c|d (e) \"f\" g...h -i- u.s.": ["a", "b", "c", "d", "e", "f", "g", "h", "i", "u.s"],
+    "cafe\u0301 naïve": ["cafe\u0301", "naïve"],
+    "👟red 👩‍💻 1️⃣ 🏴\U000e0067\U000e007f": ["👟", "red", "👩‍💻", "1️⃣", "🏴\U000e0067\U000e007f"],
+    "红色连衣裙，运动鞋。 靴": ["红色连衣裙", "运动鞋", "靴"],
+    "हिन्दी में": ["हिन्दी", "में"],
+    "\ufeffred\u200bboots": ["red", "boots"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words_of_a_text(text):
+    assert [text[start:end] for start, end in word_spans(text)] == WORDS[text]
+
+
+ALPHABET = (
+    "abA1.,'’-/ \n\t\"()"
+    + "éße\u0301σς鞋连ラ👟🏽\u200d❤\ufe0f🇩🇪1\u20e3ßİ각ᄀ\u1161\u200b\u00ad\u200c्क"
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from(ALPHABET), max_size=24) | st.text(max_size=12), st.integers(0, 99))
+@example("İ i\u0307", 1)
+@example("11\u20e3", 1)
+def test_words_listed_in_order_label_exactly_their_characters(text, seed):
+    """What the rule labeller does, on any text: each span gets its own label and nothing else."""
+    spans = word_spans(text)
+    draw = random.Random(seed)
+    labels = [draw.randrange(2) for _ in spans]
+    each = [(i, i + 1) for i in range(len(text))]
+    words = [(text[start:end], label) for (start, end), label in zip(spans, labels, strict=True)]
+    got = map_labels(text, words, each)
+    labelled = dict(zip(spans, labels, strict=True))
+    blank = [i for i in range(len(text)) if not any(a <= i < b for a, b in spans)]
+    assert got == expected(text, labelled, each)
+    assert all(got[i] == 0 for i in blank)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.sampled_from(ALPHABET), max_size=24))
+def test_spans_are_ordered_and_folding_forgets_unicode_form_and_case(text):
+    spans = word_spans(text)
+    flat = [position for span in spans for position in span]
+    assert flat == sorted(flat) and all(start < end for start, end in spans)
+    for form in ("NFC", "NFD"):
+        assert fold(unicodedata.normalize(form, text)) == fold(text)
+    assert fold(" ".join(text[start:end] for start, end in spans)).split() == [
+        fold(text[start:end]) for start, end in spans
+    ]
