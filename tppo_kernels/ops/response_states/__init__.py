@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -67,26 +65,18 @@ _bwd = _op.define(
     " SymInt length, SymInt T, str align) -> Tensor", reference.bwd, _fake_bwd)
 
 
-@dataclass(frozen=True)
-class _Static:
-    length: int  # L, or N of a packed batch
-    T: int
-    align: str
-
-
 class _ResponseStates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, full, prompt_length, mask, cu_seqlens, static):
+    def forward(ctx, full, prompt_length, mask, cu_seqlens, T, align):
         ctx.save_for_backward(prompt_length, mask, cu_seqlens)
-        ctx.static = static
-        return _fwd(full, prompt_length, mask, cu_seqlens, static.T, static.align)
+        ctx.length, ctx.T, ctx.align = full.shape[0 if cu_seqlens is not None else 1], T, align
+        return _fwd(full, prompt_length, mask, cu_seqlens, T, align)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        static = ctx.static
-        return (_bwd(grad, *ctx.saved_tensors, static.length, static.T, static.align),
-                None, None, None, None)
+        return (_bwd(grad, *ctx.saved_tensors, ctx.length, ctx.T, ctx.align),
+                None, None, None, None, None)
 
 
 def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: str = "logprob", *,
@@ -132,5 +122,4 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
                 f"response_states: prompt_length is {prompt_length} and T is {T}: align={align!r} "
                 f"needs {end} states a sequence, full has L = {full.shape[1]}")
         prompt_length = torch.full((), prompt_length, dtype=torch.int64, device=full.device)
-    static = _Static(full.shape[0 if packed else 1], T, align)
-    return _ResponseStates.apply(full, prompt_length, mask, cu_seqlens, static)
+    return _ResponseStates.apply(full, prompt_length, mask, cu_seqlens, T, align)
