@@ -49,7 +49,7 @@ class _TokenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
                 mask: Tensor | None) -> Tensor:
-        if mask is not None and mask.is_inference():
+        if mask is not None and not torch.compiler.is_compiling() and mask.is_inference():
             mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
         ctx.save_for_backward(hidden, weight, bias, mask)
         return _fwd(hidden, weight, bias, mask)

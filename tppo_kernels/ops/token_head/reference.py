@@ -44,13 +44,17 @@ def result_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     return compute_dtype(hidden, weight) if bias is None else compute_dtype(hidden, weight, bias)
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The valid rows on CPU; elsewhere all rows, with 0 in the masked ones.
+def _compacts(x: Tensor) -> bool:
+    """Whether masked rows are left out: counting the valid ones is a host read, free on CPU."""
+    return x.device.type == "cpu"
 
-    How many rows are valid is a host read, which is free on CPU only. Either way a masked row is
-    gone before arithmetic: 0 * NaN would reach dweight.
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The valid rows, or all rows with 0 in the masked ones.
+
+    Either way a masked row is gone before arithmetic: its 0 * NaN would reach dweight.
     """
-    if mask is not None and x.device.type == "cpu":
+    if mask is not None and _compacts(x):
         return x[mask]
     if mask is not None:
         x = torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -59,7 +63,7 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _place(rows: Tensor, mask: Tensor | None, leading: torch.Size) -> Tensor:
     """The inverse of `_rows`: a tensor [..., K], 0 where masked."""
-    if mask is not None and rows.device.type == "cpu":
+    if mask is not None and _compacts(rows):
         out = rows.new_zeros(*leading, rows.shape[-1])
         out[mask] = rows
         return out
