@@ -11,7 +11,7 @@ ops: always on CPU, on a GPU only under TPPO_CHECK=1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -225,15 +225,19 @@ def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
 
 
 def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
-                   valid: Tensor | None = None, *, open_low: bool = False) -> None:
-    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look."""
+                   valid: Tensor | Callable[[], Tensor] | None = None, *,
+                   open_low: bool = False) -> None:
+    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look.
+
+    `valid` may be a function: it is called only when there is something to excuse.
+    """
     if x is None:
         return
-    seen = x if valid is None else x[valid.expand_as(x)] if x.dim() else x
-    good = (seen > low if open_low else seen >= low) & (seen <= high)
-    if x.dim() == 0 and valid is not None and not bool(valid.any()):
-        return
+    good = (x > low if open_low else x >= low) & (x <= high)
+    if valid is not None and not bool(good.all()):
+        valid = valid() if callable(valid) else valid
+        good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
     if not bool(good.all()):
         bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{op}: {name} holds {float(seen[~good].flatten()[0]):g}, expected values "
+        raise ValueError(f"{op}: {name} holds {float(x[~good].flatten()[0]):g}, expected values "
                          f"in {bound}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def sample_inputs() -> tuple[tuple, dict]:
 
 def _check_values(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens) -> None:
     offsets("gae", cu_seqlens, rewards.shape[0])
-    seen = alive(rewards, mask, cu_seqlens)
+    seen = partial(alive, rewards, mask, cu_seqlens)
     values_between("gae", "lam", lam, 0.0, 1.0, seen)
     values_between("gae", "value_lam", value_lam, 0.0, 1.0, seen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class TokenAdvantages(NamedTuple):
 def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma,
                   lam, value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased) -> None:
     offsets("token_advantages", cu_seqlens, token_rewards.shape[0])
-    seen = alive(token_rewards, mask, cu_seqlens)
+    seen = partial(alive, token_rewards, mask, cu_seqlens)
     values_between("token_advantages", "lam", lam, 0.0, 1.0, seen)
     values_between("token_advantages", "value_lam", value_lam, 0.0, 1.0, seen)
     if mask is not None and train_mask is not None and bool((train_mask & ~mask).any()):
