@@ -59,7 +59,7 @@ def token_terms(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     lengths = share.new_ones(())
     if formula.ratio == "sequence":
         lengths = sequence_sum(mask.to(share.dtype), cu_seqlens).clamp(min=1)  # [B]
-        d = select(spread(sequence_sum(token_d, cu_seqlens) / lengths, raw, cu_seqlens), mask)
+        d = spread(sequence_sum(token_d, cu_seqlens) / lengths, raw, cu_seqlens)
     ratio = torch.exp(d)
     clip_loss, slope, clips = _clipped(ratio, select(advantages, mask), formula)
     if weights is not None:
