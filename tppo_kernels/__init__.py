@@ -11,10 +11,13 @@ Index convention: `tk.response_states` slices hidden states so that index t is r
 
 from __future__ import annotations
 
+from . import align
 from ._op import BackendError, Explanation, explain, use_backend
+from ._shared_prefix import shared_prefix
 from .ops.gae import gae
 from .ops.place_rewards import place_rewards
 from .ops.ppo_loss import ppo_loss
+from .ops.prefix_attention import prefix_attention
 from .ops.response_states import response_states
 from .ops.token_advantages import token_advantages
 from .ops.token_head import token_head
@@ -23,13 +26,15 @@ from .ops.token_reward_loss import token_reward_loss
 from .ops.token_rewards import token_rewards
 from .ops.value_loss import value_loss
 from .ops.whiten import whiten
+from .prefix import PrefixLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "doctor", "explain", "gae", "place_rewards", "ppo_loss",
-    "response_states", "token_advantages", "token_head", "token_logprobs", "token_reward_loss",
-    "token_rewards", "use_backend", "value_loss", "whiten",
+    "BackendError", "Explanation", "PrefixLayout", "align", "doctor", "explain", "gae",
+    "place_rewards", "ppo_loss", "prefix_attention", "response_states", "shared_prefix",
+    "token_advantages", "token_head", "token_logprobs", "token_reward_loss", "token_rewards",
+    "use_backend", "value_loss", "whiten",
 ]
 
 

@@ -74,7 +74,7 @@ def _global(reward: Tensor, judged: Tensor, sentence_labels: Tensor | None,
     count = sequence_sum(judged.to(reward.dtype), cu_seqlens)  # [B]
     counted = count > 0
     mean = sequence_sum(select(reward, judged), cu_seqlens) / count.clamp(min=1)
-    gap = select(mean - select(sentence_labels, counted, reward.dtype), counted)
+    gap = select(mean - sentence_labels.to(reward.dtype), counted)
     n = counted.sum().clamp(min=1)
     slope = spread(2 * gap / (n * count.clamp(min=1)), reward, cu_seqlens)
     return (gap * gap).sum() / n, select(slope, judged)
