@@ -3,6 +3,10 @@
 #include <cmath>
 #include <limits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace tppo {
@@ -49,10 +53,11 @@ struct Fp32 {
 
 // u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length.
 template <typename T>
-TPPO_INLINE int64_t load_block(const T* x, int64_t count, float pre, bool capped, float* u) {
+TPPO_INLINE int64_t load_block(const T* x, int64_t count, const Scaling& scaling, float* u) {
+  const float pre = float(scaling.pre), exp_low = exp_floor();
   for (int64_t j = 0; j < count; ++j) u[j] = float(x[j]) * pre;
-  if (capped)
-    for (int64_t j = 0; j < count; ++j) u[j] = tanh_fast(u[j]);
+  if (scaling.capped)
+    for (int64_t j = 0; j < count; ++j) u[j] = tanh_fast(u[j], exp_low);
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t j = count; j < padded; ++j) u[j] = -kInfinity;
   return padded;
@@ -72,15 +77,14 @@ TPPO_INLINE float block_max(const float* u, int64_t count) {
 // both, NaN makes both NaN.
 TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float top, double* sum,
                             double* weighted) {
+  const float exp_low = exp_floor();
   float s[kLanes] = {}, w[kLanes] = {};
   for (int64_t j = 0; j < count; j += kLanes)
     for (int l = 0; l < kLanes; ++l) {
-      const float d = (u[j + l] - top) * factor;
-      const bool dead = d < kExpFloor;
-      const float inside = dead ? 0.f : d;
-      const float e = dead ? 0.f : exp_in_range(inside);
+      const float d = at_least((u[j + l] - top) * factor, exp_low);
+      const float e = exp_in_range(d);
       s[l] += e;
-      w[l] += e * inside;
+      w[l] += e * d;
     }
   for (int l = 0; l < kLanes; ++l) {
     *sum += s[l];
@@ -101,8 +105,7 @@ TPPO_INLINE RowSums row_sums(const T* x, int64_t V, const Scaling& scaling) {
   const float factor = float(scaling.factor);
   RowSums row{-kInfinity, 0.0, 0.0};
   for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int64_t count = load_block(x + begin, std::min(kBlock, V - begin), float(scaling.pre),
-                                     scaling.capped, u);
+    const int64_t count = load_block(x + begin, std::min(kBlock, V - begin), scaling, u);
     const float top = block_max(u, count);
     if (top > row.top) {
       if (row.top > -kInfinity) {
@@ -135,17 +138,16 @@ TPPO_INLINE void row_grad(const T* x, int64_t V, const Scaling& scaling, const R
                           T* dx) {
   alignas(64) float u[kBlock], out[kBlock];
   const float factor = float(scaling.factor), slope = float(scaling.slope);
+  const float exp_low = exp_floor();
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t live = std::min(kBlock, V - begin);
-    load_block(x + begin, live, float(scaling.pre), scaling.capped, u);
+    load_block(x + begin, live, scaling, u);
     // z is rounded here, as `top` was: fused into the subtraction, it would keep a difference.
     for (int64_t j = 0; j < live; ++j) out[j] = u[j] * factor;
     for (int64_t j = 0; j < live; ++j) {
-      const float log_p = (out[j] - g.top) - g.log_sum;
-      const bool dead = log_p < kExpFloor;
-      const float inside = dead ? 0.f : log_p;
-      const float p = dead ? 0.f : exp_in_range(inside);
-      out[j] = -p * (g.grad_logprob + g.grad_entropy * (inside + g.entropy));
+      const float log_p = at_least((out[j] - g.top) - g.log_sum, exp_low);
+      out[j] = -exp_in_range(log_p) *
+               (g.grad_logprob + g.grad_entropy * (log_p + g.entropy));
     }
     if (g.target >= begin && g.target < begin + live) out[g.target - begin] += g.grad_logprob;
     if (scaling.capped)
@@ -223,11 +225,22 @@ void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, fl
   });
 }
 
+// Fresh memory is mapped page by page as it is written, which can cost more than the arithmetic:
+// asks for huge pages. A hint: no result depends on it.
+void expect_writes([[maybe_unused]] char* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHuge = 1 << 21;
+  const int64_t skip = (kHuge - int64_t(reinterpret_cast<uintptr_t>(begin) % kHuge)) % kHuge;
+  if (bytes >= skip + kHuge) madvise(begin + skip, bytes - skip, MADV_HUGEPAGE);
+#endif
+}
+
 void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const float* grad_entropy,
                         const float* entropy, const float* top, const float* log_sum,
                         int64_t vocabulary, void* grad) {
   const int64_t size = element_size(in), bytes = vocabulary * size;
   char* out = static_cast<char*>(grad);
+  expect_writes(out, in.N * bytes);
   for_rows(rows_where(in, false), in, [&](int64_t i) { std::memset(out + i * bytes, 0, bytes); });
   for_rows(rows_where(in, true), in, [&](int64_t i) {
     RowGrad g{grad_logprobs ? grad_logprobs[i] : 0.f, grad_entropy ? grad_entropy[i] : 0.f,

@@ -25,10 +25,17 @@ TPPO_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
-// Below this, exp counts as 0: the sum that it enters is at least 1, or the result below 3e-38.
-constexpr float kExpFloor = -86.5f;
+// exp_in_range takes arguments from here on, where it is exactly 0: n = -127, a scale with no bit set.
+// Read it once a row: were it a constant, the compiler would branch on the clamp, and a loop that
+// branches is not vectorised.
+inline float exp_floor() {
+  static const volatile float floor = -88.f;
+  return floor;
+}
 
-// e^d to 1e-7 for kExpFloor <= d <= 88; NaN stays NaN.
+TPPO_INLINE float at_least(float x, float low) { return x < low ? low : x; }  // NaN stays NaN
+
+// e^d to 1e-7 for exp_floor() <= d <= 88, 0 below -87.7; NaN stays NaN.
 // d = n ln2 + r, |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r) with a minimax q; 2^n from the low bits of
 // n + 1.5 * 2^23.
 TPPO_INLINE float exp_in_range(float d) {
@@ -47,8 +54,9 @@ TPPO_INLINE float exp_in_range(float d) {
 }
 
 // tanh to 1e-7, relative also at 0: an odd minimax polynomial below 0.6, 1 - 2e/(1 + e) above.
-TPPO_INLINE float tanh_fast(float x) {
-  const float u = float_of(bits_of(x) & 0x7fffffffu);
+// The choice is made on the bits, because a comparison could become a branch.
+TPPO_INLINE float tanh_fast(float x, float exp_low) {
+  const uint32_t sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
   const float square = x * x;
   float q = -5.89511963e-3f;
   q = q * square + 2.07959414e-2f;
@@ -56,9 +64,10 @@ TPPO_INLINE float tanh_fast(float x) {
   q = q * square + 1.33319244e-1f;
   q = q * square - 3.33332986e-1f;
   const float small = x + x * square * q;
-  const float e = exp_in_range(-2.f * (u > 20.f ? 20.f : u));
+  const float e = exp_in_range(at_least(-2.f * float_of(magnitude), exp_low));
   const float large = 1.f - 2.f * e / (1.f + e);
-  return u < 0.6f ? small : float_of(bits_of(large) | (bits_of(x) & 0x80000000u));
+  const uint32_t is_small = 0u - ((magnitude - 0x3f19999au) >> 31);  // all ones below 0.6
+  return float_of((bits_of(small) & is_small) | ((bits_of(large) | sign) & ~is_small));
 }
 
 TPPO_INLINE float from_bf16(uint16_t x) { return float_of(uint32_t(x) << 16); }
@@ -82,9 +91,11 @@ TPPO_INLINE uint16_t to_fp16(float x) {
   const uint32_t u = bits_of(x) & 0x7fffffffu;
   const uint32_t normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
   const uint32_t denormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = u < 0x38800000u ? denormal : normal;
-  const uint32_t infinite = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return uint16_t(sign | (u >= 0x477ff000u ? infinite : finite));
+  const uint32_t is_denormal = 0u - ((u - 0x38800000u) >> 31);  // all ones below 2^-14
+  const uint32_t finite = (denormal & is_denormal) | (normal & ~is_denormal);
+  const uint32_t infinite = 0x7c00u | ((0x7f800000u - u) >> 31 << 9);  // or NaN
+  const uint32_t is_finite = 0u - ((u - 0x477ff000u) >> 31);
+  return uint16_t(sign | (finite & is_finite) | (infinite & ~is_finite));
 }
 
 }  // namespace tppo
