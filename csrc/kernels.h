@@ -27,7 +27,7 @@ struct TokenRows {
 void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, float* top,
                         float* log_sum);
 
-// grad: [N, vocabulary] in the logits' dtype, written whole. grad_logprobs or grad_entropy: or null.
+// grad: [N, vocabulary] in the logits' dtype, written whole. grad_logprobs, grad_entropy: or null.
 void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const float* grad_entropy,
                         const float* entropy, const float* top, const float* log_sum,
                         int64_t vocabulary, void* grad);

@@ -16,9 +16,9 @@ constexpr int64_t kBlock = 2048;  // columns in flight: 8 KiB of fp32, a quarter
 constexpr int kLanes = 64;        // independent sums, so that a loop over lanes vectorises
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// z = u * factor, u = sign(logit_scale) x, or tanh(logit_scale x / softcap). factor > 0: the largest
-// u has the largest z, and e^(z - top) takes (u - max u) * factor, exact where it matters at any
-// magnitude.
+// z = u * factor, u = sign(logit_scale) x, or tanh(logit_scale x / softcap). factor > 0, so that
+// the largest u has the largest z, and e^(z - top) takes (u - max u) * factor: exact where it
+// matters, at any magnitude.
 struct Scaling {
   double pre, factor;  // u = x pre, or tanh(x pre)
   double slope;        // dz/dx, where capped without its part 1 - u^2

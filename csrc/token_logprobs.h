@@ -25,9 +25,9 @@ TPPO_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
-// exp_in_range takes arguments from here on, where it is exactly 0: n = -127, a scale with no bit set.
-// Read it once a row: were it a constant, the compiler would branch on the clamp, and a loop that
-// branches is not vectorised.
+// exp_in_range takes arguments from here on, and is exactly 0 here: n = -127, a scale with no bit
+// set. Read at run time: were it a constant, the compiler would branch on the clamp, and a loop
+// that branches is not vectorised.
 inline float exp_floor() {
   static const volatile float floor = -88.f;
   return floor;
