@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from tppo.mapping import fold, map_labels, word_spans
+from tppo.tokenizer import token_offsets
 
 CORPUS = [
     "red running shoes, cheap red boots",
@@ -251,7 +252,17 @@ def test_half_an_emoji_is_no_word():
     with pytest.raises(ValueError, match="no word"):
         map_labels("👩‍💻", [("👩", 1)], [])
     with pytest.raises(ValueError, match="no word"):
+        map_labels("🇩🇪", [("🇩", 1)], [])
+    with pytest.raises(ValueError, match="no word"):
         map_labels("Straße", [("stras", 1)], [])
+    flags = [(0, 2), (2, 4), (1, 3)]
+    assert map_labels("🇩🇪🇫🇷", [("🇩🇪", 1), ("🇫🇷", 0)], flags) == [2, 1, 1]
+
+
+def test_words_without_spaces_between_them_in_any_order():
+    each = [(i, i + 1) for i in range(4)]
+    assert map_labels("海鲜上海", [("上海", 1), ("海鲜", 0)], each) == [1, 1, 2, 2]
+    assert map_labels("海海上海", [("海", 1), ("上", 0)], each) == [2, 2, 1, 2]
 
 
 def test_parts_of_a_compound_are_words_only_where_the_labeller_split_it():
@@ -354,3 +365,20 @@ def test_spans_are_ordered_and_folding_forgets_unicode_form_and_case(text):
     assert fold(" ".join(text[start:end] for start, end in spans)).split() == [
         fold(text[start:end]) for start, end in spans
     ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sampled_ids_need_not_be_those_of_the_text(case):
+    """A policy may spell an answer byte by byte; each byte takes its character's category."""
+    tokenizer, trainer = byte_level()
+    tokenizer.train_from_iterator([], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    text, words, labels, _ = CASES[case]
+    ids = [*tokenizer.encode(text).ids, fast.eos_token_id]
+    assert len(ids) == len(text.encode()) + 1
+    decoded, offsets = token_offsets(fast, ids)
+    labelled = list(zip(words, labels, strict=True))
+    each = map_labels(text, labelled, [(i, i + 1) for i in range(len(text))])
+    want = [category for c, category in zip(text, each, strict=True) for _ in c.encode()] + [0]
+    assert decoded == text
+    assert map_labels(decoded, labelled, offsets) == want

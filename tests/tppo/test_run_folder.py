@@ -224,6 +224,28 @@ def test_two_processes_cannot_run_one_stage(folder):
         kill(process)
 
 
+def test_everything_is_on_disk_before_the_name_is(folder, data, monkeypatch):
+    """A power cut after the rename must not leave a finished stage with empty files."""
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    finish(folder, data)
+    before = events[: events.index("rename")]
+    work = folder.root / "sft.tmp"
+    for path in (work / "model" / "a.txt", work / "manifest.json", work / "model", work):
+        assert str(path) in before
+    assert events[-1] == str(folder.root)
+
+
 def test_an_interrupted_replacement_is_finished_by_the_next_run(folder, data):
     final = finish(folder, data)
     os.rename(final, folder.root / "sft.old")  # where a kill between the two renames leaves it
