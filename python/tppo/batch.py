@@ -1,8 +1,8 @@
 """Token ids as rectangular tensors: prompts padded on the left, responses on the right.
 
-    prompt     prompt     response   response
-    . . p p p | a b c .   the column of the first response token is the same in every row, so one
-    p p p p p | a b . .   integer `prompt_length` serves `tppo_kernels.response_states`.
+prompt     prompt     response   response
+. . p p p | a b c .   the column of the first response token is the same in every row, so one
+p p p p p | a b . .   integer `prompt_length` serves `tppo_kernels.response_states`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ class Batch(NamedTuple):
 
     def rows(self, index: Tensor) -> Batch:
         """The batch of some of the rows."""
-        return Batch(*(field[index] for field in self[:5]), self.prompt_length)
+        return Batch(
+            input_ids=self.input_ids[index],
+            attention_mask=self.attention_mask[index],
+            position_ids=self.position_ids[index],
+            targets=self.targets[index],
+            mask=self.mask[index],
+            prompt_length=self.prompt_length,
+        )
 
 
 def collate(

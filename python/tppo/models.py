@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import tppo_kernels as tk
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import tppo_kernels as tk
 from tppo.batch import Batch
-from tppo.config import ModelConfig
+from tppo.config import ScratchConfig
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A small Llama with random weights, in torch's global random state."""
     return LlamaForCausalLM(
         LlamaConfig(
@@ -48,12 +49,17 @@ def new_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     )
 
 
+def place(model: nn.Module, device: torch.device) -> Any:
+    """The model on its device, dropout off: it stays off in training too."""
+    return model.to(device).eval()
+
+
 def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
     """A causal LM from a local folder, in fp32, dropout off."""
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=torch.float32, local_files_only=True
     )
-    return model.to(device).eval()
+    return place(model, device)
 
 
 def load_reward_model(path: str | Path, device: torch.device) -> PreTrainedModel:
@@ -61,7 +67,7 @@ def load_reward_model(path: str | Path, device: torch.device) -> PreTrainedModel
     model = AutoModelForTokenClassification.from_pretrained(
         str(path), num_labels=3, dtype=torch.float32, local_files_only=True
     )
-    return model.to(device).eval()
+    return place(model, device)
 
 
 class Critic(nn.Module):
@@ -84,8 +90,8 @@ class Critic(nn.Module):
         """Values before each response token [B, T], and after the last column [B]."""
         hidden = hidden_states(self.trunk, batch)  # [B, P+T, D]
         width, length = batch.prompt_length, batch.response_length
-        before = tk.response_states(hidden, width, length, align="value")  # [B, T, D]
-        after = tk.response_states(hidden, width, length, align="bootstrap")  # [B, D]
+        before = tk.response_states(hidden, width, length, "value", mask=batch.mask)
+        after = tk.response_states(hidden, width, length, "bootstrap", mask=batch.mask)
         values = tk.token_head(before, self.head.weight, self.head.bias, batch.mask)
         return values, tk.token_head(after, self.head.weight, self.head.bias)
 
@@ -105,18 +111,27 @@ def policy_logprobs(
     model: PreTrainedModel, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each response token under the policy, both [B, T]."""
-    hidden = hidden_states(model.base_model, batch)  # [B, P+T, D]
-    states = tk.response_states(
-        hidden, batch.prompt_length, batch.response_length, align="logprob"
-    )  # [B, T, D]
-    logits = model.get_output_embeddings()(states)  # [B, T, V]
-    return tk.token_logprobs(logits, batch.targets, batch.mask, temperature=temperature)
+    length = batch.response_length
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=length + 1,
+        use_cache=False,
+    ).logits  # [B, 1+T, V]: the last prompt token's and the response's
+    states = tk.response_states(logits, 1, length, "logprob")  # [B, T, V]
+    return tk.token_logprobs(states, batch.targets, batch.mask, temperature=temperature)
 
 
 def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Class logits of the token reward model at each response token, [B, T, 3]."""
     hidden = hidden_states(model.base_model, batch)  # [B, P+T, D]
-    states = tk.response_states(
-        hidden, batch.prompt_length, batch.response_length, align="reward"
-    )  # [B, T, D]
-    return tk.token_head(states, model.score.weight, model.score.bias, batch.mask)
+    states = tk.response_states(hidden, batch.prompt_length, batch.response_length, "reward")
+    head = getattr(model, "score", None) or model.classifier
+    assert isinstance(head, nn.Linear)
+    return tk.token_head(states, head.weight, head.bias, batch.mask)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that training does not touch."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -81,8 +81,3 @@ def encode_prompts(
     if cut:
         say(f"{cut} of {len(sessions)} prompts lose their oldest events to fit {max_tokens} tokens")
     return prompts
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of response ids, special tokens left out."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

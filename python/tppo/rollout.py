@@ -65,7 +65,7 @@ class HFRollout:
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = collate(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
-        output = self.model.generate(
+        output = self.model.generate(  # type: ignore[operator]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             generation_config=GenerationConfig(

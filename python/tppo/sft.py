@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import tppo_kernels as tk
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import tppo_kernels as tk
 from tppo.batch import Batch, collate
 from tppo.config import SFTConfig
-from tppo.models import hidden_states, policy_logprobs
+from tppo.models import policy_logprobs, snapshot
 from tppo.progress import status
 
 
@@ -42,28 +43,38 @@ def train_sft(
     config: SFTConfig,
     *,
     pad_id: int,
-    prompt_loss: bool,
     seed: int,
 ) -> SFTResult:
     """Train until the held-out loss has stopped falling; keep the best weights."""
     start = time.monotonic()
+    assert config.lr is not None
+    steps, eval_every = schedule(len(train.prompts), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     batches = _batches(train, config.batch_size, pad_id, model.device, seed)
-    best_loss, best_step, best, history = float("inf"), 0, _copy(model), []
-    for step in range(1, config.max_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _decay(step, config)
-        loss = sft_step(model, next(batches), optimizer, config.grad_norm, prompt_loss)
-        if step % config.eval_every == 0 or step == config.max_steps:
-            heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id)
-            history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
-            if heldout_loss < best_loss - config.min_delta:
-                best_loss, best_step, best = heldout_loss, step, _copy(model)
-            elif step - best_step >= config.patience * config.eval_every:
-                break
-        status(f"sft step {step}, loss {loss:.3f}, best held-out {best_loss:.3f} at {best_step}")
+    best_loss, best_step, best, history = math.inf, 0, snapshot(model), []
+    with status("sft") as bar:
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _decay(step, config)
+            loss = sft_step(model, next(batches), optimizer, config)
+            bar.advance()
+            if step % eval_every == 0 or step == steps:
+                heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id)
+                history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
+                if heldout_loss < best_loss - config.min_delta:
+                    best_loss, best_step, best = heldout_loss, step, snapshot(model)
+                bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
+                if step - best_step >= config.patience * eval_every:
+                    break
     model.load_state_dict(best)
     return SFTResult(step, best_step, best_loss, time.monotonic() - start, history)
+
+
+def schedule(sessions: int, config: SFTConfig) -> tuple[int, int]:
+    """Most optimiser steps, and the steps between two looks at the held-out loss."""
+    per_pass = sessions / min(config.batch_size, sessions)
+    steps = max(1, min(config.max_steps, math.ceil(config.max_passes * per_pass)))
+    return steps, max(1, min(config.eval_every, math.ceil(4 * per_pass)))
 
 
 def continue_sft(
@@ -72,19 +83,20 @@ def continue_sft(
     config: SFTConfig,
     *,
     pad_id: int,
-    prompt_loss: bool,
     seconds: float,
     seed: int,
 ) -> int:
     """Train on at the final learning rate for `seconds`; returns the number of steps."""
+    assert config.lr is not None
     lr = config.lr * config.final_lr_share
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     batches = _batches(train, config.batch_size, pad_id, model.device, seed)
     start, step = time.monotonic(), 0
-    while (spent := time.monotonic() - start) < seconds:
-        sft_step(model, next(batches), optimizer, config.grad_norm, prompt_loss)
-        step += 1
-        status(f"sft continued: step {step}, {spent:.0f} of {seconds:.0f} s")
+    with status(f"sft continued for {seconds:.0f} s") as bar:
+        while time.monotonic() - start < seconds:
+            sft_step(model, next(batches), optimizer, config)
+            step += 1
+            bar.advance()
     return step
 
 
@@ -92,17 +104,14 @@ def sft_step(
     model: PreTrainedModel,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
-    grad_norm: float,
-    prompt_loss: bool,
+    config: SFTConfig,
 ) -> float:
     """One optimiser step on the mean negative log-likelihood of a batch."""
-    model.train()
-    loss = _full_loss(model, batch) if prompt_loss else _answer_loss(model, batch)
+    loss = _full_loss(model, batch) if config.prompt_loss else _answer_loss(model, batch)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
     optimizer.step()
-    model.eval()
     return loss.item()
 
 
@@ -126,9 +135,13 @@ def _answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """As `_answer_loss`, prompt tokens after the first included."""
-    hidden = hidden_states(model.base_model, batch)[:, :-1]  # [B, P+T-1, D]
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).logits[:, :-1]  # [B, P+T-1, V]
     mask = batch.attention_mask[:, :-1].bool() & batch.attention_mask[:, 1:].bool()
-    logits = model.get_output_embeddings()(hidden)  # [B, P+T-1, V]
     logprobs, _ = tk.token_logprobs(logits, batch.input_ids[:, 1:], mask)
     return -logprobs.sum() / mask.sum()
 
@@ -152,7 +165,3 @@ def _batches(
 def _decay(step: int, config: SFTConfig) -> float:
     progress = min(1.0, step / config.decay_steps)
     return 1.0 - (1.0 - config.final_lr_share) * progress
-
-
-def _copy(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

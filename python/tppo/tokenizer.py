@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -51,3 +51,36 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
         say(f"{path}: no pad token, {tokenizer.eos_token!r} fills the batches (always masked)")
     return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of response ids, special tokens left out."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list only for a batch
+    return text
+
+
+def token_offsets(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of sampled ids and the half-open character span of each of them.
+
+    Sampled ids need not be those that the tokenizer gives for their text, so the spans come from
+    decoding prefixes.  Tokens that share one character (bytes of it) all get that character.
+    """
+    text = decode(tokenizer, ids)
+    ends = [0, *(_common(text, decode(tokenizer, ids[: i + 1])) for i in range(len(ids)))]
+    special = set(tokenizer.all_special_ids)
+    spans = []
+    for token, start, end in zip(ids, ends, ends[1:], strict=False):
+        if end <= start and token not in special:
+            end = min(start + 1, len(text))
+        spans.append((start, max(start, end)))
+    return text, spans
+
+
+def _common(text: str, prefix: str) -> int:
+    """Length of the longest common prefix; half a character decodes to another one."""
+    if text.startswith(prefix):
+        return len(prefix)
+    return next(i for i, character in enumerate(prefix) if text[i : i + 1] != character)

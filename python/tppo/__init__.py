@@ -1,0 +1,1 @@
+"""Token-level PPO (Ouyang et al., EMNLP 2025), stage by stage, over `tppo_kernels`."""

@@ -1,0 +1,5 @@
+"""`python -m tppo` is `tppo`."""
+
+from tppo.cli import main
+
+main()

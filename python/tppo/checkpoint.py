@@ -1,0 +1,106 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+step-N.tmp/ -> files -> fsync -> COMPLETE.json (sizes, sha256) -> rename to step-N -> `latest`.
+No pickle is read back: weights are safetensors, optimiser state loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tppo.jsonl import sync_directory, write_json, write_text
+from tppo.progress import say
+from tppo.run_folder import sha256, versions
+
+COMPLETE, LATEST = "COMPLETE.json", "latest"
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on."""
+
+    step: int
+    weights: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    """Write `root/step-N`, whole or not at all; of the older ones the newest stays."""
+    work, final = root / f"step-{step}.tmp", root / f"step-{step}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for name, tensors in weights.items():
+        # A clone of each: safetensors refuses tensors that share memory, such as tied embeddings.
+        save_file(
+            {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()},
+            work / f"{name}.safetensors",
+        )
+    torch.save(optimizer, work / "optimizer.pt")
+    write_json(work / "state.json", state)
+    files = sorted(work.iterdir())
+    for file in files:
+        sync_directory(file)
+    entries = {f.name: {"nbytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    write_json(work / COMPLETE, {"step": step, "files": entries, "versions": versions()})
+    sync_directory(work)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(work, final)
+    sync_directory(root)
+    write_text(root / LATEST, final.name)
+    for _, old in _complete(root)[:-2]:
+        shutil.rmtree(old)
+
+
+def load_latest(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint; one that is damaged is passed over with a note."""
+    for step, path in reversed(_complete(root)):
+        damage = _damage(path)
+        if damage is None:
+            return _load(path, step)
+        say(f"{path}: passed over, {damage}")
+    return None
+
+
+def _complete(root: Path) -> list[tuple[int, Path]]:
+    """The renamed checkpoints by step."""
+    numbers = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
+    return sorted((int(number), path) for number, path in numbers if number.isdigit())
+
+
+def _load(path: Path, step: int) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        weights={file.stem: load_file(file) for file in path.glob("*.safetensors")},
+        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+    )
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    try:
+        entries = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {COMPLETE}"
+    for name, entry in entries.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["nbytes"]:
+            return f"{name} is missing or cut"
+        if sha256(file) != entry["sha256"]:
+            return f"{name} has changed"
+    return None

@@ -1,0 +1,158 @@
+"""`tppo run` and the stages one by one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from tppo.config import Config, fill_defaults, from_dict
+from tppo.jsonl import plain, write_text
+from tppo.progress import say, status
+
+COMMANDS = {
+    "run": "every stage below in one run folder; finished stages are skipped",
+    "data": "sessions: generated, or read from --data; split by user",
+    "sft": "supervised fine-tuning to the early stop; from scratch, or from --model",
+    "generate": "answers of the SFT model",
+    "label": "word and answer labels, by the rule or an endpoint",
+    "map": "word labels to token categories",
+    "train-rm": "the token reward model",
+    "train": "token-level PPO; resumes from its newest checkpoint",
+    "eval": "the closing table and result.json",
+    "heat": "token heat map, as HTML and in the terminal",
+}
+SETTINGS = "run.yaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of every command; a single stage starts from the settings its run folder has."""
+
+    data: Path | None = None
+    """Session file, one JSON object a line; by default sessions are generated."""
+    out: Path = Path("runs/default")
+    """The run folder."""
+    seed: int = 0
+    """Decides everything random."""
+    model: Path | None = None
+    """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int | None = None
+    """CPU threads; by default 1 for the small model (more cost time there), else torch's own."""
+    config: Path | None = None
+    """YAML file of settings; flags go before it."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `tppo`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in COMMANDS:
+        _usage(arguments)
+    command, rest = arguments[0], arguments[1:]
+    options = tyro.cli(
+        Options,
+        prog=f"tppo {command}",
+        description=COMMANDS[command],
+        args=rest,
+        default=_defaults(command, rest),
+    )
+    try:
+        _run(command, options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("TPPO_TRACEBACK"):
+            raise
+        sys.exit(f"tppo {command}: {error}")
+
+
+def _usage(arguments: list[str]) -> None:
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    text = "\n".join(["usage: tppo COMMAND [flags]; tppo COMMAND --help lists them", *lines])
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(text)
+        sys.exit(0)
+    sys.exit(f"{f'unknown command {arguments[0]!r}' if arguments else ''}\n{text}".strip())
+
+
+def _defaults(command: str, rest: list[str]) -> Options:
+    """What the flags start from: --config, else, for a single stage, its run folder's settings."""
+    config, out = _flag(rest, "--config"), Path(_flag(rest, "--out") or Options.out)
+    if config is not None:
+        return Options(settings=_from_yaml(Path(config), Config))
+    stored = out / SETTINGS
+    return _from_yaml(stored, Options) if command != "run" and stored.exists() else Options()
+
+
+def _flag(rest: list[str], name: str) -> str | None:
+    for i, argument in enumerate(rest):
+        if argument == name and i + 1 < len(rest):
+            return rest[i + 1]
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    return None
+
+
+def _from_yaml(path: Path, kind: type) -> Any:
+    try:
+        return from_dict(kind, yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        sys.exit(f"tppo: {path}: {error}")
+
+
+def _run(command: str, options: Options) -> None:
+    with status("loading torch and transformers"):
+        import torch
+
+        stages = _stages()
+        from tppo.run import Run
+    run = Run(
+        out=options.out,
+        config=fill_defaults(options.settings, options.model is not None),
+        seed=options.seed,
+        data=options.data,
+        model=options.model,
+        device_name=options.device,
+    )
+    threads = options.threads or (1 if options.model is None else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if command == "run":
+        for name, stage in stages.items():
+            if run.done(name):
+                say(f"{name}: finished before, skipped")
+            else:
+                say(f"{name}: {COMMANDS[name]}")
+                stage(run)
+    else:
+        stages[command](run)
+    write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
+
+
+def _stages() -> dict[str, Callable[[Any], None]]:
+    import transformers
+
+    from tppo import report, stages, train
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return {
+        "data": stages.data,
+        "sft": stages.sft,
+        "generate": stages.generate,
+        "label": stages.label_answers,
+        "map": stages.map_to_tokens,
+        "train-rm": stages.train_rm,
+        "train": train.train,
+        "eval": report.evaluate,
+        "heat": report.heat,
+    }

@@ -1,0 +1,261 @@
+"""Token-level PPO (Ouyang et al., EMNLP 2025) with a frozen token reward model.
+
+One step:
+    responses    sampled from the policy at one temperature
+    old, ref     log-probs of the same tokens under the policy and the frozen SFT model
+    rewards      class of each token -> reward, times the length penalty
+    advantages   GAE over reward - kl_coef * (log pi - log ref), whitened
+    update       clipped policy loss and critic loss, `epochs` times over shuffled minibatches
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tppo_kernels as tk
+from tppo.batch import Batch, collate
+from tppo.config import PPOConfig
+from tppo.models import Critic, class_logits, policy_logprobs
+from tppo.reward_model import GuardError
+from tppo.rollout import Rollout, RolloutBatch, Sampling
+
+MAX_RATIO_DRIFT = 1e-4  # of the first minibatch of the first step, in fp32
+
+
+class Models(NamedTuple):
+    """The four models of PPO; only policy and critic are trained."""
+
+    policy: PreTrainedModel
+    ref: PreTrainedModel
+    critic: Critic
+    reward: PreTrainedModel
+
+
+class Experience(NamedTuple):
+    """A scored rollout, detached."""
+
+    batch: Batch
+    category: Tensor  # [B, T] int64, class of the reward model
+    rewards: Tensor  # [B, T] of the reward model, KL not included
+    logprobs: Tensor  # [B, T] under the policy that sampled
+    values: Tensor  # [B, T]
+    advantages: Tensor  # [B, T] whitened
+    returns: Tensor  # [B, T]
+    train_mask: Tensor  # [B, T] bool
+
+    def rows(self, index: Tensor) -> Experience:
+        """Some of the responses."""
+        return Experience(self.batch.rows(index), *(field[index] for field in self[1:]))
+
+
+class PPOTrainer:
+    """Policy, critic, their optimiser and the step count: all that a step changes."""
+
+    def __init__(
+        self,
+        models: Models,
+        rollout: Rollout,
+        config: PPOConfig,
+        *,
+        sampling: Sampling,
+        pad_id: int,
+        eos_id: int,
+        seed: int,
+    ):
+        self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
+        self.pad_id, self.eos_id, self.seed, self.step_count = pad_id, eos_id, seed, 0
+        models.ref.requires_grad_(False)
+        models.reward.requires_grad_(False)
+        assert config.lr is not None and config.critic_lr is not None
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(models.policy.parameters()), "lr": config.lr},
+                {"params": list(models.critic.parameters()), "lr": config.critic_lr},
+            ],
+            weight_decay=0.0,
+        )
+
+    def step(
+        self, prompts: Sequence[Sequence[int]], suggested_lengths: Sequence[float]
+    ) -> tuple[dict[str, float], RolloutBatch]:
+        """One PPO step on `prompts`; returns its metrics and the rollout."""
+        self.step_count += 1
+        seed = step_seed(self.seed, self.step_count)
+        rollout = self.rollout.generate(prompts, replace(self.sampling, seed=seed))
+        experience, metrics = self.score(rollout, suggested_lengths)
+        metrics |= self.update(experience)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["episode"] = self.step_count * len(prompts)
+        return metrics, rollout
+
+    @torch.no_grad()
+    def score(
+        self, rollout: RolloutBatch, suggested_lengths: Sequence[float]
+    ) -> tuple[Experience, dict[str, float]]:
+        """Old and reference log-probs, token rewards, values and advantages of a rollout."""
+        config, models, device = self.config, self.models, self.models.policy.device
+        batch = collate(rollout.prompt_ids, rollout.response_ids, self.pad_id, device)
+        old, _ = policy_logprobs(models.policy, batch, self.sampling.temperature)  # [B, T]
+        ref, _ = policy_logprobs(models.ref, batch, self.sampling.temperature)  # [B, T]
+        reward = tk.token_rewards(
+            class_logits(models.reward, batch),  # [B, T, 3]
+            batch.mask,
+            mode=config.reward,
+            suggested_length=None
+            if config.length_alpha is None
+            else torch.tensor(suggested_lengths, device=device),  # [B]
+            alpha=config.length_alpha or 0.0,
+            values=config.reward_values,
+        )
+        values, after = models.critic(batch)  # [B, T], [B]
+        train_mask = self.train_mask(batch, reward.category)  # [B, T]
+        result = tk.token_advantages(
+            reward.rewards,
+            values,
+            batch.mask,
+            train_mask=train_mask,
+            logprobs=old,
+            ref_logprobs=ref,
+            kl_coef=config.kl_coef,
+            gamma=config.gamma,
+            lam=config.lam,
+            bootstrap=self.bootstrap(rollout.finish, after),
+            normalize=config.normalize,
+        )
+        experience = Experience(
+            batch=batch,
+            category=reward.category,
+            rewards=reward.rewards,
+            logprobs=old,
+            values=values,
+            advantages=result.advantages,
+            returns=result.returns,
+            train_mask=train_mask,
+        )
+        return experience, self._rollout_metrics(rollout, old, ref, reward.rewards)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """`epochs` passes over shuffled minibatches; policy and critic step together."""
+        config, rows = self.config, experience.batch.input_ids.shape[0]
+        rng = random.Random(step_seed(self.seed, self.step_count))
+        parts: list[dict[str, float]] = []
+        for _ in range(config.epochs):
+            order = torch.tensor(rng.sample(range(rows), rows), device=experience.values.device)
+            for index in order.split(config.minibatch_size):
+                parts.append(self._minibatch(experience.rows(index), not parts))
+        ratios = torch.tensor([part["val/ratio"] for part in parts])
+        means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        return means | {"val/ratio_var": ratios.var(correction=0).item()}
+
+    def _minibatch(self, data: Experience, first: bool) -> dict[str, float]:
+        config, models = self.config, self.models
+        logprobs, entropy = policy_logprobs(models.policy, data.batch, self.sampling.temperature)
+        if first and self.step_count == 1:
+            check_step_zero_ratio(logprobs, data.logprobs, data.batch.mask)
+        policy = tk.ppo_loss(
+            logprobs,
+            data.logprobs,
+            data.advantages,
+            data.train_mask,
+            clip_low=config.clip,
+            clip_high=config.clip,
+        )
+        values, _ = models.critic(data.batch)  # [B, T]
+        value = tk.value_loss(
+            values,
+            data.returns,
+            data.batch.mask,
+            old_values=data.values,
+            clip=config.value_clip,
+        )
+        self.optimizer.zero_grad()
+        (policy.loss + value.loss).backward()
+        if first and self.step_count == 1:
+            check_gradients(models)
+        for model in (models.policy, models.critic):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+        self.optimizer.step()
+        tokens = data.batch.mask.sum().clamp(min=1)
+        return {
+            "policy/approxkl_avg": (
+                0.5 * (logprobs.detach() - data.logprobs).square().sum() / tokens
+            ).item(),
+            "policy/clipfrac_avg": policy.metrics.clip_fraction.item(),
+            "policy/entropy_avg": (entropy.detach().sum() / tokens).item(),
+            "loss/policy_avg": policy.loss.item(),
+            "loss/value_avg": value.loss.item(),
+            "val/clipfrac_avg": value.metrics.clip_fraction.item(),
+            "val/ratio": policy.metrics.ratio_mean.item(),
+            "val/explained_variance": value.metrics.explained_variance.item(),
+        }
+
+    def train_mask(self, batch: Batch, category: Tensor) -> Tensor:
+        """Every sampled token; the paper read literally: those of class 1 or 2, and EOS."""
+        if self.config.train_on_unlabelled:
+            return batch.mask
+        return batch.mask & ((category > 0) | (batch.targets == self.eos_id))
+
+    def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
+        """V after the last token of cut responses, 0 elsewhere, [B].
+
+        By default only without the length penalty: past the suggested length the penalty pays
+        nothing, and a V that is never a training target there would.
+        """
+        wanted = self.config.bootstrap_truncated
+        if not (self.config.length_alpha is None if wanted is None else wanted):
+            return torch.zeros_like(after)
+        cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
+        return torch.where(cut, after, torch.zeros_like(after))
+
+    def _rollout_metrics(
+        self, rollout: RolloutBatch, old: Tensor, ref: Tensor, rewards: Tensor
+    ) -> dict[str, float]:
+        """TRL's names for figures of a rollout: sums over a response, means over responses."""
+        kl = (old - ref).sum(1).mean().item()
+        score = rewards.sum(1)  # [B]
+        return {
+            "objective/kl": kl,
+            "objective/entropy": -old.sum(1).mean().item(),
+            "objective/non_score_reward": -self.config.kl_coef * kl,
+            "objective/rlhf_reward": score.mean().item() - self.config.kl_coef * kl,
+            "objective/scores": score.mean().item(),
+            "objective/scores_std": score.std(correction=0).item(),
+            "val/num_eos_tokens": float(rollout.finish.count("eos")),
+        }
+
+
+def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
+    """Before the first update new and old log-probs are those of one model.
+
+    Errors: GuardError where max|ratio - 1| >= 1e-4: dropout, a second temperature or a mask that
+    differs between the two passes.
+    """
+    ratio = torch.where(mask, logprobs.detach() - old, 0.0).exp()  # [B, T]
+    drift = (ratio - 1).abs().max().item()
+    if not drift < MAX_RATIO_DRIFT:
+        raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
+
+
+def check_gradients(models: Models) -> None:
+    """Before the first update the policy and the critic's head have gradients.
+
+    Errors: GuardError naming the model whose gradients are all zero or not finite.
+    """
+    for name, model in (("policy", models.policy), ("critic", models.critic)):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not any(bool(g.any()) for g in gradients):
+            raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            raise GuardError(f"step 0: a gradient of the {name} is not finite")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Independent seeds of the steps of one run."""
+    return (seed * 1_000_003 + step * 7_919) % 2**31

@@ -1,0 +1,245 @@
+"""The stages up to the reward model; each reads files of the run folder and writes files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tppo.config import SessionsConfig
+from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
+from tppo.label_openai import LabelItem, label
+from tppo.label_rule import label_by_rule
+from tppo.labels import Label, read_labels, write_labels
+from tppo.mapping import map_labels
+from tppo.models import load_policy, load_reward_model, new_policy, place
+from tppo.progress import say, track
+from tppo.prompts import SEPARATOR, encode_answer, encode_prompts, prompt_text
+from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
+from tppo.rollout import HFRollout
+from tppo.run import Run, answer_cap, max_positions
+from tppo.sessions import DataError, Session, read_sessions, write_sessions
+from tppo.sft import Examples, train_sft
+from tppo.synthetic import generate_sessions
+from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+
+
+def data(run: Run) -> None:
+    """Sessions, generated or read, split by user into train, heldout, test (and transfer)."""
+    with run.stage("data") as out:
+        if run.data is None:
+            splits = generate_sessions(run.config.sessions, run.seed)._asdict()
+        else:
+            splits = split_by_user(read_sessions(run.data), run.config.sessions, run.seed)
+        for name, sessions in splits.items():
+            write_sessions(out / f"{name}.jsonl", sessions)
+        say("data: " + ", ".join(f"{len(s)} sessions to {name}" for name, s in splits.items()))
+
+
+def split_by_user(
+    sessions: Sequence[Session], config: SessionsConfig, seed: int
+) -> dict[str, list[Session]]:
+    """Whole users to train, heldout and test, at least one to each.
+
+    Errors: DataError with fewer than three users.
+    """
+    users = sorted({session.user for session in sessions})
+    if len(users) < 3:
+        raise DataError(f"{len(users)} users, expected at least 3: train, held-out and test")
+    random.Random(f"{seed}/split").shuffle(users)
+    n_test = max(1, round(config.test_share * len(users)))
+    n_heldout = max(1, round(config.heldout_share * len(users)))
+    parts = {
+        "train": set(users[n_test + n_heldout :]),
+        "heldout": set(users[n_test : n_test + n_heldout]),
+        "test": set(users[:n_test]),
+    }
+    if not parts["train"]:
+        raise DataError(f"no user of {len(users)} is left to train on; lower the shares")
+    return {
+        name: [session for session in sessions if session.user in part]
+        for name, part in parts.items()
+    }
+
+
+def sft(run: Run) -> None:
+    """Tokenizer and model, trained on the true next queries to the early stop."""
+    with run.stage("sft") as out:
+        train, heldout = run.sessions("train"), run.sessions("heldout")
+        tokenizer, model = _base_model(run, train)
+        result = train_sft(
+            model,
+            _examples(run, tokenizer, model, train),
+            _examples(run, tokenizer, model, heldout),
+            run.config.sft,
+            pad_id=tokenizer.pad_token_id,
+            seed=run.seed,
+        )
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        write_jsonl(out / "metrics.jsonl", result.history)
+        report = {name: value for name, value in result._asdict().items() if name != "history"}
+        write_json(out / "report.json", report)
+        say(
+            f"sft: stopped at step {result.steps}, kept step {result.best_step} "
+            f"with held-out loss {result.heldout_loss:.3f} nats a token"
+        )
+
+
+def _base_model(
+    run: Run, train: Sequence[Session]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if run.model is not None:
+        return load_tokenizer(run.model), load_policy(run.model, run.device)
+    texts = (text for s in train for text in (prompt_text(s), SEPARATOR.join(s.targets)))
+    tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = new_policy(run.config.scratch, tokenizer)
+    return tokenizer, place(model, run.device)
+
+
+def _examples(
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    sessions: Sequence[Session],
+) -> Examples:
+    answers = [encode_answer(tokenizer, session.targets) for session in sessions]
+    room = max_positions(model) - max(
+        answer_cap([len(a) for a in answers], run.config.generate.max_new_tokens),
+        max(map(len, answers)),
+    )
+    return Examples(encode_prompts(tokenizer, sessions, room), answers)
+
+
+def generate(run: Run) -> None:
+    """Answers of the SFT model to training sessions."""
+    with run.stage("generate") as out:
+        model, sessions = run.sft_model(), run.sessions("train")
+        config = run.config.generate
+        order = random.Random(f"{run.seed}/generate").sample(sessions, len(sessions))
+        n = min(config.samples, config.samples_per_session * len(sessions))
+        chosen = [order[i % len(order)] for i in range(n)]
+        prompts = run.prompts(order[:n], model)
+        engine = HFRollout(
+            model,
+            pad_id=run.tokenizer.pad_token_id,
+            eos_id=run.tokenizer.eos_token_id,
+            batch_size=config.batch_size,
+        )
+        rollout = engine.generate(
+            [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.seed)
+        )
+        write_jsonl(
+            out / "answers.jsonl",
+            (
+                {
+                    "id": f"{session.id}#{i // len(order)}",
+                    "session": session.id,
+                    "prompt_ids": rollout.prompt_ids[i],
+                    "response_ids": rollout.response_ids[i],
+                    "finish": rollout.finish[i],
+                    "text": decode(run.tokenizer, rollout.response_ids[i]),
+                }
+                for i, session in enumerate(chosen)
+            ),
+        )
+
+
+def label_answers(run: Run) -> None:
+    """Word and answer labels, by the rule or by an endpoint."""
+    with run.stage("label") as out:
+        sessions = {session.id: session for session in run.sessions("train")}
+        answers, config = run.answers(), run.config.label
+        if config.labeller == "rule":
+            labels = [
+                label_by_rule(a.id, a.text, sessions[a.session].targets, config.sentence_threshold)
+                for a in answers
+            ]
+        else:
+            items = [
+                LabelItem(
+                    a.id,
+                    [event.text for event in sessions[a.session].history],
+                    list(sessions[a.session].targets),
+                    a.text,
+                )
+                for a in answers
+            ]
+            # The cache lies beside the stages: a stage that fails must not lose what was paid for.
+            labels = label(items, config.endpoint, run.out / "label-cache.jsonl").labels
+        if not labels:
+            raise DataError(f"none of {len(answers)} answers got a label")
+        write_labels(out / "labels.jsonl", labels)
+        relevant = sum(item.sentence for item in labels) / len(labels)
+        say(f"label: {len(labels)} answers, {relevant:.1%} of them relevant")
+
+
+def map_to_tokens(run: Run) -> None:
+    """Word labels to token categories, and the median length of a query in tokens."""
+    with run.stage("map") as out:
+        answers = {answer.id: answer for answer in run.answers()}
+        rows, lengths = [], []
+        for item in track(read_labels(run.path("label/labels.jsonl")), "map"):
+            if item.id not in answers:
+                raise DataError(f"label {item.id!r}: no generated answer has this id")
+            row, queries = _map_one(run.tokenizer, item, answers[item.id].response_ids)
+            rows.append(row)
+            lengths += queries
+        write_jsonl(out / "categories.jsonl", rows)
+        median = sorted(lengths)[len(lengths) // 2] if lengths else 1
+        write_json(out / "lengths.json", {"median_query_tokens": median, "queries": len(lengths)})
+
+
+def _map_one(
+    tokenizer: PreTrainedTokenizerBase, item: Label, response_ids: Sequence[int]
+) -> tuple[dict[str, object], list[int]]:
+    """Token categories of one answer, and the number of tokens of each of its queries."""
+    text, offsets = token_offsets(tokenizer, response_ids)
+    if text != item.response:
+        raise DataError(f"label {item.id!r}: its response {item.response!r} is not {text!r}")
+    row = {
+        "id": item.id,
+        "categories": map_labels(text, item.words, offsets),
+        "sentence": item.sentence + 1,
+    }
+    queries, start = [], 0
+    for line in text.split(SEPARATOR):
+        end = start + len(line)
+        if line.strip():
+            queries.append(sum(a < end and b > start for a, b in offsets))
+        start = end + len(SEPARATOR)
+    return row, queries
+
+
+def train_rm(run: Run) -> None:
+    """The token reward model, its trunk started from SFT."""
+    with run.stage("train-rm") as out:
+        answers = {answer.id: answer for answer in run.answers()}
+        rows: dict[str, list[LabelledAnswer]] = {}
+        for line in read_jsonl(run.path("map/categories.jsonl")):
+            answer = answers[line.get("id", is_text, "a text")]
+            categories = line.get("categories", lambda v: isinstance(v, list), "a list")
+            sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
+            rows.setdefault(answer.session, []).append(
+                LabelledAnswer(answer.prompt_ids, answer.response_ids, categories, sentence)
+            )
+        config, pad_id = run.config.reward_model, run.tokenizer.pad_token_id
+        sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
+        n_heldout = max(1, round(config.heldout_share * len(sessions)))
+        heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
+        train = [row for session in sessions[n_heldout:] for row in rows[session]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model = load_reward_model(run.path("sft/model"), run.device)
+        history = train_reward_model(model, train, config, pad_id=pad_id, seed=run.seed)
+        report = evaluate_reward_model(model, heldout, config, pad_id)
+        report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
+        model.save_pretrained(out / "model")
+        write_jsonl(out / "metrics.jsonl", history)
+        write_json(out / "report.json", report)
+        auc = "unknown" if report["auc"] is None else f"{report['auc']:.3f}"
+        say(f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers")

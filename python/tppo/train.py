@@ -1,0 +1,234 @@
+"""The PPO stage: guards, the loop, the weights kept, resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tppo.checkpoint import load_latest, save_checkpoint
+from tppo.config import PPOConfig
+from tppo.evaluate import evaluate_policy, score_answers
+from tppo.jsonl import write_json, write_jsonl
+from tppo.models import Critic, load_reward_model, snapshot
+from tppo.ppo import Models, PPOTrainer
+from tppo.progress import say, status
+from tppo.prompts import parse_answer
+from tppo.reward_model import check_auc
+from tppo.rollout import HFRollout, RolloutBatch
+from tppo.run import Run
+from tppo.sessions import Session
+from tppo.tokenizer import decode
+
+
+def train(run: Run) -> None:
+    """Token-level PPO from the SFT model; resumes from its newest checkpoint."""
+    with run.stage("train", resume=True) as out:
+        check_auc(read_json(run.path("train-rm/report.json")), run.config.reward_model)
+        Loop(run, out).run_all()
+
+
+class Loop:
+    """The PPO loop with what it keeps: metrics, the best weights, the time spent."""
+
+    def __init__(self, run: Run, out: Path):
+        self.settings, self.out, self.config = run, out, run.config.ppo
+        self.trainer = new_trainer(run, run.sft_model())
+        self.sessions = run.sessions("train")
+        self.heldout = run.sessions("heldout")
+        policy = self.trainer.models.policy
+        self.prompts = run.prompts(self.sessions, policy)
+        self.heldout_prompts = run.prompts(self.heldout, policy)
+        self.steps, self.batch_size = schedule(len(self.sessions), self.config)
+        self.order = prompt_order(len(self.sessions), self.steps * self.batch_size, run.seed)
+        self.metrics: list[dict[str, Any]] = []
+        self.best: dict[str, dict[str, Tensor]] = {}
+        self.best_score, self.best_step, self.seconds = -1.0, 0, 0.0
+
+    def run_all(self) -> None:
+        """Every step that is still to do, then the export."""
+        self.resume()
+        first = self.trainer.step_count + 1
+        with status("ppo", self.steps) as bar:
+            bar.advance(first - 1)
+            for step in range(first, self.steps + 1):
+                row = self.step(step)
+                bar.advance()
+                bar.note(
+                    f"relevance {row['reward/rule']:.2f}, reward {row['objective/scores']:.2f}, "
+                    f"KL {row['objective/kl']:.1f}, length {row['response/length']:.1f}"
+                )
+        self.export()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One PPO step; looks at held-out users and writes a checkpoint when it is time."""
+        start = time.monotonic()
+        rows = self.order[(step - 1) * self.batch_size : step * self.batch_size]
+        sessions = [self.sessions[i] for i in rows]
+        lengths = suggested_lengths(self.settings, sessions)
+        metrics, rollout = self.trainer.step([self.prompts[i] for i in rows], lengths)
+        row = {"step": step, **metrics, **self.answer_metrics(sessions, rollout)}
+        last = step == self.steps
+        if step % self.config.eval_every == 0 or last:
+            row |= self.look(step)
+        self.metrics.append(row)
+        write_jsonl(self.out / "metrics.jsonl", self.metrics)
+        self.seconds += time.monotonic() - start
+        if step % self.config.checkpoint_every == 0 and not last:
+            self.save(step)
+        return row
+
+    def answer_metrics(
+        self, sessions: Sequence[Session], rollout: RolloutBatch
+    ) -> dict[str, float]:
+        """What the reward model does not see: the rule's verdict, format, variety."""
+        texts = [decode(self.settings.tokenizer, ids) for ids in rollout.response_ids]
+        threshold = self.settings.config.label.sentence_threshold
+        figures = score_answers(sessions, texts, rollout.finish, threshold)
+        queries = [query for text in texts for query in parse_answer(text)]
+        return {
+            "reward/rule": figures["relevance"],
+            "reward/rule_words": figures["words"],
+            "response/length": sum(map(len, rollout.response_ids)) / len(texts),
+            "response/format": figures["format"],
+            "response/eos": rollout.finish.count("eos") / len(texts),
+            "response/distinct_words": len({word for query in queries for word in query.split()}),
+            "response/distinct_queries": len(set(queries)),
+        }
+
+    def look(self, step: int) -> dict[str, float]:
+        """Judge held-out answers; keep the weights if they are the best that qualify."""
+        run, models = self.settings, self.trainer.models
+        figures = evaluate_policy(
+            models.policy,
+            models.ref,
+            run.tokenizer,
+            self.heldout,
+            self.heldout_prompts,
+            run.sampling(seed=run.seed),
+            batch_size=run.config.generate.batch_size,
+            threshold=run.config.label.sentence_threshold,
+        )
+        qualifies = (
+            figures["format"] >= self.config.min_format and figures["kl"] <= self.config.max_kl
+        )
+        if qualifies and figures["relevance"] > self.best_score:
+            self.best_score, self.best_step = figures["relevance"], step
+            self.best = {"policy": snapshot(models.policy), "critic": snapshot(models.critic)}
+        return {f"heldout/{name}": figures[name] for name in ("relevance", "format", "kl")}
+
+    def save(self, step: int) -> None:
+        """A checkpoint with all that the remaining steps depend on."""
+        models = self.trainer.models
+        weights = {"policy": models.policy.state_dict(), "critic": models.critic.state_dict()}
+        weights |= {f"best_{name}": tensors for name, tensors in self.best.items()}
+        state = {
+            "metrics": self.metrics,
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+        }
+        optimizer = self.trainer.optimizer.state_dict()
+        save_checkpoint(self.out / "checkpoints", step, weights, optimizer, state)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = load_latest(self.out / "checkpoints")
+        if found is None:
+            return
+        models = self.trainer.models
+        models.policy.load_state_dict(found.weights["policy"])
+        models.critic.load_state_dict(found.weights["critic"])
+        self.trainer.optimizer.load_state_dict(found.optimizer)
+        self.trainer.step_count = found.step
+        self.best = {
+            name: found.weights[f"best_{name}"]
+            for name in ("policy", "critic")
+            if f"best_{name}" in found.weights
+        }
+        self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
+        self.best_step, self.seconds = found.state["best_step"], found.state["seconds"]
+        say(f"ppo: resumes after step {found.step} of {self.steps}")
+
+    def export(self) -> None:
+        """The weights kept, as plain `save_pretrained`, and a report."""
+        models = self.trainer.models
+        if self.best:
+            models.policy.load_state_dict(self.best["policy"])
+            models.critic.load_state_dict(self.best["critic"])
+            say(
+                f"ppo: kept step {self.best_step}, held-out relevance {self.best_score:.3f}, "
+                f"{self.seconds:.0f} s"
+            )
+        else:
+            self.best_step = self.steps
+            say(
+                f"WARNING: no step had held-out format >= {self.config.min_format} and KL <= "
+                f"{self.config.max_kl}; the last one is kept"
+            )
+        models.policy.save_pretrained(self.out / "model")
+        self.settings.tokenizer.save_pretrained(self.out / "model")
+        critic = {name: t.detach().cpu().clone() for name, t in models.critic.state_dict().items()}
+        save_file(critic, self.out / "critic.safetensors")
+        report = {"steps": self.steps, "kept_step": self.best_step, "seconds": self.seconds}
+        write_json(self.out / "report.json", report)
+
+
+def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:
+    """A trainer over `policy`, with reference and critic from SFT and the frozen reward model."""
+    pad_id, eos_id = run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
+    batch_size = run.config.generate.batch_size
+    models = Models(
+        policy=policy,
+        ref=run.sft_model(),
+        critic=Critic.from_policy(run.path("sft/model"), run.device),
+        reward=load_reward_model(run.path("train-rm/model"), run.device),
+    )
+    return PPOTrainer(
+        models,
+        HFRollout(policy, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size),
+        run.config.ppo,
+        sampling=run.sampling(),
+        pad_id=pad_id,
+        eos_id=eos_id,
+        seed=run.seed,
+    )
+
+
+def suggested_lengths(run: Run, sessions: Sequence[Session]) -> list[float]:
+    """Tokens after which the length penalty bites: the queries' median length times their
+    number, plus the separators between them.
+    """
+    median = read_json(run.path("map/lengths.json"))["median_query_tokens"]
+    counts = [len(session.targets) for session in sessions]
+    return [float(median * n + (n - 1)) for n in counts]
+
+
+def schedule(sessions: int, config: PPOConfig) -> tuple[int, int]:
+    """Steps and prompts a step: a small file gets fewer of both."""
+    batch_size = min(config.batch_size, sessions)
+    return max(1, min(config.steps, math.ceil(config.max_passes * sessions / batch_size))), (
+        batch_size
+    )
+
+
+def prompt_order(sessions: int, n: int, seed: int) -> list[int]:
+    """Indices of the prompts of all steps: one shuffled pass after another."""
+    rng = random.Random(f"{seed}/ppo")
+    order: list[int] = []
+    while len(order) < n:
+        order += rng.sample(range(sessions), sessions)
+    return order[:n]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON document."""
+    return json.loads(path.read_text(encoding="utf-8"))
