@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "flash", "cpp", "triton", "cuda")
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("tppo_kernels", "DEF")
 _log = logging.getLogger("tppo_kernels")

@@ -1,0 +1,123 @@
+"""Attention over packed groups: one prompt and its responses, the prompt computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import Check, describe
+from ..._op import Op
+from ..._sequence import compute_dtype
+from ...prefix import PrefixLayout
+from . import reference
+
+_op = Op("prefix_attention", cpu=("flash", "reference"))
+
+
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test and the benchmarks' gate."""
+    g = torch.Generator().manual_seed(0)
+    layout = PrefixLayout.from_lengths([5, 3], [[4, 1, 7], [19]])
+    length = layout.position_ids.shape[1]
+    q, k, v = (torch.randn(1, heads, length, 8, generator=g, dtype=torch.float64)
+               for heads in (4, 2, 2))
+    return (q, k, v, layout), {}
+
+
+def nflop(layout: PrefixLayout, heads: int, head_dim: int, *, backward: bool = False) -> int:
+    """Floating-point operations: 4 D a pair of query and visible key, and 10 D more backward."""
+    pairs = 0
+    for prompt, responses in zip(layout.prompt_lengths, layout.response_lengths, strict=True):
+        pairs += prompt * (prompt + 1) // 2
+        pairs += sum(prompt * r + r * (r + 1) // 2 for r in responses)
+    return pairs * heads * head_dim * (14 if backward else 4)
+
+
+def _check_values(q, k, v, segment_lengths, is_prompt, *_) -> None:
+    total = int(segment_lengths.sum())
+    if total != q.shape[1]:
+        raise ValueError(f"prefix_attention: layout holds {total} tokens, q has L = {q.shape[1]}")
+
+
+def _fake_fwd(q, k, v, segment_lengths, is_prompt, scale):
+    dtype = compute_dtype(q, k, v)
+    heads, length = q.shape[:2]
+    return (q.new_empty((length, heads, v.shape[2]), dtype=dtype).transpose(0, 1),
+            q.new_empty((length, heads), dtype=dtype).t())
+
+
+def _fake_bwd(q, k, v, segment_lengths, is_prompt, scale, grad, out, lse):
+    return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
+                 for x in (q, k, v))
+
+
+_ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor segment_lengths, Tensor is_prompt,"
+              " Tensor scale")
+_fwd = _op.define(f"prefix_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", reference.fwd,
+                  _fake_fwd, _check_values)
+_bwd = _op.define(f"prefix_attention_bwd({_ARGUMENTS}, Tensor grad, Tensor out, Tensor lse)"
+                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, segment_lengths, is_prompt, scale):
+        out, lse = _fwd(q, k, v, segment_lengths, is_prompt, scale)
+        ctx.save_for_backward(q, k, v, segment_lengths, is_prompt, scale, out, lse)
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, segment_lengths, is_prompt, scale, out, lse = ctx.saved_tensors
+        grads = _bwd(q, k, v, segment_lengths, is_prompt, scale, grad, out, lse)
+        wanted = (g if need else None
+                  for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+        return (*wanted, None, None, None)
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
+                     scale: float | Tensor | None = None) -> Tensor:
+    """Attention over packed groups *prompt, response_1, ..., response_G*.
+
+    A prompt token attends causally within its prompt; a response token to the whole prompt of its
+    group and causally within its own response:
+
+        out_i = sum_j p_ij v_j,   p_ij = softmax over the visible j of scale q_i . k_j
+
+    which is each (prompt, response) run apart, forward and backward, with P + G R tokens a group
+    instead of G (P + R).
+
+    q: [1, Hq, L, D] or [Hq, L, D]; k, v: the same with Hkv heads, Hq a multiple of Hkv (query head
+    h reads head h // (Hq / Hkv)). layout: a `PrefixLayout` of L tokens on the device of q. scale:
+    D ** -0.5 where None. Gives the shape of q, with the head size of v, and the dtype of q;
+    computed in fp32 (fp64 where an input is fp64, by the reference). Differentiable in q, k and v.
+
+    On CPU: PyTorch's flash-attention kernels over the prompt and within each response, merged by
+    logsumexp; nothing of size L x L exists, and k and v are repeated for their query heads only
+    at response tokens. Elsewhere: the reference, with an explicit L x L mask.
+    """
+    check = Check("prefix_attention")
+    if not isinstance(layout, PrefixLayout):
+        raise TypeError(f"prefix_attention: layout is {describe(layout)}, expected a PrefixLayout")
+    batched = isinstance(q, Tensor) and q.dim() == 4
+    one = "1 " if batched else ""
+    check.tensor("q", q, f"{one}Hq L D")
+    check.tensor("k", k, f"{one}Hkv L D")
+    check.tensor("v", v, f"{one}Hkv L Dv")
+    check.tensor("layout.segment_lengths", layout.segment_lengths, "S", (torch.int64,))
+    heads, kv_heads = check.sizes["Hq"], check.sizes["Hkv"]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"prefix_attention: q has {heads} heads, expected a multiple of the "
+                         f"{kv_heads} of k and v")
+    if layout.position_ids.shape[1] != check.sizes["L"]:
+        raise ValueError(f"prefix_attention: q has L = {check.sizes['L']}, expected the "
+                         f"{layout.position_ids.shape[1]} tokens of layout")
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("prefix_attention: scale requires a gradient, expected a constant")
+    factor = check.scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale)
+    if batched:
+        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+    out = _PrefixAttention.apply(q, k, v, layout.segment_lengths, layout.is_prompt, factor)
+    return out.unsqueeze(0) if batched else out

@@ -1,0 +1,156 @@
+"""`prefix_attention` on the CPU by PyTorch's own flash-attention kernels; cost follows the tokens.
+
+Two calls cover a token: one a group, in which prompt and responses are the queries and the prompt
+alone is the keys (the causal mask counts from the top left, so that a token behind the prompt sees
+all of it), and one over the responses, each to itself. They are merged by their logsumexps. The
+backward kernels recompute p = exp(score - logsumexp), hence with the merged output and logsumexp
+each of them gives its share of the exact gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._sequence import compute_dtype
+
+_aten = torch.ops.aten
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+SHORT = 16  # responses up to this length share a bucket; above it, those between two powers of two
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+    """The reason for refusing, or None."""
+    if compute_dtype(q, k, v) == torch.float64:
+        return "fp64 is computed by the reference only"
+    if q.shape[-1] != v.shape[-1]:
+        return f"v has {v.shape[-1]} values a head, expected {q.shape[-1]} as q"
+    if not hasattr(_aten, _FORWARD):
+        return f"torch {torch.__version__} has no aten::{_FORWARD}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Responses of similar length, right-padded to `width` by repeating their last token."""
+
+    width: int
+    rows: Tensor  # [m * width], the token in each slot
+    slots: Tensor  # [n], the slots that hold a token of their own
+    tokens: Tensor  # [n], those tokens
+    padding: Tensor  # [m, 1, width, 1], the slots that repeat one
+
+
+@functools.lru_cache(maxsize=32)
+def _plan(lengths: tuple[int, ...], prompts: tuple[bool, ...]
+          ) -> tuple[list[tuple[int, int, int]], list[_Bucket]]:
+    """([(start, end of the prompt, end) of each group], buckets of responses)."""
+    groups: list[tuple[int, int, int]] = []
+    spans: dict[int, list[tuple[int, int]]] = {}
+    start = 0
+    for length, is_prompt in zip(lengths, prompts, strict=True):
+        end = start + length
+        if is_prompt:
+            groups.append((start, end, end))
+        else:
+            groups[-1] = (*groups[-1][:2], end)
+            spans.setdefault((max(length, SHORT) - 1).bit_length(), []).append((start, length))
+        start = end
+    return groups, [_bucket(spans[size]) for size in sorted(spans)]
+
+
+def _bucket(spans: list[tuple[int, int]]) -> _Bucket:
+    start, length = torch.tensor(spans).unbind(1)  # [m]
+    width = int(length.max())
+    slot = torch.arange(width)
+    rows = (start[:, None] + torch.minimum(slot, length[:, None] - 1)).flatten()
+    padding = slot >= length[:, None]  # [m, width]
+    slots = (~padding).flatten().nonzero().squeeze(1)
+    return _Bucket(width, rows, slots, rows[slots], padding[:, None, :, None])
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32, token-major and grouped: q [L, Hkv, G, D]; k, v [L, Hkv, G, D], G a stride of 0."""
+    groups = q.shape[0] // k.shape[0]
+    q = _fp32(q).transpose(0, 1).unflatten(1, (k.shape[0], groups))
+    k, v = (_fp32(x).transpose(0, 1)[:, :, None].expand(-1, -1, groups, -1) for x in (k, v))
+    return q, k, v
+
+
+def _fp32(x: Tensor) -> Tensor:
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _own(x: Tensor, bucket: _Bucket) -> Tensor:
+    """The responses of a bucket."""  # [L, Hkv, G, D] -> [m, Hq, width, D]
+    return (x.index_select(0, bucket.rows).flatten(1, 2)
+            .unflatten(0, (-1, bucket.width)).transpose(1, 2))
+
+
+def _heads(x: Tensor, start: int, end: int) -> Tensor:
+    return x[start:end].permute(1, 2, 0, 3)  # [L, Hkv, G, D] -> [Hkv, G, n, D]
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
+        scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention [Hq, L, D], logsumexp of the scores [Hq, L]), fp32."""
+    groups, buckets = _plan(tuple(segment_lengths.tolist()), tuple(is_prompt.tolist()))
+    attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
+                               dropout_p=0.0, is_causal=True, scale=float(scale))
+    q, k, v = _prepare(q, k, v)
+    out = torch.empty(q.shape)  # [L, Hkv, G, D]
+    lse = torch.empty(q.shape[:-1])
+    for start, prompt_end, end in groups:
+        part, weight = attend(_heads(q, start, end), *(_heads(x, start, prompt_end)
+                                                       for x in (k, v)))
+        out[start:end] = part.permute(2, 0, 1, 3)
+        lse[start:end] = weight.permute(2, 0, 1)
+    out, lse = out.flatten(1, 2), lse.flatten(1, 2)  # [L, Hq, D], [L, Hq]
+    for bucket in buckets:
+        part, weight = attend(*(_own(x, bucket) for x in (q, k, v)))
+        part = part.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots)  # [n, Hq, D]
+        weight = weight.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots).double()
+        before = lse.index_select(0, bucket.tokens).double()
+        merged = torch.logaddexp(before, weight)
+        lse.index_copy_(0, bucket.tokens, merged.float())
+        share = (weight - merged).exp().float()[..., None]
+        out.index_copy_(0, bucket.tokens,
+                        torch.lerp(out.index_select(0, bucket.tokens), part, share))
+    return out.transpose(0, 1), lse.t()
+
+
+def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor, scale: Tensor,
+        grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtypes of q, k, v."""
+    dtypes = q.dtype, k.dtype, v.dtype
+    groups, buckets = _plan(tuple(segment_lengths.tolist()), tuple(is_prompt.tolist()))
+    attend = functools.partial(
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        dropout_p=0.0, is_causal=True, scale=float(scale))
+    q, k, v = _prepare(q, k, v)
+    sizes = q.shape[1:3]
+    grad, out = (_fp32(x).transpose(0, 1).unflatten(1, sizes) for x in (grad, out))
+    lse = lse.t().unflatten(1, sizes)  # [L, Hkv, G]
+    dq = torch.empty(q.shape)
+    dk, dv = (torch.zeros(q.shape[0], sizes[0], q.shape[3]) for _ in range(2))  # [L, Hkv, D]
+    for start, prompt_end, end in groups:
+        parts = attend(_heads(grad, start, end), _heads(q, start, end),
+                       *(_heads(x, start, prompt_end) for x in (k, v)), _heads(out, start, end),
+                       lse[start:end].permute(1, 2, 0))
+        dq[start:end] = parts[0].permute(2, 0, 1, 3)
+        for total, part in ((dk, parts[1]), (dv, parts[2])):
+            torch.sum(part.permute(2, 0, 1, 3), 2, out=total[start:prompt_end])
+    dq = dq.flatten(1, 2)  # [L, Hq, D]
+    for bucket in buckets:
+        own_grad = _own(grad, bucket).masked_fill(bucket.padding, 0.0)
+        parts = attend(own_grad, *(_own(x, bucket) for x in (q, k, v, out)),
+                       _own(lse[..., None], bucket).squeeze(-1))
+        parts = [x.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots) for x in parts]
+        dq.index_add_(0, bucket.tokens, parts[0])  # [n, Hq, D]
+        for total, part in ((dk, parts[1]), (dv, parts[2])):
+            total.index_copy_(0, bucket.tokens, part.unflatten(1, sizes).sum(2))
+    return tuple(x.transpose(0, 1).to(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True))

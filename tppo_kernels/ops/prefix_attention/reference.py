@@ -1,0 +1,67 @@
+"""The specification of `prefix_attention`: attention with an explicit mask, in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._sequence import compute_dtype, on
+
+
+def visible(segment_lengths: Tensor, is_prompt: Tensor, length: int) -> Tensor:
+    """Which keys j a query i sees: those of its own group up to itself, and of the responses of
+    that group only its own.
+
+    segment_lengths, is_prompt: [S], the prompts and responses in the order of the tokens.
+    """  # [L, L]
+    segments = torch.arange(segment_lengths.shape[0], device=segment_lengths.device)
+    segment = torch.repeat_interleave(segments, segment_lengths, output_size=length)  # [L]
+    group = is_prompt.long().cumsum(0)[segment]
+    token = torch.arange(length, device=segment.device)
+    causal = token[:, None] >= token
+    shared = is_prompt[segment] | (segment[:, None] == segment)
+    return causal & shared & (group[:, None] == group)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
+             scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q [Hkv, G, L, D], k and v with a size of 1 for G, the scores [Hkv, G, L, L])."""
+    dtype = compute_dtype(q, k, v)
+    q = q.to(dtype).unflatten(0, (k.shape[0], q.shape[0] // k.shape[0]))
+    k, v = k.to(dtype)[:, None], v.to(dtype)[:, None]
+    scores = (q @ k.mT) * on(scale, q)
+    seen = visible(segment_lengths, is_prompt, q.shape[2])
+    return q, k, v, scores.masked_fill(~seen, -math.inf)
+
+
+def token_major(x: Tensor) -> Tensor:
+    """The same values, laid out token by token: what the projections before and behind want."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)  # [H, L, D]
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
+        scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention [Hq, L, Dv], logsumexp of the scores [Hq, L])."""
+    with torch.autocast(q.device.type, enabled=False):
+        _, _, v, scores = _grouped(q, k, v, segment_lengths, is_prompt, scale)
+        out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
+        return token_major(out.flatten(0, 1)), token_major(lse.flatten(0, 1)).squeeze(-1)
+
+
+def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor, scale: Tensor,
+        grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv): with p the probabilities and dp = dO v^T, dS = p (dp - sum(p dp)).
+
+    The sum is dO O, and p is exp(S - lse): what other backends compute it by.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        dtypes = q.dtype, k.dtype, v.dtype
+        q, k, v, scores = _grouped(q, k, v, segment_lengths, is_prompt, scale)
+        grad = grad.to(q.dtype).unflatten(0, q.shape[:2])  # [Hkv, G, L, Dv]
+        p, d_p = scores.softmax(-1), grad @ v.mT
+        d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * on(scale, q)
+        grads = ((d_scores @ k).flatten(0, 1), (d_scores.mT @ q).sum(1), (p.mT @ grad).sum(1))
+        dq, dk, dv = (token_major(g).to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
+        return dq, dk, dv
