@@ -85,6 +85,20 @@ void bind_token_logprobs(py::module_& m) {
   });
 }
 
+void bind_whiten(py::module_& m) {
+  using namespace tppo;
+  m.def("whiten_stats", [](Address x, Address mask, int64_t n, Address moments, int threads) {
+    py::gil_scoped_release release;
+    whiten_stats(at<float>(x), at<uint8_t>(mask), n, at<double>(moments), threads);
+  });
+  m.def("whiten_fwd", [](Address x, Address mask, int64_t n, Address moments, double eps,
+                         bool unbiased, bool shift_mean, Address out, int threads) {
+    py::gil_scoped_release release;
+    whiten_fwd(at<float>(x), at<uint8_t>(mask), n, at<double>(moments), eps, unbiased, shift_mean,
+               at<float>(out), threads);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -93,4 +107,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
   bind_gae(m);
   bind_token_logprobs(m);
+  bind_whiten(m);
 }

@@ -32,6 +32,11 @@ void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const f
                         const float* entropy, const float* top, const float* log_sum,
                         int64_t vocabulary, void* grad);
 
+// mask may be null; moments: n, mean, M2, max|x| of the valid tokens.
+void whiten_stats(const float* x, const uint8_t* mask, int64_t n, double* moments, int threads);
+void whiten_fwd(const float* x, const uint8_t* mask, int64_t n, const double* moments, double eps,
+                bool unbiased, bool shift_mean, float* out, int threads);
+
 #if TPPO_CUDA
 // Returns null, or the CUDA error's text. gamma: one float on the device.
 const char* gae_fwd_cuda(const float* rewards, const float* values, const uint8_t* mask,

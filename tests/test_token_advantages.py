@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from _matrix import third
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tppo_kernels as tk
@@ -310,6 +310,7 @@ def test_whitened_advantages_ignore_scale_and_shift_of_the_critic(seed, B, T):
     rewards, values, _, _, mask = batch(B, T, seed, torch.float64)
     options = {"gamma": 1.0, "lam": 1.0}
     one = tk.token_advantages(rewards, values, mask, **options)
+    assume(float(one.stats.advantage_std) > 0.1)  # below, eps shows
     two = tk.token_advantages(3 * rewards, 3 * values - 5, mask, **options)
     torch.testing.assert_close(two.advantages, one.advantages, rtol=0, atol=1e-6)
     torch.testing.assert_close(two.returns, 3 * one.returns, rtol=0, atol=1e-9)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tppo_kernels as tk
+from tppo_kernels._op import missing
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -28,6 +29,14 @@ from tppo_kernels.testing import (
 )
 
 
+@pytest.fixture(params=[
+    pytest.param(b, marks=pytest.mark.skipif(bool(missing(b)), reason=str(missing(b))))
+    for b in ("cpp", "reference")])
+def backend(request):
+    with tk.use_backend(request.param):
+        yield request.param
+
+
 def textbook(x, mask=None, unbiased=True, shift_mean=True, eps=1e-8):
     """Eager PyTorch in the dtype of x: what the peers write."""
     valid = x.flatten() if mask is None else x[mask]
@@ -40,7 +49,7 @@ def textbook(x, mask=None, unbiased=True, shift_mean=True, eps=1e-8):
     return y if mask is None else torch.where(mask, y, 0)
 
 
-def test_by_hand():
+def test_by_hand(backend):
     x = torch.tensor([[1., 3., 100.], [5., 7., float("nan")]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
     # mean 4, M2 = 9 + 1 + 1 + 9 = 20
@@ -58,7 +67,7 @@ CASES = third(itertools.product(DTYPES, SHAPES, MASKS, (False, True), (False, Tr
                                 (0.0, 50.0)), seed=2)
 
 
-def test_accuracy_over_dtypes_shapes_masks_strides():
+def test_accuracy_over_dtypes_shapes_masks_strides(backend):
     """At most twice the error of eager PyTorch in fp32, plus 1e-5 of the largest value."""
     for case, (dtype, shape, kind, unbiased, shift_mean, mean) in enumerate(CASES):
         x = (mean + torch.randn(shape, generator=torch.Generator().manual_seed(case))).to(dtype)
@@ -79,9 +88,26 @@ def test_fp64_is_exact():
     actual = tk.whiten(x, mask)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual, textbook(x, mask), rtol=1e-12, atol=1e-12)
+    assert tk.explain(tk.whiten, x).backend == "reference"
+    with tk.use_backend("cpp"), pytest.raises(tk.BackendError, match="fp64"):
+        tk.whiten(x)
 
 
-def test_a_large_mean_costs_no_accuracy():
+@pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
+def test_threads_change_no_bit():
+    """Blocks are merged in order, whatever thread had them."""
+    x, mask, results = torch.randn(700_001), torch.rand(700_001) < 0.5, []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(tk.whiten(x, mask))
+    torch.set_num_threads(before)
+    assert_same_bits(tuple(results[1:]), (results[0], results[0]))
+    assert_accurate(results[0], textbook(x.double(), mask), textbook(x, mask),
+                    floor=SEQUENTIAL_FLOOR)
+
+
+def test_a_large_mean_costs_no_accuracy(backend):
     """Shift invariance: x + c gives what x gives, to the rounding of x + c itself."""
     for c in (1e3, 1e5, -3e6):
         x = torch.randn(4000) * 30 + c
@@ -91,7 +117,7 @@ def test_a_large_mean_costs_no_accuracy():
 @pytest.mark.parametrize("x, mean", [
     (torch.full((3, 7), 0.1), 0.1), (torch.full((3, 7), -4e8), -4e8), (torch.zeros(3, 7), 0.0),
     (torch.full((3, 7), 1.0) + 1e-7 * torch.rand(3, 7), 1.0), (torch.full((1, 1), 6.5), 6.5)])
-def test_no_variance_gives_zero_or_the_mean(x, mean):
+def test_no_variance_gives_zero_or_the_mean(backend, x, mean):
     """A spread below rounding is not blown up by eps, and not by eps = 0 either."""
     for unbiased, eps in itertools.product((True, False), (1e-8, 0.0)):
         assert not tk.whiten(x, unbiased=unbiased, eps=eps).any()
@@ -102,7 +128,7 @@ def test_no_variance_gives_zero_or_the_mean(x, mean):
                                rtol=1e-3, atol=0)
 
 
-def test_fewer_than_two_tokens():
+def test_fewer_than_two_tokens(backend):
     """No token gives zeros, one gives 0 or itself: n - 1 = 0 divides nothing."""
     x = torch.tensor([[float("nan"), 3.0, float("inf")]])
     one, none = torch.tensor([[False, True, False]]), torch.zeros(1, 3, dtype=torch.bool)
@@ -114,7 +140,7 @@ def test_fewer_than_two_tokens():
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_poison(poison):
+def test_poison(backend, poison):
     """verl#3805, ROLL#447: padding leaks into means."""
     for kind in ("left", "right", "interior", "row", "all-false"):
         x, mask = torch.randn(6, 33), sample_mask(kind, 6, 33)
@@ -124,7 +150,7 @@ def test_poison(poison):
             assert not clean[~mask].any()
 
 
-def test_twice_packed_permuted_detached():
+def test_twice_packed_permuted_detached(backend):
     x, mask = torch.randn(70, 50, requires_grad=True), sample_mask("interior", 70, 50)
     once = tk.whiten(x, mask)
     assert not once.requires_grad

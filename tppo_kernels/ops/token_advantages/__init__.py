@@ -12,7 +12,6 @@ from ..._check import BOOL, Check, offsets, values_between
 from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, alive, compute_dtype
 from ..whiten import check_group, over_group
-from ..whiten.reference import fwd as whitened
 from . import reference
 
 _op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
@@ -76,6 +75,10 @@ _fwd = _op.define(
     " Tensor? logprobs, Tensor? ref_logprobs, Tensor kl_coef, Tensor gamma, Tensor lam,"
     " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens, str kl_estimator, bool unbiased)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+_whiten = _op.define(
+    "token_advantages_whiten(Tensor advantages, Tensor? trained, Tensor moments, bool unbiased)"
+    " -> Tensor", reference.whiten,
+    lambda advantages, trained, moments, unbiased: torch.empty_like(advantages))
 
 
 def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
@@ -130,9 +133,8 @@ def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None 
             lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased)
         if normalize:
             trained = mask if train_mask is None else train_mask
-            eps = torch.tensor(1e-8, dtype=torch.float64)
-            advantages = whitened(advantages, trained, over_group(moments, group), eps, unbiased,
-                                  True)
-        n, *scalars = stats.unbind()
+            advantages = _whiten(advantages, trained, over_group(moments, group), unbiased)
+        _, kl, reward, advantage, back, *stds = stats.to(rewards.dtype).unbind()
         return TokenAdvantages(advantages, returns, rewards, AdvantageStats(
-            n.long(), *(x.to(rewards.dtype) for x in scalars)))
+            n=stats[0].long(), kl_mean=kl, reward_mean=reward, reward_std=stds[0],
+            advantage_mean=advantage, advantage_std=stds[1], return_mean=back, return_std=stds[2]))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..gae._cuda import fwd as gae
+from ..whiten.reference import stats
 from ._cpp import supports
-from .reference import compose
+from .reference import compose, whiten
 
-__all__ = ["fwd", "supports"]
+__all__ = ["fwd", "supports", "whiten"]
 
 
 def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.compose`."""
-    return compose(gae, *args)
+    return compose(gae, stats, *args)

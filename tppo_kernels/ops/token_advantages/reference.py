@@ -9,18 +9,22 @@ from torch import Tensor
 
 from ..._sequence import compute_dtype, kl, on, select
 from ..gae.reference import fwd as gae_reference
-from ..whiten.reference import stats as moments
+from ..whiten.reference import fwd as whiten_reference
+from ..whiten.reference import stats as moments_reference
+
+EPS = 1e-8  # of `whiten`
 
 
-def compose(gae: Callable[..., tuple[Tensor, Tensor]], token_rewards: Tensor, values: Tensor,
-            mask: Tensor | None, train_mask: Tensor | None, logprobs: Tensor | None,
-            ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor, lam: Tensor,
-            value_lam: Tensor | None, bootstrap: Tensor | None, cu_seqlens: Tensor | None,
-            kl_estimator: str, unbiased: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Tensor],
+            token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: Tensor | None,
+            logprobs: Tensor | None, ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor,
+            lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
+            cu_seqlens: Tensor | None, kl_estimator: str,
+            unbiased: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(raw advantages, returns, rewards, statistics [8], moments of what is trained [4]).
 
-    statistics: n, then mean and standard deviation of rewards, mean of the KL, mean and standard
-    deviation of raw advantages and of returns, all over `mask`.
+    statistics, over `mask`: n, mean of the KL, means of rewards, raw advantages and returns, their
+    standard deviations. fp64, as the moments.
     """
     given = [x for x in (token_rewards, values, logprobs, ref_logprobs) if x is not None]
     dtype = compute_dtype(*given)
@@ -34,23 +38,22 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], token_rewards: Tensor, va
         rewards = rewards.clone()  # the result is never the argument itself
     advantages, returns = gae(rewards, values.to(dtype), mask, gamma, lam, value_lam, bootstrap,
                               cu_seqlens)
-    of_advantages = moments(advantages, mask)
-    n, reward, reward_std = summary(moments(rewards, mask), unbiased)
-    _, advantage, advantage_std = summary(of_advantages, unbiased)
-    _, back, back_std = summary(moments(returns, mask), unbiased)
-    stats = torch.stack([n, reward, reward_std, kl_mean, advantage, advantage_std, back, back_std])
-    if train_mask is not None:
-        trained = train_mask if mask is None else train_mask & mask
-        of_advantages = moments(advantages, trained)
-    return advantages, returns, rewards, stats, of_advantages
+    parts = torch.stack([moments(x, mask) for x in (rewards, advantages, returns)])  # [3, 4]
+    n = parts[:1, 0]  # [1]
+    std = torch.sqrt(parts[:, 2] / (n - int(unbiased)).clamp(min=1))  # [3]
+    stats = torch.cat([n, kl_mean[None], parts[:, 1], std])
+    if train_mask is None:
+        return advantages, returns, rewards, stats, parts[1].clone()
+    trained = train_mask if mask is None else train_mask & mask
+    return advantages, returns, rewards, stats, moments(advantages, trained)
 
 
 def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`compose` over the reference of `gae`."""
-    return compose(gae_reference, *args)
+    """`compose` over the references of `gae` and `whiten`."""
+    return compose(gae_reference, moments_reference, *args)
 
 
-def summary(of: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, mean, standard deviation) from (n, mean, M2, max)."""
-    n, mean, m2, _ = of.unbind()
-    return n, mean, torch.sqrt(m2 / (n - int(unbiased)).clamp(min=1))
+def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
+    """The advantages, whitened by the given (n, mean, M2, max)."""
+    eps = torch.tensor(EPS, dtype=torch.float64)
+    return whiten_reference(advantages, trained, moments, eps, unbiased, True)

@@ -1,0 +1,34 @@
+"""`whiten` on the CPU: statistics in one read of memory, in double precision, and one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tppo_kernels._C as _C
+
+from ..gae._cpp import address
+
+
+def supports(x: Tensor, *_: object) -> str | None:
+    """The reason for refusing, or None."""
+    return "fp64 is computed by the reference only" if x.dtype == torch.float64 else None
+
+
+def stats(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, mean, M2, max|x|) of the valid tokens."""  # [4] fp64
+    values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
+    moments = torch.empty(4, dtype=torch.float64)
+    _C.whiten_stats(values.data_ptr(), address(valid), x.numel(), moments.data_ptr(),
+                    torch.get_num_threads())
+    return moments
+
+
+def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: bool,
+        shift_mean: bool) -> Tensor:
+    """(x - mean) * rsqrt(var + eps), fp32, 0 where masked."""
+    values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
+    out = torch.empty(x.shape)
+    _C.whiten_fwd(values.data_ptr(), address(valid), x.numel(), moments.contiguous().data_ptr(),
+                  float(eps), unbiased, shift_mean, out.data_ptr(), torch.get_num_threads())
+    return out
