@@ -327,8 +327,10 @@ def test_empty(shape, reduction):
             assert all(not v.any() for v in (*out[:3], *out[3]))
     assert tk.ppo_loss(x["logprobs"].requires_grad_(), x["old_logprobs"], x["advantages"],
                        mask).loss.requires_grad
-    assert tk.ppo_loss(torch.zeros(0, requires_grad=True), torch.zeros(0), torch.zeros(0),
-                       cu_seqlens=torch.zeros(1).int()).loss == 0
+    for b in (0, 2):  # arguments [B] of B empty sequences
+        loss = tk.ppo_loss(torch.zeros(0, requires_grad=True), torch.zeros(0), torch.zeros(b),
+                           weights=torch.ones(b), cu_seqlens=torch.zeros(b + 1).int()).loss
+        assert loss == 0 and loss.requires_grad
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
@@ -446,19 +448,18 @@ def test_opcheck_and_no_host_read(ratio, packed):
             assert reference.fwd(*fakes)[1].shape == x["logprobs"].shape
 
 
-def compiled_case(scalars):
-    def loss(logprobs, entropy, old, advantages, mask):
-        return tk.ppo_loss(logprobs, old, advantages, mask, entropy=entropy, **scalars)
-    return loss
-
-
 def test_compile_fullgraph_forward_and_backward():
-    x, mask = sample(3, 6), sample_mask("interior", 3, 6)
-    function = compiled_case({"entropy_coef": 0.1, "dual_clip": 1.5})
+    """Inputs that are one tensor (old = reference, advantages = weights) included."""
+    x, mask, clip = sample(3, 6), sample_mask("interior", 3, 6), torch.tensor(0.2)
+
+    def loss(logprobs, entropy, old, advantages):
+        return tk.ppo_loss(logprobs * 1.0, old, advantages, mask, entropy=entropy,
+                           weights=advantages, ref_logprobs=old, clip_low=clip,
+                           clip_high=clip, **ALL_TERMS)
     results = []
-    for f in (function, torch.compile(function, fullgraph=True)):
+    for f in (loss, torch.compile(loss, fullgraph=True)):
         lp, h = x["logprobs"].bfloat16().requires_grad_(), x["entropy"].clone().requires_grad_()
-        out = f(lp, h, x["old_logprobs"], x["advantages"], mask)
+        out = f(lp, h, x["old_logprobs"], x["advantages"])
         out.loss.backward()
         results.append((out.loss.detach(), lp.grad, h.grad, tuple(out.metrics)))
     assert_same_bits(results[1], results[0])
@@ -473,8 +474,7 @@ def test_recompilation():
               torch.ones(3, t, dtype=torch.bool), torch.tensor(0.1 + t / 100),
               torch.tensor(t / 100), torch.tensor(t)) for t in range(2, 52)]
     assert count_graphs(loss, calls) <= 2
-    assert count_graphs(lambda *a: loss(*a[:4], a[4]), [(*c[:4], 3 + i) for i, c in
-                                                        enumerate(calls)]) <= 3
+    assert count_graphs(loss, [(*c[:4], 3 + i) for i, c in enumerate(calls)]) <= 3
 
 
 def test_export():

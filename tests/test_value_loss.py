@@ -297,6 +297,8 @@ def test_compile_recompilation_and_export():
         out.loss.backward()
         results.append((out.loss.detach(), values.grad, tuple(out.metrics)))
     assert_same_bits(results[1], results[0])
+    twice = torch.compile(lambda v, r: loss(v, r, mask, r, torch.tensor(0.2)), fullgraph=True)
+    assert twice(x["values"].requires_grad_(), x["returns"]).loss.requires_grad
     calls = []
     for t in range(2, 52):
         x = sample(3, t)

@@ -21,6 +21,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def detached(x: Tensor | None) -> Tensor | None:
+    """An input without its graph; None stays None.
+
+    Dynamo refuses an `autograd.Function` that gets one tensor twice: each detach is another one.
+    """
+    return None if x is None else x.detach()
+
+
 def on(scalar: Tensor, like: Tensor) -> Tensor:
     """A 0-d tensor in the dtype and on the device of `like`.
 

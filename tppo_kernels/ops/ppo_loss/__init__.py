@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
 from ..._op import Op
-from ..._sequence import KL_ESTIMATORS, compute_dtype
+from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
 
 _op = Op("ppo_loss")
@@ -200,9 +200,9 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     "seq-mean-token-sum-norm" (num_sequences * norm_length, T; required when packed). A denominator
     of another reduction is not used: counts of the whole batch make micro-batches add up to it.
 
-    Differentiable in logprobs and entropy. The policy term has gradient 0 at a clamped token, and
-    where l is clipped; where its branches meet, r at a clip edge counts as inside and l = -c A as
-    not clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid token.
+    Differentiable in logprobs and entropy only. l has gradient 0 at a clamped token and where it
+    is clipped; where its branches meet, r at a clip edge counts as inside and l = -c A as not
+    clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid token.
     A coefficient of 0 is off. One that is not 0 without its tensor is a ValueError; given as a
     tensor on a GPU, NaN. Under `torch.compile` a Python float is a constant: give 0-d tensors.
 
@@ -224,8 +224,8 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
         _require("entropy", "entropy_coef", entropy_coef)
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):
         _require("ref_logprobs", "kl_coef", kl_coef)
-    tensors = (logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, *scalars,
-               cu_seqlens)
+    rest = (old_logprobs, advantages, mask, ref_logprobs, weights)
+    tensors = (logprobs, entropy, *(detached(x) for x in rest), *scalars, cu_seqlens)
     grad = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     if grad and torch.is_grad_enabled():
         loss, metrics = _PolicyLoss.apply(_Call(ratio, kl_estimator, reduction), *tensors)

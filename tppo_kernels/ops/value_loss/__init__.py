@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
 from ..._op import Op
-from ..._sequence import compute_dtype
+from ..._sequence import compute_dtype, detached
 from . import reference
 
 _op = Op("value_loss")
@@ -133,8 +133,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     if clip is not None and old_values is None:
         raise ValueError("value_loss: old_values is None, expected a tensor, because clip is given")
     counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
-    old_values = None if clip is None else old_values
-    tensors = (values, returns, mask, old_values, clip, *counts, cu_seqlens)
+    old_values = None if clip is None else detached(old_values)
+    tensors = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens)
     if values.requires_grad and torch.is_grad_enabled():
         loss, metrics = _ValueLoss.apply(reduction, *tensors)
     else:
