@@ -1,0 +1,53 @@
+"""Holds the result of a run to what the demo promises: `python tests/tppo/learning.py DIR ...`.
+
+Over at least 300 held-out users, token-level PPO is more relevant than SFT at every temperature and
+than SFT continued for as long, by two standard errors of the difference; its answers keep their
+format and length, and stay near the SFT policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+RIVALS = ("sft", "sft_t0.5", "sft_t0.2", "sft_continued")
+
+
+def shortfalls(result: dict) -> list[str]:
+    """What a `result.json` fails to hold; empty where it holds everything."""
+    tppo, failed = result["tppo"], []
+    if tppo["users"] < 300:
+        failed.append(f"{tppo['users']} held-out users, expected at least 300")
+    for name in RIVALS:
+        rival = result[name]
+        gain = tppo["relevance"] - rival["relevance"]
+        error = math.hypot(tppo["relevance_se"], rival["relevance_se"])
+        if not gain > 2 * error:
+            failed.append(f"relevance is {gain:+.3f} over {name}, expected more than {2 * error:.3f}")
+    if not tppo["format"] >= 0.9:
+        failed.append(f"format share is {tppo['format']:.3f}, expected at least 0.9")
+    off = tppo["length"] - result["test"]["true_length"]
+    if not abs(off) <= 2:
+        failed.append(f"answers are {off:+.1f} tokens off the true ones, expected at most 2")
+    if not tppo["kl"] < 10:
+        failed.append(f"KL per response is {tppo['kl']:.1f} nats, expected under 10")
+    return failed
+
+
+def main(folders: list[str]) -> int:
+    """Prints a line a run; the exit status is 1 where one falls short."""
+    status = 0
+    for folder in folders:
+        result = json.loads((Path(folder) / "result.json").read_text())
+        failed = shortfalls(result)
+        rows = ", ".join(f"{name} {result[name]['relevance']:.3f}" for name in ("tppo", *RIVALS))
+        print(f"{folder}: {'; '.join(failed) if failed else 'holds'} ({rows}, "
+              f"KL {result['tppo']['kl']:.1f}, format {result['tppo']['format']:.2f})")
+        status |= bool(failed)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
