@@ -48,7 +48,7 @@ def _built() -> str:
 
 def _table() -> list[str]:
     """One line an operator: the order of backends on each device, missing ones in brackets."""
-    rows = [("operator", "CPU", "CUDA")]
+    rows: list[tuple[str, ...]] = [("operator", "CPU", "CUDA")]
     for name, op in sorted(_op.OPS.items()):
         rows.append((name, *(" > ".join(f"({b})" if _op.missing(b) else b for b in op.order[device])
                              for device in ("cpu", "cuda"))))

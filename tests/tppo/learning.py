@@ -25,7 +25,7 @@ def shortfalls(result: dict) -> list[str]:
         gain = tppo["relevance"] - rival["relevance"]
         error = math.hypot(tppo["relevance_se"], rival["relevance_se"])
         if not gain > 2 * error:
-            failed.append(f"relevance is {gain:+.3f} over {name}, expected more than {2 * error:.3f}")
+            failed.append(f"relevance is {gain:+.3f} over {name}, expected over {2 * error:.3f}")
     if not tppo["format"] >= 0.9:
         failed.append(f"format share is {tppo['format']:.3f}, expected at least 0.9")
     off = tppo["length"] - result["test"]["true_length"]
