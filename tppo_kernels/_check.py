@@ -193,6 +193,7 @@ class Check:
         if isinstance(value, bool) or not isinstance(value, kind):
             expected = "a whole number" if kind is int else "a number"
             raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
+        assert isinstance(value, int | float)
         if not low <= value <= high or not value > above:
             bounds = [f">= {low:g}" for _ in "x" if low > -math.inf and above == -math.inf]
             bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
