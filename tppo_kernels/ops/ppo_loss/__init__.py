@@ -17,6 +17,17 @@ from . import reference
 _op = Op("ppo_loss")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(3, 17, generator=g, dtype=torch.float64)
+    logprobs, ref = old + 0.4 * torch.randn(2, 3, 17, generator=g, dtype=torch.float64)
+    advantages, entropy = torch.randn(2, 3, 17, generator=g, dtype=torch.float64)
+    return (logprobs, old, advantages, torch.rand(3, 17, generator=g) < 0.7), {
+        "dual_clip": 1.5, "entropy": entropy.abs(), "entropy_coef": 0.1, "ref_logprobs": ref,
+        "kl_coef": 0.3, "weights": torch.rand(3, generator=g, dtype=torch.float64)}
+
+
 class PolicyMetrics(NamedTuple):
     """Sums over the mask, as 0-d tensors on the device: of micro-batches, `merged` adds them.
 

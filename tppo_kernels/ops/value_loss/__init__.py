@@ -16,6 +16,13 @@ from . import reference
 _op = Op("value_loss")
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    values, returns, old = torch.randn(3, 3, 17, generator=g, dtype=torch.float64)
+    return (values, returns, torch.rand(3, 17, generator=g) < 0.7), {"old_values": old, "clip": 0.5}
+
+
 class ValueMetrics(NamedTuple):
     """Sufficient statistics over the mask, as 0-d tensors on the device.
 
