@@ -142,7 +142,7 @@ def environment(monkeypatch):
 
 
 def config(server, **changes):
-    settings = {"timeout_s": 5.0, "max_retries": 2, "api_key_env": "TPPO_TEST_KEY", **changes}
+    settings = {"timeout_s": 30.0, "max_retries": 2, "api_key_env": "TPPO_TEST_KEY", **changes}
     return EndpointConfig(base_url=server.url, model="judge-1", **settings)
 
 
@@ -154,13 +154,15 @@ def test_good_answers_become_labels_in_the_order_of_the_items(tmp_path):
     items = [item(n, response=f"red shoes\nblue hat {n}") for n in range(12)]
 
     def reply(request, number):
-        time.sleep(0.02 * (number % 3))
+        waited = time.monotonic()
+        while number == 1 and len(server.requests) < 4 and time.monotonic() - waited < 20:
+            time.sleep(0.01)  # the first answer comes after the others
         return judge(request)
 
     with serving(reply) as server:
         run = label(items, config(server, concurrency=4), tmp_path / "deep" / "cache.jsonl")
         assert len(server.requests) == 12
-        assert 2 <= server.most_busy <= 4
+        assert server.most_busy in (2, 3, 4)
         assert set(server.keys) == {f"Bearer {KEY}"}
         assert {request["model"] for request in server.requests} == {"judge-1"}
         assert {request["temperature"] for request in server.requests} == {0.0}
@@ -281,7 +283,7 @@ def test_a_slow_answer_is_given_up(tmp_path):
     release = threading.Event()
 
     def reply(request, number):
-        release.wait(5)
+        release.wait(30)
         return judge(request)
 
     with serving(reply) as server:
@@ -289,7 +291,7 @@ def test_a_slow_answer_is_given_up(tmp_path):
         started = time.monotonic()
         run = label([item()], settings, tmp_path / "cache.jsonl")
         release.set()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 25
         assert run.dropped[0].reason == "no answer within 0.2 s, 1 times"
 
 
