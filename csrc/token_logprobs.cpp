@@ -30,7 +30,6 @@ struct Scaling {
     factor = std::max(factor, 1e-37);  // in fp32 above 0: padding of -inf stays -inf
     slope = scale / temperature;
   }
-  double u(float x) const { return capped ? std::tanh(x * pre) : x * pre; }
 };
 
 struct Bf16 {
@@ -93,19 +92,20 @@ TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float t
 }
 
 struct RowSums {
-  float top;             // max u
+  float target, top;     // u of the target, max u
   double sum, weighted;  // of e^d and of d e^d, d = (u - top) factor
 };
 
 // One read of the row: per block its maximum, a rescaling of the sums where it is a new one, and
 // its part of the sums while the block is in the L1 cache.
 template <typename T>
-TPPO_INLINE RowSums row_sums(const T* x, int64_t V, const Scaling& scaling) {
+TPPO_INLINE RowSums row_sums(const T* x, int64_t V, int64_t target, const Scaling& scaling) {
   alignas(64) float u[kBlock];
   const float factor = float(scaling.factor);
-  RowSums row{-kInfinity, 0.0, 0.0};
+  RowSums row{0.f, -kInfinity, 0.0, 0.0};
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t count = load_block(x + begin, std::min(kBlock, V - begin), scaling, u);
+    if (target >= begin && target < begin + count) row.target = u[target - begin];
     const float top = block_max(u, count);
     if (top > row.top) {
       if (row.top > -kInfinity) {
@@ -121,10 +121,12 @@ TPPO_INLINE RowSums row_sums(const T* x, int64_t V, const Scaling& scaling) {
   return row;
 }
 
-TPPO_CLONES RowSums row_sums_of(const TokenRows& in, const char* x, const Scaling& scaling) {
-  if (in.dtype == kBf16) return row_sums(reinterpret_cast<const Bf16*>(x), in.columns, scaling);
-  if (in.dtype == kFp16) return row_sums(reinterpret_cast<const Fp16*>(x), in.columns, scaling);
-  return row_sums(reinterpret_cast<const Fp32*>(x), in.columns, scaling);
+TPPO_CLONES RowSums row_sums_of(const TokenRows& in, const char* row, int64_t target,
+                                const Scaling& scaling) {
+  const int64_t V = in.columns;
+  if (in.dtype == kBf16) return row_sums(reinterpret_cast<const Bf16*>(row), V, target, scaling);
+  if (in.dtype == kFp16) return row_sums(reinterpret_cast<const Fp16*>(row), V, target, scaling);
+  return row_sums(reinterpret_cast<const Fp32*>(row), V, target, scaling);
 }
 
 struct RowGrad {
@@ -173,12 +175,6 @@ const char* row_at(const TokenRows& in, int64_t i) {
   return static_cast<const char*>(in.logits) + offset * element_size(in);
 }
 
-float value_at(const TokenRows& in, const char* row, int64_t column) {
-  if (in.dtype == kFp32) return reinterpret_cast<const float*>(row)[column];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[column];
-  return in.dtype == kBf16 ? from_bf16(bits) : from_fp16(bits);
-}
-
 Scaling scaling_at(const TokenRows& in, int64_t i) {
   return {in.row_temperature ? in.row_temperature[i] : in.temperature, in.softcap, in.logit_scale};
 }
@@ -213,11 +209,10 @@ void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, fl
       logprobs[i] = entropy[i] = top[i] = log_sum[i] = std::nanf("");
       return;
     }
-    const char* x = row_at(in, i);
     const Scaling scaling = scaling_at(in, i);
-    const RowSums row = row_sums_of(in, x, scaling);
+    const RowSums row = row_sums_of(in, row_at(in, i), in.targets[i], scaling);
     const double log_of_sum = std::log(row.sum);
-    const double d = (scaling.u(value_at(in, x, in.targets[i])) - row.top) * scaling.factor;
+    const double d = (double(row.target) - row.top) * scaling.factor;
     logprobs[i] = float(d - log_of_sum);
     entropy[i] = float(log_of_sum - row.weighted / row.sum);
     top[i] = row.top * float(scaling.factor);

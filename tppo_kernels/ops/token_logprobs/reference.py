@@ -42,21 +42,22 @@ def fwd(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tenso
         valid_vocab: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, top, log_sum); logsumexp = top + log_sum, apart because of rounding.
 
-    All of logits.shape[:-1]. The target's z is taken in fp64, so that at |z| = 1e4 the result is
-    as good as the rounding of `top` allows. A bad target makes its whole row NaN.
+    All of logits.shape[:-1]. The z of the target and of the largest column are taken in fp64: at
+    |z| = 1e4 the rounding of each would cost 5e-4. A bad target makes its whole row NaN.
     """
     x, target, valid, temperature, good = rows(logits, targets, mask, temperature, valid_vocab)
     z = scaled(x, temperature, softcap, logit_scale)  # [N, v]
-    top = torch.where(good, z.amax(-1), torch.full((), float("nan"), dtype=z.dtype,
-                                                   device=z.device))  # [N]
+    best = z.argmax(-1, keepdim=True)  # [N, 1]
+    top = torch.where(good, z.gather(1, best)[:, 0],
+                      torch.full((), float("nan"), dtype=z.dtype, device=z.device))  # [N]
     d = z - top[:, None]
-    e = torch.exp(d)
-    total = e.sum(-1)  # [N]
-    log_sum = torch.log(total)
-    entropy = log_sum - (e / total[:, None] * select(d, e != 0)).sum(-1)
-    at_target = x.gather(1, target[:, None]).double()  # [N, 1]
-    z_target = scaled(at_target, temperature, softcap, logit_scale)[:, 0]
-    logprobs = (z_target - top - log_sum).to(z.dtype)
+    e = torch.exp(d).scatter_(1, best, 0.0)  # without the largest term, which is 1
+    rest = e.sum(-1)  # [N]
+    log_sum = torch.log1p(rest) + (top - top)  # NaN where the largest z is not finite
+    entropy = log_sum - (e * select(d, e != 0)).sum(-1) / (1 + rest)
+    both = x.gather(1, torch.cat((target[:, None], best), 1)).double()  # [N, 2]
+    both = scaled(both, temperature, softcap, logit_scale)
+    logprobs = torch.where(good, both[:, 0] - both[:, 1] - log_sum, top).to(z.dtype)
     shape = logits.shape[:-1]
     return (select(logprobs, valid).reshape(shape), select(entropy, valid).reshape(shape),
             top.reshape(shape), log_sum.reshape(shape))
