@@ -17,7 +17,9 @@ from ._check import describe
 from .ops.prefix_attention import prefix_attention
 from .prefix import PrefixLayout
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox")
+FAMILIES = ("arcee", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama",
+            "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+            "qwen3_moe", "smollm3", "starcoder2")  # each is held to dense in the tests
 KEYWORD = "prefix_layout"
 _EAGER = "eager_shared_prefix"
 

@@ -112,13 +112,15 @@ class PrefixLayout:
         A second call for one device gives the same object, without a copy.
         """
         wanted = torch.device(device)
-        if wanted == self.device or (wanted.index is None and wanted.type == self.device.type):
+        if wanted == self.device:
             return self
         if wanted not in self._moved:
+            tensors = {n: x.to(wanted, non_blocking=non_blocking)
+                       for n, x in self.__dict__.items() if isinstance(x, Tensor)}
+            if tensors["position_ids"].device == self.device:  # "cuda" is where it lies
+                return self
             moved = object.__new__(PrefixLayout)
-            moved.__dict__.update({
-                name: x.to(wanted, non_blocking=non_blocking) if isinstance(x, Tensor) else x
-                for name, x in self.__dict__.items()}, _moved={self.device: self})
+            moved.__dict__.update({**self.__dict__, **tensors, "_moved": {}})
             self._moved[wanted] = moved
         return self._moved[wanted]
 

@@ -125,7 +125,7 @@ def _run_sample(sample_inputs: Callable, op: str, dtype: torch.dtype,
 
     def place(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return x
+            return x.to(device) if hasattr(x, "to") else x
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
     args, kwargs = sample_inputs()

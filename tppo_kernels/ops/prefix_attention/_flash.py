@@ -153,4 +153,6 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Ten
         dq.index_add_(0, bucket.tokens, parts[0])  # [n, Hq, D]
         for total, part in ((dk, parts[1]), (dv, parts[2])):
             total.index_copy_(0, bucket.tokens, part.unflatten(1, sizes).sum(2))
-    return tuple(x.transpose(0, 1).to(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
+    dq, dk, dv = (x.transpose(0, 1).to(dtype)
+                  for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
+    return dq, dk, dv
