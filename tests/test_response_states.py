@@ -37,6 +37,8 @@ def by_loops(full, prompt_lengths, T, align, mask=None):
 
 
 def test_by_hand():
+    """OpenRLHF#467, SkyRL#2144: heads on prompt positions. verl#6068: `roll` to shift states. What
+    comes out has T positions, taken by index."""
     full = torch.tensor([[0., 1., 2., 3., 4., 5.]])  # prompt 0 1 2, response 3 4 5
     assert tk.response_states(full, 3, 3, align="logprob").tolist() == [[2., 3., 4.]]
     assert tk.response_states(full, 3, 3, align="value").tolist() == [[2., 3., 4.]]

@@ -236,7 +236,7 @@ def inputs_of(rank, lengths):
 def worker(rank, port, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=40))
+                            timeout=timedelta(seconds=150))
     results = {}
     for name, lengths in PARTS.items():
         x, mask = inputs_of(rank, lengths[rank])
@@ -267,7 +267,7 @@ def two_processes():
     for process in processes:
         process.start()
     try:
-        results = dict(queue.get(timeout=90) for _ in processes)
+        results = dict(queue.get(timeout=200) for _ in processes)
         for process in processes:
             process.join(timeout=20)
     finally:
