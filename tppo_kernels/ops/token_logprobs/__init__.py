@@ -17,6 +17,15 @@ from . import reference
 _op = Op("token_logprobs", cpu=("cpp", "reference"))
 
 
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 17, 100, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, 90, (3, 17), generator=g)
+    return (logits, targets, torch.rand(3, 17, generator=g) < 0.7), {
+        "temperature": 0.7, "softcap": 10.0, "valid_vocab": 90}
+
+
 class TokenLogprobs(NamedTuple):
     """The two results of `token_logprobs`, fp32 (fp64 for fp64 logits)."""
 

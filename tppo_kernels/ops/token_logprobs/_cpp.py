@@ -51,18 +51,19 @@ def dense(x: Tensor) -> Tensor:
 def fwd(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`."""
     rows = _Rows(logits, *arguments)
-    results = tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
-    _C.token_logprobs_fwd(rows.tuple, *(x.data_ptr() for x in results))
-    return results
+    logprobs, entropy, top, log_sum = (
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
+    _C.token_logprobs_fwd(rows.tuple, logprobs.data_ptr(), entropy.data_ptr(), top.data_ptr(),
+                          log_sum.data_ptr())
+    return logprobs, entropy, top, log_sum
 
 
 def bwd(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor,
         *arguments) -> Tensor:
     """The gradient by logits; see `reference.bwd`."""
-    *arguments, entropy, top, log_sum = arguments
-    rows = _Rows(logits, *arguments)
+    rows = _Rows(logits, *arguments[:-3])
     grads = [None if g is None else dense(g) for g in (grad_logprobs, grad_entropy)]
-    kept = [dense(x) for x in (entropy, top, log_sum)]
+    kept = [dense(x) for x in arguments[-3:]]  # entropy, top, log_sum
     grad = logits.new_empty(logits.shape)
     _C.token_logprobs_bwd(rows.tuple, *map(address, grads), *map(address, kept), logits.shape[-1],
                           grad.data_ptr())
