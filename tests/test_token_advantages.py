@@ -150,19 +150,16 @@ def test_equals_the_public_operators_composed(backend, packed):
         cu = pack(rewards, [11, 0, 4, 1, 9])[1]
         tensors = [pack(x, [11, 0, 4, 1, 9])[0] for x in tensors]
     r, v, lp, rf, m, tr = tensors
-    bootstrap, lam = torch.randn(5), torch.rand(5)
+    walk = {"gamma": 0.98, "lam": torch.rand(5), "value_lam": 1.0, "bootstrap": torch.randn(5),
+            "cu_seqlens": cu}
+    options = {"train_mask": tr, "logprobs": lp, "ref_logprobs": rf, "kl_coef": 0.2,
+               "kl_estimator": "k3", **walk}
     with tk.use_backend(backend):
-        out = tk.token_advantages(r, v, m, train_mask=tr, logprobs=lp, ref_logprobs=rf,
-                                  kl_coef=0.2, kl_estimator="k3", gamma=0.98, lam=lam,
-                                  value_lam=1.0, bootstrap=bootstrap, cu_seqlens=cu)
-        raw = tk.token_advantages(r, v, m, train_mask=tr, logprobs=lp, ref_logprobs=rf,
-                                  kl_coef=0.2, kl_estimator="k3", gamma=0.98, lam=lam,
-                                  value_lam=1.0, bootstrap=bootstrap, cu_seqlens=cu,
-                                  normalize=False)
+        out = tk.token_advantages(r, v, m, **options)
+        raw = tk.token_advantages(r, v, m, normalize=False, **options)
         d = torch.where(m, lp - rf, 0)
         shaped = torch.where(m, r - 0.2 * (torch.exp(-d) - 1 + d), 0)
-        gae = tk.gae(shaped, v, m, gamma=0.98, lam=lam, value_lam=1.0, bootstrap=bootstrap,
-                     cu_seqlens=cu)
+        gae = tk.gae(shaped, v, m, **walk)
     torch.testing.assert_close(out.rewards, shaped, rtol=0, atol=1e-6)
     torch.testing.assert_close(out.returns, gae.returns, rtol=0, atol=3e-6)
     torch.testing.assert_close(raw.advantages, gae.advantages, rtol=0, atol=3e-6)
@@ -211,7 +208,8 @@ def test_padding_and_tool_tokens_pay_nothing():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators(estimator):
     rewards, values, logprobs, ref, mask = batch()
-    logprobs[mask.nonzero()[0].tolist()[0], mask.nonzero()[0].tolist()[1]] += 100  # clamped to 20
+    b, t = mask.nonzero()[0].tolist()
+    logprobs[b, t] += 100  # clamped to 20
     out = tk.token_advantages(rewards, values, mask, logprobs=logprobs, ref_logprobs=ref,
                               kl_coef=0.1, kl_estimator=estimator)
     shaped = textbook(rewards.double(), values.double(), mask, logprobs=logprobs.double(),
@@ -227,9 +225,9 @@ def test_kl_coef_zero_measures_and_tensor_equals_number():
     assert_same_bits(measured.advantages, free.advantages)
     assert float(measured.stats.kl_mean) == pytest.approx(float((logprobs - ref)[mask].mean()),
                                                           rel=1e-5)
-    both = [tk.token_advantages(rewards, values, mask, logprobs=logprobs, ref_logprobs=ref,
-                                kl_coef=c) for c in (0.25, torch.tensor(0.25))]
-    assert_same_bits(both[0], both[1])
+    one, two = (tk.token_advantages(rewards, values, mask, logprobs=logprobs, ref_logprobs=ref,
+                                    kl_coef=c) for c in (0.25, torch.tensor(0.25)))
+    assert_same_bits(one, two)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -258,16 +256,16 @@ def test_poison(backend, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_is_zero_never_nan(backend):
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5)])
+def test_empty_is_zero_never_nan(backend, shape):
+    x, none = torch.randn(shape), torch.zeros(shape, dtype=torch.bool)
     with tk.use_backend(backend):
-        for shape in ((0, 5), (3, 0), (3, 5)):
-            x, none = torch.randn(shape), torch.zeros(shape, dtype=torch.bool)
-            out = tk.token_advantages(x, x, none, logprobs=x, ref_logprobs=x, kl_coef=0.1)
-            assert all(y.shape == shape and not y.any() for y in out[:3])
-            assert all(float(s) == 0 for s in out.stats)
+        out = tk.token_advantages(x, x, none, logprobs=x, ref_logprobs=x, kl_coef=0.1)
         one = tk.token_advantages(torch.ones(1, 1), torch.zeros(1, 1))
-        assert one.advantages.tolist() == [[0.0]] and one.returns.tolist() == [[1.0]]
-        assert one.stats.reward_std == 0
+    assert all(y.shape == shape and not y.any() for y in out[:3])
+    assert all(float(s) == 0 for s in out.stats)
+    assert one.advantages.tolist() == [[0.0]] and one.returns.tolist() == [[1.0]]
+    assert one.stats.reward_std == 0
 
 
 def test_twice_permuted_detached_and_apart():
