@@ -199,7 +199,7 @@ class Check:
             bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
             bounds += [f"<= {high:g}" for _ in "x" if high < math.inf]
             raise ValueError(f"{self.op}: {name} is {value!r}, expected a number "
-                             f"{' and '.join(bounds) or 'that is finite'}")
+                             f"{' and '.join(bounds) or 'and not NaN'}")
 
     def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
         """Holds a value to a list of options."""
