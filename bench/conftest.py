@@ -1,0 +1,61 @@
+"""`pytest bench`: options, the loop of pytest-benchmark around the harness, table and results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from _harness import Case, Row, as_json, run, table
+
+ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tppo benchmarks")
+    group.addoption("--bench-json", metavar="FILE", help="write rows and machine to FILE")
+    group.addoption("--bench-smoke", action="store_true", help="tiny shapes, nothing compiled")
+    group.addoption("--bench-rounds", type=int, default=15, help="rounds of a case (default 15)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """A GPU where torch can use one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def smoke(request: pytest.FixtureRequest) -> bool:
+    """Whether only the machinery is tried."""
+    return request.config.getoption("--bench-smoke")
+
+
+@pytest.fixture
+def measure(request, benchmark, device):
+    """Runs a case within pytest-benchmark; one of its rounds is one call of every contender."""
+    def measured(case: Case) -> dict[str, Row]:
+        rows = run(case, device, rounds=request.config.getoption("--bench-rounds"),
+                   round_robin=lambda once, n: benchmark.pedantic(once, rounds=n, iterations=1))
+        benchmark.extra_info["rows"] = [row.__dict__ for row in rows]
+        request.config.stash[ROWS] += rows
+        return {row.implementation: row for row in rows}
+
+    return measured
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("operators")
+    terminalreporter.write_line(table(rows))
+    target = config.getoption("--bench-json")
+    if target:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(json.dumps(as_json(rows, rows[0].device), indent=1) + "\n")
+        terminalreporter.write_line(f"written to {target}")
