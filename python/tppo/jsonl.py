@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gzip
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -26,7 +32,7 @@ class Line:
         """The error for a field: its place, what it was, what was expected."""
         return DataError(
             f"{self.path}: line {self.number}: field '{field}': "
-            f"was {_short(was)}, expected {expected}"
+            f"was {short(was)}, expected {expected}"
         )
 
     def get(
@@ -52,7 +58,7 @@ def is_text(value: object) -> bool:
 
 def has_surrogate(text: str) -> bool:
     """Whether half of a UTF-16 pair stands alone: JSON's escapes can say it, UTF-8 cannot."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return _SURROGATE.search(text) is not None
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
@@ -62,46 +68,68 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
     UTF-8, not JSON, or not an object.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     empty = True
-    # Split at LF alone: str.splitlines would also split inside a text at U+2028 and its like.
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(read_lines(path), start=1):
         if not raw.strip():
             continue
         empty = False
-        yield Line(path, number, _parse_object(path, number, raw))
+        yield Line(path, number, parse_object(path, number, raw))
     if empty:
         raise DataError(f"{path}: empty, expected one JSON object a line")
 
 
-def _parse_object(path: Path, number: int, raw: bytes) -> dict[str, Any]:
-    where = f"{path}: line {number}"
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file or of a gzip file, without their byte-order mark, one at a time.
+
+    They end at LF alone: U+2028 and its like may stand inside a text.
+
+    Raises DataError for a file that cannot be read or whose gzip data is damaged.
+    """
+    number = 0
     try:
-        text = raw.decode("utf-8")
+        with open(path, "rb") as plain_file:
+            zipped = plain_file.peek(2)[:2] == b"\x1f\x8b"
+            file: Any = gzip.open(plain_file) if zipped else plain_file
+            for number, raw in enumerate(file, start=1):
+                yield raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: line {number + 1}: gzip data is damaged: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def decode_line(path: Path, number: int, raw: bytes) -> str:
+    """The text of a line.  Raises DataError naming the byte that is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} "
+            f"{path}: line {number}: not UTF-8: byte 0x{raw[error.start]:02x} "
             f"at byte {error.start + 1} of the line"
         ) from None
+
+
+def parse_object(path: Path, number: int, raw: bytes) -> dict[str, Any]:
+    """The JSON object of a line.  Raises DataError naming what is wrong with it."""
+    where = f"{path}: line {number}"
+    text = decode_line(path, number, raw)
     try:
         value = json.loads(text)
     except RecursionError:
         raise DataError(f"{where}: not JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}: {_short(text.strip())}"
+            f"{where}: not JSON: {error.msg} at column {error.colno}: {short(text.strip())}"
         ) from None
     except ValueError as error:  # an integer with thousands of digits
         raise DataError(f"{where}: not JSON that can be held: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: was {_short(value)}, expected a JSON object {{...}}")
+        raise DataError(f"{where}: was {short(value)}, expected a JSON object {{...}}")
     return value
 
 
-def _short(value: object, limit: int = 80) -> str:
+def short(value: object, limit: int = 80) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -135,17 +163,29 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """Write one JSON document a line, the whole file or none of it."""
-    write_text(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON document a line, as they come; the whole file or none of it."""
+    with atomic_file(path) as write:
+        for row in rows:
+            write(json.dumps(plain(row), ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file through a temporary one: a kill leaves the old file or the new."""
+    """Write a UTF-8 file, whole or not at all."""
+    with atomic_file(path) as write:
+        write(text)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Callable[[str], object]]:
+    """A function that adds text to a UTF-8 file, which appears at `path` when the block succeeds.
+
+    It is written through a temporary one: a kill leaves the old file or the new.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(text.encode("utf-8"))
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            yield file.write
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

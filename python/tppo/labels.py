@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tppo.jsonl import Line, is_text, read_jsonl, write_jsonl
@@ -29,7 +29,12 @@ def read_labels(path: str | os.PathLike[str]) -> list[Label]:
 
     Raises DataError naming file, line and field, also for a word that the response does not have.
     """
-    return [_label(line) for line in read_jsonl(path)]
+    return list(iter_labels(path))
+
+
+def iter_labels(path: str | os.PathLike[str]) -> Iterator[Label]:
+    """The labels of a file one at a time, checked like `read_labels`."""
+    return map(_label, read_jsonl(path))
 
 
 def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> None:

@@ -8,14 +8,16 @@ may see in its prompt; data is split by `user`. Other keys are ignored.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tppo.jsonl import DataError, Line, is_text, read_jsonl, write_jsonl
+from tppo.fingerprints import Fingerprints
+from tppo.jsonl import DataError, Line, atomic_file, is_text, read_jsonl
 
-__all__ = ["DataError", "Event", "Session", "read_sessions", "write_sessions"]
+__all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "write_sessions"]
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,39 @@ def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
 
     Raises DataError naming the file, the line, the field, what it was and what was expected.
     """
-    sessions: list[Session] = []
-    first_line: dict[str, int] = {}
+    return list(iter_sessions(path))
+
+
+def iter_sessions(path: str | os.PathLike[str]) -> Iterator[Session]:
+    """The sessions of a file one at a time, checked like `read_sessions`."""
+    first_line = Fingerprints()
     for line in read_jsonl(path):
-        session = _session(line)
-        if session.id in first_line:
-            raise line.error(
-                "id",
-                session.id,
-                f"an id that is used once (line {first_line[session.id]} has it too)",
-            )
-        first_line[session.id] = line.number
-        sessions.append(session)
-    return sessions
+        session = session_of(line)
+        check_new(first_line, line, session.id)
+        yield session
+
+
+def check_new(first_line: Fingerprints, line: Line, id: str) -> None:
+    """Raises DataError for an id that an earlier line has; notes it otherwise."""
+    earlier = first_line.setdefault(id, line.number)
+    if earlier != line.number:
+        raise line.error("id", id, f"an id that is used once (line {earlier} has it too)")
 
 
 def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) -> None:
     """Write a session file, whole or not at all; fields that say nothing are left out."""
-    write_jsonl(path, (_row(session) for session in sessions))
+    with atomic_file(path) as write:
+        for session in sessions:
+            write(session_line(session))
 
 
-def _session(line: Line) -> Session:
+def session_line(session: Session) -> str:
+    """A session as its line of a file."""
+    return json.dumps(_row(session), ensure_ascii=False) + "\n"
+
+
+def session_of(line: Line) -> Session:
+    """The session that a line holds.  Raises DataError naming the field that is wrong."""
     history = line.get("history", _is_list, "a list of events in time order")
     return Session(
         id=_text(line, "id"),
@@ -98,17 +112,18 @@ def _event(line: Line, index: int, value: Any) -> Event:
 
 
 def _text(line: Line, field: str) -> str:
-    return _collapse(line.get(field, is_text, "a text that is not blank"))
+    return collapse(line.get(field, is_text, "a text that is not blank"))
 
 
 def _texts(line: Line, field: str, values: list[Any]) -> tuple[str, ...]:
     for index, value in enumerate(values):
         if not is_text(value):
             raise line.error(f"{field}[{index}]", value, "a text that is not blank")
-    return tuple(_collapse(value) for value in values)
+    return tuple(collapse(value) for value in values)
 
 
-def _collapse(text: str) -> str:
+def collapse(text: str) -> str:
+    """A text with its white space collapsed to single spaces."""
     return " ".join(text.split())
 
 
