@@ -232,7 +232,9 @@ def test_compiled_and_embedded_and_bf16():
     model, batch = tiny(), sample()
     expected = states_of(model, batch)
     with tk.shared_prefix(model, batch.layout):
-        embedded = model(inputs_embeds=model.embed_tokens(batch.ids)).last_hidden_state
+        output = model(inputs_embeds=model.embed_tokens(batch.ids))
+    embedded = output.last_hidden_state
+    assert output.past_key_values is None  # nothing can be continued from a packed batch
     assert_same_bits(batch.layout.response_states(embedded[0]).detach(), expected.detach())
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")

@@ -11,7 +11,7 @@ import tppo_kernels as tk
 from tppo_kernels._op import OPS
 
 ROOT = Path(__file__).parent.parent
-BENCHED = {"gae", "token_logprobs"}
+BENCHED = {"gae", "prefix_attention", "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "testing.py",
                 "align.py", "prefix.py", "_shared_prefix.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}

@@ -25,13 +25,16 @@ def sample_inputs() -> tuple[tuple, dict]:
     return (q, k, v, layout), {}
 
 
-def nflop(layout: PrefixLayout, heads: int, head_dim: int, *, backward: bool = False) -> int:
-    """Floating-point operations: 4 D a pair of query and visible key, and 10 D more backward."""
-    pairs = 0
-    for prompt, responses in zip(layout.prompt_lengths, layout.response_lengths, strict=True):
-        pairs += prompt * (prompt + 1) // 2
-        pairs += sum(prompt * r + r * (r + 1) // 2 for r in responses)
-    return pairs * heads * head_dim * (14 if backward else 4)
+def nbytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> int:
+    """Bytes that the operator must move.
+
+    Forward: q, k, v once, the result and an fp32 logsumexp a query. Backward: q, k, v, the result,
+    its gradient and the logsumexps once, and the gradients of q, k, v.
+    """
+    inputs = sum(x.numel() * x.element_size() for x in (q, k, v))
+    out = q.numel() // q.shape[-1] * v.shape[-1] * q.element_size()
+    lse = 4 * q.numel() // q.shape[-1]
+    return inputs + out + lse + (2 * inputs + 2 * out + lse if backward else 0)
 
 
 def _check_values(q, k, v, segment_lengths, is_prompt, *_) -> None:
