@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
 
+from tppo import inspect_log
 from tppo.config import Config, fill_defaults, from_dict
 from tppo.jsonl import plain, write_text
 from tppo.progress import say, status
 
 COMMANDS = {
     "run": "every stage below in one run folder; finished stages are skipped",
-    "data": "sessions: generated, or read from --data; split by user",
+    "data": "sessions: generated, or read from --data; split by user; or: data inspect FILE",
     "sft": "supervised fine-tuning to the early stop; from scratch, or from --model",
     "generate": "answers of the SFT model",
     "label": "word and answer labels, by the rule or an endpoint",
@@ -28,7 +29,8 @@ COMMANDS = {
     "eval": "the closing table and result.json",
     "heat": "token heat map, as HTML and in the terminal",
 }
-SETTINGS = "run.yaml"
+SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command
+PATHS = ("data", "out", "model", "config")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Options:
     """Flags of every command; a single stage starts from the settings its run folder has."""
 
     data: Path | None = None
-    """Session file, one JSON object a line; by default sessions are generated."""
+    """Log file, in any format of --format; by default sessions are generated."""
     out: Path = Path("runs/default")
     """The run folder."""
     seed: int = 0
@@ -58,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     command, rest = arguments[0], arguments[1:]
+    if command == "data" and rest[:1] == ["inspect"]:
+        inspect_log.main(rest[1:])
+        return
     options = tyro.cli(
         Options,
         prog=f"tppo {command}",
@@ -86,9 +91,12 @@ def _defaults(command: str, rest: list[str]) -> Options:
     """What the flags start from: --config, else, for a single stage, its run folder's settings."""
     config, out = _flag(rest, "--config"), Path(_flag(rest, "--out") or Options.out)
     if config is not None:
-        return Options(settings=_from_yaml(Path(config), Config))
-    stored = out / SETTINGS
-    return _from_yaml(stored, Options) if command != "run" and stored.exists() else Options()
+        return Options(settings=_read(Path(config), Config))
+    if command == "run" or not (out / SETTINGS).exists():
+        return Options()
+    stored = _read(out / SETTINGS, Options)
+    paths = {name: getattr(stored, name) and Path(getattr(stored, name)) for name in PATHS}
+    return replace(stored, **paths)
 
 
 def _flag(rest: list[str], name: str) -> str | None:
@@ -100,7 +108,7 @@ def _flag(rest: list[str], name: str) -> str | None:
     return None
 
 
-def _from_yaml(path: Path, kind: type) -> Any:
+def _read(path: Path, kind: type) -> Any:
     try:
         return from_dict(kind, yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -135,7 +143,8 @@ def _run(command: str, options: Options) -> None:
                 stage(run)
     else:
         stages[command](run)
-    write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
+    text = yaml.safe_dump(plain(options), sort_keys=False)
+    write_text(options.out / SETTINGS, text)
 
 
 def _stages() -> dict[str, Callable[[Any], None]]:

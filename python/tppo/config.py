@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tppo.label_openai import EndpointConfig
+from tppo.readers import ReadConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class SessionsConfig:
     """Share of a file's users held out for the early stop and for keeping the best step."""
     test_share: float = 0.2
     """Share of a file's users for the closing table."""
+    read: Annotated[ReadConfig, tyro.conf.arg(name="", prefix_name=False)] = field(
+        default_factory=ReadConfig
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class ScratchConfig:
     heads: int = 4
     vocab_size: int = 1024
     """At most this many tokens in the byte-level BPE trained on the data."""
-    max_length: int = 512
+    max_length: int = 384
     """Positions of the model: prompt and response together, in tokens."""
 
 
@@ -59,7 +65,7 @@ class SFTConfig:
     lr: float | None = None
     """By default 5e-3 from scratch, 2e-5 with --model."""
     eval_every: int = 50
-    """Optimiser steps between two looks at the held-out loss; at most four passes."""
+    """Optimiser steps between two looks at the held-out loss; at most three passes."""
     patience: int = 2
     """Stop after this many looks without an improvement of `min_delta`."""
     min_delta: float = 0.003
@@ -75,10 +81,10 @@ class GenerateConfig:
 
     samples: int = 4_000
     """Answers of the SFT model to be labelled."""
-    samples_per_session: int = 16
+    samples_per_session: int = 4
     """At most this many of one session: a small file gets fewer answers."""
     max_new_tokens: int = 0
-    """Cap of a response; 0: 1.25 times the 99th percentile of the true answers."""
+    """Cap of an answer in tokens; 0: 1.25 times the 99th percentile of the true answers."""
     temperature: float = 1.0
     batch_size: int = 256
 
@@ -120,7 +126,7 @@ class PPOConfig:
     """Token-level PPO (Ouyang et al., EMNLP 2025)."""
 
     steps: int = 40
-    max_passes: float = 4.0
+    max_passes: float = 2.0
     """At most this many passes over the prompts: a small file gets fewer steps."""
     batch_size: int = 64
     minibatch_size: int = 32

@@ -21,6 +21,16 @@ from tppo.rollout import HFRollout, RolloutBatch, Sampling
 from tppo.sessions import Session
 from tppo.tokenizer import decode
 
+COLUMNS = {
+    "relevance": "relevance",
+    "exact_match": "exact",
+    "chrf": "chrF",
+    "distinct_2": "dist-2",
+    "queries_per_answer": "queries",
+    "kl": "KL",
+    "length": "length",
+    "format": "format",
+}  # figure -> header of the closing table
 SEARCH = "search"  # type of the events whose text is a query
 
 
@@ -130,18 +140,13 @@ def distinct_n(queries: Sequence[str], n: int) -> float:
 
 
 def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
-    """The closing table, one row a way to answer."""
-    table = Table(title=title)
-    columns = {
-        "relevance": "relevance", "words": "words", "exact_match": "exact", "chrf": "chrF",
-        "distinct_2": "distinct-2", "queries_per_answer": "queries",
-        "distinct_queries": "distinct", "kl": "KL", "length": "length", "format": "format",
-    }  # fmt: skip
-    table.add_column("")
-    for header in columns.values():
-        table.add_column(header, justify="right")
+    """The closing table, one row a way to answer; it fits 80 columns."""
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("answers by", no_wrap=True)
+    for header in COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(_cell(row, key) for key in columns))
+        table.add_row(name, *(_cell(row, key) for key in COLUMNS))
     Console().print(table)
 
 
@@ -150,7 +155,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if value is None:
         return "-"
     if key == "relevance":
-        return f"{value:.3f} ± {row['relevance_se']:.3f}"
+        return f"{value:.3f}±{row['relevance_se']:.3f}"
     digits = 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
     return f"{value:.{digits}f}"
 

@@ -7,6 +7,7 @@ one a line, then EOS.  The targets never reach a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,9 +17,14 @@ from tppo.sessions import DataError, Session
 SEPARATOR = "\n"
 
 
-def prompt_text(session: Session, skip_events: int = 0) -> str:
-    """The prompt without its `skip_events` oldest events."""
-    lines = [f"profile: {line}" for line in session.profile]
+def prompt_text(session: Session, skip: int = 0) -> str:
+    """The prompt without the first `skip` lines that it can do without.
+
+    The oldest events go first, up to the newest, which stays; then the profile, last line first.
+    """
+    skip_events = min(skip, max(0, len(session.history) - 1))
+    kept_profile = len(session.profile) - (skip - skip_events)
+    lines = [f"profile: {line}" for line in session.profile[: max(0, kept_profile)]]
     lines += [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
     lines.append(f"next {len(session.targets)}:\n")
     return "\n".join(lines)
@@ -61,13 +67,14 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) ->
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, sessions: Sequence[Session], max_tokens: int
 ) -> list[list[int]]:
-    """Token ids of every session's prompt, cut from the oldest event on to `max_tokens`.
+    """Token ids of every session's prompt; one that is too long loses events, the oldest first,
+    and when only the newest is left, lines of the profile.
 
-    Errors: DataError naming the session whose profile and newest event alone do not fit.
+    Errors: DataError naming the session whose newest event alone does not fit.
     """
-    prompts, cut = [], 0
+    prompts = []
     for session in sessions:
-        for skip in range(max(1, len(session.history))):
+        for skip in range(max(1, len(session.history)) + len(session.profile)):
             ids = encode_prompt(tokenizer, prompt_text(session, skip))
             if len(ids) <= max_tokens:
                 break
@@ -76,8 +83,12 @@ def encode_prompts(
                 f"session {session.id!r}: its prompt has {len(ids)} tokens with the newest event "
                 f"alone, the model has room for {max_tokens} before the answer"
             )
-        cut += skip > 0
+        if skip:
+            _say_once(f"prompts longer than {max_tokens} tokens lose their oldest events")
         prompts.append(ids)
-    if cut:
-        say(f"{cut} of {len(sessions)} prompts lose their oldest events to fit {max_tokens} tokens")
     return prompts
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)

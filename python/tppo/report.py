@@ -80,7 +80,7 @@ def _judge(
 def _continued(run: Run, seconds: float) -> tuple[Any, int]:
     """SFT trained on for as long as PPO ran."""
     model, sessions = run.sft_model(), run.sessions("train")
-    answers = [encode_answer(run.tokenizer, session.targets) for session in sessions]
+    answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
     steps = continue_sft(
         model,
         Examples(run.prompts(sessions, model), answers),

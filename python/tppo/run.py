@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.config import Config
+from tppo.config import Config, GenerateConfig
 from tppo.jsonl import is_text, read_jsonl
 from tppo.models import load_policy, resolve_device
 from tppo.prompts import encode_answer, encode_prompts
@@ -51,6 +51,9 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("generate", "ppo", "eval"),
     ),
 }  # fmt: skip
+
+
+DEFAULT_POSITIONS = 2048  # of a model that does not say how many it has
 
 
 class Answer(NamedTuple):
@@ -103,12 +106,15 @@ class Run:
         inputs = self._inputs(stage)
         for path in inputs:
             if not path.exists():
-                maker = f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
-                known = path.is_relative_to(self.out)
-                raise DataError(f"{path}: no such file; {maker if known else 'is the path right?'}")
+                raise DataError(f"{path}: no such file; {self._remedy(path)}")
         settings = self._settings(stage)
         with self.folder.stage(stage, inputs, settings, self.seed, resume=resume) as work:
             yield work
+
+    def _remedy(self, path: Path) -> str:
+        if path in (self.data, self.model):
+            return "is the path right?"
+        return f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
 
     def _inputs(self, stage: str) -> list[Path]:
         outside = {"data": self.data, "sft": self.model}.get(stage)
@@ -130,17 +136,12 @@ class Run:
 
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:
         """Prompt ids of the sessions, cut so that the longest answer still fits the model."""
-        room = max_positions(model) - self.max_new_tokens
-        return encode_prompts(self.tokenizer, sessions, room)
+        return fit_prompts(self.tokenizer, sessions, model, self.max_new_tokens)
 
     @cached_property
     def max_new_tokens(self) -> int:
-        """Cap of a response: as configured, or from the true answers."""
-        lengths = [
-            len(encode_answer(self.tokenizer, session.targets))
-            for session in self.sessions("train")
-        ]
-        return answer_cap(lengths, self.config.generate.max_new_tokens)
+        """Cap of an answer: as configured, or from the true answers."""
+        return answer_cap(self.tokenizer, self.sessions("train"), self.config.generate)
 
     def sampling(self, *, temperature: float | None = None, seed: int = 0) -> Sampling:
         chosen = self.config.generate.temperature if temperature is None else temperature
@@ -160,22 +161,26 @@ class Run:
             for line in read_jsonl(self.path("generate/answers.jsonl"))
         ]
 
-    def with_config(self, **sections: Any) -> Run:
-        """The run with other sections of the configuration."""
-        return replace(self, config=replace(self.config, **sections))
 
-
-def max_positions(model: PreTrainedModel) -> int:
-    """Positions of the model, prompt and response together."""
-    return getattr(model.config, "max_position_embeddings", None) or 2048
-
-
-def answer_cap(lengths: Sequence[int], wanted: int) -> int:
-    """`wanted`, or 1.25 times the 99th percentile of the answers' lengths where that is 0."""
-    if wanted:
-        return wanted
-    ordered = sorted(lengths)
+def answer_cap(
+    tokenizer: PreTrainedTokenizerBase, train: Sequence[Session], config: GenerateConfig
+) -> int:
+    """Cap of an answer: as configured, or 1.25 times the 99th percentile of the true ones."""
+    if config.max_new_tokens:
+        return config.max_new_tokens
+    ordered = sorted(len(encode_answer(tokenizer, session.targets)) for session in train)
     return int(1.25 * ordered[int(0.99 * (len(ordered) - 1))]) + 1
+
+
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    sessions: Sequence[Session],
+    model: PreTrainedModel,
+    cap: int,
+) -> list[list[int]]:
+    """Prompt ids that leave room for an answer of `cap` tokens in the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+    return encode_prompts(tokenizer, sessions, positions - cap)
 
 
 def _is_ids(value: object) -> bool:

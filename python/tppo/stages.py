@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.config import SessionsConfig
+from tppo.data import split_log, write_generated
 from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
 from tppo.label_openai import LabelItem, label
 from tppo.label_rule import label_by_rule
@@ -16,13 +16,12 @@ from tppo.labels import Label, read_labels, write_labels
 from tppo.mapping import map_labels
 from tppo.models import load_policy, load_reward_model, new_policy, place
 from tppo.progress import say, track
-from tppo.prompts import SEPARATOR, encode_answer, encode_prompts, prompt_text
+from tppo.prompts import SEPARATOR, encode_answer, prompt_text
 from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
 from tppo.rollout import HFRollout
-from tppo.run import Run, answer_cap, max_positions
-from tppo.sessions import DataError, Session, read_sessions, write_sessions
+from tppo.run import Run, answer_cap, fit_prompts
+from tppo.sessions import DataError, Session
 from tppo.sft import Examples, train_sft
-from tppo.synthetic import generate_sessions
 from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 
 
@@ -30,38 +29,10 @@ def data(run: Run) -> None:
     """Sessions, generated or read, split by user into train, heldout, test (and transfer)."""
     with run.stage("data") as out:
         if run.data is None:
-            splits = generate_sessions(run.config.sessions, run.seed)._asdict()
+            counts = write_generated(run.config.sessions, run.seed, out)
         else:
-            splits = split_by_user(read_sessions(run.data), run.config.sessions, run.seed)
-        for name, sessions in splits.items():
-            write_sessions(out / f"{name}.jsonl", sessions)
-        say("data: " + ", ".join(f"{len(s)} sessions to {name}" for name, s in splits.items()))
-
-
-def split_by_user(
-    sessions: Sequence[Session], config: SessionsConfig, seed: int
-) -> dict[str, list[Session]]:
-    """Whole users to train, heldout and test, at least one to each.
-
-    Errors: DataError with fewer than three users.
-    """
-    users = sorted({session.user for session in sessions})
-    if len(users) < 3:
-        raise DataError(f"{len(users)} users, expected at least 3: train, held-out and test")
-    random.Random(f"{seed}/split").shuffle(users)
-    n_test = max(1, round(config.test_share * len(users)))
-    n_heldout = max(1, round(config.heldout_share * len(users)))
-    parts = {
-        "train": set(users[n_test + n_heldout :]),
-        "heldout": set(users[n_test : n_test + n_heldout]),
-        "test": set(users[:n_test]),
-    }
-    if not parts["train"]:
-        raise DataError(f"no user of {len(users)} is left to train on; lower the shares")
-    return {
-        name: [session for session in sessions if session.user in part]
-        for name, part in parts.items()
-    }
+            counts = split_log(run.data, run.config.sessions, run.seed, out)
+        say("data: " + ", ".join(f"{count} sessions to {name}" for name, count in counts.items()))
 
 
 def sft(run: Run) -> None:
@@ -69,10 +40,11 @@ def sft(run: Run) -> None:
     with run.stage("sft") as out:
         train, heldout = run.sessions("train"), run.sessions("heldout")
         tokenizer, model = _base_model(run, train)
+        cap = answer_cap(tokenizer, train, run.config.generate)
         result = train_sft(
             model,
-            _examples(run, tokenizer, model, train),
-            _examples(run, tokenizer, model, heldout),
+            _examples(tokenizer, model, train, cap),
+            _examples(tokenizer, model, heldout, cap),
             run.config.sft,
             pad_id=tokenizer.pad_token_id,
             seed=run.seed,
@@ -102,17 +74,14 @@ def _base_model(
 
 
 def _examples(
-    run: Run,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     sessions: Sequence[Session],
+    cap: int,
 ) -> Examples:
-    answers = [encode_answer(tokenizer, session.targets) for session in sessions]
-    room = max_positions(model) - max(
-        answer_cap([len(a) for a in answers], run.config.generate.max_new_tokens),
-        max(map(len, answers)),
-    )
-    return Examples(encode_prompts(tokenizer, sessions, room), answers)
+    """Prompts with their true answers; an answer longer than the cap is cut, and has no EOS."""
+    answers = [encode_answer(tokenizer, session.targets)[:cap] for session in sessions]
+    return Examples(fit_prompts(tokenizer, sessions, model, cap), answers)
 
 
 def generate(run: Run) -> None:
@@ -154,10 +123,13 @@ def label_answers(run: Run) -> None:
     with run.stage("label") as out:
         sessions = {session.id: session for session in run.sessions("train")}
         answers, config = run.answers(), run.config.label
+        missing = {answer.session for answer in answers} - set(sessions)
+        if missing:
+            raise DataError(f"answers of session {min(missing)!r}, which data/train.jsonl lacks")
         if config.labeller == "rule":
             labels = [
                 label_by_rule(a.id, a.text, sessions[a.session].targets, config.sentence_threshold)
-                for a in answers
+                for a in track(answers, "label")
             ]
         else:
             items = [

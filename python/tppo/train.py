@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,6 +181,7 @@ class Loop:
         save_file(critic, self.out / "critic.safetensors")
         report = {"steps": self.steps, "kept_step": self.best_step, "seconds": self.seconds}
         write_json(self.out / "report.json", report)
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
 
 def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:

@@ -1,0 +1,291 @@
+"""The whole chain at a tiny size: every stage, skipping, resuming after a kill, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tppo.cli import COMMANDS, main
+from tppo.prompts import prompt_text
+from tppo.sessions import read_sessions
+from tppo.tokenizer import train_tokenizer
+
+TINY = {
+    "sessions": {"train_users": 200, "heldout_users": 24, "test_users": 24, "transfer_users": 8},
+    "scratch": {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 400},
+    "sft": {"max_steps": 30, "eval_every": 10, "decay_steps": 30},
+    "generate": {"samples": 96},
+    "reward_model": {"epochs": 1},
+    "ppo": {"steps": 4, "batch_size": 16, "minibatch_size": 8, "checkpoint_every": 1,
+            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0},
+    "eval": {"temperatures": [1.0, 0.5], "heat_users": 2},
+}  # fmt: skip
+STAGES = [name for name in COMMANDS if name != "run"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, config):
+    out = tmp_path_factory.mktemp("run folder") / "out"
+    main(["run", "--out", str(out), "--config", config])
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def seconds(folder: Path) -> dict[str, float]:
+    return {
+        name: json.loads((folder / name / "manifest.json").read_text())["seconds"]
+        for name in STAGES
+    }
+
+
+def test_every_stage_leaves_its_files_and_the_table_is_complete(finished):
+    assert all((finished / name / "manifest.json").is_file() for name in STAGES)
+    result = json.loads((finished / "result.json").read_text())
+    for name in ("repeat_last", "sft", "sft_t0.5", "sft_continued", "tppo", "tppo_transfer"):
+        for figure in (
+            "relevance", "relevance_se", "exact_match", "chrf", "distinct_2",
+            "queries_per_answer", "format",
+        ):  # fmt: skip
+            assert isinstance(result[name][figure], float), (name, figure)
+    assert result["sft"]["kl"] == pytest.approx(0, abs=1e-4) and result["tppo"]["kl"] != 0
+    assert result["tppo"]["length"] > 1 and result["test"]["users"] == 24
+    assert result["sft_continued"]["seconds"] == result["tppo"]["seconds"]
+    assert "<html" in (finished / "heat" / "heat.html").read_text()
+
+
+def test_the_metrics_have_a_row_a_step_with_trls_names(finished):
+    metrics = rows(finished / "train" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    for row in metrics:
+        assert {"objective/kl", "objective/rlhf_reward", "val/ratio", "reward/rule"} <= set(row)
+        assert 0 <= row["response/format"] <= 1 and row["response/length"] >= 1
+    assert "heldout/relevance" in metrics[1] and "heldout/relevance" not in metrics[0]
+
+
+def test_categories_line_up_with_the_sampled_tokens(finished):
+    answers = {row["id"]: row for row in rows(finished / "generate" / "answers.jsonl")}
+    tokenizer = AutoTokenizer.from_pretrained(finished / "sft" / "model")
+    labels = {row["id"]: row for row in rows(finished / "label" / "labels.jsonl")}
+    mapped = rows(finished / "map" / "categories.jsonl")
+    assert len(mapped) == len(answers) == 96
+    for row in mapped:
+        ids, words = answers[row["id"]]["response_ids"], labels[row["id"]]["words"]
+        assert len(row["categories"]) == len(ids)
+        assert (ids[-1] != tokenizer.eos_token_id) or row["categories"][-1] == 0
+        marked = {1 + relevant for _, relevant in words}
+        assert set(row["categories"]) - {0} == marked
+
+
+def test_exports_are_plain_models(finished):
+    for folder in ("sft/model", "train/model"):
+        model = AutoModelForCausalLM.from_pretrained(finished / folder)
+        assert len(AutoTokenizer.from_pretrained(finished / folder)) == model.config.vocab_size
+    assert not list((finished / "train").glob("**/*.pt"))
+
+
+def test_a_second_run_skips_what_is_finished(finished, config, capsys):
+    before = seconds(finished)
+    main(["run", "--out", str(finished), "--config", config])
+    assert seconds(finished) == before
+    assert capsys.readouterr().err.count("finished before, skipped") == len(STAGES)
+
+
+def test_a_changed_setting_reruns_its_stage_and_says_why(finished, config, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    main(["run", "--out", str(folder), "--config", config, "--eval.heat-users", "1"])
+    said = capsys.readouterr().err
+    assert said.count("finished before, skipped") == len(STAGES) - 2  # eval and heat
+    assert "config.eval.heat_users was 2, is 1" in said
+
+
+def test_a_stage_alone_uses_the_settings_of_its_folder(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(folder / "generate")
+    main(["generate", "--out", str(folder)])
+    same = (folder / "generate" / "answers.jsonl").read_bytes()
+    assert same == (finished / "generate" / "answers.jsonl").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_run(finished, config, tmp_path):
+    """In another process, with another hash seed."""
+    command = [sys.executable, "-m", "tppo", "run", "--out", str(tmp_path), "--config", config]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("data/train.jsonl", "generate/answers.jsonl", "train/model/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
+    results = [json.loads((path / "result.json").read_text()) for path in (finished, tmp_path)]
+    for result in results:
+        result.pop("sft_continued")  # as many steps as fit into the time that PPO took
+        result["tppo"].pop("seconds")
+    assert results[0] == results[1]
+
+
+def test_a_killed_ppo_resumes_bit_identically(finished, config, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    for stage in ("train", "eval", "heat"):
+        shutil.rmtree(folder / stage)
+    command = [sys.executable, "-m", "tppo", "train", "--out", str(folder)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (folder / "train.tmp" / "checkpoints" / "step-2").is_dir():
+            assert process.poll() is None and time.monotonic() < deadline, log.name
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "train").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumes after step" in done.stderr
+    kept, again = (
+        load_file(path / "train" / "model" / "model.safetensors") for path in (finished, folder)
+    )
+    assert kept.keys() == again.keys() and all(torch.equal(kept[k], again[k]) for k in kept)
+    assert rows(folder / "train" / "metrics.jsonl") == rows(finished / "train" / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory, finished):
+    """A causal LM as a user has it: random weights, a chat template, no pad token."""
+    path = tmp_path_factory.mktemp("model")
+    texts = [prompt_text(session) for session in read_sessions(finished / "data/train.jsonl")]
+    tokenizer = train_tokenizer(texts, 350)
+    tokenizer.pad_token = None
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_local_model_with_a_chat_template(local_model, config, tmp_path, capsys):
+    flags = ["--sessions.train-users", "64", "--generate.samples", "48", "--sft.lr", "3e-3"]
+    main(["run", "--out", str(tmp_path), "--config", config, "--model", str(local_model), *flags])
+    assert "no pad token" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "train" / "model")
+    answer = rows(tmp_path / "generate" / "answers.jsonl")[0]
+    prompt = tokenizer.decode(answer["prompt_ids"])
+    assert prompt.startswith("<s>user\nprofile:") and prompt.endswith("assistant\n")
+    assert json.loads((tmp_path / "result.json").read_text())["tppo"]["users"] == 24
+
+
+def test_a_prompt_longer_than_the_model(local_model, config, tmp_path, capsys):
+    long = {
+        "source": "made",
+        "history": [{"type": "search", "text": "zebra " * 200}],
+        "targets": ["zebra"],
+    }
+    lines = [json.dumps({"id": f"s{i}", "user": f"u{i}", **long}) for i in range(9)]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    flags = ["--data", str(tmp_path / "long.jsonl"), "--model", str(local_model)]
+    with pytest.raises(SystemExit, match=r"session 's\d'.* tokens .*the model has room for"):
+        main(["run", "--out", str(tmp_path / "out"), "--config", config, *flags])
+    assert not (tmp_path / "out" / "sft").exists()
+
+
+@pytest.mark.parametrize("name", ["sim4ia_sessions", "ikat_turns"])
+def test_real_sessions(name, config, tmp_path):
+    folder = os.environ.get("TPPO_SESSIONS")
+    if not folder:
+        pytest.skip("TPPO_SESSIONS names no folder of real sessions")
+    data = str(Path(folder) / f"{name}.jsonl")
+    flags = ["--generate.samples", "32", "--ppo.steps", "1", "--sft.max-steps", "3"]
+    flags += ["--generate.max-new-tokens", "24"]
+    main(["run", "--data", data, "--out", str(tmp_path), "--config", config, *flags])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["tppo"]["users"] >= 4 and "tppo_transfer" not in result
+    splits = [read_sessions(tmp_path / "data" / f"{s}.jsonl") for s in ("train", "heldout", "test")]
+    users = [{session.user for session in split} for split in splits]
+    assert not (users[0] & users[1] or users[0] & users[2] or users[1] & users[2])
+    assert sum(map(len, splits)) == len(read_sessions(data))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ("not json\n", "line 1"),
+        ('{"id": "a", "user": "u", "source": "x", "history": [], "targets": []}\n', "targets"),
+    ],
+)
+def test_bad_session_files_leave_nothing(content, message, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(content)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=message):
+        main(["run", "--data", str(tmp_path / "bad.jsonl"), "--out", str(out)])
+    assert not (out / "data").exists()
+
+
+def test_a_missing_file_and_a_missing_stage_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="gone.jsonl: no such file; is the path right"):
+        main(["run", "--data", str(tmp_path / "gone.jsonl"), "--out", str(tmp_path / "a")])
+    with pytest.raises(SystemExit, match="run `tppo data --out .*` first"):
+        main(["sft", "--out", str(tmp_path / "b")])
+
+
+def test_too_few_users_are_named(tmp_path):
+    row = {"user": "u", "source": "x", "history": [], "targets": ["a"]}
+    lines = "\n".join(json.dumps({"id": str(i), **row}) for i in range(5))
+    (tmp_path / "one.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match="1 users, expected at least 3"):
+        main(["data", "--data", str(tmp_path / "one.jsonl"), "--out", str(tmp_path / "out")])
+
+
+def test_labels_that_name_other_words_are_named(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    path = folder / "label" / "labels.jsonl"
+    first, *rest = path.read_text().splitlines()
+    row = json.loads(first)
+    row["words"] = [["elsewhere", 1]]
+    path.write_text("\n".join([json.dumps(row), *rest]))
+    with pytest.raises(SystemExit, match=r"labels.jsonl: line 1: .*'elsewhere'"):
+        main(["map", "--out", str(folder)])
+
+
+def test_unknown_settings_and_commands_are_named(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("ppo: {stepz: 3}")
+    with pytest.raises(SystemExit, match=r"ppo: unknown key 'stepz'"):
+        main(["run", "--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="unknown command 'fly'"):
+        main(["fly"])
+    with pytest.raises(SystemExit, match="device"):
+        main(["data", "--device", "cuda:99", "--out", str(tmp_path)])
