@@ -13,7 +13,7 @@ therefore gains nothing by sampling colder; only knowing *which words* pay does 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tppo.config import SessionsConfig
@@ -111,6 +111,13 @@ def intent_library() -> tuple[list[Intent], list[Intent]]:
 
 def generate_sessions(config: SessionsConfig, seed: int) -> SyntheticData:
     """Sessions of fresh users, a function of `config` and `seed` alone."""
+    return SyntheticData(*(list(sessions) for _, _, sessions in generated_splits(config, seed)))
+
+
+def generated_splits(
+    config: SessionsConfig, seed: int
+) -> Iterator[tuple[str, int, Iterator[Session]]]:
+    """(name, size, sessions one at a time) of each split of `generate_sessions`."""
     known, unknown = intent_library()
     sizes = (
         ("train", config.train_users, known),
@@ -118,13 +125,15 @@ def generate_sessions(config: SessionsConfig, seed: int) -> SyntheticData:
         ("test", config.test_users, known),
         ("transfer", config.transfer_users, unknown),
     )
-    return SyntheticData(*(_split(name, n, seed, intents) for name, n, intents in sizes))
+    for name, n, intents in sizes:
+        yield name, n, _split(name, n, seed, intents)
 
 
-def _split(name: str, n: int, seed: int, intents: Sequence[Intent]) -> list[Session]:
+def _split(name: str, n: int, seed: int, intents: Sequence[Intent]) -> Iterator[Session]:
     # A string seeds Python's generator by its SHA-512: the same under any PYTHONHASHSEED.
     rng = random.Random(f"{seed}/{name}")
-    return [_session(f"{name}-{i}", rng, rng.choice(intents)) for i in range(n)]
+    for i in range(n):
+        yield _session(f"{name}-{i}", rng, rng.choice(intents))
 
 
 def _session(user: str, rng: random.Random, intent: Intent) -> Session:

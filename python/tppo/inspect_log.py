@@ -1,0 +1,234 @@
+"""`tppo data inspect FILE`: what a log holds, and what would make its figures too good."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from tppo.duplicates import exact_key, near_key, normalize
+from tppo.fingerprints import Fingerprints, fingerprint
+from tppo.jsonl import plain
+from tppo.progress import track
+from tppo.readers import ReadConfig, SessionLog
+from tppo.sessions import Session
+
+SEARCH = "search"  # type of the events whose text is a query
+CLICK = "click"  # type of the events whose text is an address
+LONGEST = 10_000  # longer texts and histories count as this long
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of `tppo data inspect`."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """A log in any of the formats."""
+    examples: int = 3
+    """Sessions to show, drawn at random."""
+    seed: int = 0
+    """Decides which sessions are shown."""
+    json: bool = False
+    """Print the figures as JSON."""
+    read: Annotated[ReadConfig, tyro.conf.arg(name="")] = field(default_factory=ReadConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point of `tppo data inspect`."""
+    options = tyro.cli(
+        Options,
+        prog="tppo data inspect",
+        description="What a log holds: sessions, lengths, duplicates, leaks of targets, examples.",
+        args=list(arguments),
+    )
+    try:
+        figures = inspect_log(options.file, options.read, options.examples, options.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"tppo data inspect: {error}")
+    print(json.dumps(plain(figures), ensure_ascii=False) if options.json else report(figures))
+
+
+def inspect_log(path: Path, config: ReadConfig, examples: int = 3, seed: int = 0) -> dict[str, Any]:
+    """The figures of a log, in one reading and in memory that grows by hashes alone.
+
+    Errors: DataError naming file, line and column.
+    """
+    log, seen, drawn = SessionLog(path, config), _Figures(), _Sample(examples, seed)
+    for session in track(log, f"inspect ({log.format})"):
+        seen.add(session)
+        drawn.add(session)
+    return {
+        "file": str(path),
+        "format": log.format,
+        **seen.result(),
+        "left_out": dict(log.left_out),
+        "examples": drawn.sessions,
+    }
+
+
+class _Lengths:
+    """Counts of whole numbers up to LONGEST: any number of them in bounded memory."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+
+    def add(self, length: int) -> None:
+        self.counts[min(length, LONGEST)] += 1
+
+    def result(self) -> dict[str, float]:
+        total = sum(self.counts.values())
+        return {
+            "mean": sum(n * count for n, count in self.counts.items()) / max(total, 1),
+            "median": self._quantile(0.5),
+            "p99": self._quantile(0.99),
+            "max": max(self.counts, default=0),
+        }
+
+    def _quantile(self, share: float) -> int:
+        left = share * sum(self.counts.values())
+        for length in sorted(self.counts):
+            left -= self.counts[length]
+            if left <= 0:
+                return length
+        return 0
+
+
+class _Figures:
+    """Everything that is counted."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
+        self.users, self.exact, self.near = Fingerprints(), Fingerprints(), Fingerprints()
+        self.lengths = {
+            name: _Lengths()
+            for name in ("history_events", "targets", "words_per_query", "words_per_target")
+        }
+
+    def add(self, session: Session) -> None:
+        self.count["sessions"] += 1
+        self.users.add(session.user)
+        self._add_duplicate(session)
+        self.events.update(event.type for event in session.history)
+        self.count["with_profile"] += bool(session.profile)
+        self.count["with_times"] += any(event.time is not None for event in session.history)
+        self.lengths["history_events"].add(len(session.history))
+        self.lengths["targets"].add(len(session.targets))
+        for event in session.history:
+            if event.type != CLICK:
+                self.lengths["words_per_query"].add(len(event.text.split()))
+        for target in session.targets:
+            self.lengths["words_per_target"].add(len(target.split()))
+        self._add_leaks(session)
+
+    def _add_duplicate(self, session: Session) -> None:
+        user = fingerprint(session.user) >> 1
+        if not self.exact.add(exact_key(session)):
+            self.count["exact_duplicates"] += 1
+        key, before = near_key(session), len(self.near)
+        first = self.near.setdefault(key, user)
+        if len(self.near) == before:
+            self.count["near_duplicates"] += 1
+            self.count["near_duplicates_of_another_user"] += first != user
+
+    def _add_leaks(self, session: Session) -> None:
+        literal = {event.text.casefold() for event in session.history}
+        folded = {normalize(text) for text in literal}
+        # Spaces at both ends, so that a target is looked for as whole words.
+        prompt = "\n".join(map(normalize, (*session.profile, *literal)))
+        prompt = f" {prompt} ".replace("\n", " \n ")
+        searches = [event.text for event in session.history if event.type == SEARCH]
+        newest = [event.text for event in session.history][-1:]
+        last = normalize((searches or newest or [""])[-1])
+        for target in session.targets:
+            key = normalize(target)
+            self.count["targets"] += 1
+            self.count["targets_in_history"] += target.casefold() in literal
+            self.count["targets_in_history_normalized"] += key in folded
+            self.count["targets_within_prompt"] += f" {key} " in prompt
+            self.count["targets_equal_last_query"] += key == last
+        leaks = any(target.casefold() in literal for target in session.targets)
+        self.count["sessions_with_target_in_history"] += leaks
+
+    def result(self) -> dict[str, Any]:
+        names = (
+            "sessions", "with_profile", "with_times", "targets", "exact_duplicates",
+            "near_duplicates", "near_duplicates_of_another_user", "targets_in_history",
+            "targets_in_history_normalized", "targets_within_prompt", "targets_equal_last_query",
+            "sessions_with_target_in_history",
+        )  # fmt: skip
+        return {
+            "users": len(self.users),
+            **{name: self.count[name] for name in names},
+            "events": dict(self.events),
+            "lengths": {name: lengths.result() for name, lengths in self.lengths.items()},
+        }
+
+
+class _Sample:
+    """A sample without replacement of a stream (algorithm R)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.rng, self.seen = size, random.Random(f"{seed}/inspect"), 0
+        self.sessions: list[Session] = []
+
+    def add(self, session: Session) -> None:
+        self.seen += 1
+        place = self.rng.randrange(self.seen)
+        if len(self.sessions) < self.size:
+            self.sessions.append(session)
+        elif place < self.size:
+            self.sessions[place] = session
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures for a reader."""
+    sessions, targets = figures["sessions"], figures["targets"]
+
+    def part(name: str, whole: int) -> str:
+        return f"{figures[name]:,} of {whole:,} ({figures[name] / max(whole, 1):.1%})"
+
+    events = ", ".join(f"{n:,} {kind}" for kind, n in sorted(figures["events"].items()))
+    rows = [
+        ("format", figures["format"]),
+        ("sessions", f"{sessions:,}"),
+        ("users", f"{figures['users']:,}"),
+        ("events", events or "none"),
+        ("with profile", part("with_profile", sessions)),
+        ("with times", part("with_times", sessions)),
+        *((name.replace("_", " "), _row(v)) for name, v in figures["lengths"].items()),
+        (
+            "left out",
+            "; ".join(f"{n:,}: {why}" for why, n in figures["left_out"].items()) or "none",
+        ),
+        ("exact duplicates", part("exact_duplicates", sessions)),
+        ("near duplicates", part("near_duplicates", sessions)),
+        ("  of another user", part("near_duplicates_of_another_user", sessions)),
+        ("targets in history", f"{part('targets_in_history', targets)} but for case"),
+        ("  but for punctuation", part("targets_in_history_normalized", targets)),
+        ("  within the prompt", part("targets_within_prompt", targets)),
+        ("repeat last query", f"{part('targets_equal_last_query', targets)} right"),
+    ]
+    lines = [figures["file"], *(f"  {name:<24}{value}" for name, value in rows)]
+    for session in figures["examples"]:
+        lines += ["", f"session {session.id} of user {session.user}"]
+        lines += [f"  profile: {_cut(text)}" for text in session.profile]
+        lines += [f"  {event.type}: {_cut(event.text)}" for event in session.history]
+        lines += [f"  -> {_cut(target)}" for target in session.targets]
+    return "\n".join(lines)
+
+
+def _row(lengths: dict[str, float]) -> str:
+    rest = ", ".join(f"{name} {lengths[name]:,}" for name in ("median", "p99", "max"))
+    return f"mean {lengths['mean']:.2f}, {rest}"
+
+
+def _cut(text: str, limit: int = 90) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
