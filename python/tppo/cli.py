@@ -13,7 +13,6 @@ import tyro
 import yaml
 
 from tppo import inspect_log
-from tppo import inspect_log
 from tppo.config import Config, fill_defaults, from_dict
 from tppo.jsonl import plain, write_text
 from tppo.progress import say, status
@@ -61,9 +60,6 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     command, rest = arguments[0], arguments[1:]
-    if command == "data" and rest[:1] == ["inspect"]:
-        inspect_log.main(rest[1:])
-        return
     if command == "data" and rest[:1] == ["inspect"]:
         inspect_log.main(rest[1:])
         return

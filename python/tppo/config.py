@@ -12,10 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import tyro
-
 from tppo.label_openai import EndpointConfig
-from tppo.readers import ReadConfig
 from tppo.readers import ReadConfig
 
 
@@ -35,9 +32,6 @@ class SessionsConfig:
     """Share of a file's users held out for the early stop and for keeping the best step."""
     test_share: float = 0.2
     """Share of a file's users for the closing table."""
-    read: Annotated[ReadConfig, tyro.conf.arg(name="", prefix_name=False)] = field(
-        default_factory=ReadConfig
-    )
     read: Annotated[ReadConfig, tyro.conf.arg(name="", prefix_name=False)] = field(
         default_factory=ReadConfig
     )
