@@ -61,11 +61,12 @@ class PrefixLayout:
     @classmethod
     def from_lengths(cls, prompt_lengths: Iterable[int] | Tensor,
                      response_lengths: Iterable[Iterable[int] | Tensor] | Tensor) -> PrefixLayout:
-        """The layout of B prompts and the responses of each, on the CPU.
+        """The layout of B prompts and the responses of each.
 
         prompt_lengths: B whole numbers >= 1, or a tensor [B]. response_lengths: for each prompt
         one or more whole numbers >= 1 (ragged), or a tensor [B, G]. A tensor's values are read
-        on the host. Raises ValueError / TypeError that name the argument.
+        on the host. On the device of `prompt_lengths`, the CPU for a list. Raises ValueError /
+        TypeError that name the argument.
         """
         prompts = _lengths("prompt_lengths", prompt_lengths)
         if isinstance(response_lengths, str) or not isinstance(response_lengths, Iterable):
@@ -80,7 +81,8 @@ class PrefixLayout:
             if not lengths:
                 raise ValueError(f"PrefixLayout: response_lengths[{b}] is empty, expected one or "
                                  "more responses a prompt; leave out a prompt without any")
-        return cls(prompts, responses)
+        layout = cls(prompts, responses)
+        return layout.to(prompt_lengths.device) if isinstance(prompt_lengths, Tensor) else layout
 
     @property
     def n_groups(self) -> int:
@@ -159,8 +161,9 @@ class PrefixLayout:
             align "bootstrap"          the state at the last token of the response: [M, ...]
 
         hidden: [L, ...], states, values or (with "reward") token ids of the packed batch. 0 where
-        `response_mask` is False. Keeps the dtype. Differentiable in `hidden`, deterministic: a
-        state is used once, and the G gradients of a prompt's last state are added in order.
+        `response_mask` is False. Keeps dtype and device. Differentiable in `hidden`, and
+        deterministic: every state is used once, but a prompt's last one, whose G gradients are
+        added in order.
         """
         check = Check("PrefixLayout.response_states")
         check.choice("align", align, ALIGNMENTS)
@@ -171,9 +174,9 @@ class PrefixLayout:
             raise ValueError(f"PrefixLayout.response_states: hidden has shape {list(hidden.shape)},"
                              f" expected [L, ...] with L = {self.n_tokens}"
                              + ("; pass hidden[0]" if hidden.shape[:1] == (1,) else ""))
-        if hidden.device != self.device:
-            raise ValueError(f"PrefixLayout.response_states: hidden is on {hidden.device}, "
-                             f"expected {self.device} as the layout; see PrefixLayout.to")
+        return self.to(hidden.device)._take(hidden, align)
+
+    def _take(self, hidden: Tensor, align: str) -> Tensor:
         return _ResponseStates.apply(hidden, self._index(align), self.response_mask, self._slot,
                                      self._role, self._prompt_last, self.group_sizes, align)
 

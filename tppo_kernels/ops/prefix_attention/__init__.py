@@ -93,9 +93,10 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     instead of G (P + R).
 
     q: [1, Hq, L, D] or [Hq, L, D]; k, v: the same with Hkv heads, Hq a multiple of Hkv (query head
-    h reads head h // (Hq / Hkv)). layout: a `PrefixLayout` of L tokens on the device of q. scale:
-    D ** -0.5 where None. Gives the shape of q, with the head size of v, and the dtype of q;
-    computed in fp32 (fp64 where an input is fp64, by the reference). Differentiable in q, k and v.
+    h reads head h // (Hq / Hkv)). layout: a `PrefixLayout` of L tokens; one that lies on another
+    device is copied once, by its `to`. scale: D ** -0.5 where None. Gives the shape of q, with the
+    head size of v, and the dtype of q; computed in fp32 (fp64 where an input is fp64, by the
+    reference). Differentiable in q, k and v.
 
     On CPU: PyTorch's flash-attention kernels over the prompt and within each response, merged by
     logsumexp; nothing of size L x L exists, and k and v are repeated for their query heads only
@@ -109,7 +110,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     check.tensor("q", q, f"{one}Hq L D")
     check.tensor("k", k, f"{one}Hkv L D")
     check.tensor("v", v, f"{one}Hkv L Dv")
-    check.tensor("layout.segment_lengths", layout.segment_lengths, "S", (torch.int64,))
+    layout = layout.to(q.device)
     heads, kv_heads = check.sizes["Hq"], check.sizes["Hkv"]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"prefix_attention: q has {heads} heads, expected a multiple of the "
