@@ -134,6 +134,7 @@ def _run(command: str, options: Options) -> None:
         torch.set_num_threads(threads)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}")
     options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
     if command == "run":
         for name, stage in stages.items():
             if run.done(name):
@@ -143,8 +144,6 @@ def _run(command: str, options: Options) -> None:
                 stage(run)
     else:
         stages[command](run)
-    text = yaml.safe_dump(plain(options), sort_keys=False)
-    write_text(options.out / SETTINGS, text)
 
 
 def _stages() -> dict[str, Callable[[Any], None]]:

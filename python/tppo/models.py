@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -59,6 +60,9 @@ def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=torch.float32, local_files_only=True
     )
+    # The folder's own top_k, top_p or repetition penalty would bend the rollouts' distribution
+    # away from the log-probs of the policy.
+    model.generation_config = GenerationConfig()
     return place(model, device)
 
 

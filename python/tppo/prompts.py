@@ -11,7 +11,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from tppo.progress import say
+from tppo.progress import say, track
 from tppo.sessions import DataError, Session
 
 SEPARATOR = "\n"
@@ -73,7 +73,7 @@ def encode_prompts(
     Errors: DataError naming the session whose newest event alone does not fit.
     """
     prompts = []
-    for session in sessions:
+    for session in track(sessions, "prompts"):
         for skip in range(max(1, len(session.history)) + len(session.profile)):
             ids = encode_prompt(tokenizer, prompt_text(session, skip))
             if len(ids) <= max_tokens:

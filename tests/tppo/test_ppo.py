@@ -91,6 +91,22 @@ def test_sampling_is_a_function_of_its_seed_alone(folder):
         assert len(ids) == 8 if reason == "length" else len(ids) <= 8
 
 
+def test_the_folders_own_sampling_settings_do_not_bend_the_rollouts(folder, tmp_path):
+    """Log-probs are those of the whole distribution, so the rollouts must be too."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.generation_config.top_k, model.generation_config.do_sample = 1, True
+    model.generation_config.repetition_penalty = 5.0
+    model.save_pretrained(tmp_path)
+    batches = [
+        HFRollout(load_policy(path, torch.device("cpu")), pad_id=PAD, eos_id=EOS).generate(
+            PROMPTS, Sampling(8, seed=3)
+        )
+        for path in (folder, tmp_path)
+    ]
+    assert batches[0] == batches[1]
+    assert len({tuple(ids) for ids in batches[0].response_ids}) > 10
+
+
 def test_a_step_moves_policy_and_critic_only(folder):
     ppo = trainer(folder)
     before = {
