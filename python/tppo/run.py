@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config, GenerateConfig
-from tppo.jsonl import is_text, read_jsonl
+from tppo.jsonl import Line, is_text, read_jsonl
 from tppo.models import load_policy, resolve_device
 from tppo.prompts import encode_answer, encode_prompts
 from tppo.rollout import Sampling
@@ -149,17 +149,23 @@ class Run:
 
     def answers(self) -> list[Answer]:
         """The generated answers.  Errors: DataError naming file, line and field."""
-        return [
-            Answer(
-                id=line.get("id", is_text, "a text"),
-                session=line.get("session", is_text, "a text"),
-                prompt_ids=line.get("prompt_ids", _is_ids, "a list of token ids"),
-                response_ids=line.get("response_ids", _is_ids, "a list of token ids"),
-                finish=line.get("finish", lambda v: v in ("eos", "length"), "eos or length"),
-                text=line.get("text", lambda v: isinstance(v, str), "a text"),
-            )
-            for line in read_jsonl(self.path("generate/answers.jsonl"))
-        ]
+        return list(self.iter_answers())
+
+    def iter_answers(self) -> Iterator[Answer]:
+        """The generated answers one at a time."""
+        return map(answer_of, read_jsonl(self.path("generate/answers.jsonl")))
+
+
+def answer_of(line: Line) -> Answer:
+    """The answer that a line holds.  Errors: DataError naming file, line and field."""
+    return Answer(
+        id=line.get("id", is_text, "a text"),
+        session=line.get("session", is_text, "a text"),
+        prompt_ids=line.get("prompt_ids", _is_ids, "a list of token ids"),
+        response_ids=line.get("response_ids", _is_ids, "a list of token ids"),
+        finish=line.get("finish", lambda v: v in ("eos", "length"), "eos or length"),
+        text=line.get("text", lambda v: isinstance(v, str), "a text"),
+    )
 
 
 def answer_cap(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,15 +14,16 @@ from tppo.data import split_log, write_generated
 from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
 from tppo.label_openai import LabelItem, label
 from tppo.label_rule import label_by_rule
-from tppo.labels import Label, read_labels, write_labels
+from tppo.labels import Label, iter_labels, write_labels
+from tppo.line_index import LineIndex
 from tppo.mapping import map_labels
 from tppo.models import load_policy, load_reward_model, new_policy, place
 from tppo.progress import say, track
 from tppo.prompts import SEPARATOR, encode_answer, prompt_text
 from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
 from tppo.rollout import HFRollout
-from tppo.run import Run, answer_cap, fit_prompts
-from tppo.sessions import DataError, Session
+from tppo.run import Answer, Run, answer_cap, answer_of, fit_prompts
+from tppo.sessions import DataError, Session, session_of
 from tppo.sft import Examples, train_sft
 from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 
@@ -120,71 +123,90 @@ def generate(run: Run) -> None:
 
 def label_answers(run: Run) -> None:
     """Word and answer labels, by the rule or by an endpoint."""
-    with run.stage("label") as out:
-        sessions = {session.id: session for session in run.sessions("train")}
-        answers, config = run.answers(), run.config.label
-        missing = {answer.session for answer in answers} - set(sessions)
-        if missing:
-            raise DataError(f"answers of session {min(missing)!r}, which data/train.jsonl lacks")
+    train, config = run.path("data/train.jsonl"), run.config.label
+    with run.stage("label") as out, LineIndex(train, session_of) as sessions:
+        counts: Counter[str] = Counter()
+        labels: Iterable[Label]
         if config.labeller == "rule":
-            labels = [
-                label_by_rule(a.id, a.text, sessions[a.session].targets, config.sentence_threshold)
-                for a in track(answers, "label")
-            ]
+            labels = (
+                label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)
+                for a in track(run.iter_answers(), "label")
+            )
         else:
-            items = [
-                LabelItem(
-                    a.id,
-                    [event.text for event in sessions[a.session].history],
-                    list(sessions[a.session].targets),
-                    a.text,
-                )
-                for a in answers
-            ]
-            # The cache lies beside the stages: a stage that fails must not lose what was paid for.
-            labels = label(items, config.endpoint, run.out / "label-cache.jsonl").labels
-        if not labels:
-            raise DataError(f"none of {len(answers)} answers got a label")
-        write_labels(out / "labels.jsonl", labels)
-        relevant = sum(item.sentence for item in labels) / len(labels)
-        say(f"label: {len(labels)} answers, {relevant:.1%} of them relevant")
+            labels = _labels_of_endpoint(run, sessions)
+        write_labels(out / "labels.jsonl", _counted(labels, counts))
+        if not counts["labels"]:
+            raise DataError("none of the generated answers got a label")
+        relevant = counts["relevant"] / counts["labels"]
+        say(f"label: {counts['labels']} answers, {relevant:.1%} of them relevant")
+
+
+def _labels_of_endpoint(run: Run, sessions: LineIndex[Session]) -> Sequence[Label]:
+    items = [
+        LabelItem(
+            answer.id,
+            [event.text for event in session.history],
+            list(session.targets),
+            answer.text,
+        )
+        for answer in run.iter_answers()
+        for session in [_asked(sessions, answer)]
+    ]
+    # The cache lies beside the stages: a stage that fails must not lose what was paid for.
+    return label(items, run.config.label.endpoint, run.out / "label-cache.jsonl").labels
+
+
+def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:
+    """The session that an answer belongs to."""
+    session = sessions.get(answer.session)
+    if session is None:
+        raise DataError(f"answers of session {answer.session!r}, which data/train.jsonl lacks")
+    return session
+
+
+def _counted(labels: Iterable[Label], counts: Counter[str]) -> Iterator[Label]:
+    for item in labels:
+        counts["labels"] += 1
+        counts["relevant"] += item.sentence
+        yield item
 
 
 def map_to_tokens(run: Run) -> None:
     """Word labels to token categories, and the median length of a query in tokens."""
-    with run.stage("map") as out:
-        answers = {answer.id: answer for answer in run.answers()}
-        rows, lengths = [], []
-        for item in track(read_labels(run.path("label/labels.jsonl")), "map"):
-            if item.id not in answers:
-                raise DataError(f"label {item.id!r}: no generated answer has this id")
-            row, queries = _map_one(run.tokenizer, item, answers[item.id].response_ids)
-            rows.append(row)
-            lengths += queries
-        write_jsonl(out / "categories.jsonl", rows)
-        median = sorted(lengths)[len(lengths) // 2] if lengths else 1
-        write_json(out / "lengths.json", {"median_query_tokens": median, "queries": len(lengths)})
+    generated = run.path("generate/answers.jsonl")
+    with run.stage("map") as out, LineIndex(generated, answer_of) as answers:
+        lengths: Counter[int] = Counter()
+        labels = track(iter_labels(run.path("label/labels.jsonl")), "map")
+        write_jsonl(
+            out / "categories.jsonl",
+            (_map_one(run.tokenizer, item, answers.get(item.id), lengths) for item in labels),
+        )
+        queries = lengths.total()
+        ordered = (n for n in sorted(lengths) for _ in range(lengths[n]))
+        median = next(islice(ordered, queries // 2, None), 1)
+        write_json(out / "lengths.json", {"median_query_tokens": median, "queries": queries})
 
 
 def _map_one(
-    tokenizer: PreTrainedTokenizerBase, item: Label, response_ids: Sequence[int]
-) -> tuple[dict[str, object], list[int]]:
-    """Token categories of one answer, and the number of tokens of each of its queries."""
-    text, offsets = token_offsets(tokenizer, response_ids)
+    tokenizer: PreTrainedTokenizerBase, item: Label, answer: Answer | None, lengths: Counter[int]
+) -> dict[str, object]:
+    """Token categories of one answer; counts the tokens of each of its queries."""
+    if answer is None:
+        raise DataError(f"label {item.id!r}: no generated answer has this id")
+    text, offsets = token_offsets(tokenizer, answer.response_ids)
     if text != item.response:
         raise DataError(f"label {item.id!r}: its response {item.response!r} is not {text!r}")
-    row = {
+    start = 0
+    for line in text.split(SEPARATOR):
+        end = start + len(line)
+        if line.strip():
+            lengths[sum(a < end and b > start for a, b in offsets)] += 1
+        start = end + len(SEPARATOR)
+    return {
         "id": item.id,
         "categories": map_labels(text, item.words, offsets),
         "sentence": item.sentence + 1,
     }
-    queries, start = [], 0
-    for line in text.split(SEPARATOR):
-        end = start + len(line)
-        if line.strip():
-            queries.append(sum(a < end and b > start for a, b in offsets))
-        start = end + len(SEPARATOR)
-    return row, queries
 
 
 def train_rm(run: Run) -> None:
@@ -201,6 +223,8 @@ def train_rm(run: Run) -> None:
             )
         config, pad_id = run.config.reward_model, run.tokenizer.pad_token_id
         sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
+        if len(sessions) < 2:
+            raise DataError("1 session is labelled, expected at least 2: one is held out")
         n_heldout = max(1, round(config.heldout_share * len(sessions)))
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
