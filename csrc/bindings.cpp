@@ -51,24 +51,27 @@ void bind_gae(py::module_& m) {
 #endif
 }
 
+// (logits, dtype, N, columns, inner, outer_stride, inner_stride, targets, mask, row_temperature,
+//  temperature, softcap, logit_scale, threads)
+using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
+                        Address, Address, double, double, double, int>;
+
+tppo::TokenRows unpack(const Rows& rows) {
+  return std::apply(
+      [](Address logits, int dtype, int64_t N, int64_t columns, int64_t inner,
+         int64_t outer_stride, int64_t inner_stride, Address targets, Address mask,
+         Address row_temperature, double temperature, double softcap, double logit_scale,
+         int threads) {
+        return tppo::TokenRows{at<void>(logits), dtype, N, columns, inner, outer_stride,
+                               inner_stride, at<int64_t>(targets), at<uint8_t>(mask),
+                               at<double>(row_temperature), temperature, softcap, logit_scale,
+                               threads};
+      },
+      rows);
+}
+
 void bind_token_logprobs(py::module_& m) {
   using namespace tppo;
-  // (logits, dtype, N, columns, inner, outer_stride, inner_stride, targets, mask,
-  //  row_temperature, temperature, softcap, logit_scale, threads)
-  using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
-                          Address, Address, double, double, double, int>;
-  static const auto unpack = [](const Rows& rows) {
-    return std::apply(
-        [](Address logits, int dtype, int64_t N, int64_t columns, int64_t inner,
-           int64_t outer_stride, int64_t inner_stride, Address targets, Address mask,
-           Address row_temperature, double temperature, double softcap, double logit_scale,
-           int threads) {
-          return TokenRows{at<void>(logits), dtype, N, columns, inner, outer_stride, inner_stride,
-                           at<int64_t>(targets), at<uint8_t>(mask), at<double>(row_temperature),
-                           temperature, softcap, logit_scale, threads};
-        },
-        rows);
-  };
   m.def("token_logprobs_fwd", [](const Rows& rows, Address logprobs, Address entropy, Address top,
                                  Address log_sum) {
     py::gil_scoped_release release;
@@ -82,6 +85,22 @@ void bind_token_logprobs(py::module_& m) {
     token_logprobs_bwd(unpack(rows), at<float>(grad_logprobs), at<float>(grad_entropy),
                        at<float>(entropy), at<float>(top), at<float>(log_sum), vocabulary,
                        at<void>(grad));
+  });
+}
+
+void bind_linear_logprobs(py::module_& m) {
+  using namespace tppo;
+  m.def("linear_exponentials", [](const Rows& rows, Address top, bool half, Address out) {
+    py::gil_scoped_release release;
+    linear_exponentials(unpack(rows), at<float>(top), half, at<void>(out));
+  });
+  m.def("linear_gradient", [](const Rows& rows, Address g_logprobs, Address g_entropy,
+                              Address logprobs, Address entropy, Address top, Address log_sum,
+                              Address dx) {
+    py::gil_scoped_release release;
+    linear_gradient(unpack(rows), at<float>(g_logprobs), at<float>(g_entropy),
+                    at<float>(logprobs), at<float>(entropy), at<float>(top), at<float>(log_sum),
+                    at<float>(dx));
   });
 }
 
@@ -107,5 +126,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
   bind_gae(m);
   bind_token_logprobs(m);
+  bind_linear_logprobs(m);
   bind_whiten(m);
 }

@@ -15,6 +15,8 @@ from . import align
 from ._op import BackendError, Explanation, explain, use_backend
 from ._shared_prefix import shared_prefix
 from .ops.gae import gae
+from .ops.linear_logprobs import linear_logprobs
+from .ops.linear_ppo_loss import linear_ppo_loss
 from .ops.place_rewards import place_rewards
 from .ops.ppo_loss import ppo_loss
 from .ops.prefix_attention import prefix_attention
@@ -27,14 +29,15 @@ from .ops.token_rewards import token_rewards
 from .ops.value_loss import value_loss
 from .ops.whiten import whiten
 from .prefix import PrefixLayout
+from .rows import valid_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError", "Explanation", "PrefixLayout", "align", "doctor", "explain", "gae",
-    "place_rewards", "ppo_loss", "prefix_attention", "response_states", "shared_prefix",
-    "token_advantages", "token_head", "token_logprobs", "token_reward_loss", "token_rewards",
-    "use_backend", "value_loss", "whiten",
+    "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss", "prefix_attention",
+    "response_states", "shared_prefix", "token_advantages", "token_head", "token_logprobs",
+    "token_reward_loss", "token_rewards", "use_backend", "valid_rows", "value_loss", "whiten",
 ]
 
 

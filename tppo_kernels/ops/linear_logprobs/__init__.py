@@ -1,0 +1,278 @@
+"""Log-probability and entropy of each target from hidden states, without a [N, V] of logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._check import BOOL, LABELS, Check, describe, values_between
+from ..._linear import AUTO_BYTES, shard_of
+from ..._op import _LIB, Op
+from ..._sequence import compute_dtype
+from ...rows import slot_count, valid_rows
+from . import reference
+
+_op = Op("linear_logprobs", cpu=("cpp", "reference"))
+
+
+class LinearLogprobs(NamedTuple):
+    """The two results of `linear_logprobs`, fp32 (fp64 where an input is fp64)."""
+
+    logprobs: Tensor  # [...]
+    entropy: Tensor  # [...]
+
+
+def sample_inputs() -> tuple[tuple, dict]:
+    """Arguments of a small call, in fp64: for the self-test."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 17, 8, generator=g, dtype=torch.float64)
+    weight, bias = torch.randn(40, 9, generator=g, dtype=torch.float64).split([8, 1], 1)
+    targets = torch.randint(37, (3, 17), generator=g)
+    mask = torch.rand(3, 17, generator=g) < 0.7
+    return (hidden, weight.contiguous(), targets, mask), {
+        "bias": bias[:, 0].contiguous(), "temperature": 0.8, "softcap": 5.0, "valid_vocab": 37}
+
+
+def flops(n: int, v: int, d: int, *, regime: str = "store", backward: bool = True) -> int:
+    """Of the products: forward 2NVD; and backward 6 with "store", 8 "recompute", 4 "frozen"."""
+    return n * v * d * ({"store": 6, "recompute": 8, "frozen": 4}[regime] if backward else 2)
+
+
+def check_rows(op: str, targets: Tensor, mask: Tensor | None, rows: Tensor | None,
+               columns: int) -> None:
+    """Holds `rows` to the True tokens of the mask, and targets at valid rows to the vocabulary."""
+    n = targets.numel()
+    valid = None if mask is None else mask.reshape(-1)
+    if rows is not None:
+        values_between(op, "rows", rows, 0, n - 1)
+        if bool((rows[1:] <= rows[:-1]).any()):
+            raise ValueError(f"{op}: rows is not ascending, expected tk.valid_rows(mask)")
+        if valid is not None and (rows.shape[0] != int(valid.sum()) or not bool(valid[rows].all())):
+            raise ValueError(f"{op}: rows names {rows.shape[0]} rows, expected the "
+                             f"{int(valid.sum())} True tokens of mask: tk.valid_rows(mask)")
+        values_between(op, "targets", targets.reshape(-1)[rows], 0, columns - 1)
+    else:
+        values_between(op, "targets", targets, 0, columns - 1, mask)
+
+
+def check_scaling(op: str, mask: Tensor | None, rows: Tensor | None, temperature: Tensor,
+                  softcap: Tensor | None) -> None:
+    """Holds temperatures of valid rows and the softcap to values > 0."""
+    if temperature.dim() and rows is not None:
+        temperature, mask = temperature.reshape(-1)[rows], None
+    elif not temperature.dim():
+        mask = None
+    values_between(op, "temperature", temperature, 0.0, float("inf"), mask, open_low=True)
+    values_between(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
+
+
+def _check_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
+               valid_vocab, capacity, budget, group, regime) -> None:
+    columns = shard_of(weight.shape[0], valid_vocab, group).total
+    check_rows("linear_logprobs", targets, mask, rows, columns)
+    check_scaling("linear_logprobs", mask, rows, temperature, softcap)
+
+
+def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
+              valid_vocab, capacity, budget, group, regime):
+    dtype = compute_dtype(*(x for x in (hidden, weight, bias) if x is not None))
+    m = slot_count(targets.numel(), rows, capacity)
+    kept = hidden.new_empty(0)
+    if regime == "store":
+        columns = shard_of(weight.shape[0], valid_vocab, group).columns
+        kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden.dtype))
+    elif regime == "frozen":
+        kept = hidden.new_empty(m, hidden.shape[-1])
+    return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
+            hidden.new_empty((4, m), dtype=dtype), kept)
+
+
+def _fake_bwd(g_logprobs, g_entropy, hidden, weight, targets, mask, bias, *rest):
+    grad_hidden, grad_weight, grad_bias = rest[-3:]
+    return (hidden.new_empty(hidden.shape if grad_hidden else 0),
+            weight.new_empty(weight.shape if grad_weight else 0),
+            (weight if bias is None else bias).new_empty(weight.shape[:1] if grad_bias else 0))
+
+
+ARGUMENTS = ("Tensor hidden, Tensor weight, Tensor targets, Tensor? mask, Tensor? bias,"
+             " Tensor? rows, Tensor temperature, Tensor? softcap, Tensor logit_scale,"
+             " SymInt? valid_vocab, SymInt? capacity, SymInt budget, str? group")
+_fwd = _op.define(f"linear_logprobs_fwd({ARGUMENTS}, str regime)"
+                  " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake_fwd, _check_fwd)
+_bwd = _op.define(f"linear_logprobs_bwd(Tensor? g_logprobs, Tensor? g_entropy, {ARGUMENTS},"
+                  " Tensor stats, Tensor kept, bool grad_hidden, bool grad_weight, bool grad_bias)"
+                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd)
+_frozen = _op.define("linear_logprobs_frozen(Tensor g_logprobs, Tensor kept, Tensor? mask,"
+                     " Tensor? rows, SymInt? capacity) -> Tensor", reference.frozen,
+                     lambda g_logprobs, kept, *_: kept.new_empty(
+                         (*g_logprobs.shape, kept.shape[1])))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keeps what the regime needs, and only that."""
+    *arguments, regime = inputs
+    _, _, stats, kept = output
+    ctx.mark_non_differentiable(stats, kept, *([output[1]] if regime == "frozen" else []))
+    ctx.set_materialize_grads(False)
+    tensors, ctx.rest, ctx.regime = arguments[:9], arguments[9:], regime
+    if regime == "frozen":
+        tensors = [tensors[3], tensors[5]]
+    ctx.save_for_backward(*tensors, stats, kept)
+
+
+@once_differentiable
+def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, *_: Any) -> tuple:
+    *tensors, stats, kept = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    if g_logprobs is None and (g_entropy is None or ctx.regime == "frozen"):
+        return (None,) * 14
+    if ctx.regime == "frozen":
+        return (_frozen(g_logprobs, kept, *tensors, ctx.rest[1]), *(None,) * 13)
+    grads = _bwd(g_logprobs, g_entropy, *tensors, *ctx.rest, stats, kept, *wanted)
+    hidden, weight, bias = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return (hidden, weight, None, None, bias, *(None,) * 9)
+
+
+torch.library.register_autograd("tppo_kernels::linear_logprobs_fwd", _backward,
+                                setup_context=_setup_context, lib=_LIB)
+
+
+class Scaling(NamedTuple):
+    """The checked arguments that shape z, as the raw ops take them."""
+
+    temperature: Tensor
+    softcap: Tensor | None
+    logit_scale: Tensor
+
+
+def check_scalars(check: Check, tokens: str, temperature: Any, softcap: Any,
+                  logit_scale: Any) -> Scaling:
+    """Temperature (a number, 0-d or a value a token), softcap and logit_scale: constants."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{check.op}: {name} requires a gradient, expected a constant")
+    if isinstance(temperature, Tensor) and temperature.dim():
+        check.tensor("temperature", temperature, tokens)
+        temperature = temperature.detach()
+    else:
+        temperature = check.scalar("temperature", temperature, above=0.0)
+    return Scaling(temperature, check.scalar("softcap", softcap, above=0.0, optional=True),
+                   check.scalar("logit_scale", logit_scale))
+
+
+def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: int | None,
+               group: Any) -> str | None:
+    """Holds weight, bias and valid_vocab to [V, D], [V], and the live columns; the group's name."""
+    check.tensor("weight", weight, "V D")
+    check.tensor("bias", bias, "V", optional=True)
+    size, world = weight.shape[0], 1
+    if size == 0:
+        raise ValueError(f"{check.op}: weight has shape {list(weight.shape)}, expected at least "
+                         "one row")
+    if group is not None:
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(f"{check.op}: group is {describe(group)}, expected a "
+                            "torch.distributed.ProcessGroup of this process, or None")
+        world = dist.get_world_size(group)
+    if valid_vocab is not None:
+        check.number("valid_vocab", valid_vocab, low=1, high=size * world, kind=int)
+    return None if group is None else group.group_name
+
+
+def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows: Tensor | None,
+                         capacity: int | None) -> Tensor | None:
+    """Holds `rows` and `capacity` to their types; in eager mode finds the rows of a mask.
+
+    That reads their number on the host: free on a CPU, and once a call on a GPU, unless a graph is
+    being captured.
+    """
+    check.tensor("rows", rows, "M", (torch.int64,), optional=True)
+    if capacity is not None:
+        if rows is not None:
+            raise ValueError(f"{check.op}: capacity is {capacity!r} and rows is given, expected "
+                             "one of them")
+        check.number("capacity", capacity, low=0, kind=int)
+    elif (rows is None and mask is not None and not torch.compiler.is_compiling()
+          and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())):
+        return valid_rows(mask)
+    return rows
+
+
+def budget_of(check: Check, memory: str | int) -> int:
+    """Bytes that kept exponentials and the chunk in flight may take together."""
+    if isinstance(memory, str) or not isinstance(memory, int):
+        check.choice("memory", memory, ("auto", "store", "recompute"))
+        return AUTO_BYTES
+    check.number("memory", memory, low=1, kind=int)
+    return memory
+
+
+def kept_nbytes(hidden: Tensor, weight: Tensor, slots: int, valid_vocab: int | None) -> int:
+    """Bytes of the exponentials that "store" keeps; of a shard, at most."""
+    columns = weight.shape[0] if valid_vocab is None else min(weight.shape[0], valid_vocab)
+    return slots * columns * hidden.element_size()
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, *,
+                    bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+                    softcap: float | Tensor | None = None, logit_scale: float | Tensor = 1.0,
+                    valid_vocab: int | None = None, memory: str | int = "auto",
+                    entropy_grad: bool = True, rows: Tensor | None = None,
+                    capacity: int | None = None, group: Any = None) -> LinearLogprobs:
+    """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole.
+
+        x = hidden weight^T + bias, then z, logprob and entropy as `tppo_kernels.token_logprobs`
+
+    hidden: [..., D], weight: [V, D], bias: [V], targets and mask: [...]; temperature: a number,
+    0-d, or exactly [...]. Rows are computed in chunks; products of bf16 and fp16 accumulate in
+    fp32, and the results read those accumulators. Both results are differentiable by hidden,
+    weight and bias, once; dW is added up in fp32. `entropy_grad=False` detaches the entropy.
+
+    Only valid rows are computed. `rows`: `tk.valid_rows(mask)`, found once outside a compiled or
+    captured region. `capacity=n`: the first n valid rows, found on the device; a valid row beyond
+    gives NaN, and so do its gradient and that of the weight. Neither: eager mode counts the
+    valid rows itself; under `torch.compile` a CPU compacts inside, a GPU runs all N rows.
+
+    memory: "store" keeps exponentials of every row for backward (6NVD flops in all), "recompute"
+    nothing of size V (8NVD), "auto" (1 GiB) and a number of bytes take "store" where exponentials
+    and a chunk fit, and size the chunk. One row is always computed. Exponentials have the inputs'
+    dtype, fp16 for bf16. Without gradients for weight and bias, `entropy_grad=False` keeps
+    dlogprob/dhidden [M, D], whatever `memory` is (4NVD).
+
+    group: each process holds an equal part of the vocabulary, in the order of ranks; targets and
+    `valid_vocab` count over all parts; hidden, targets and mask are the same everywhere. One
+    all-gather of (max, sum, target, weighted sum) a row; the gradient of hidden is summed over the
+    group, those of weight and bias are the part's own.
+
+    Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
+    Raises ValueError / TypeError that name the argument.
+    """
+    check = Check("linear_logprobs")
+    check.tensor("hidden", hidden, "... D")
+    check.tensor("targets", targets, "...", LABELS)
+    check.tensor("mask", mask, "...", BOOL, optional=True)
+    name = check_head(check, weight, bias, valid_vocab, group)
+    scaling = check_scalars(check, "...", temperature, softcap, logit_scale)
+    check.choice("entropy_grad", entropy_grad, (True, False))
+    rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
+    budget = budget_of(check, memory)
+    trains = torch.is_grad_enabled()
+    head_trains = trains and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    regime = "none"
+    if trains and hidden.requires_grad and not head_trains and not entropy_grad:
+        regime = "frozen"
+    elif head_trains or (trains and hidden.requires_grad):
+        regime = memory if isinstance(memory, str) and memory != "auto" else "recompute"
+        slots = slot_count(targets.numel(), rows, capacity)
+        nbytes = kept_nbytes(hidden, weight, slots, valid_vocab)
+        if not isinstance(memory, str) or memory == "auto":
+            regime = "store" if nbytes <= budget else "recompute"
+        if regime == "store" and memory != "store":
+            budget = budget - nbytes
+    logprobs, entropy, _, _ = _fwd(hidden, weight, targets, mask, bias, rows, *scaling,
+                                   valid_vocab, capacity, budget, name, regime)
+    return LinearLogprobs(logprobs, entropy if entropy_grad else entropy.detach())

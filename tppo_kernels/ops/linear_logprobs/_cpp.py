@@ -1,0 +1,58 @@
+"""`linear_logprobs` on the CPU: torch's products, and the row formulas in C++."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ..token_logprobs import _cpp as token
+from . import reference
+from .reference import Scale, Stats
+
+
+def supports(*args: object) -> str | None:
+    """The reason for refusing, or None."""
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
+        return "fp64 is computed by the reference only"
+    return None
+
+
+def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
+    return Stats(*token.fwd(x, targets, None, *scale, None))
+
+
+def _gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor, targets: Tensor,
+              scale: Scale, stats: Stats) -> Tensor:
+    """In place: each block of a row is read before it is written."""
+    rows = token._Rows(x, targets, None, *scale, None)
+    grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
+    kept = [token.dense(s) for s in stats[1:]]
+    _C.token_logprobs_bwd(rows.tuple, *map(token.address, grads), *map(token.address, kept),
+                          x.shape[1], x.data_ptr())
+    return x
+
+
+def _exponentials(x: Tensor, scale: Scale, stats: Stats, out: Tensor) -> None:
+    rows = token._Rows(x, x.new_empty(x.shape[0], dtype=torch.int64), None, *scale, None)
+    top = token.dense(stats.top)
+    _C.linear_exponentials(rows.tuple, top.data_ptr(), out.dtype == torch.float16, out.data_ptr())
+
+
+def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
+                      targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
+                      out: Tensor) -> None:
+    here = targets if owned is None else torch.where(owned, targets, -1)
+    rows = token._Rows(e, here, None, *scale, None)
+    grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
+    kept = [token.dense(s) for s in stats]
+    _C.linear_gradient(rows.tuple, *map(token.address, grads), *map(token.address, kept),
+                       out.data_ptr())
+
+
+STEPS = reference.Steps(_stats, _gradient, _exponentials, _gradient_of_kept)
+fwd = functools.partial(reference.fwd, steps=STEPS)
+bwd = functools.partial(reference.bwd, steps=STEPS)
+frozen = reference.frozen
