@@ -22,7 +22,8 @@ def update(logits, values, tokens, mask, reward, old, ref, temperature):
 def inputs(batch=3, length=7, vocabulary=11):
     torch.manual_seed(length)
     shape = (batch, length)
-    return (torch.randn(*shape, vocabulary, requires_grad=True), torch.randn(shape).requires_grad_(),
+    return (torch.randn(*shape, vocabulary, requires_grad=True),
+            torch.randn(shape).requires_grad_(),
             torch.randint(vocabulary, shape), torch.rand(shape) < 0.8, torch.randn(shape),
             -torch.rand(shape), -torch.rand(shape), torch.tensor(0.7))
 
