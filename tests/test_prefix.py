@@ -228,6 +228,34 @@ def test_heads_and_wrappers():
     assert_equals_dense(Critic())
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ("ddp", "fsdp2", "fsdp2 checkpointed"))
+def test_distributed_wrappers(process_group, kind):
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = tiny(), sample()
+    expected = states_of(model, batch)
+    exact = gradients(model, (expected * batch.projection).sum())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+    if kind != "ddp":
+        if kind != "fsdp2":
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    states = states_of(wrapped, batch)
+    assert_same_bits(states.detach(), expected.detach())
+    actual = gradients(model, (states * batch.projection).sum())
+    assert_close({n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in actual.items()}, exact)
+
+
 def test_compiled_and_embedded_and_bf16():
     model, batch = tiny(), sample()
     expected = states_of(model, batch)
