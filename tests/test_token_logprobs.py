@@ -333,9 +333,12 @@ def test_strided_gradients(backend):
 
 @needs_cpp
 def test_memory_of_half_precision():
-    """trl#1980: an fp32 copy of the logits; verl#2828, trl#4013: entropy as the memory peak."""
-    logits, targets, mask = sample((64,), 5000, torch.bfloat16)
-    leaf = logits.requires_grad_()
+    """trl#1980: an fp32 copy of the logits; verl#2828, trl#4013: entropy as the memory peak.
+
+    Nor is there a copy of the usual slice full[:, P - 1:-1]."""
+    logits, targets, mask = sample((8, 8), 5000, torch.bfloat16)
+    leaf = laid_out(logits, "sliced").requires_grad_()
+    assert not leaf.is_contiguous()
 
     def allocated(function):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],

@@ -75,7 +75,8 @@ def bwd(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tenso
     if grad_logprobs is not None:
         g = select(grad_logprobs.reshape(-1, 1).to(z.dtype),
                    None if valid is None else valid[:, None])
-        dz = (-g * p).scatter_add(1, target[:, None], g)
+        dz = -g * p
+        dz = dz.scatter(1, target[:, None], dz.gather(1, target[:, None]) + g)
     if grad_entropy is not None:
         g = select(grad_entropy.reshape(-1, 1).to(z.dtype),
                    None if valid is None else valid[:, None])
