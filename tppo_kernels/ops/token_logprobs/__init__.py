@@ -131,8 +131,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
 
     Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
     whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
-    of -inf only, or with a NaN or +inf, gives NaN, as torch's log_softmax does. Under `torch.compile` a Python float is a
-    constant; give 0-d tensors for scalars that change.
+    of -inf only, or with a NaN or +inf, gives NaN, as torch's log_softmax does. Under
+    `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
 
     Raises ValueError / TypeError that name the argument; a target outside [0, V), or
     [0, valid_vocab), at a valid slot too: on a GPU only under TPPO_CHECK=1, otherwise its row is
