@@ -88,6 +88,7 @@ def assert_equals_dense(model, run=None, batch=None):
     assert_close({"states": actual, **actual_gradients},
                  {"states": expected, **expected_gradients})
     assert any(g.abs().max() > 1e-3 for g in expected_gradients.values())
+    assert_same_bits(dense_states(run, batch).detach(), expected.detach())  # as it was before
 
 
 REST = sorted(set(_shared_prefix.FAMILIES) - set(ASKED))
