@@ -23,6 +23,7 @@ import tppo_kernels as tk
 from tppo.batch import Batch, collate
 from tppo.config import PPOConfig
 from tppo.models import Critic, class_logits, policy_logprobs
+from tppo.progress import say
 from tppo.reward_model import GuardError
 from tppo.rollout import Rollout, RolloutBatch, Sampling
 
@@ -178,7 +179,7 @@ class PPOTrainer:
         self.optimizer.zero_grad()
         (policy.loss + value.loss).backward()
         if first and self.step_count == 1:
-            check_gradients(models)
+            check_gradients(models, data)
         for model in (models.policy, models.critic):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
         self.optimizer.step()
@@ -243,11 +244,15 @@ def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
         raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
 
 
-def check_gradients(models: Models) -> None:
+def check_gradients(models: Models, data: Experience) -> None:
     """Before the first update the policy and the critic's head have gradients.
 
-    Errors: GuardError naming the model whose gradients are all zero or not finite.
+    Errors: GuardError naming the model whose gradients are all zero or not finite.  Where the
+    reward model rates all tokens alike there is nothing to learn from: only a warning.
     """
+    if not data.advantages.any():
+        say("WARNING: step 0: every advantage is zero, the reward model rates all tokens alike")
+        return
     for name, model in (("policy", models.policy), ("critic", models.critic)):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not any(bool(g.any()) for g in gradients):

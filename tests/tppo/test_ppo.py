@@ -183,6 +183,12 @@ def test_a_frozen_policy_stops_before_the_first_update(folder):
         ppo.step(PROMPTS, [6.0] * len(PROMPTS))
 
 
+def test_a_reward_model_that_rates_all_alike_only_warns(folder, capsys):
+    ppo = trainer(folder, replace(CONFIG, reward_values=(0.0, 0.0, 0.0)))
+    ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+    assert "rates all tokens alike" in capsys.readouterr().err
+
+
 def test_the_literal_train_mask_leaves_out_class_0_but_not_eos(folder):
     batch = collate([[5], [5]], [[8, 9, EOS], [10, 11]], PAD)
     category = torch.tensor([[0, 2, 0], [1, 0, 0]])

@@ -222,6 +222,28 @@ def test_a_prompt_longer_than_the_model(local_model, config, tmp_path, capsys):
     assert not (tmp_path / "out" / "sft").exists()
 
 
+def test_labels_of_an_endpoint(finished, tmp_path, monkeypatch):
+    pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
+    from test_label_openai import judge, serving
+
+    folder = shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(lambda request, number: judge(request)) as server:
+        flags = ["--label.labeller", "endpoint", "--label.endpoint.api-key-env", "None"]
+        flags += ["--label.endpoint.base-url", server.url, "--label.endpoint.model", "judge"]
+        main(["label", "--out", str(folder), *flags])
+        asked = len(server.requests)
+        main(["label", "--out", str(folder), *flags])
+        assert len(server.requests) == asked  # nothing that was paid for is asked again
+    main(["map", "--out", str(folder)])
+    by_rule, by_endpoint = (
+        {row["id"]: row["categories"] for row in rows(path / "map" / "categories.jsonl")}
+        for path in (finished, folder)
+    )
+    assert len(by_endpoint) > 48
+    assert all(len(row) == len(by_rule[id]) for id, row in by_endpoint.items())
+
+
 @pytest.mark.parametrize("name", ["sim4ia_sessions", "ikat_turns"])
 def test_real_sessions(name, config, tmp_path):
     folder = os.environ.get("TPPO_SESSIONS")
@@ -229,7 +251,7 @@ def test_real_sessions(name, config, tmp_path):
         pytest.skip("TPPO_SESSIONS names no folder of real sessions")
     data = str(Path(folder) / f"{name}.jsonl")
     flags = ["--generate.samples", "32", "--ppo.steps", "1", "--sft.max-steps", "3"]
-    flags += ["--generate.max-new-tokens", "24"]
+    flags += ["--generate.max-new-tokens", "24", "--scratch.max-length", "280"]
     main(["run", "--data", data, "--out", str(tmp_path), "--config", config, *flags])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["tppo"]["users"] >= 4 and "tppo_transfer" not in result
