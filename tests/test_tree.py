@@ -13,13 +13,14 @@ from tppo_kernels._op import OPS
 ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "prefix_attention", "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "testing.py",
-                "align.py", "prefix.py", "_shared_prefix.py", "_linear.py", "rows.py"}
+                "align.py", "prefix.py", "_shared_prefix.py", "_linear.py", "rows.py",
+                "lm_head.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
 SHARED_TESTS = {"conftest.py", "_matrix.py", "test_tree.py", "test_op.py", "test_check.py",
                 "test_compile.py", "test_packaging.py", "test_testing.py", "test_align.py",
-                "test_bench.py", "test_prefix.py"}
+                "test_bench.py", "test_prefix.py", "test_lm_head.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from . import align
 from ._op import BackendError, Explanation, explain, use_backend
 from ._shared_prefix import shared_prefix
+from .lm_head import FusedLMHead
 from .ops.gae import gae
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_ppo_loss import linear_ppo_loss
@@ -34,8 +35,8 @@ from .rows import valid_rows
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "PrefixLayout", "align", "doctor", "explain", "gae",
-    "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss", "prefix_attention",
+    "BackendError", "Explanation", "FusedLMHead", "PrefixLayout", "align", "doctor", "explain",
+    "gae", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss", "prefix_attention",
     "response_states", "shared_prefix", "token_advantages", "token_head", "token_logprobs",
     "token_reward_loss", "token_rewards", "use_backend", "valid_rows", "value_loss", "whiten",
 ]

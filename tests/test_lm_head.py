@@ -1,0 +1,255 @@
+"""`FusedLMHead` against the logits of real (tiny, random) models of every family it takes."""
+
+import pytest
+import torch
+from torch import nn
+
+import tppo_kernels as tk
+from tppo_kernels.lm_head import FAMILIES
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+              bos_token_id=1, eos_token_id=2)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+               shared_expert_intermediate_size=16)
+GPT = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+OWN = {
+    "gpt2": {**GPT, **NO_DROPOUT}, "gptj": {**GPT, "rotary_dim": 4},
+    "gpt_neo": dict(vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, bos_token_id=1,
+                    eos_token_id=2, attention_types=[[["global", "local"], 1]]),
+    "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    "cohere": {**COMMON, "logit_scale": 0.3}, "granite": {**COMMON, "logits_scaling": 4.0},
+    "gemma2": {**COMMON, "final_logit_softcapping": 0.4},
+    **{name: {**COMMON, **EXPERTS} for name in ("mixtral", "qwen2_moe", "qwen3_moe")}}
+MAIN = ("llama", "qwen2", "qwen3", "gemma2", "cohere", "granite", "gpt2", "gpt_neox", "phi")
+
+
+def tiny(family, **more):
+    """A random model with large weights, so that a forgotten softcap or scale shows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**OWN.get(family, COMMON), **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+def rows():
+    """(input_ids [2, 9], targets [2, 9], mask)."""
+    ids = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, :3] = False
+    return ids[:, :-1], ids[:, 1:], mask
+
+
+def dense(model, ids, targets, mask, **options):
+    return tk.token_logprobs(model(input_ids=ids, use_cache=False).logits, targets, mask, **options)
+
+
+def fused(head, ids, targets, mask, **options):
+    return head(head.hidden(input_ids=ids, use_cache=False), targets, mask, **options)
+
+
+def gradients(model, out):
+    """Of a projection of both results, by every parameter."""
+    model.zero_grad()
+    g = torch.linspace(-1, 1, out.logprobs.numel()).reshape(out.logprobs.shape)
+    (out.logprobs * g + 0.3 * out.entropy * g).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model, head):
+    given = rows()
+    expected, actual = dense(model, *given, temperature=0.7), fused(head, *given, temperature=0.7)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-4, atol=1e-4)
+    wanted = gradients(model, dense(model, *given, temperature=0.7))
+    found = gradients(model, fused(head, *given, temperature=0.7))
+    assert found.keys() == wanted.keys()
+    for name, g in wanted.items():
+        assert float((found[name] - g).norm()) <= 1e-3 * float(g.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_equals_the_logits_of_the_model(family):
+    """lm_head on prompt positions (OpenRLHF#467), tied embeddings (trl#6372)."""
+    model = tiny(family)
+    assert_equal(model, tk.FusedLMHead(model))
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen3", "gpt2", "gemma2"))
+@pytest.mark.parametrize("tied", (False, True))
+def test_tied_and_own_heads(family, tied):
+    model = tiny(family, tie_word_embeddings=tied)
+    weight = model.get_output_embeddings().weight
+    assert (weight is model.get_input_embeddings().weight) == tied
+    assert_equal(model, tk.FusedLMHead(model, verify=True))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_listed_family_is_verified(family):
+    model = tiny(family)
+    head = tk.FusedLMHead(model, verify=True)
+    given = rows()
+    with torch.no_grad():
+        torch.testing.assert_close(tuple(fused(head, *given)), tuple(dense(model, *given)),
+                                   rtol=1e-3, atol=2e-3)
+
+
+def test_what_the_configuration_says_is_used():
+    """A softcap or a scale that is forgotten shows."""
+    given = rows()
+    for family, name in (("gemma2", "softcap"), ("cohere", "logit_scale"),
+                         ("granite", "logit_scale")):
+        model = tiny(family)
+        head = tk.FusedLMHead(model)
+        right = fused(head, *given)
+        setattr(head, name, None if name == "softcap" else 1.0)
+        assert (fused(head, *given).logprobs - right.logprobs).abs().max() > 0.1
+        with pytest.raises(ValueError, match="they differ by"):
+            head._verify()
+
+
+def test_a_frozen_head_and_the_loss():
+    model, given = tiny("llama"), rows()
+    model.get_output_embeddings().weight.requires_grad_(False)
+    head = tk.FusedLMHead(model)
+    ids, targets, mask = given
+    old, advantages = torch.full((2, 9), -4.0), torch.randn(2, 9)
+    hidden = head.hidden(input_ids=ids, use_cache=False)
+    frozen = head(hidden, targets, mask, entropy_grad=False)
+    assert frozen.logprobs.requires_grad and not frozen.entropy.requires_grad
+    loss = head.loss(hidden, targets, old, advantages, mask, entropy_coef=0.1, clip_high=9.0)
+    logprobs, entropy = dense(model, *given)
+    expected = tk.ppo_loss(logprobs, old, advantages, mask, entropy=entropy, entropy_coef=0.1,
+                           clip_high=9.0)
+    torch.testing.assert_close(loss.loss, expected.loss, rtol=1e-4, atol=1e-5)
+    norm = model.model.norm.weight
+    torch.testing.assert_close(torch.autograd.grad(loss.loss, norm, retain_graph=True),
+                               torch.autograd.grad(expected.loss, norm), rtol=1e-3, atol=1e-5)
+
+
+def test_the_weight_is_read_at_every_call():
+    model, given = tiny("llama"), rows()
+    head = tk.FusedLMHead(model)
+    before = fused(head, *given).logprobs
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    after = fused(head, *given).logprobs
+    assert (before - after).abs().max() > 0.1
+    torch.testing.assert_close(after, dense(model, *given).logprobs, rtol=1e-4, atol=1e-4)
+    model.resize_token_embeddings(101)
+    torch.testing.assert_close(fused(head, *given).logprobs, dense(model, *given).logprobs,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_wrappers():
+    model, given = tiny("llama"), rows()
+    expected = dense(model, *given).logprobs
+    actual = fused(tk.FusedLMHead(torch.compile(model)), *given).logprobs
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def with_lora(**more):
+    peft = pytest.importorskip("peft")
+    base = tiny("llama", tie_word_embeddings=False)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "lm_head"], **more}))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return wrapped
+
+
+def test_lora_on_the_head_is_merged():
+    """LoRA (NeMo-RL#2363): adapters of the head count, and get their gradients."""
+    model = with_lora()
+    head = tk.FusedLMHead(model)
+    assert_equal(model, head)
+    names = gradients(model, fused(head, *rows()))
+    assert any("lm_head.lora_A" in n for n in names) and not any("base_layer" in n for n in names)
+    with model.disable_adapter():
+        torch.testing.assert_close(fused(head, *rows())[0], dense(model, *rows())[0], rtol=1e-4,
+                                   atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(fused(head, *rows())[0], dense(model, *rows())[0], rtol=1e-4,
+                               atol=1e-4)
+
+
+def test_lora_elsewhere_and_a_head_that_is_saved_whole():
+    model = with_lora(target_modules=["q_proj", "v_proj"])
+    assert_equal(model, tk.FusedLMHead(model))
+    model = with_lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert_equal(model, tk.FusedLMHead(model))
+
+
+@pytest.mark.parametrize("more, training, words", [
+    ({"use_dora": True}, False, "DoRA"), ({"lora_dropout": 0.5}, True, "lora_dropout=0"),
+    ({"lora_bias": True}, False, "its adapter has a bias")])
+def test_other_adapters_are_refused(more, training, words):
+    with pytest.raises(ValueError, match=words):
+        tk.FusedLMHead(with_lora(**more).train(training))
+
+
+class Linear8bitLt(nn.Linear):
+    """Stands for every quantised head: a Linear whose product is its own."""
+
+
+class Quantised(torch.Tensor):
+    """Stands for a weight that is a tensor subclass, as torchao's are."""
+
+
+def test_heads_that_are_no_plain_matrix_are_refused_with_the_reason():
+    """lm_head weight under ZeRO-3, FSDP2 (trl#6372): never a silent wrong product."""
+    def refused(words, change):
+        model = tiny("llama", tie_word_embeddings=False)
+        head = tk.FusedLMHead(model)
+        change(model)
+        with pytest.raises(ValueError, match=words):
+            fused(head, *rows())
+
+    def put(layer):
+        return lambda model: setattr(model, "lm_head", layer)
+
+    refused("quantis", put(Linear8bitLt(32, 97, bias=False)))
+    refused("not known here", put(nn.Sequential(nn.Linear(32, 97))))
+    refused("Quantised", lambda m: setattr(m.lm_head, "weight", nn.Parameter(
+        m.lm_head.weight.detach().as_subclass(Quantised))))
+    refused("forward hooks", lambda m: m.lm_head.register_forward_hook(lambda *_: None))
+    refused("DeepSpeed", lambda m: setattr(m.lm_head.weight, "ds_id", 0))
+    refused("meta", lambda m: m.lm_head.to("meta"))
+
+
+def test_a_sharded_head_is_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny("llama")
+        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="DTensor"):
+            tk.FusedLMHead(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="model is Linear, expected a transformers model"):
+        tk.FusedLMHead(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="without an output head"):
+        tk.FusedLMHead(tiny("llama").model)
+    model = tiny("llama")
+    model.config.model_type = "unheard_of"
+    with pytest.raises(ValueError, match="family 'unheard_of', expected one of cohere"):
+        tk.FusedLMHead(model)
+    head = tk.FusedLMHead(model, verify=True)
+    for name in ("bias", "softcap", "logit_scale"):
+        with pytest.raises(TypeError, match=f"got {name}"):
+            fused(head, *rows(), **{name: None})
+    with pytest.raises(ValueError, match="temperature is 0"):
+        fused(head, *rows(), temperature=0)
