@@ -10,9 +10,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 NONE, IRRELEVANT, RELEVANT = 0, 1, 2
 
+_REMEMBERED = 1 << 16  # words and characters of a log come again and again
 _ZWJ, _KEYCAP = "\u200d", "\u20e3"
 _VARIATION = "\ufe0e\ufe0f"
 _APOSTROPHES = "'\u2019\u02bc"
@@ -43,6 +45,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def fold(text: str) -> str:
     """The words of a text as they are compared: case-folded, NFC, no punctuation, single spaces."""
     return _Content(text, frozenset()).key
@@ -237,11 +240,13 @@ def _extends(text: str, start: int, i: int) -> bool:
     return i - start == 1 and _is_flag_half(text[start]) and _is_flag_half(text[i])
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _fold(cluster: str) -> str:
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", cluster).casefold())
     return "".join(character for character in folded if character not in _VARIATION)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _is_content(base: str) -> bool:
     return (
         unicodedata.category(base)[0] in "LMNS" and base not in _SEPARATORS or _is_unassigned(base)
@@ -253,6 +258,7 @@ def _is_unassigned(base: str) -> bool:
     return unicodedata.category(base) in ("Cn", "Co")
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _is_emoji(cluster: str) -> bool:
     return unicodedata.category(cluster[0]) == "So" or _KEYCAP in cluster
 
@@ -283,6 +289,7 @@ def _both_digits(sides: tuple[str, str]) -> bool:
     return all(side.isnumeric() for side in sides)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _is_unspaced(character: str) -> bool:
     return any(low <= ord(character) <= high for low, high in _UNSPACED)
 
