@@ -61,5 +61,5 @@ clean:  ## remove the environment and what was built
 
 .venv/dev: .venv/torch $(SOURCES)
 	@echo "== installing tppo-kernels for development, with compiled operators where a compiler is"
-	$(PIP) --editable ".[train,label,dev]"
+	$(PIP) --editable ".[train,label,data,dev]"
 	@touch $@ .venv/train
