@@ -36,10 +36,11 @@ def split_log(path: Path, config: SessionsConfig, seed: int, out: Path) -> Count
     sessions = without_duplicates(
         track(log, f"data ({log.format})"), config.read.duplicates, repeated
     )
-    counts = write_splits(sessions, config, seed, out)
-    for reason, count in {**log.left_out, **repeated}.items():
-        say(f"data: left out {count}: {reason}")
-    return counts
+    try:
+        return write_splits(sessions, config, seed, out)
+    finally:
+        for reason, count in (log.left_out + repeated).items():
+            say(f"data: left out {count}: {reason}")
 
 
 def write_generated(config: SessionsConfig, seed: int, out: Path) -> Counter[str]:
