@@ -221,6 +221,9 @@ def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
     """Spans of characters that a reader sees as one: accents, emoji sequences, flags, jamo."""
+    if text.isascii():
+        yield from ((i, i + 1) for i in range(len(text)))
+        return
     start = 0
     for i in range(1, len(text) + 1):
         if i == len(text) or not _extends(text, start, i):
