@@ -6,10 +6,11 @@ together.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,9 @@ def read_aol(
     """
     if targets < 1:
         raise ValueError(f"targets was {targets}, expected at least 1")
-    gap = timedelta.max if gap_minutes is None else timedelta(minutes=gap_minutes)
+    if gap_minutes is not None and not gap_minutes >= 0:
+        raise ValueError(f"gap_minutes was {gap_minutes}, expected at least 0, or None")
+    gap = math.inf if gap_minutes is None else 60 * gap_minutes
     users = Fingerprints()
     empty = True
     for user, group in groupby(_rows(path, left_out), key=lambda row: row.user):
@@ -117,10 +120,10 @@ def _row(path: Path, number: int, fields: list[str]) -> _Row:
     return _Row(number, user, collapse(query), when, collapse(url))
 
 
-def _sessions(rows: Sequence[_Row], gap: timedelta) -> Iterator[list[_Row]]:
+def _sessions(rows: Sequence[_Row], gap: float) -> Iterator[list[_Row]]:
     part = [rows[0]]
     for row in rows[1:]:
-        if row.time - part[-1].time > gap:
+        if (row.time - part[-1].time).total_seconds() > gap:
             yield part
             part = []
         part.append(row)
