@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ..._native import FP64
 from ..token_logprobs import _cpp as token
 from . import reference
 from .reference import Scale, Stats
@@ -16,7 +17,7 @@ from .reference import Scale, Stats
 def supports(*args: object) -> str | None:
     """The reason for refusing, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
-        return "fp64 is computed by the reference only"
+        return FP64
     return None
 
 

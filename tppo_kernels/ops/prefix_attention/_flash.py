@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._native import FP64
 from ..._sequence import compute_dtype
 
 _aten = torch.ops.aten
@@ -25,7 +26,7 @@ SHORT = 16  # responses up to this length share a bucket; above it, those betwee
 def supports(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     """The reason for refusing, or None."""
     if compute_dtype(q, k, v) == torch.float64:
-        return "fp64 is computed by the reference only"
+        return FP64
     if q.shape[-1] != v.shape[-1]:
         return f"v has {v.shape[-1]} values a head, expected {q.shape[-1]} as q"
     if not hasattr(_aten, _FORWARD):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._native import FP64
 from ..._sequence import compute_dtype
 from ..gae._cpp import fwd as gae
 from ..whiten._cpp import fwd as whiten_fwd
@@ -16,7 +17,7 @@ def supports(tokens: Tensor, *rest: object) -> str | None:
     """The reason for refusing, or None; of `fwd` (values, log-probs: 1, 4, 5) and of `whiten`."""
     given = [x for x in (tokens, *rest[:1], *rest[3:5]) if isinstance(x, Tensor)]
     double = compute_dtype(*given) == torch.float64
-    return "fp64 is computed by the reference only" if double else None
+    return FP64 if double else None
 
 
 def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

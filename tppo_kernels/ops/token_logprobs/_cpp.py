@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _C
+import tppo_kernels._C as _C
+
+from ..._native import FP64, address
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 
@@ -13,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype o
 def supports(*args: object) -> str | None:
     """The reason for refusing, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args[:3]):
-        return "fp64 is computed by the reference only"
+        return FP64
     return None
 
 
@@ -36,11 +38,6 @@ class _Rows:
                       address(by_row), 1.0 if by_row is not None else float(temperature),
                       0.0 if softcap is None else float(softcap), float(logit_scale),
                       torch.get_num_threads())
-
-
-def address(x: Tensor | None) -> int:
-    """Where a tensor's data lies; 0 for none."""
-    return 0 if x is None else x.data_ptr()
 
 
 def dense(x: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..gae._cpp import address
+from ..._native import FP64, address
 
 
 def supports(x: Tensor, *_: object) -> str | None:
     """The reason for refusing, or None."""
-    return "fp64 is computed by the reference only" if x.dtype == torch.float64 else None
+    return FP64 if x.dtype == torch.float64 else None
 
 
 def stats(x: Tensor, mask: Tensor | None) -> Tensor:

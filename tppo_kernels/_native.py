@@ -1,0 +1,19 @@
+"""What the compiled backends share: addresses of tensors, and what they leave to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP64 = "fp64 is computed by the reference only"
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's data lies; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def per_sequence(x: Tensor | None, batch: int, like: Tensor) -> Tensor:
+    """A 0-d or [B] argument, or zeros, as a dense fp32 [B] on the device of `like`."""
+    zeros = torch.zeros(batch, device=like.device)
+    return zeros if x is None else (zeros + x.detach().to(torch.float32)).contiguous()
