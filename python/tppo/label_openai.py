@@ -8,19 +8,20 @@ may quote it, goes into a message.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tppo.label_prompt import BadAnswer, Judgement, LabelItem, parse, prompt, validated
+from tppo.label_cache import Spent, Work, answer_text, chat_request, judgement_in
+from tppo.label_prompt import REPAIR, RESPONSE_FORMAT, BadAnswer, Judgement, LabelItem, prompt
 from tppo.labels import Label
-from tppo.mapping import fold
 from tppo.progress import Bar, say, status
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class EndpointConfig:
     """None leaves it to the server; some models refuse any value."""
     max_tokens: int | None = 4096
     """Cap of an answer, in tokens; None leaves it to the server."""
+    price_read: float | None = None
+    """Price of a million prompt tokens, in any currency; with both prices the cost is shown."""
+    price_written: float | None = None
+    """Price of a million answer tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +79,24 @@ class LabelRun:
 def label(items: Sequence[LabelItem], config: EndpointConfig, cache: Path) -> LabelRun:
     """Label every item, from the cache where it holds the answer, else from the endpoint.
 
-    Equal content is asked once. An item whose request fails for good, or whose answer is not a
-    judgement of exactly its words, is dropped with the reason, and asked again by the next call.
+    Equal content is asked once. An answer that is not a judgement of exactly its words is sent
+    back once with the reason. An item whose request fails for good, or whose second answer is no
+    judgement either, is dropped with the reason, and asked again by the next call.
 
     Raises ImportError without the libraries, ValueError for a configuration that cannot work, and
     EndpointError when the endpoint cannot be reached or refuses key or model.
     """
-    _need_libraries()
-    api_key = _api_key(config)
-    work = _Work(config, cache)
+    need_libraries()
+    check(config)
+    work = Work(config.model, config.temperature, cache)
     keys = [work.add(item) for item in items]
     if work.waiting:
-        _run(work, api_key)
+        _run(_Live(config, _api_key(config), work, Spent(_prices(config))))
     labels, dropped = [], []
     for item, key in zip(items, keys, strict=True):
         judgement = work.judged.get(key)
         if judgement is None:
-            reason = work.failed[key].replace(api_key, "***")
-            dropped.append(Dropped(item.id, reason))
+            dropped.append(Dropped(item.id, work.failed[key]))
         else:
             words = tuple((word.word, word.label) for word in judgement.words)
             labels.append(Label(item.id, item.response, words, judgement.sentence, config.model))
@@ -101,149 +106,135 @@ def label(items: Sequence[LabelItem], config: EndpointConfig, cache: Path) -> La
 
 
 @dataclass
-class _Entry(Judgement):
-    """A line of the cache."""
-
-    key: str
-
-
-@dataclass
-class _Work:
-    """What is known, what is still to be asked, what failed: by content-addressed key."""
+class _Live:
+    """One run of questions to an endpoint."""
 
     config: EndpointConfig
-    path: Path
-    judged: dict[str, Judgement] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, LabelItem] = field(default_factory=dict)
+    api_key: str
+    work: Work
+    spent: Spent
+    schema: bool = True
+    """Whether a JSON schema is asked for: until the server turns out to refuse it."""
     fatal: str = ""
+    started: float = field(default_factory=time.monotonic)
 
-    def __post_init__(self) -> None:
-        self.cached = _read_cache(self.path)
-
-    def add(self, item: LabelItem) -> str:
-        """Take an item up; its key covers model, temperature and the whole message."""
-        message = prompt(item)
-        content = json.dumps([self.config.model, self.config.temperature, message])
-        key = hashlib.sha256(content.encode()).hexdigest()
-        if not fold(item.response):
-            self.failed[key] = "the response has no words"
-        elif key in self.cached:
-            self.judged[key] = self.cached[key]
-        else:
-            self.waiting[key] = item
-        return key
-
-    def finish(self, key: str, judgement: Judgement) -> None:
-        """Keep a judgement, on disk first."""
-        words = [{"word": word.word, "label": word.label} for word in judgement.words]
-        entry = {"key": key, "words": words, "sentence": judgement.sentence}
-        with open(self.path, "ab+") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read(1) not in (b"", b"\n")  # a process was killed while it wrote
-            line = json.dumps(entry, ensure_ascii=False) + "\n"
-            file.write(("\n" if torn else "").encode() + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.judged[key] = judgement
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
 
 
-def _read_cache(path: Path) -> dict[str, Judgement]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries: dict[str, Judgement] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    damaged = 0
-    for line in filter(None, lines):
-        try:
-            entry = validated(_Entry, line, "cache")
-        except BadAnswer:
-            damaged += 1
-        else:
-            entries[entry.key] = entry
-    if damaged:
-        say(f"{path}: {damaged} damaged lines are passed over; their items are asked again")
-    return entries
-
-
-def _run(work: _Work, api_key: str) -> None:
+def _run(live: _Live) -> None:
     """Ask for everything that waits; in a thread where an event loop runs already (notebooks)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(_ask_all(work, api_key))
+        asyncio.run(_ask_all(live))
     else:
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(asyncio.run, _ask_all(work, api_key)).result()
-    if work.fatal:
-        raise EndpointError(work.fatal.replace(api_key, "***"))
+            pool.submit(asyncio.run, _ask_all(live)).result()
+    if live.spent.replies:
+        say(f"labelling: {live.spent.replies} replies, {live.spent.text(live.seconds())}")
+    failed = live.work.failed
+    failed.update({key: why.replace(live.api_key, "***") for key, why in failed.items()})
+    if live.fatal:
+        raise EndpointError(live.fatal.replace(live.api_key, "***"))
 
 
-async def _ask_all(work: _Work, api_key: str) -> None:
+async def _ask_all(live: _Live) -> None:
     import openai
 
-    config = work.config
-    queue = iter(list(work.waiting.items()))
+    config, waiting = live.config, live.work.waiting
+    queue = iter(list(waiting.items()))
     async with openai.AsyncOpenAI(
-        api_key=api_key,
+        api_key=live.api_key,
         base_url=config.base_url,
         timeout=config.timeout_s,
         max_retries=config.max_retries,
     ) as client:
-        with status(f"labelling by {config.model}", total=len(work.waiting)) as bar:
-            workers = [_worker(work, client, queue, bar) for _ in range(config.concurrency)]
+        with status(f"labelling by {config.model}", total=len(waiting)) as bar:
+            workers = [_worker(live, client, queue, bar) for _ in range(config.concurrency)]
             await asyncio.gather(*workers)
 
 
 async def _worker(
-    work: _Work, client: openai.AsyncOpenAI, queue: Iterator[tuple[str, LabelItem]], bar: Bar
+    live: _Live, client: openai.AsyncOpenAI, queue: Iterator[tuple[str, LabelItem]], bar: Bar
 ) -> None:
+    work = live.work
     for key, item in queue:
-        if work.fatal:
+        if live.fatal:
             return
         try:
-            work.finish(key, parse(await _ask(work, client, prompt(item)), item.response))
+            work.finish(key, await _judge(live, client, item))
         except BadAnswer as error:
             work.failed[key] = str(error)
-            bar.note(f"{len(work.failed)} without a label")
+        if live.spent.replies:
+            lost = f"; {len(work.failed)} without a label" if work.failed else ""
+            bar.note(live.spent.text(live.seconds()) + lost)
         bar.advance()
 
 
-async def _ask(work: _Work, client: openai.AsyncOpenAI, message: str) -> str:
-    """The text of the model's answer. No error text of the server goes on: it may quote the key."""
+async def _judge(live: _Live, client: openai.AsyncOpenAI, item: LabelItem) -> Judgement:
+    """The judgement of an item: an answer that gives none is sent back once, with the reason."""
+    messages = [{"role": "user", "content": prompt(item)}]
+    body = await _ask(live, client, messages)
+    text = answer_text(body)
+    try:
+        return judgement_in(body, item.response)
+    except BadAnswer as error:
+        repair = REPAIR.format(reason=error)
+    messages += [{"role": "assistant", "content": text}, {"role": "user", "content": repair}]
+    return judgement_in(await _ask(live, client, messages), item.response)
+
+
+async def _ask(live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str, str]]) -> Any:
+    """The server's reply; a refusal is asked again without the schema, which may be its cause."""
+    if live.schema:
+        try:
+            return await _send(live, client, messages, {"response_format": RESPONSE_FORMAT})
+        except _Refused:
+            reply = await _send(live, client, messages, {})
+            live.schema = False
+            return reply
+    return await _send(live, client, messages, {})
+
+
+class _Refused(BadAnswer):
+    """The server holds the request itself for wrong."""
+
+
+async def _send(
+    live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str, str]], form: dict[str, Any]
+) -> Any:
+    """One request. No error text of the server goes on: it may quote the key."""
     import openai
 
-    config = work.config
-    options: dict[str, Any] = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+    config, kind = live.config, BadAnswer
+    create: Any = client.chat.completions.with_raw_response.create
     try:
-        completion = await client.chat.completions.create(
-            model=config.model,
-            messages=[{"role": "user", "content": message}],
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        reply = await create(**chat_request(config, messages), **form)
+        body = json.loads(reply.content)
     except openai.APITimeoutError:
         reason = f"no answer within {config.timeout_s:g} s, {config.max_retries + 1} times"
     except openai.APIConnectionError:
-        reason = work.fatal = f"{config.base_url} cannot be reached"
+        reason = live.fatal = f"{config.base_url} cannot be reached"
     except openai.APIStatusError as error:
         reason = f"HTTP {error.status_code} from {config.base_url}"
         if error.status_code in (401, 403):
             source = config.api_key_env or "no variable (api_key_env is None)"
-            work.fatal = f"{reason}: the key, from {source}, is refused"
+            live.fatal = f"{reason}: the key, from {source}, is refused"
         elif error.status_code == 404:
-            work.fatal = f"{reason}: no such path, or no model {config.model!r}"
-    except (openai.OpenAIError, ValueError):
+            live.fatal = f"{reason}: no such path, or no model {config.model!r}"
+        elif error.status_code in (400, 422):
+            kind = _Refused
+    except (openai.OpenAIError, ValueError, RecursionError):
         reason = "the server's reply is not a chat completion"
     else:
-        choices = getattr(completion, "choices", None) or []
-        if not (choices and choices[0].message and choices[0].message.content):
-            raise BadAnswer("the server's reply holds no text")
-        if choices[0].finish_reason == "length":
-            raise BadAnswer("the answer was cut at the server's limit of tokens")
-        return choices[0].message.content
-    raise BadAnswer(reason)
+        live.spent.add(body)
+        return body
+    raise kind(reason)
 
 
-def _need_libraries() -> None:
+def need_libraries() -> None:
+    """Raise ImportError, with what to install, where a library of labelling is missing."""
     try:
         import openai  # noqa: F401
         import pydantic  # noqa: F401
@@ -253,11 +244,8 @@ def _need_libraries() -> None:
         ) from None
 
 
-def _api_key(config: EndpointConfig) -> str:
-    """The key, after a look at the whole configuration."""
-    if not re.match(r"https?://[^/@\s]+(/|$)", config.base_url):
-        shown = re.sub(r"//[^/@\s]*@", "//***@", config.base_url)
-        raise ValueError(f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials")
+def check(config: EndpointConfig) -> None:
+    """Raise ValueError for a configuration with which no request can be made."""
     if not config.model.strip():
         raise ValueError(f"model was {config.model!r}, expected its name at the endpoint")
     if config.concurrency < 1 or config.max_retries < 0 or not config.timeout_s > 0:
@@ -265,6 +253,25 @@ def _api_key(config: EndpointConfig) -> str:
             f"concurrency, max_retries, timeout_s were {config.concurrency}, {config.max_retries}, "
             f"{config.timeout_s}, expected >= 1, >= 0, > 0"
         )
+    prices = (config.price_read, config.price_written)
+    given = [price for price in prices if price is not None]
+    if len(given) == 1 or not all(0 <= price < math.inf for price in given):
+        raise ValueError(
+            f"price_read, price_written were {prices[0]}, {prices[1]}, expected both >= 0, or none"
+        )
+
+
+def _prices(config: EndpointConfig) -> tuple[float, float] | None:
+    if config.price_read is None or config.price_written is None:
+        return None
+    return config.price_read, config.price_written
+
+
+def _api_key(config: EndpointConfig) -> str:
+    """The key, after a look at the address it goes to."""
+    if not re.match(r"https?://[^/@\s]+(/|$)", config.base_url):
+        shown = re.sub(r"//[^/@\s]*@", "//***@", config.base_url)
+        raise ValueError(f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials")
     if config.api_key_env is None:
         return "no-key"
     key = os.environ.get(config.api_key_env, "").strip()

@@ -1,8 +1,8 @@
 """What a labelling model is asked, and what counts as an answer.
 
 The slots are those of token-level PPO (Ouyang et al., EMNLP 2025), phase I: the user's history, the
-true queries, the returned queries. Servers that promise structured output may ignore the request
-for it, so none is made and every answer is checked here.
+true queries, the returned queries. A JSON schema is asked for, but servers ignore it or refuse it:
+an answer counts between the tags or as the schema's object, and is checked here either way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,32 @@ Answer with nothing but this, and no explanation:
 </{words_tag}>
 <{sentence_tag}>
 {{"label": 0}}
-</{sentence_tag}>"""
+</{sentence_tag}>
+Where only a JSON object can be answered: {{"{words_tag}": [the same list], \
+"{sentence_tag}": {{"label": 0}}}}"""
+
+REPAIR = """\
+That answer cannot be used: {reason}
+Answer the whole task again, in the same form, and correct this."""
+
+_BINARY = {"type": "integer", "enum": [0, 1]}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    required = list(properties)
+    kind = {"type": "object", "properties": properties, "required": required}
+    return {**kind, "additionalProperties": False}
+
+
+_WORDS = {"type": "array", "items": _object(word={"type": "string"}, label=_BINARY)}
+RESPONSE_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "judgements",
+        "strict": True,
+        "schema": _object(**{WORDS_TAG: _WORDS, SENTENCE_TAG: _object(label=_BINARY)}),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,14 @@ class Sentence:
 
     def __post_init__(self) -> None:
         _check_binary(self.label)
+
+
+@dataclass
+class _Answer:
+    """The object of the JSON schema; its fields are the tags."""
+
+    WORD_SEQUENCE_JUDGEMENTS: list[Word]
+    ACROSS_QUERY_JUDGEMENTS: Sentence
 
 
 @dataclass
@@ -112,8 +145,13 @@ def prompt(item: LabelItem) -> str:
 
 def parse(answer: str, response: str) -> Judgement:
     """The judgement in an answer; raises BadAnswer where it is not one of exactly these words."""
-    listed = validated(list[Word], _between(answer, WORDS_TAG), WORDS_TAG)
-    sentence = validated(Sentence, _between(answer, SENTENCE_TAG), SENTENCE_TAG)
+    bare = _unfenced(answer.rpartition("</think>")[2])
+    if bare.startswith("{") and bare.endswith("}"):
+        whole = validated(_Answer, bare, "the JSON object")
+        listed, sentence = whole.WORD_SEQUENCE_JUDGEMENTS, whole.ACROSS_QUERY_JUDGEMENTS
+    else:
+        listed = validated(list[Word], _between(answer, WORDS_TAG), WORDS_TAG)
+        sentence = validated(Sentence, _between(answer, SENTENCE_TAG), SENTENCE_TAG)
     words = [word for word in listed if fold(word.word)]  # some models list commas too
     judgement = Judgement(words, sentence.label)
     _check_words(judgement, response)
@@ -141,7 +179,11 @@ def _between(answer: str, tag: str) -> str:
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", answer, re.DOTALL)
     if not found:
         raise BadAnswer(f"no <{tag}>...</{tag}> in the answer")
-    return re.sub(r"^```\w*|```$", "", found[-1].strip())
+    return _unfenced(found[-1])
+
+
+def _unfenced(text: str) -> str:
+    return re.sub(r"^```\w*|```$", "", text.strip()).strip()
 
 
 @functools.cache

@@ -233,7 +233,7 @@ BAD_ANSWERS = {
     "no choices": ((200, {}, {**completion(""), "choices": []}), "holds no text"),
     "not a completion": ((200, {}, ["x"]), "reply holds no text|not a chat completion"),
     "not JSON": ((200, {}, b"{"), "not a chat completion"),
-    "a web page": ((200, {"Content-Type": "text/html"}, b"<html>"), "reply holds no text"),
+    "a web page": ((200, {"Content-Type": "text/html"}, b"<html>"), "not a chat completion"),
     "refused request": ((400, {}, {"error": "too long"}), "HTTP 400 from http"),
 }
 
@@ -250,10 +250,117 @@ def test_a_bad_answer_is_dropped_with_its_reason_and_asked_again(tmp_path, bad, 
         assert [each.id for each in run.dropped] == ["s0"]
         assert re.search(reason, run.dropped[0].reason), run.dropped[0].reason
         assert "1 of 2 items got no label; the first: " in capsys.readouterr().err
+        asked = len(server.requests)
         server.reply = lambda request, number: judge(request)
         again = label(items, config(server), tmp_path / "cache.jsonl")
         assert [each.id for each in again.labels] == ["s0", "s1"] and again.dropped == []
-        assert len(server.requests) == 3
+        assert asked <= 3 and len(server.requests) == asked + 1
+
+
+def test_an_invalid_answer_is_sent_back_once_with_the_reason(tmp_path):
+    wrong = answer(RIGHT[:-1])
+
+    def reply(request, number):
+        return judge(request) if len(request["messages"]) > 1 else wrong
+
+    with serving(reply) as server:
+        run = label([item()], config(server), tmp_path / "cache.jsonl")
+        assert run.labels[0].words == tuple(RIGHT) and run.dropped == []
+        first, second = (request["messages"] for request in server.requests)
+        assert second[0] == first[0] and len(first) == 1
+        assert second[1] == {"role": "assistant", "content": wrong}
+        assert (
+            second[2]["role"] == "user" and "'' stands where 'hat' was exp" in second[2]["content"]
+        )
+
+        server.reply = lambda request, number: wrong
+        run = label([item(targets=["x"])], config(server), tmp_path / "cache.jsonl")
+        assert len(server.requests) == 4 and [each.id for each in run.dropped] == ["s0"]
+
+
+def as_object(words, sentence=1):
+    listed = [{"word": word, "label": value} for word, value in words]
+    whole = {"WORD_SEQUENCE_JUDGEMENTS": listed, "ACROSS_QUERY_JUDGEMENTS": {"label": sentence}}
+    return json.dumps(whole)
+
+
+@pytest.mark.parametrize("form", ["{}", "```json\n{}\n```", "<think>{{</think>\n{}"])
+def test_a_server_that_keeps_the_schema_answers_with_an_object(tmp_path, form):
+    def reply(request, number):
+        asked = request["response_format"]
+        assert asked["type"] == "json_schema" and asked["json_schema"]["strict"] is True
+        keys = asked["json_schema"]["schema"]["required"]
+        assert keys == ["WORD_SEQUENCE_JUDGEMENTS", "ACROSS_QUERY_JUDGEMENTS"]
+        return form.format(as_object(RIGHT, 0))
+
+    with serving(reply) as server:
+        run = label([item()], config(server), tmp_path / "cache.jsonl")
+        assert run.dropped == [] and len(server.requests) == 1
+    assert run.labels[0].words == tuple(RIGHT) and run.labels[0].sentence == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (as_object(RIGHT[:-1]), "not those of the response"),
+        (as_object(RIGHT, 2), "the JSON object at ACROSS_QUERY_JUDGEMENTS: .*label was 2"),
+        ('{"WORD_SEQUENCE_JUDGEMENTS": []}', "the JSON object at ACROSS_QUERY_JUDGEMENTS"),
+        (as_object(RIGHT)[:-9] + "}", "the JSON object: Invalid JSON"),
+    ],
+)
+def test_an_object_is_checked_like_the_tags(tmp_path, text, reason):
+    with serving(lambda request, number: text) as server:
+        run = label([item()], config(server), tmp_path / "cache.jsonl")
+    assert re.search(reason, run.dropped[0].reason), run.dropped[0].reason
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status):
+    def reply(request, number):
+        refused = "response_format" in request
+        return (status, {}, {"error": "unknown field"}) if refused else judge(request)
+
+    with serving(reply) as server:
+        items = [item(n, response=f"red hat {n}") for n in range(5)]
+        run = label(items, config(server, concurrency=1), tmp_path / "cache.jsonl")
+        assert len(run.labels) == 5
+        assert ["response_format" in request for request in server.requests] == [True] + [False] * 5
+
+
+def test_tokens_and_cost_are_those_of_the_server(tmp_path, capsys):
+    def reply(request, number):
+        usage = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
+        body = completion(judge(request))
+        return 200, {}, {**body, "usage": usage} if number in counted else body
+
+    items = [item(n, response=f"red hat {n}") for n in range(3)]
+    with serving(reply) as server:
+        settings = config(server, price_read=2.0, price_written=10.0)
+        counted = {1, 2, 3}
+        label(items, settings, tmp_path / "1.jsonl")
+        shown = capsys.readouterr().err
+        assert re.search(
+            r"3 replies, 3,000 tokens read, 150 written \([\d,]+/s\), cost 0.0075\n", shown
+        )
+        counted = {4}
+        label(items, settings, tmp_path / "2.jsonl")
+        assert re.search(
+            r"1,000 tokens .*cost 0.0025, 2 of 3 replies not c", capsys.readouterr().err
+        )
+        label(items, config(server), tmp_path / "3.jsonl")
+        assert "3 replies, tokens unknown: the server counts none" in capsys.readouterr().err
+        counted = {10}
+        label(items[:1], config(server), tmp_path / "4.jsonl")
+        assert "cost" not in capsys.readouterr().err
+        label(items, settings, tmp_path / "1.jsonl")
+        assert capsys.readouterr().err == ""
+
+
+def test_a_finished_cache_needs_neither_key_nor_server(tmp_path, monkeypatch):
+    with serving(lambda request, number: judge(request)) as server:
+        run = label([item()], config(server), tmp_path / "cache.jsonl")
+    monkeypatch.delenv("TPPO_TEST_KEY")
+    assert label([item()], config(server), tmp_path / "cache.jsonl") == run
 
 
 def test_a_busy_server_is_asked_again(tmp_path):
@@ -383,12 +490,16 @@ def test_the_key_is_nowhere(tmp_path, caplog, capsys, monkeypatch):
     caplog.set_level(logging.DEBUG)
     echo = {"error": {"message": f"bad key {KEY}", "code": KEY}}
     replies = {
-        1: (400, {"x-echo": "1"}, echo),
-        2: answer([(KEY, 1)]),
-        3: answer([("red", KEY)]),
+        "red 0": (400, {"x-echo": "1"}, echo),
+        "red 1": answer([(KEY, 1)]),
+        "red 2": answer([("red", KEY)]),
     }
     cache = tmp_path / "cache.jsonl"
-    with serving(lambda request, number: replies.get(number) or judge(request)) as server:
+
+    def reply(request, number):
+        return replies.get(slots(request)["returned_queries"][0]) or judge(request)
+
+    with serving(reply) as server:
         settings = config(server, concurrency=1)
         items = [item(n, response=f"red {n}") for n in range(4)]
         run = label(items, settings, cache)
@@ -443,6 +554,8 @@ def test_a_server_without_a_key_and_inside_a_running_loop(tmp_path):
         ({"concurrency": 0}, "concurrency, max_retries, timeout_s were 0, 2, 1"),
         ({"timeout_s": 0.0}, "expected >= 1, >= 0, > 0"),
         ({"max_retries": -1}, "were 1, -1"),
+        ({"price_read": 1.0}, "price_read, price_written were 1.0, None, expected both"),
+        ({"price_read": 1.0, "price_written": -1.0}, "price_written were 1.0, -1.0"),
         ({"api_key_env": "TPPO_NO_SUCH"}, "environment variable TPPO_NO_SUCH was empty"),
     ],
 )
