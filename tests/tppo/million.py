@@ -1,15 +1,16 @@
 """A generated log of a million sessions through inspect, data, label and map: rate and memory.
 
 `python tests/tppo/million.py --sessions 1000000 --out DIR` runs each stage as its own process on
-answers that are made without a model, and prints sessions a second in the first and in the last
-third of its time, and the peak resident memory, of which torch and transformers take their part
-before anything is read.
+answers that are made without a model.  It prints, for each, sessions per second of processor time
+in the first and in the last third (another load on the machine does not move them), and the peak
+resident memory, of which torch and transformers take their part ("idle") before anything is read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def measure(name: str, arguments: list[str]) -> dict[str, object]:
     for line in process.stderr:
         print(f"  {line.rstrip()}", flush=True)
         if found := re.match(rf"{name}[^/]*? (\d+) [\d.e+]+/s", line):
-            marks.append((time.monotonic(), int(found[1])))
+            marks.append((_processor_seconds(process.pid), int(found[1])))
         if found := re.match(r"peak (\d+) MiB", line):
             peak = int(found[1])
     if process.wait() != 0:
@@ -99,27 +100,34 @@ def measure(name: str, arguments: list[str]) -> dict[str, object]:
         if len(part) > 1
     ]
     seconds = round(time.monotonic() - start, 1)
-    return {"stage": name, "seconds": seconds, "peak_mib": peak, "first_last_rate": rates}
+    return {"stage": name, "seconds": seconds, "peak_mib": peak, "per_cpu_second": rates}
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sessions", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("runs/million"))
+    parser.add_argument("--stages", nargs="*", help="some of them, in order; by default all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     log, run = options.out / "log.jsonl", str(options.out / "run")
     if not log.exists():
         write_log(log, options.sessions)
     here = str(Path(__file__).parent)
-    results = [
-        measure("idle", ["idle"]),
-        measure("inspect", ["data", "inspect", str(log), "--examples", "0"]),
-        measure("data", ["data", "--data", str(log), "--out", run]),
-        measure("answers", ["prepare", here, run]),
-        measure("label", ["label", "--out", run]),
-        measure("map", ["map", "--out", run]),
-    ]
+    stages = {
+        "idle": ["idle"],
+        "inspect": ["data", "inspect", str(log), "--examples", "0"],
+        "data": ["data", "--data", str(log), "--out", run],
+        "answers": ["prepare", here, run],
+        "label": ["label", "--out", run],
+        "map": ["map", "--out", run],
+    }
+    results = [measure(name, stages[name]) for name in options.stages or stages]
     for result in results:
         print(json.dumps(result))
 
