@@ -22,7 +22,7 @@ COMMANDS = {
     "data": "sessions: generated, or read from --data; split by user; or: data inspect FILE",
     "sft": "supervised fine-tuning to the early stop; from scratch, or from --model",
     "generate": "answers of the SFT model",
-    "label": "word and answer labels, by the rule or an endpoint",
+    "label": "word and answer labels, by the rule or an endpoint; or: label --agreement FILE",
     "map": "word labels to token categories",
     "train-rm": "the token reward model",
     "train": "token-level PPO; resumes from its newest checkpoint",
@@ -54,6 +54,27 @@ class Options:
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@dataclass(frozen=True)
+class LabelOptions:
+    """Flags of `tppo label`: with one of the first three, only that is done."""
+
+    agreement: Path | None = None
+    """Labels to compare the run's with: agreement of words and answers, Cohen's kappa."""
+    export_batch: Path | None = None
+    """OpenAI batch file to write: what the endpoint's model has not answered yet."""
+    import_batch: Path | None = None
+    """Output of such a batch, to be checked and kept for the label stage."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
+
+    def task(self) -> tuple[str, Path] | None:
+        """The one thing to do instead of the stage, and its file."""
+        tasks = ("agreement", "export_batch", "import_batch")
+        given = [(name, getattr(self, name)) for name in tasks if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(name for name, _ in given)} were given, expected one")
+        return given[0] if given else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `tppo`."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -63,19 +84,23 @@ def main(arguments: list[str] | None = None) -> None:
     if command == "data" and rest[:1] == ["inspect"]:
         inspect_log.main(rest[1:])
         return
-    options = tyro.cli(
-        Options,
-        prog=f"tppo {command}",
-        description=COMMANDS[command],
-        args=rest,
-        default=_defaults(command, rest),
-    )
+    options, extra = _parse(command, rest)
     try:
-        _run(command, options)
+        _run(command, options, extra.task())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("TPPO_TRACEBACK"):
             raise
         sys.exit(f"tppo {command}: {error}")
+
+
+def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
+    name, text, default = f"tppo {command}", COMMANDS[command], _defaults(command, rest)
+    if command == "label":
+        start = LabelOptions(options=default)
+        extra = tyro.cli(LabelOptions, prog=name, description=text, args=rest, default=start)
+        return extra.options, extra
+    options = tyro.cli(Options, prog=name, description=text, args=rest, default=default)
+    return options, LabelOptions()
 
 
 def _usage(arguments: list[str]) -> None:
@@ -115,7 +140,7 @@ def _read(path: Path, kind: type) -> Any:
         sys.exit(f"tppo: {path}: {error}")
 
 
-def _run(command: str, options: Options) -> None:
+def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
     with status("loading torch and transformers"):
         import torch
 
@@ -135,7 +160,9 @@ def _run(command: str, options: Options) -> None:
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}")
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
-    if command == "run":
+    if label_task is not None:
+        _label_task(run, *label_task)
+    elif command == "run":
         for name, stage in stages.items():
             if run.done(name):
                 say(f"{name}: finished before, skipped")
@@ -144,6 +171,17 @@ def _run(command: str, options: Options) -> None:
                 stage(run)
     else:
         stages[command](run)
+
+
+def _label_task(run: Any, name: str, path: Path) -> None:
+    from tppo import stages
+
+    tasks = {
+        "agreement": stages.compare_labels,
+        "export_batch": stages.export_labels,
+        "import_batch": stages.import_labels,
+    }
+    tasks[name](run, path)
 
 
 def _stages() -> dict[str, Callable[[Any], None]]:

@@ -90,6 +90,11 @@ class Run:
         """A file of a finished stage."""
         return self.out / relative
 
+    @property
+    def label_cache(self) -> Path:
+        """Beside the stages: a stage that fails must not lose what was paid for."""
+        return self.out / "label-cache.jsonl"
+
     def done(self, stage: str) -> bool:
         """Whether the stage has finished with these inputs and settings."""
         inputs = self._inputs(stage)
@@ -103,13 +108,17 @@ class Run:
 
         Errors: DataError naming the first input that is not there and the stage that makes it.
         """
+        inputs, settings = self.inputs(stage), self._settings(stage)
+        with self.folder.stage(stage, inputs, settings, self.seed, resume=resume) as work:
+            yield work
+
+    def inputs(self, stage: str) -> list[Path]:
+        """What the stage reads.  Raises DataError where one is not there, with the remedy."""
         inputs = self._inputs(stage)
         for path in inputs:
             if not path.exists():
                 raise DataError(f"{path}: no such file; {self._remedy(path)}")
-        settings = self._settings(stage)
-        with self.folder.stage(stage, inputs, settings, self.seed, resume=resume) as work:
-            yield work
+        return inputs
 
     def _remedy(self, path: Path) -> str:
         if path in (self.data, self.model):

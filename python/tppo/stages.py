@@ -6,12 +6,15 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tppo.agreement import compare_files
 from tppo.data import split_log, write_generated
 from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
+from tppo.label_batch import export_batch, import_batch
 from tppo.label_openai import LabelItem, label
 from tppo.label_rule import label_by_rule
 from tppo.labels import Label, iter_labels, write_labels
@@ -133,7 +136,8 @@ def label_answers(run: Run) -> None:
                 for a in track(run.iter_answers(), "label")
             )
         else:
-            labels = _labels_of_endpoint(run, sessions)
+            items = _items(run, sessions)
+            labels = label(items, config.endpoint, run.label_cache).labels
         write_labels(out / "labels.jsonl", _counted(labels, counts))
         if not counts["labels"]:
             raise DataError("none of the generated answers got a label")
@@ -141,8 +145,29 @@ def label_answers(run: Run) -> None:
         say(f"label: {counts['labels']} answers, {relevant:.1%} of them relevant")
 
 
-def _labels_of_endpoint(run: Run, sessions: LineIndex[Session]) -> Sequence[Label]:
-    items = [
+def export_labels(run: Run, path: Path) -> None:
+    """The questions that an endpoint has not answered yet, as an OpenAI batch file."""
+    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+        export_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
+
+
+def import_labels(run: Run, path: Path) -> None:
+    """Answers of an OpenAI batch, checked, to where the label stage finds them."""
+    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+        import_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
+
+
+def compare_labels(run: Run, path: Path) -> None:
+    """Print how far the run's labels agree with those of a file."""
+    own = run.path("label/labels.jsonl")
+    if not own.exists():
+        raise DataError(f"{own}: no such file; run `tppo label --out {run.out}` first")
+    print(compare_files(own, path))
+
+
+def _items(run: Run, sessions: LineIndex[Session]) -> list[LabelItem]:
+    """What an endpoint is to judge."""
+    return [
         LabelItem(
             answer.id,
             [event.text for event in session.history],
@@ -152,8 +177,6 @@ def _labels_of_endpoint(run: Run, sessions: LineIndex[Session]) -> Sequence[Labe
         for answer in run.iter_answers()
         for session in [_asked(sessions, answer)]
     ]
-    # The cache lies beside the stages: a stage that fails must not lose what was paid for.
-    return label(items, run.config.label.endpoint, run.out / "label-cache.jsonl").labels
 
 
 def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:

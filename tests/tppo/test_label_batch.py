@@ -1,0 +1,162 @@
+"""OpenAI batch files: what goes out, what comes in, and that nothing is asked twice."""
+
+import json
+
+import pytest
+
+pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
+pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
+
+from test_label_openai import (  # noqa: E402
+    BAD_ANSWERS,
+    KEY,
+    RIGHT,
+    answer,
+    completion,
+    environment,  # noqa: F401
+    item,
+    judge,
+    serving,
+)
+
+from tppo.cli import main  # noqa: E402
+from tppo.jsonl import DataError, write_jsonl  # noqa: E402
+from tppo.label_batch import export_batch, import_batch  # noqa: E402
+from tppo.label_openai import EndpointConfig, label  # noqa: E402
+
+NO_SERVER = EndpointConfig("", "judge-1")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def output(key, body, status=200):
+    response = {"status_code": status, "request_id": "r", "body": body}
+    return {"id": "batch_req_1", "custom_id": key, "response": response, "error": None}
+
+
+def answered(requests, reply=judge):
+    return [output(row["custom_id"], completion(reply(row["body"]))) for row in requests]
+
+
+def test_a_batch_goes_out_and_comes_back_and_nothing_is_asked_live(tmp_path):
+    cache, items = tmp_path / "cache.jsonl", [item(n, response=f"red hat {n}") for n in range(4)]
+    items.append(item(9, response="red hat 0"))  # a content that is there already
+    with serving(lambda request, number: judge(request)) as server:
+        live = EndpointConfig(server.url, "judge-1", "TPPO_TEST_KEY")
+        first = label(items[:1], live, cache)
+        assert export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl") == 3
+        requests = rows(tmp_path / "out.jsonl")
+        for row in requests:
+            assert set(row) == {"custom_id", "method", "url", "body"}
+            assert (row["method"], row["url"]) == ("POST", "/v1/chat/completions")
+        assert len({row["custom_id"] for row in requests}) == 3
+        write_jsonl(tmp_path / "in.jsonl", answered(requests)[::-1])
+        counts = import_batch(items, NO_SERVER, cache, tmp_path / "in.jsonl")
+        assert counts == {"imported": 3}
+        run = label(items, live, cache)
+        assert run.dropped == [] and len(server.requests) == 1
+        assert run.labels[0] == first.labels[0]
+        asked = label(items, live, tmp_path / "other.jsonl")  # the same by live answers
+        assert asked == run and server.requests[-1] in [row["body"] for row in requests]
+    assert export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl") == 0
+    assert import_batch(items, NO_SERVER, cache, tmp_path / "in.jsonl") == {"known": 3}
+    assert KEY not in (tmp_path / "out.jsonl").read_text()
+
+
+BODIES = {name: bad for name, (bad, _) in BAD_ANSWERS.items() if not isinstance(bad, tuple)}
+
+
+@pytest.mark.parametrize("text", BODIES.values(), ids=BODIES)
+def test_an_answer_is_checked_like_a_live_one(tmp_path, text, capsys):
+    cache, items = tmp_path / "cache.jsonl", [item()]
+    export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl")
+    (request,) = rows(tmp_path / "out.jsonl")
+    write_jsonl(tmp_path / "in.jsonl", answered([request], lambda body: text))
+    assert import_batch(items, NO_SERVER, cache, tmp_path / "in.jsonl") == {"dropped": 1}
+    assert "1 dropped; the first dropped: " in capsys.readouterr().err
+    assert export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl") == 1
+
+
+def test_failed_requests_and_lines_of_others_are_counted(tmp_path, capsys):
+    cache, items = tmp_path / "cache.jsonl", [item(n, response=f"red {n}") for n in range(6)]
+    export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl")
+    good, busy, failed, cut, odd, empty = rows(tmp_path / "out.jsonl")
+    lines = [
+        output(busy["custom_id"], {"error": {"message": KEY}}, 429),
+        {"custom_id": failed["custom_id"], "response": None, "error": {"message": KEY}},
+        output(cut["custom_id"], completion(answer(RIGHT), "length")),
+        output(odd["custom_id"], ["x"]),
+        output(empty["custom_id"], {"choices": []}),
+        output("somebody else's", completion("x")),
+        *answered([good, good]),
+    ]
+    write_jsonl(tmp_path / "in.jsonl", lines)
+    counts = import_batch(items, NO_SERVER, cache, tmp_path / "in.jsonl")
+    assert counts == {"dropped": 5, "foreign": 1, "imported": 1, "known": 1}
+    shown = capsys.readouterr().err
+    assert "the first dropped: HTTP 429" in shown and KEY not in shown
+    assert len(cache.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "x"}', "line 1: field 'custom_id': missing"),
+        ('{"custom_id": "x", "response": 3}', "line 1: field 'response': was 3"),
+        ('{"custom_id": ', "line 1: not JSON"),
+        (json.dumps(output("x", {})), "none of its 1 answers belongs .* of model 'judge-1'"),
+        ("", "empty"),
+    ],
+)
+def test_a_file_that_is_no_answer_to_this_run_is_named(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text(line)
+    with pytest.raises(DataError, match=message):
+        import_batch([item()], NO_SERVER, tmp_path / "cache.jsonl", tmp_path / "in.jsonl")
+
+
+def test_a_batch_needs_the_name_of_a_model(tmp_path):
+    with pytest.raises(ValueError, match="model was ''"):
+        export_batch([], EndpointConfig(), tmp_path / "cache.jsonl", tmp_path / "out.jsonl")
+
+
+def test_the_flags_of_the_label_command(tmp_path, capsys, monkeypatch):
+    """Export, import, label without a server, and agreement, all by the command line."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    folder, batch, back = tmp_path / "run", tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    with pytest.raises(SystemExit, match="train.jsonl: no such file; run `tppo data --out"):
+        main(["label", "--out", str(folder), "--export-batch", str(batch)])
+    for name in ("data", "generate"):
+        (folder / name).mkdir(parents=True)
+    session = {
+        "id": "s",
+        "user": "u",
+        "source": "x",
+        "history": [{"type": "search", "text": "boots"}],
+    }
+    write_jsonl(folder / "data/train.jsonl", [{**session, "targets": ["red shoes"]}])
+    answers = [
+        {"id": f"s#{n}", "session": "s", "prompt_ids": [1], "response_ids": [1], "finish": "eos",
+         "text": f"red hat {n}"}
+        for n in range(3)
+    ]  # fmt: skip
+    write_jsonl(folder / "generate/answers.jsonl", answers)
+    flags = ["--out", str(folder), "--label.labeller", "endpoint"]
+    flags += ["--label.endpoint.model", "judge-1"]
+    main(["label", *flags, "--export-batch", str(batch)])
+    assert len(rows(batch)) == 3 and not (folder / "label").exists()
+    write_jsonl(back, answered(rows(batch)))
+    main(["label", "--out", str(folder), "--import-batch", str(back)])
+    with pytest.raises(SystemExit, match="labels.jsonl: no such file; run `tppo label --out"):
+        main(["label", "--out", str(folder), "--agreement", str(back)])
+    main(["label", "--out", str(folder)])
+    labels = folder / "label" / "labels.jsonl"
+    assert [row["labeller"] for row in rows(labels)] == ["judge-1"] * 3
+    capsys.readouterr()
+    main(["label", "--out", str(folder), "--agreement", str(labels)])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[1] == ["words", "9", "100.00%", "1.000"]
+    both = ["--agreement", str(labels), "--export-batch", str(batch)]
+    with pytest.raises(SystemExit, match="agreement, export_batch were given, expected one"):
+        main(["label", "--out", str(folder), *both])
