@@ -11,10 +11,10 @@ import tppo_kernels as tk
 from tppo_kernels._op import OPS
 
 ROOT = Path(__file__).parent.parent
-BENCHED = {"gae", "prefix_attention", "token_logprobs"}
-KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "testing.py",
-                "align.py", "prefix.py", "_shared_prefix.py", "_linear.py", "rows.py",
-                "lm_head.py"}
+BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "token_logprobs"}
+KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
+                "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
+                "rows.py", "lm_head.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
