@@ -129,7 +129,8 @@ class Problem:
 
     def d_hidden(self, dz: Tensor) -> Tensor:
         """dz @ weight."""  # [R, D]
-        out = dz.new_zeros(dz.shape[0], self.hidden.shape[1])
+        new = dz.new_empty if dz.shape[1] else dz.new_zeros
+        out = new(dz.shape[0], self.hidden.shape[1])
         for first, last, weight in self._blocks():
             if first == 0:
                 torch.mm(dz[:, first:last], weight, out=out)
@@ -151,10 +152,12 @@ class Gradients:
         self.problem = problem
         size, d = problem.weight.shape
         rows = problem.selection.count
-        self.hidden = problem.hidden.new_zeros(rows, d) if hidden else None  # [M, D]
-        new = problem.weight.new_zeros
+        new = problem.weight.new_empty
+        self.hidden = problem.hidden.new_empty(rows, d) if hidden else None  # [M, D]
         self.weight = new((size, d), dtype=problem.dtype) if weight else None  # [V, D]
-        self.bias = new(size, dtype=problem.dtype) if bias else None  # [V]
+        self.bias = new(size, dtype=problem.dtype).zero_() if bias else None  # [V]
+        if self.weight is not None:
+            self.weight[problem.shard.columns if rows else 0:] = 0
 
     def add(self, chunk: Chunk, dz: Tensor) -> None:
         """Adds what the gradient dz [R, v] by the logits of a chunk gives."""

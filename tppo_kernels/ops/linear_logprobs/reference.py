@@ -115,10 +115,7 @@ class Head:
             stats = Stats(none, none, none - float("inf"), none)
         else:
             stats = self.steps.stats(x, chunk.targets, self.scale(chunk))
-        if self.problem.group is not None:
-            stats = self._merged(stats, chunk)
-        bad = torch.full((), float("nan"), dtype=x.dtype, device=x.device)
-        return Stats(*(torch.where(chunk.good, s, bad) for s in stats))
+        return stats if self.problem.group is None else self._merged(stats, chunk)
 
     def _merged(self, mine: Stats, chunk: Chunk) -> Stats:
         """The statistics over all shards: one all-gather of four numbers a row.
@@ -139,9 +136,10 @@ class Head:
         log_total = shrunk.sum(0).log()
         weighted = ((weights + shift * totals) * shift.exp()).sum(0)
         top = torch.where(live, top, zero)
-        return Stats(*(s.to(mine.top.dtype) for s in (
-            targets.sum(0) - highest - log_total, log_total - weighted / shrunk.sum(0), top,
-            highest + log_total - top)))
+        merged = torch.stack([targets.sum(0) - highest - log_total,
+                              log_total - weighted / shrunk.sum(0), top, highest + log_total - top])
+        bad = torch.full_like(merged, float("nan"))
+        return Stats(*torch.where(chunk.good, merged, bad).to(mine.top.dtype).unbind())
 
     def gradient(self, chunk: Chunk, x: Tensor, stats: Stats, g_logprobs: Tensor | None,
                  g_entropy: Tensor | None) -> Tensor:
@@ -192,10 +190,12 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         m = slots_of(problem.selection, rows, capacity)
         stats = hidden.new_zeros((4, m), dtype=problem.dtype)
         kept = _room(head, m, regime)
-        room = problem.workspace()
+        in_place = regime == "store" and kept.dtype == problem.dtype
+        room = kept if in_place else problem.workspace()
         frozen = Gradients(problem, regime == "frozen", False, False)
         for chunk in problem.chunks():
-            x = problem.logits(chunk.h, room[:chunk.last - chunk.first])
+            first = chunk.first if in_place else 0
+            x = problem.logits(chunk.h, room[first:first + chunk.last - chunk.first])
             here = head.stats(chunk, x)
             stats[:, chunk.first:chunk.last] = torch.stack(here)
             if regime == "store" and x.shape[1]:
