@@ -8,6 +8,7 @@ may quote it, goes into a message.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import math
 import os
@@ -149,10 +150,29 @@ async def _ask_all(live: _Live) -> None:
         base_url=config.base_url,
         timeout=config.timeout_s,
         max_retries=config.max_retries,
+        http_client=_http_client(config.timeout_s),
     ) as client:
         with status(f"labelling by {config.model}", total=len(waiting)) as bar:
             workers = [_worker(live, client, queue, bar) for _ in range(config.concurrency)]
             await asyncio.gather(*workers)
+
+
+def _http_client(limit_s: float) -> Any:
+    """A client whose limit holds for a whole try: the usual one starts anew with every byte."""
+    import openai
+
+    # httpx or its successor, whichever this release of openai is built on.
+    package = openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
+    timeout = importlib.import_module(package).ReadTimeout
+
+    class Limited(openai.DefaultAsyncHttpxClient):
+        async def send(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return await asyncio.wait_for(super().send(*arguments, **options), limit_s)
+            except asyncio.TimeoutError:
+                raise timeout("the whole reply took too long") from None
+
+    return Limited()
 
 
 async def _worker(

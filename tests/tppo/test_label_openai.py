@@ -56,6 +56,7 @@ class Server:
     def __init__(self, reply):
         self.reply, self.requests, self.keys, self.busy, self.most_busy = reply, [], [], 0, 0
         self.lock = threading.Lock()
+        self.pause_s = 0.0  # after each byte of a reply
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -70,6 +71,10 @@ class Server:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
+                    while outer.pause_s and data:
+                        self.wfile.write(data[:1])
+                        data = data[1:]
+                        time.sleep(outer.pause_s)
                     self.wfile.write(data)
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client gave up waiting
@@ -400,6 +405,17 @@ def test_a_slow_answer_is_given_up(tmp_path):
         release.set()
         assert time.monotonic() - started < 25
         assert run.dropped[0].reason == "no answer within 0.2 s, 1 times"
+
+
+def test_a_reply_that_trickles_is_given_up(tmp_path):
+    with serving(lambda request, number: judge(request)) as server:
+        server.pause_s = 0.05  # each byte in time, the whole reply not
+        settings = config(server, timeout_s=0.5, max_retries=1)
+        started = time.monotonic()
+        run = label([item()], settings, tmp_path / "cache.jsonl")
+        server.pause_s = 0.0
+        assert time.monotonic() - started < 10 and len(server.requests) == 2
+        assert run.labels == [] and run.dropped[0].reason == "no answer within 0.5 s, 2 times"
 
 
 def test_finished_labels_are_on_disk_at_once_and_not_asked_again(tmp_path):
