@@ -90,8 +90,8 @@ def assert_close(actual, exact, dtype, top=10.0):
         assert float((a.double() - e).abs().max() if e.numel() else 0.0) <= allowed
     for a, e in zip(actual[2:], exact[2:], strict=True):
         assert (a is None) == (e is None)
-        if e is not None:
-            assert distance(a, e) <= LIMIT[dtype]
+        if e is not None:  # one number alone rounds by up to 2^-8
+            assert distance(a, e) <= max(LIMIT[dtype], 1.01 * distance(e.to(dtype), e))
 
 
 def double(*tensors):
