@@ -483,6 +483,19 @@ def test_without_gradients(context):
         hidden, weight, targets)))
 
 
+@pytest.mark.parametrize("options", ({}, {"memory": "recompute"},
+                                     {"entropy_grad": False, "frozen": True, "part": "logprobs"}))
+def test_a_rollout_of_inference_mode_is_trained_on(options):
+    hidden, weight, targets, _ = sample(2, 5)
+    mask = sample_mask("interior", 2, 5)
+    expected = grads(tk.linear_logprobs, hidden, weight, targets, mask, **options)
+    with torch.inference_mode():
+        targets, mask, rows = targets.clone(), mask.clone(), tk.valid_rows(mask)
+    actual = grads(tk.linear_logprobs, hidden, weight, targets, mask, rows=rows, **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None and e is None) or torch.equal(a, e)
+
+
 def test_autocast_changes_nothing():
     hidden, weight, targets, _ = sample(2, 5)
     expected = grads(tk.linear_logprobs, hidden, weight, targets)

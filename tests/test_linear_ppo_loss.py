@@ -328,6 +328,15 @@ def test_autocast_and_inference_mode_change_nothing():
     torch.testing.assert_close(out.loss, expected[0])
 
 
+def test_a_rollout_of_inference_mode_is_trained_on():
+    x, mask = batch(), sample_mask("interior", 3, 23)
+    expected = run(tk.linear_ppo_loss, x, mask, **TERMS)
+    with torch.inference_mode():
+        x = {k: v if k in ("hidden", "weight", "bias") else v.clone() for k, v in x.items()}
+        mask = mask.clone()
+    assert_same_bits(run(tk.linear_ppo_loss, x, mask, **TERMS), expected)
+
+
 def raw_arguments(x, mask=None, rows=None, capacity=None, ratio="token", wanted=(True,) * 3):
     s = torch.tensor
     return (x["hidden"], x["weight"], x["targets"], mask, x["bias"], rows, s(1.0), None, s(1.0),

@@ -112,6 +112,11 @@ _frozen = _op.define("linear_logprobs_frozen(Tensor g_logprobs, Tensor kept, Ten
                          (*g_logprobs.shape, kept.shape[1])))
 
 
+def savable(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of a tensor that inference mode made (a rollout's): autograd cannot save it."""
+    return x.clone() if x is not None and x.is_inference() else x
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keeps what the regime needs, and only that."""
     *arguments, regime = inputs
@@ -121,7 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.rest, ctx.regime = arguments[:9], arguments[9:], regime
     if regime == "frozen":
         tensors = [tensors[3], tensors[5]]
-    ctx.save_for_backward(*tensors, stats, kept)
+    ctx.save_for_backward(*map(savable, tensors), stats, kept)
 
 
 @once_differentiable

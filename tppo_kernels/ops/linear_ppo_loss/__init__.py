@@ -22,6 +22,7 @@ from ..linear_logprobs import (
     check_scalars,
     check_scaling,
     kept_nbytes,
+    savable,
 )
 from ..ppo_loss import PolicyMetrics
 from . import reference
@@ -114,7 +115,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.capacity = inputs[10]
-    ctx.save_for_backward(*output[4:], inputs[2], inputs[3], inputs[5])
+    ctx.save_for_backward(*output[4:], *(savable(inputs[i]) for i in (2, 3, 5)))
 
 
 @once_differentiable
