@@ -2,14 +2,13 @@
 
 import itertools
 import math
-import socket
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from _matrix import third
+from _processes import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -700,26 +699,8 @@ def worker(rank, port, queue):
 
 @pytest.fixture(scope="module")
 def shards():
-    """What two real processes over gloo get; each is ended if it hangs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=120) for _ in processes)
-        for process in processes:
-            process.join(timeout=20)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            process.join(timeout=10)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return results
+    """What two real processes over gloo get."""
+    return two_processes(worker, timeout=120)
 
 
 @pytest.mark.parametrize("name, backend", list(itertools.product(SHARDS, STEPS)))

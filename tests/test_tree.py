@@ -18,9 +18,9 @@ KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
-SHARED_TESTS = {"conftest.py", "_matrix.py", "test_tree.py", "test_op.py", "test_check.py",
-                "test_compile.py", "test_packaging.py", "test_testing.py", "test_align.py",
-                "test_bench.py", "test_prefix.py", "test_lm_head.py"}
+SHARED_TESTS = {"conftest.py", "_matrix.py", "_processes.py", "test_tree.py", "test_op.py",
+                "test_check.py", "test_compile.py", "test_packaging.py", "test_testing.py",
+                "test_align.py", "test_bench.py", "test_prefix.py", "test_lm_head.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}
 
 

@@ -1,14 +1,13 @@
 """`whiten`: the textbook, zero variance, and statistics over several processes."""
 
 import itertools
-import socket
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from _matrix import third
+from _processes import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,31 +255,13 @@ def worker(rank, port, queue):
 
 
 @pytest.fixture(scope="module")
-def two_processes():
-    """What two real processes over gloo get; each is ended if it hangs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=200) for _ in processes)
-        for process in processes:
-            process.join(timeout=20)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            process.join(timeout=10)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return results
+def processes():
+    """What two real processes over gloo get."""
+    return two_processes(worker, timeout=200)
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_group_equals_one_process(two_processes, name):
+def test_group_equals_one_process(processes, name):
     """slime#2235, miles#3229: whitening over the wrong group, deadlock on an empty rank."""
     parts = [inputs_of(rank, PARTS[name][rank]) for rank in range(2)]
     whole = [torch.cat(x) for x in zip(*parts, strict=True)]
@@ -288,14 +269,14 @@ def test_group_equals_one_process(two_processes, name):
     expected = tk.whiten(*whole)
     kept = tk.whiten(*whole, shift_mean=False, unbiased=False)
     for rank, rows in enumerate((slice(None, cut), slice(cut, None))):
-        first, again, mean_kept, advantages = two_processes[rank][name]
+        first, again, mean_kept, advantages = processes[rank][name]
         assert first == again
         torch.testing.assert_close(torch.tensor(first), expected[rows], rtol=0, atol=2e-6)
         torch.testing.assert_close(torch.tensor(mean_kept), kept[rows], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(torch.tensor(advantages), expected[rows], rtol=0, atol=2e-6)
 
 
-def test_group_compiles(two_processes):
+def test_group_compiles(processes):
     for rank in range(2):
-        torch.testing.assert_close(torch.tensor(two_processes[rank]["compiled"]),
-                                   torch.tensor(two_processes[rank]["both"][0]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(processes[rank]["compiled"]),
+                                   torch.tensor(processes[rank]["both"][0]), rtol=0, atol=1e-6)

@@ -15,9 +15,9 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 KL_CLAMP = 20.0
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 where any of the per-token inputs is fp64, else fp32: computed in, and returned."""
-    double = any(t.dtype == torch.float64 for t in tensors)
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
 
 

@@ -79,7 +79,7 @@ def _check_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, 
 
 def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
               valid_vocab, capacity, budget, group, regime):
-    dtype = compute_dtype(*(x for x in (hidden, weight, bias) if x is not None))
+    dtype = compute_dtype(hidden, weight, bias)
     m = slot_count(targets.numel(), rows, capacity)
     kept = hidden.new_empty(0)
     if regime == "store":

@@ -79,8 +79,8 @@ def _require_reference(kl_coef: Any) -> None:
 def _fake(hidden, weight, targets, mask, bias, rows, *rest):
     grad_hidden, grad_weight, grad_bias = rest[-3:]
     capacity, given = rest[4], (hidden, weight, bias)
-    dtype = compute_dtype(*(x for x in given if x is not None))
-    terms_dtype = compute_dtype(*(x for x in (*given, *rest[7:11]) if x is not None))
+    dtype = compute_dtype(*given)
+    terms_dtype = compute_dtype(*given, *rest[7:11])
     m = slot_count(targets.numel(), rows, capacity)
     empty = hidden.new_empty
     return (empty((), dtype=terms_dtype), empty(reference.METRICS, dtype=terms_dtype),

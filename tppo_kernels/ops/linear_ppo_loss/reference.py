@@ -78,7 +78,7 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         head = linear.Head(hidden, weight, targets, mask, bias, rows, temperature, softcap,
                            logit_scale, valid_vocab, capacity, budget, group, steps)
         given = (hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights)
-        dtype = compute_dtype(*(x for x in given if x is not None))
+        dtype = compute_dtype(*given)
         tokens = tokens_of(old_logprobs, advantages, mask, ref_logprobs, weights,
                            (num_tokens, num_sequences, norm_length), cu_seqlens, reduction, dtype)
         lost = head.problem.selection.lost

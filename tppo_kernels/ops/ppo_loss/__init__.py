@@ -132,7 +132,7 @@ def _check_values(logprobs, entropy, old_logprobs, advantages, mask, ref_logprob
 
 def _fake(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, *rest):
     given = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, weights)
-    dtype = compute_dtype(*(x for x in given if x is not None))
+    dtype = compute_dtype(*given)
     grad_logprobs, grad_entropy = rest[-2:]
     empty = logprobs.new_empty
     return (empty((), dtype=dtype), empty(logprobs.shape if grad_logprobs else 0, dtype=dtype),

@@ -121,7 +121,7 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
     A derivative that is not wanted is an empty tensor.
     """
     given = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    dtype = compute_dtype(*(x for x in given if x is not None))
+    dtype = compute_dtype(*given)
     valid = valid_mask(logprobs, mask)
 
     def tokens(x: Tensor) -> Tensor:

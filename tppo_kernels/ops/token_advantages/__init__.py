@@ -63,9 +63,8 @@ def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprob
 
 def _fake(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma, lam,
           value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased):
-    given = [x for x in (token_rewards, values, logprobs, ref_logprobs) if x is not None]
-    tokens = [token_rewards.new_empty(token_rewards.shape, dtype=compute_dtype(*given))
-              for _ in range(3)]
+    dtype = compute_dtype(token_rewards, values, logprobs, ref_logprobs)
+    tokens = [token_rewards.new_empty(token_rewards.shape, dtype=dtype) for _ in range(3)]
     return (*tokens, token_rewards.new_empty(8, dtype=torch.float64),
             token_rewards.new_empty(4, dtype=torch.float64))
 

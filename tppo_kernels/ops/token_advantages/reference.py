@@ -26,8 +26,7 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Te
     statistics, over `mask`: n, mean of the KL, means of rewards, raw advantages and returns, their
     standard deviations. fp64, as the moments.
     """
-    given = [x for x in (token_rewards, values, logprobs, ref_logprobs) if x is not None]
-    dtype = compute_dtype(*given)
+    dtype = compute_dtype(token_rewards, values, logprobs, ref_logprobs)
     rewards = select(token_rewards, mask, dtype)  # [B, T] or [N]
     kl_mean = rewards.new_zeros((), dtype=torch.float64)
     if logprobs is not None and ref_logprobs is not None:

@@ -79,7 +79,7 @@ def _check_values(values, returns, mask, old_values, clip, num_tokens, num_seque
 
 
 def _fake(values, returns, mask, old_values, *rest):
-    dtype = compute_dtype(*(x for x in (values, returns, old_values) if x is not None))
+    dtype = compute_dtype(values, returns, old_values)
     return (values.new_empty((), dtype=dtype),
             values.new_empty(values.shape if rest[-1] else 0, dtype=dtype),
             values.new_empty(len(ValueMetrics._fields), dtype=dtype))

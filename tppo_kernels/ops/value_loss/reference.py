@@ -17,7 +17,7 @@ def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor
     The derivative is an empty tensor where it is not wanted.
     """
     given = (values, returns, old_values)
-    dtype = compute_dtype(*(x for x in given if x is not None))
+    dtype = compute_dtype(*given)
     valid = valid_mask(values, mask)
     value, target = select(values, valid, dtype), select(returns, valid, dtype)  # [B, T] or [N]
     error = value - target
