@@ -25,9 +25,11 @@ demo: .venv/train  ## search sessions -> SFT -> labels -> reward model -> token-
 
 test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 test-full: lint  ## everything, the large matrices whole
 	TPPO_TEST_FULL=1 $(BIN)/python -m pytest
+	TPPO_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: .venv/dev
 	@echo "== ruff and mypy"

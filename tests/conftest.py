@@ -1,6 +1,7 @@
 """Every uninitialised tensor holds NaN, so that an unwritten output is seen; seeds are fixed."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ _compile = torch.compile
 
 
 def pytest_report_header():
+    lines = []
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        lines.append("tests/triton is not collected: it wants a process of its own, "
+                     "TRITON_INTERPRET=1 python -m pytest tests/triton")
     if SPACE:
-        return ("torch lies on a path with a space, at which Inductor's C++ step splits its own "
-                "paths: torch.compile is tested with backend='aot_eager'")
-    return None
+        lines.append("torch lies on a path with a space, at which Inductor's C++ step splits its "
+                     "own paths: torch.compile is tested with backend='aot_eager'")
+    return lines
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+
+from ._installed import interpreting, missing
 
 BACKENDS = ("reference", "flash", "cpp", "triton", "cuda")
 OPS: dict[str, Op] = {}
@@ -44,21 +46,6 @@ class Explanation(NamedTuple):
 
 class _Explained(Exception):
     """Carries the explanation out of a dispatch that `explain` started; nothing has run."""
-
-
-@functools.cache
-def missing(backend: str) -> str | None:
-    """Why this installation lacks a backend, and how to get it; None when it is here."""
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "no Triton: pip install 'tppo-kernels[triton]'"
-    if backend in ("cpp", "cuda"):
-        try:
-            why_no_cuda = importlib.import_module("tppo_kernels._C").why_no_cuda
-        except ImportError as error:
-            return f"no compiled part ({error}): install a C++ compiler, then tppo-kernels anew"
-        if backend == "cuda" and why_no_cuda:
-            return f"the extension has no CUDA part: {why_no_cuda}"
-    return None
 
 
 class Op:
@@ -114,7 +101,11 @@ class Op:
         if backend == "reference":
             return None
         if backend not in self.order[device]:
-            return f"it has no such backend on {device}, only {', '.join(self.order[device])}"
+            if device != "cpu" or backend != "triton" or backend not in self.order["cuda"]:
+                return f"it has no such backend on {device}, only {', '.join(self.order[device])}"
+            if not interpreting():
+                return ("it has no such backend on cpu without TRITON_INTERPRET=1, set before "
+                        "Python starts")
         return missing(backend) or self._module(backend).supports(*args)
 
 
