@@ -347,7 +347,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
     with torch.no_grad():
         assert not tk.ppo_loss(**{**x, "entropy": entropy}).loss.requires_grad
     raw = [x["logprobs"], None, x["old_logprobs"], x["advantages"], *[None] * 3]
-    assert [t.numel() for t in _fwd(*raw, *SCALARS, *FLAGS)] == [1, 0, 0, 11]
+    assert [t.numel() for t in _fwd(*raw, *SCALARS, *FLAGS)] == [1, 0, 0, 11, 1]
     old = x["old_logprobs"].requires_grad_()
     assert not tk.ppo_loss(x["logprobs"], old, x["advantages"]).loss.requires_grad
     expected = run(sample(2, 3), **ALL_TERMS)
@@ -441,7 +441,8 @@ def test_opcheck_and_no_host_read(ratio, packed):
                  "seq-mean-token-mean", True, True]
     torch.library.opcheck(_fwd, arguments)
     torch.library.opcheck(_fwd, [*arguments[:-2], False, False])
-    torch.library.opcheck(_bwd, [torch.tensor(2.0), *tensors[:2]])
+    torch.library.opcheck(_bwd, [torch.tensor(2.0), torch.tensor(0.5), *tensors[:2],
+                                 torch.bfloat16, torch.float32])
     if not packed:  # a fake tensor raises where its value is read; segment_reduce has no fake
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]

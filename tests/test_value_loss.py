@@ -227,7 +227,7 @@ def test_only_values_get_a_gradient():
     with torch.no_grad():
         assert not tk.value_loss(values, returns).loss.requires_grad
     raw = (x["values"], returns.detach(), *[None] * 7, "token-mean")
-    assert [t.numel() for t in _fwd(*raw, False)] == [1, 0, 6]
+    assert [t.numel() for t in _fwd(*raw, False)] == [1, 0, 6, 1]
     expected = run(x, clip=0.2)
     with torch.inference_mode():
         assert_same_bits(tk.value_loss(**x, clip=0.2).loss, expected[0])
@@ -278,7 +278,8 @@ def test_opcheck_and_no_host_read(clip, packed):
                  torch.tensor(3.0), cu, "seq-mean-token-sum-norm", True]
     torch.library.opcheck(_fwd, arguments)
     torch.library.opcheck(_fwd, [*arguments[:-1], False])
-    torch.library.opcheck(_bwd, [torch.tensor(2.0), x["values"]])
+    torch.library.opcheck(_bwd, [torch.tensor(2.0), torch.tensor(0.5), x["values"],
+                                 torch.float16])
     if not packed:  # a fake tensor raises where its value is read; segment_reduce has no fake
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]

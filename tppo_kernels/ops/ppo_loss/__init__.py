@@ -137,7 +137,12 @@ def _fake(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weigh
     empty = logprobs.new_empty
     return (empty((), dtype=dtype), empty(logprobs.shape if grad_logprobs else 0, dtype=dtype),
             empty(logprobs.shape if grad_entropy else 0, dtype=dtype),
-            empty(len(PolicyMetrics._fields), dtype=dtype))
+            empty(len(PolicyMetrics._fields), dtype=dtype), empty((), dtype=dtype))
+
+
+def _fake_bwd(grad_loss, scale, dlogprobs, dentropy, logprobs_dtype, entropy_dtype):
+    return (torch.empty_like(dlogprobs, dtype=logprobs_dtype),
+            torch.empty_like(dentropy, dtype=entropy_dtype))
 
 
 _fwd = _op.define(
@@ -146,10 +151,11 @@ _fwd = _op.define(
     " Tensor? dual_clip, Tensor max_log_ratio, Tensor entropy_coef, Tensor kl_coef,"
     " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
     " str ratio, str kl_estimator, str reduction, bool grad_logprobs, bool grad_entropy)"
-    " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
 _bwd = _op.define(
-    "ppo_loss_bwd(Tensor grad_loss, Tensor dlogprobs, Tensor dentropy) -> (Tensor, Tensor)",
-    reference.bwd, lambda grad_loss, *slopes: tuple(torch.empty_like(s) for s in slopes))
+    "ppo_loss_bwd(Tensor grad_loss, Tensor scale, Tensor dlogprobs, Tensor dentropy,"
+    " ScalarType logprobs_dtype, ScalarType entropy_dtype) -> (Tensor, Tensor)",
+    reference.bwd, _fake_bwd)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -158,21 +164,21 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, logprobs, entropy, *tensors):
         _, need_logprobs, need_entropy = ctx.needs_input_grad[:3]
-        loss, dlogprobs, dentropy, metrics = _fwd(
+        loss, dlogprobs, dentropy, metrics, scale = _fwd(
             logprobs, entropy, *tensors, call.ratio, call.kl_estimator, call.reduction,
             need_logprobs, need_entropy)
-        ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
-        ctx.save_for_backward(dlogprobs, dentropy)
+        ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
+        ctx.save_for_backward(scale, dlogprobs, dentropy)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors)
-        dtypes, needed = ctx.dtypes, ctx.needs_input_grad
-        return (None, dlogprobs.to(dtypes[0]) if needed[1] else None,
-                dentropy.to(dtypes[1]) if needed[2] else None, *[None] * (len(needed) - 3))
+        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
+        needed = ctx.needs_input_grad
+        return (None, dlogprobs if needed[1] else None, dentropy if needed[2] else None,
+                *[None] * (len(needed) - 3))
 
 
 def _check_tensors(check: Check, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
@@ -242,5 +248,5 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
         loss, metrics = _PolicyLoss.apply(_Call(ratio, kl_estimator, reduction), *tensors)
     else:
         with torch.no_grad():
-            loss, _, _, metrics = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
+            loss, _, _, metrics, _ = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))

@@ -115,10 +115,12 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
         entropy_coef: Tensor, kl_coef: Tensor, num_tokens: Tensor | None,
         num_sequences: Tensor | None, norm_length: Tensor | None, cu_seqlens: Tensor | None,
         ratio: str, kl_estimator: str, reduction: str, grad_logprobs: bool,
-        grad_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], d loss/d logprobs, d loss/d entropy, metrics [11]); see `tppo_kernels.ppo_loss`.
+        grad_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], dlogprobs, dentropy, metrics [11], scale []); see `tppo_kernels.ppo_loss`.
 
-    A derivative that is not wanted is an empty tensor.
+    d loss/d logprobs = scale * dlogprobs, and so for entropy: a kernel of one pass writes them
+    before it has counted the tokens that they are divided by. Here scale is 1. A derivative that
+    is not wanted is an empty tensor.
     """
     given = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
     dtype = compute_dtype(*given)
@@ -142,10 +144,13 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
         if term is None:  # a coefficient that is not 0 asks for a term that is not there
             loss = loss + on(torch.where(coef == 0, 0.0, float("nan")), loss)
     return (loss, terms.dlogprobs.contiguous() if grad_logprobs else loss.new_empty(0),
-            terms.dentropy.contiguous() if grad_entropy else loss.new_empty(0), terms.metrics)
+            terms.dentropy.contiguous() if grad_entropy else loss.new_empty(0), terms.metrics,
+            loss.new_ones(()))
 
 
-def bwd(grad_loss: Tensor, dlogprobs: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of logprobs and entropy; a derivative of 0 stays 0 whatever comes in."""
-    return times(dlogprobs, grad_loss.expand_as(dlogprobs)), times(
-        dentropy, grad_loss.expand_as(dentropy))
+def bwd(grad_loss: Tensor, scale: Tensor, dlogprobs: Tensor, dentropy: Tensor,
+        logprobs_dtype: torch.dtype, entropy_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradients in the inputs' dtypes; a derivative of 0 stays 0 whatever comes in."""
+    factor = grad_loss * scale
+    return (times(dlogprobs, factor.expand_as(dlogprobs)).to(logprobs_dtype),
+            times(dentropy, factor.expand_as(dentropy)).to(entropy_dtype))

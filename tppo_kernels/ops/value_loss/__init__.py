@@ -82,15 +82,18 @@ def _fake(values, returns, mask, old_values, *rest):
     dtype = compute_dtype(values, returns, old_values)
     return (values.new_empty((), dtype=dtype),
             values.new_empty(values.shape if rest[-1] else 0, dtype=dtype),
-            values.new_empty(len(ValueMetrics._fields), dtype=dtype))
+            values.new_empty(len(ValueMetrics._fields), dtype=dtype),
+            values.new_empty((), dtype=dtype))
 
 
 _fwd = _op.define(
     "value_loss_fwd(Tensor values, Tensor returns, Tensor? mask, Tensor? old_values, Tensor? clip,"
     " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
-    " str reduction, bool grad) -> (Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
-_bwd = _op.define("value_loss_bwd(Tensor grad_loss, Tensor dvalues) -> Tensor", reference.bwd,
-                  lambda grad_loss, dvalues: torch.empty_like(dvalues))
+    " str reduction, bool grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.fwd, _fake, _check_values)
+_bwd = _op.define(
+    "value_loss_bwd(Tensor grad_loss, Tensor scale, Tensor dvalues, ScalarType dtype) -> Tensor",
+    reference.bwd, lambda grad_loss, scale, dvalues, dtype: torch.empty_like(dvalues, dtype=dtype))
 
 
 class _ValueLoss(torch.autograd.Function):
@@ -98,17 +101,17 @@ class _ValueLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, reduction, values, *tensors):
-        loss, dvalues, metrics = _fwd(values, *tensors, reduction, True)
+        loss, dvalues, metrics, scale = _fwd(values, *tensors, reduction, True)
         ctx.dtype = values.dtype
-        ctx.save_for_backward(dvalues)
+        ctx.save_for_backward(scale, dvalues)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        dvalues = _bwd(grad_loss, *ctx.saved_tensors).to(ctx.dtype)
-        return (None, dvalues, *[None] * (len(ctx.needs_input_grad) - 2))
+        return (None, _bwd(grad_loss, *ctx.saved_tensors, ctx.dtype),
+                *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
@@ -146,5 +149,5 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
         loss, metrics = _ValueLoss.apply(reduction, *tensors)
     else:
         with torch.no_grad():
-            loss, _, metrics = _fwd(*tensors, reduction, False)
+            loss, _, metrics, _ = _fwd(*tensors, reduction, False)
     return ValueLoss(loss, ValueMetrics(*metrics.unbind()))

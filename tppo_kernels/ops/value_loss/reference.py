@@ -11,10 +11,11 @@ from ..._sequence import compute_dtype, on, reduction_weights, select, valid_mas
 def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor | None,
         clip: Tensor | None, num_tokens: Tensor | None, num_sequences: Tensor | None,
         norm_length: Tensor | None, cu_seqlens: Tensor | None, reduction: str,
-        grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], d loss/d values, metrics [6]); see `tppo_kernels.value_loss`.
+        grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], dvalues, metrics [6], scale []); see `tppo_kernels.value_loss`.
 
-    The derivative is an empty tensor where it is not wanted.
+    d loss/d values = scale * dvalues: a kernel of one pass writes it before it has counted the
+    tokens that it is divided by. Here scale is 1. dvalues is empty where it is not wanted.
     """
     given = (values, returns, old_values)
     dtype = compute_dtype(*given)
@@ -31,7 +32,7 @@ def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor
                *_moments(target, valid), *_moments(-error, valid)]
     return ((share * loss).sum(dtype=torch.float64).to(dtype),
             select(share * slope, valid).contiguous() if grad else loss.new_empty(0),
-            torch.stack(metrics).to(dtype))
+            torch.stack(metrics).to(dtype), loss.new_ones(()))
 
 
 def _clipped(value: Tensor, target: Tensor, old: Tensor, clip: Tensor
@@ -55,6 +56,7 @@ def _moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return mean, select((x - mean).square(), valid).sum(dtype=torch.float64)
 
 
-def bwd(grad_loss: Tensor, dvalues: Tensor) -> Tensor:
-    """The gradient of values; a derivative of 0 stays 0 whatever comes in."""
-    return torch.where(dvalues == 0, torch.zeros_like(dvalues), grad_loss * dvalues)
+def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of values in their dtype; a derivative of 0 stays 0 whatever comes in."""
+    return torch.where(dvalues == 0, torch.zeros_like(dvalues),
+                       grad_loss * scale * dvalues).to(dtype)
