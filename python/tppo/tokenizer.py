@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tppo.pieces import pieces_of
 from tppo.progress import say
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -63,12 +65,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_offsets(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of sampled ids and the half-open character span of each of them.
+    """The text of sampled ids and the half-open character span of each of them, in linear time.
 
-    Sampled ids need not be those that the tokenizer gives for their text, so the spans come from
-    decoding prefixes.  Tokens that share one character (bytes of it) all get that character.
+    Sampled ids need not be those that the tokenizer gives for their text.  Tokens that share one
+    character (bytes of it) all get that character; a special token gets (s, s).
     """
     text = decode(tokenizer, ids)
+    spans = pieces_of(tokenizer, partial(decode, tokenizer)).spans(text, ids)
+    if spans is None:
+        _say_slow(type(tokenizer).__name__)
+        spans = _spans_by_prefixes(tokenizer, text, ids)
+    return text, spans
+
+
+def _spans_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The spans from decoding every prefix: for tokenizers whose tokens change their neighbours."""
     ends = [0, *(_common(text, decode(tokenizer, ids[: i + 1])) for i in range(len(ids)))]
     special = set(tokenizer.all_special_ids)
     spans = []
@@ -76,7 +89,12 @@ def token_offsets(
         if end <= start and token not in special:
             end = min(start + 1, len(text))
         spans.append((start, max(start, end)))
-    return text, spans
+    return spans
+
+
+@cache
+def _say_slow(name: str) -> None:
+    say(f"{name}: what a token adds depends on its neighbours; offsets come from decoding prefixes")
 
 
 def _common(text: str, prefix: str) -> int:

@@ -2,15 +2,18 @@
 
 import random
 import unicodedata
+from functools import lru_cache
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tppo import tokenizer as tokenizer_module
 from tppo.mapping import fold, map_labels, word_spans
-from tppo.tokenizer import token_offsets
+from tppo.tokenizer import decode, token_offsets
 
 CORPUS = [
     "red running shoes, cheap red boots",
@@ -382,3 +385,126 @@ def test_sampled_ids_need_not_be_those_of_the_text(case):
     want = [category for c, category in zip(text, each, strict=True) for _ in c.encode()] + [0]
     assert decoded == text
     assert map_labels(decoded, labelled, offsets) == want
+
+
+def byte_fallback():
+    """As Llama 2's: SentencePiece's spaces, characters outside the vocabulary byte by byte."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    merges = [("\u2581", "r"), ("e", "d"), ("\u2581r", "ed")]
+    for letter in "\u2581abdegnorstu,.":
+        vocabulary.setdefault(letter, len(vocabulary))
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "byte-fallback", "bpe-with-suffix"])
+def sampler(request):
+    """A tokenizer whose ids are sampled one by one, special and unknown ones among them."""
+    if request.param == "byte-fallback":
+        tokenizer = byte_fallback()
+    elif request.param == "bpe-with-suffix":
+        tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.decoder = decoders.BPEDecoder("</w>")
+        trainer = trainers.BpeTrainer(
+            vocab_size=200, special_tokens=["<pad>", "<s>", "</s>"], end_of_word_suffix="</w>",
+            show_progress=False,
+        )  # fmt: skip
+        tokenizer.train_from_iterator(CORPUS, trainer)
+    else:
+        tokenizer, trainer = FAMILIES[request.param]()
+        tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    )
+
+
+def spans_by_prefixes(tokenizer, ids):
+    """The slow definition, for ids that decode to whole characters."""
+    text, spans, start = decode(tokenizer, ids), [], 0
+    for i in range(len(ids)):
+        prefix = decode(tokenizer, ids[: i + 1])
+        same = next((k for k, c in enumerate(prefix) if text[k : k + 1] != c), len(prefix))
+        end = same + (same < len(prefix) or prefix.endswith("\ufffd"))
+        spans.append((start, end))
+        start = same
+    return text, spans
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 10**6), max_size=30))
+def test_spans_of_sampled_ids_are_those_of_the_slow_definition(sampler, draws):
+    tokens = [t for t in range(len(sampler)) if "\ufffd" not in decode(sampler, [t])]
+    ids = [tokens[draw % len(tokens)] for draw in draws]
+    text, spans = token_offsets(sampler, ids)
+    slow_text, slow = spans_by_prefixes(sampler, ids)
+    assert text == slow_text
+    if sampler.backend_tokenizer.decoder.__class__ is not decoders.BPEDecoder:
+        assert spans == slow
+    assert all(text[a:b].strip() == text[c:d].strip()
+               for (a, b), (c, d) in zip(spans, slow, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_spans_are_the_offsets_of_the_tokenizer(sampler, case):
+    """Where decoding gives back the text, its own ids have the offsets that it says itself."""
+    encoding = sampler(CASES[case][0], return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    text, spans = token_offsets(sampler, ids)
+    if text != CASES[case][0]:
+        return
+    for (start, end), (a, b) in zip(spans, offsets, strict=True):
+        if start < end:  # "\u2581" before the first word says that it has that word's first letter
+            assert text[start:end].strip() == text[a:b].strip()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from("a\ufffd鞋👟é".encode()) | st.integers(0, 255)))
+@example([*"👟".encode(), 0xE9, 0x9E, 0x61])
+@example([0x61, *"鞋鞋\ufffd".encode(), 0x62])
+def test_spans_of_bytes_that_may_be_no_text(draws):
+    """Sampled bytes: every character stands in the span of its tokens, in order, all of it."""
+    draws = bytes(draws).removeprefix(b" ")  # the space before a first word is not shown
+    for tokenizer, name in ((byte_tokenizer(), BYTES.__getitem__), (byte_fallback(), BYTE_NAME)):
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+        ids = [fast.convert_tokens_to_ids(name(byte)) for byte in draws]
+        text, spans = token_offsets(fast, ids)
+        assert len(spans) == len(ids) and all(end == start + 1 for start, end in spans)
+        assert spans == sorted(spans) and {i for i, _ in spans} == set(range(len(text)))
+        if "\ufffd" not in text:
+            assert spans == [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()]
+
+
+BYTES = bytes_to_unicode()
+BYTE_NAME = "<0x{:02X}>".format
+
+
+@lru_cache
+def byte_tokenizer():
+    tokenizer, trainer = byte_level()
+    tokenizer.train_from_iterator([], trainer)
+    return tokenizer
+
+
+def test_offsets_take_one_decoding_however_long_the_answer(sampler, monkeypatch):
+    ids = [*range(len(sampler))] * 2
+    token_offsets(sampler, ids)
+    calls = []
+
+    def counted(tokenizer, ids):
+        calls.append(len(ids))
+        return decode(tokenizer, ids)
+
+    monkeypatch.setattr(tokenizer_module, "decode", counted)
+    token_offsets(sampler, ids * 3)
+    assert calls == [len(ids) * 3] or "suffix" in str(sampler.backend_tokenizer.decoder)
