@@ -1,52 +1,58 @@
-"""Token ids as rectangular tensors: prompts padded on the left, responses on the right.
+"""Responses and their prompts as tensors, and how a model reads them.
 
-prompt     prompt     response   response
-. . p p p | a b c .   the column of the first response token is the same in every row, so one
-p p p p p | a b . .   integer `prompt_length` serves `tppo_kernels.response_states`.
+Shared (where a prompt has several responses): every prompt once, its responses behind it.
+
+    p p p p p | a b c | d e | p p p | f g h | i
+
+Dense: one row a response, the prompt again in each, padded left and right, so that one integer
+`prompt_length` serves `tppo_kernels.response_states`.
+
+    . . p p p | a b c
+    p p p p p | d e .
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import tppo_kernels as tk
+from tppo.config import Prefix
+from tppo.progress import say
+
+_PROBE = tk.PrefixLayout.from_lengths([1], [[1]])
 
 
-class Batch(NamedTuple):
+class Padded(NamedTuple):
     """P prompt columns, then T response columns."""
 
     input_ids: Tensor  # [B, P+T] int64
     attention_mask: Tensor  # [B, P+T] int64, 1 at real tokens
     position_ids: Tensor  # [B, P+T] int64, counted over real tokens
-    targets: Tensor  # [B, T] int64, the response tokens
-    mask: Tensor  # [B, T] bool, True at sampled tokens, separators and EOS included
     prompt_length: int  # P
 
-    @property
-    def response_length(self) -> int:
-        return self.targets.shape[1]
-
-    def rows(self, index: Tensor) -> Batch:
-        """The batch of some of the rows."""
-        return Batch(
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            position_ids=self.position_ids[index],
-            targets=self.targets[index],
-            mask=self.mask[index],
-            prompt_length=self.prompt_length,
-        )
+    def hidden(self, trunk: nn.Module) -> Tensor:
+        """Last hidden states of a trunk over prompts and responses, [B, P+T, D]."""
+        return trunk(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            use_cache=False,
+        ).last_hidden_state
 
 
-def collate(
+def pad(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device | str = "cpu",
-) -> Batch:
-    """One batch of prompts and their responses; masks come from lengths, never from `pad_id`."""
+) -> Padded:
+    """The dense arrangement; masks come from lengths, never from `pad_id`."""
     width = max(map(len, prompts))
     length = max(map(len, responses))
     ids, real = [], []
@@ -54,16 +60,110 @@ def collate(
         left, right = width - len(prompt), length - len(response)
         ids.append([pad_id] * left + [*prompt] + [*response] + [pad_id] * right)
         real.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
-    input_ids = torch.tensor(ids, device=device)  # [B, P+T]
     attention_mask = torch.tensor(real, device=device)  # [B, P+T]
-    return Batch(
-        input_ids=input_ids,
+    return Padded(
+        input_ids=torch.tensor(ids, device=device),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        targets=input_ids[:, width:],
-        mask=attention_mask[:, width:].bool(),
         prompt_length=width,
     )
+
+
+class Batch:
+    """B responses, each with its prompt; T is the longest response.
+
+    prompt_ids, response_ids: token ids, one list a response.  Equal prompts that follow each other
+    are computed once where the prefix is shared.
+    targets: int64 [B, T], the response tokens.  mask: bool [B, T], True at sampled tokens,
+    separators and EOS included.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pad_id: int,
+        device: torch.device | str = "cpu",
+        prefix: Prefix = "shared",
+    ):
+        self.prompt_ids, self.response_ids = prompts, responses
+        self.pad_id, self.device, self.prefix = pad_id, device, prefix
+        lengths = torch.tensor([len(response) for response in responses])
+        width = int(lengths.max())
+        rows = [[*response] + [pad_id] * (width - len(response)) for response in responses]
+        self.targets = torch.tensor(rows, device=device)
+        self.mask = (torch.arange(width) < lengths[:, None]).to(device)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a prompt to compute once for several responses."""
+        return self.prefix == "shared" and len(self._groups) < len(self.response_ids)
+
+    def rows(self, index: Sequence[int]) -> Batch:
+        """The batch of some of the responses; T may shrink."""
+        prompts = [self.prompt_ids[i] for i in index]
+        responses = [self.response_ids[i] for i in index]
+        return Batch(prompts, responses, self.pad_id, self.device, self.prefix)
+
+    def dense(self) -> Batch:
+        """The same responses, each with a prompt of its own."""
+        return Batch(self.prompt_ids, self.response_ids, self.pad_id, self.device, "dense")
+
+    def states(self, trunk: nn.Module, *aligns: str) -> tuple[Tensor, ...]:
+        """Last hidden states of a trunk, once for each alignment of `tk.response_states`.
+
+        [B, T, D], or [B, D] for "bootstrap".  A trunk that cannot share prompts reads them dense,
+        and says so once.
+        """
+        if self.shares:
+            reason = sharing_refusal(trunk)
+            if reason is None:
+                return self._shared_states(trunk, aligns)
+            _say_once(f"every response is read with its whole prompt, not a shared one: {reason}")
+        hidden = self.padded.hidden(trunk)  # [B, P+T, D]
+        width, length = self.padded.prompt_length, self.targets.shape[1]
+        return tuple(
+            tk.response_states(hidden, width, length, align, mask=self.mask) for align in aligns
+        )
+
+    def _shared_states(self, trunk: nn.Module, aligns: tuple[str, ...]) -> tuple[Tensor, ...]:
+        layout, packed = self._packed
+        with tk.shared_prefix(trunk, layout):
+            hidden = trunk(input_ids=packed, use_cache=False).last_hidden_state[0]  # [L, D]
+        return tuple(layout.response_states(hidden, align) for align in aligns)
+
+    @cached_property
+    def padded(self) -> Padded:
+        """The dense arrangement."""
+        return pad(self.prompt_ids, self.response_ids, self.pad_id, self.device)
+
+    @cached_property
+    def _groups(self) -> list[tuple[Sequence[int], list[Sequence[int]]]]:
+        """Each prompt with the responses that follow each other under it."""
+        pairs = zip(self.prompt_ids, self.response_ids, strict=True)
+        return [
+            (prompt, [response for _, response in members])
+            for prompt, members in groupby(pairs, key=lambda pair: [*pair[0]])
+        ]
+
+    @cached_property
+    def _packed(self) -> tuple[tk.PrefixLayout, Tensor]:
+        """The layout, and the ids of all groups one after another, [1, L]."""
+        prompts = [prompt for prompt, _ in self._groups]
+        responses = [group for _, group in self._groups]
+        layout = tk.PrefixLayout.from_lengths(
+            map(len, prompts), [map(len, group) for group in responses]
+        )
+        return layout.to(self.device), layout.pack(prompts, responses).to(self.device)
+
+
+def sharing_refusal(trunk: nn.Module) -> str | None:
+    """Why a trunk cannot compute a prompt once for several responses, or None."""
+    try:
+        with tk.shared_prefix(trunk, _PROBE):
+            return None
+    except ValueError as error:
+        return str(error)
 
 
 def pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
@@ -72,3 +172,8 @@ def pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     for b, row in enumerate(rows):
         out[b, : len(row)] = torch.as_tensor(row, dtype=like.dtype)
     return out
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)

@@ -15,6 +15,8 @@ import tyro
 from tppo.label_openai import EndpointConfig
 from tppo.readers import ReadConfig
 
+Prefix = Literal["shared", "dense"]
+
 
 @dataclass(frozen=True)
 class SessionsConfig:
@@ -104,10 +106,13 @@ class LabelConfig:
 class RewardModelConfig:
     """Token reward model: three classes, local and global loss."""
 
+    model: str | None = None
+    """Local folder of a token classifier (or its trunk) with its tokenizer, whichever that is; by
+    default the trunk and the tokenizer of the SFT model."""
     epochs: int = 3
     batch_size: int = 32
     lr: float | None = None
-    """By default 1e-3 from scratch, 1e-5 with --model (the paper)."""
+    """By default 1e-3 from scratch, 1e-5 with --model or a model of its own (the paper)."""
     heldout_share: float = 0.1
     """Share of the labelled answers kept for accuracy and AUC."""
     local_weight: float = 0.4
@@ -129,7 +134,11 @@ class PPOConfig:
     max_passes: float = 2.0
     """At most this many passes over the prompts: a small file gets fewer steps."""
     batch_size: int = 64
+    """Prompts a step."""
+    responses_per_prompt: int = 1
+    """Responses sampled for each of them; the prompt is computed once for all."""
     minibatch_size: int = 32
+    """Responses an optimiser step."""
     epochs: int = 2
     lr: float | None = None
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
@@ -153,6 +162,8 @@ class PPOConfig:
     normalize: bool = True
     """Whiten the advantages."""
     grad_norm: float = 1.0
+    verify_prefix: bool = False
+    """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
     eval_every: int = 5
     """PPO steps between two looks at held-out relevance, which decides the weights kept."""
     min_format: float = 0.9
@@ -177,6 +188,8 @@ class EvalConfig:
 class Config:
     """Everything `tppo run` needs; each stage reads its own part."""
 
+    prefix: Prefix = "shared"
+    """shared computes a prompt once for all its responses; dense repeats it, to compare."""
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -192,6 +205,8 @@ def fill_defaults(config: Config, pretrained: bool) -> Config:
     sft, reward_model, ppo = (
         (2e-5, 1e-5, (5e-6, 1e-5)) if pretrained else (5e-3, 1e-3, (3e-4, 1e-3))
     )
+    if config.reward_model.model is not None:
+        reward_model = 1e-5
     prompt_loss = config.sft.prompt_loss
     return replace(
         config,

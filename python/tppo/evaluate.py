@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from rich.table import Table
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.batch import collate
+from tppo.batch import Batch
+from tppo.config import Prefix
 from tppo.label_rule import label_by_rule, relevance_share
 from tppo.mapping import fold
 from tppo.models import policy_logprobs
 from tppo.prompts import answer_text, has_format, parse_answer
-from tppo.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.rollout import HFRollout, Sampling
 from tppo.sessions import Session
 from tppo.tokenizer import decode
 
@@ -44,36 +45,42 @@ def evaluate_policy(
     *,
     batch_size: int,
     threshold: float,
+    prefix: Prefix = "shared",
 ) -> dict[str, Any]:
     """Sample one answer a session and judge them; KL is against `ref` at temperature 1."""
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    engine = HFRollout(model, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size)
+    engine = HFRollout(
+        model, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size, prefix=prefix
+    )
     rollout = engine.generate(prompts, sampling)
     texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
     figures = score_answers(sessions, texts, rollout.finish, threshold)
-    kl = _kl(model, ref, rollout, sampling.temperature, pad_id, batch_size)
+    batches = (
+        Batch(
+            rollout.prompt_ids[i : i + batch_size],
+            rollout.response_ids[i : i + batch_size],
+            pad_id,
+            model.device,
+            prefix,
+        )
+        for i in range(0, len(prompts), batch_size)
+    )
+    kl = _kl(model, ref, batches, sampling.temperature) / len(prompts)
     length = _mean([len(ids) for ids in rollout.response_ids])
     return figures | {"kl": kl, "length": length, "example": texts[0]}
 
 
 @torch.no_grad()
 def _kl(
-    model: PreTrainedModel,
-    ref: PreTrainedModel,
-    rollout: RolloutBatch,
-    temperature: float,
-    pad_id: int,
-    batch_size: int,
+    model: PreTrainedModel, ref: PreTrainedModel, batches: Iterable[Batch], temperature: float
 ) -> float:
-    """Mean over responses of sum_t log pi_T(y_t) - log ref(y_t), in nats."""
+    """Sum over responses of sum_t log pi_T(y_t) - log ref(y_t), in nats."""
     total = 0.0
-    for i in range(0, len(rollout.prompt_ids), batch_size):
-        part = slice(i, i + batch_size)
-        batch = collate(rollout.prompt_ids[part], rollout.response_ids[part], pad_id, model.device)
+    for batch in batches:
         logprobs, _ = policy_logprobs(model, batch, temperature)  # [B, T]
         ref_logprobs, _ = policy_logprobs(ref, batch, 1.0)  # [B, T]
         total += (logprobs - ref_logprobs).sum().item()
-    return total / len(rollout.prompt_ids)
+    return total
 
 
 def score_answers(

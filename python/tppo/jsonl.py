@@ -61,6 +61,11 @@ def has_surrogate(text: str) -> bool:
     return _SURROGATE.search(text) is not None
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """One JSON document, as `write_json` writes it."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
     """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF, blank lines are fine.
 

@@ -1,4 +1,7 @@
-"""Models of the trainer and the three ways it reads them, each only at response positions."""
+"""Models of the trainer and the three ways it reads them, each only at response positions.
+
+No way makes logits: the heads read the states of the response tokens.
+"""
 
 from __future__ import annotations
 
@@ -91,49 +94,51 @@ class Critic(nn.Module):
         return cls(model.base_model, model.config.hidden_size).to(device).eval()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Values before each response token [B, T], and after the last column [B]."""
-        hidden = hidden_states(self.trunk, batch)  # [B, P+T, D]
-        width, length = batch.prompt_length, batch.response_length
-        before = tk.response_states(hidden, width, length, "value", mask=batch.mask)
-        after = tk.response_states(hidden, width, length, "bootstrap", mask=batch.mask)
+        """Values before each response token [B, T], and after the last one [B]."""
+        before, after = batch.states(self.trunk, "value", "bootstrap")  # [B, T, D], [B, D]
         values = tk.token_head(before, self.head.weight, self.head.bias, batch.mask)
         return values, tk.token_head(after, self.head.weight, self.head.bias)
 
 
-def hidden_states(trunk: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states of a trunk over prompts and responses, [B, P+T, D]."""
-    output = trunk(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return output.last_hidden_state
+class RewardModel(nn.Module):
+    """A three-class token classifier that shares the policy's tokenizer."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Class logits at each response token, [B, T, 3]."""
+        return class_logits(self.model, batch)
+
+
+def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Class logits of a token classifier at each response token, [B, T, 3]."""
+    (states,) = batch.states(model.base_model, "reward")  # [B, T, D]
+    head = getattr(model, "score", None) or model.classifier
+    assert isinstance(head, nn.Linear)
+    return tk.token_head(states, head.weight, head.bias, batch.mask)
+
+
+def policy_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The states that `policy_head` reads, before each response token, [B, T, D]."""
+    (states,) = batch.states(model.base_model, "logprob")
+    return states
+
+
+def policy_head(model: PreTrainedModel) -> tk.FusedLMHead:
+    """The head of a causal LM; one of any family that agrees with the model's own logits."""
+    if not isinstance(getattr(model, "fused_head", None), tk.FusedLMHead):
+        model.fused_head = tk.FusedLMHead(model, verify=True)  # type: ignore[assignment]
+    return model.fused_head  # type: ignore[return-value]  # kept with the model: verified once
 
 
 def policy_logprobs(
     model: PreTrainedModel, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each response token under the policy, both [B, T]."""
-    length = batch.response_length
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=length + 1,
-        use_cache=False,
-    ).logits  # [B, 1+T, V]: the last prompt token's and the response's
-    states = tk.response_states(logits, 1, length, "logprob")  # [B, T, V]
-    return tk.token_logprobs(states, batch.targets, batch.mask, temperature=temperature)
-
-
-def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Class logits of the token reward model at each response token, [B, T, 3]."""
-    hidden = hidden_states(model.base_model, batch)  # [B, P+T, D]
-    states = tk.response_states(hidden, batch.prompt_length, batch.response_length, "reward")
-    head = getattr(model, "score", None) or model.classifier
-    assert isinstance(head, nn.Linear)
-    return tk.token_head(states, head.weight, head.bias, batch.mask)
+    states = policy_states(model, batch)  # [B, T, D]
+    return policy_head(model)(states, batch.targets, batch.mask, temperature=temperature)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """Token-level PPO (Ouyang et al., EMNLP 2025) with a frozen token reward model.
 
 One step:
-    responses    sampled from the policy at one temperature
+    responses    sampled from the policy at one temperature, G a prompt, prefilled once
     old, ref     log-probs of the same tokens under the policy and the frozen SFT model
     rewards      class of each token -> reward, times the length penalty
     advantages   GAE over reward - kl_coef * (log pi - log ref), whitened
     update       clipped policy loss and critic loss, `epochs` times over shuffled minibatches
+
+Every model reads a prompt once for its G responses, and every head reads the states of response
+tokens alone; the policy loss comes straight from them, without logits.
 """
 
 from __future__ import annotations
@@ -13,30 +16,34 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
-from tppo.batch import Batch, collate
-from tppo.config import PPOConfig
-from tppo.models import Critic, class_logits, policy_logprobs
+from tppo.batch import Batch
+from tppo.config import PPOConfig, Prefix
+from tppo.models import Critic, policy_head, policy_logprobs, policy_states
 from tppo.progress import say
 from tppo.reward_model import GuardError
 from tppo.rollout import Rollout, RolloutBatch, Sampling
 
 MAX_RATIO_DRIFT = 1e-4  # of the first minibatch of the first step, in fp32
+MAX_PREFIX_ERROR = 1e-4  # of shared against dense, of the largest value, in fp32
 
 
 class Models(NamedTuple):
-    """The four models of PPO; only policy and critic are trained."""
+    """The four models of PPO; only policy and critic are trained.
+
+    reward: gives class logits [B, T, 3] of a batch, at the policy's tokens.
+    """
 
     policy: PreTrainedModel
     ref: PreTrainedModel
     critic: Critic
-    reward: PreTrainedModel
+    reward: nn.Module
 
 
 class Experience(NamedTuple):
@@ -51,9 +58,11 @@ class Experience(NamedTuple):
     returns: Tensor  # [B, T]
     train_mask: Tensor  # [B, T] bool
 
-    def rows(self, index: Tensor) -> Experience:
-        """Some of the responses."""
-        return Experience(self.batch.rows(index), *(field[index] for field in self[1:]))
+    def rows(self, index: Sequence[int]) -> Experience:
+        """Some of the responses; T may shrink to the longest of them."""
+        batch = self.batch.rows(index)
+        length = batch.targets.shape[1]
+        return Experience(batch, *(field[index, :length] for field in self[1:]))
 
 
 class PPOTrainer:
@@ -69,9 +78,11 @@ class PPOTrainer:
         pad_id: int,
         eos_id: int,
         seed: int,
+        prefix: Prefix = "shared",
     ):
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
-        self.pad_id, self.eos_id, self.seed, self.step_count = pad_id, eos_id, seed, 0
+        self.pad_id, self.eos_id, self.seed, self.prefix = pad_id, eos_id, seed, prefix
+        self.step_count = 0
         models.ref.requires_grad_(False)
         models.reward.requires_grad_(False)
         assert config.lr is not None and config.critic_lr is not None
@@ -86,7 +97,10 @@ class PPOTrainer:
     def step(
         self, prompts: Sequence[Sequence[int]], suggested_lengths: Sequence[float]
     ) -> tuple[dict[str, float], RolloutBatch]:
-        """One PPO step on `prompts`; returns its metrics and the rollout."""
+        """One PPO step on `prompts`, one response for each row of them; its metrics, the rollout.
+
+        The G rows of one prompt follow each other.
+        """
         self.step_count += 1
         seed = step_seed(self.seed, self.step_count)
         rollout = self.rollout.generate(prompts, replace(self.sampling, seed=seed))
@@ -102,11 +116,11 @@ class PPOTrainer:
     ) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, token rewards, values and advantages of a rollout."""
         config, models, device = self.config, self.models, self.models.policy.device
-        batch = collate(rollout.prompt_ids, rollout.response_ids, self.pad_id, device)
+        batch = Batch(rollout.prompt_ids, rollout.response_ids, self.pad_id, device, self.prefix)
         old, _ = policy_logprobs(models.policy, batch, self.sampling.temperature)  # [B, T]
         ref, _ = policy_logprobs(models.ref, batch, self.sampling.temperature)  # [B, T]
         reward = tk.token_rewards(
-            class_logits(models.reward, batch),  # [B, T, 3]
+            models.reward(batch),  # [B, T, 3]
             batch.mask,
             mode=config.reward,
             suggested_length=None
@@ -144,30 +158,27 @@ class PPOTrainer:
 
     def update(self, experience: Experience) -> dict[str, float]:
         """`epochs` passes over shuffled minibatches; policy and critic step together."""
-        config, rows = self.config, experience.batch.input_ids.shape[0]
+        config, size = self.config, self.config.responses_per_prompt
+        groups = range(0, len(experience.batch.response_ids), size)
         rng = random.Random(step_seed(self.seed, self.step_count))
         parts: list[dict[str, float]] = []
         for _ in range(config.epochs):
-            order = torch.tensor(rng.sample(range(rows), rows), device=experience.values.device)
-            for index in order.split(config.minibatch_size):
-                parts.append(self._minibatch(experience.rows(index), not parts))
+            order = [i + j for i in rng.sample(groups, len(groups)) for j in range(size)]
+            for first in range(0, len(order), config.minibatch_size):
+                data = experience.rows(order[first : first + config.minibatch_size])
+                parts.append(self._minibatch(data, not parts))
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         return means | {"val/ratio_var": ratios.var(correction=0).item()}
 
     def _minibatch(self, data: Experience, first: bool) -> dict[str, float]:
         config, models = self.config, self.models
-        logprobs, entropy = policy_logprobs(models.policy, data.batch, self.sampling.temperature)
-        if first and self.step_count == 1:
-            check_step_zero_ratio(logprobs, data.logprobs, data.batch.mask)
-        policy = tk.ppo_loss(
-            logprobs,
-            data.logprobs,
-            data.advantages,
-            data.train_mask,
-            clip_low=config.clip,
-            clip_high=config.clip,
-        )
+        step_zero = first and self.step_count == 1
+        if step_zero and config.verify_prefix and data.batch.shares:
+            check_shared_prefix(models, data, self.sampling.temperature)
+        policy = self._policy_loss(data)
+        if step_zero:
+            check_step_zero_ratio(policy.logprobs, data.logprobs, data.train_mask)
         values, _ = models.critic(data.batch)  # [B, T]
         value = tk.value_loss(
             values,
@@ -178,24 +189,36 @@ class PPOTrainer:
         )
         self.optimizer.zero_grad()
         (policy.loss + value.loss).backward()
-        if first and self.step_count == 1:
+        if step_zero:
             check_gradients(models, data)
         for model in (models.policy, models.critic):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
         self.optimizer.step()
-        tokens = data.batch.mask.sum().clamp(min=1)
+        log_ratio = torch.where(data.train_mask, policy.logprobs - data.logprobs, 0.0)  # [B, T]
+        tokens = data.train_mask.sum().clamp(min=1)
         return {
-            "policy/approxkl_avg": (
-                0.5 * (logprobs.detach() - data.logprobs).square().sum() / tokens
-            ).item(),
+            "policy/approxkl_avg": (0.5 * log_ratio.square().sum() / tokens).item(),
             "policy/clipfrac_avg": policy.metrics.clip_fraction.item(),
-            "policy/entropy_avg": (entropy.detach().sum() / tokens).item(),
+            "policy/entropy_avg": (policy.entropy.sum() / tokens).item(),
             "loss/policy_avg": policy.loss.item(),
             "loss/value_avg": value.loss.item(),
             "val/clipfrac_avg": value.metrics.clip_fraction.item(),
             "val/ratio": policy.metrics.ratio_mean.item(),
             "val/explained_variance": value.metrics.explained_variance.item(),
         }
+
+    def _policy_loss(self, data: Experience) -> Any:
+        """The clipped loss of the policy on a minibatch; its gradient is computed with it."""
+        return policy_head(self.models.policy).loss(
+            policy_states(self.models.policy, data.batch),  # [B, T, D]
+            data.batch.targets,
+            data.logprobs,
+            data.advantages,
+            data.train_mask,
+            clip_low=self.config.clip,
+            clip_high=self.config.clip,
+            temperature=self.sampling.temperature,
+        )
 
     def train_mask(self, batch: Batch, category: Tensor) -> Tensor:
         """Every sampled token; the paper read literally: those of class 1 or 2, and EOS."""
@@ -242,6 +265,39 @@ def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
     drift = (ratio - 1).abs().max().item()
     if not drift < MAX_RATIO_DRIFT:
         raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
+
+
+def check_shared_prefix(models: Models, data: Experience, temperature: float) -> None:
+    """A shared prompt gives what dense prompts give: states of every model, and gradients.
+
+    Compared by the largest error over the largest value: log-probs, values, class logits, and the
+    gradients of policy and critic of the sum of a minibatch's log-probs and values.
+    Errors: GuardError naming the first of them that is off by 1e-4 or more.
+    """
+    results = []
+    for batch in (data.batch, data.batch.dense()):
+        logprobs, _ = policy_logprobs(models.policy, batch, temperature)  # [B, T]
+        values, _ = models.critic(batch)  # [B, T]
+        found = {"log-probs": logprobs, "values": values}
+        with torch.no_grad():
+            found["class logits"] = models.reward(batch)  # [B, T, 3]
+        for name, model in (("policy", models.policy), ("critic", models.critic)):
+            output = {"policy": logprobs, "critic": values}[name]
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+            kept = [g.flatten() for g in gradients if g is not None]
+            found[f"{name}'s gradients"] = torch.cat(kept)
+        results.append({name: tensor.detach() for name, tensor in found.items()})
+    shared, dense = results
+    for name, expected in dense.items():
+        error = (shared[name] - expected).abs().max().item()
+        error /= max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny)
+        if not error < MAX_PREFIX_ERROR:
+            raise GuardError(
+                f"step 0: {name} with a shared prefix differ from dense ones by {error:.1e} of the "
+                f"largest, expected < {MAX_PREFIX_ERROR:.0e}; --prefix dense goes on without it"
+            )
+    say("step 0: the shared prefix agrees with dense prompts, forward and backward")
 
 
 def check_gradients(models: Models, data: Experience) -> None:

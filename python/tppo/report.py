@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tppo.evaluate import evaluate_policy, print_table, repeat_last_query, score_answers
 from tppo.heat import HeatRow, print_heat, write_heat
-from tppo.jsonl import write_json
+from tppo.jsonl import read_json, write_json
 from tppo.models import load_policy
 from tppo.progress import say
 from tppo.prompts import encode_answer, prompt_text
@@ -18,7 +18,7 @@ from tppo.run import Run
 from tppo.sessions import Session
 from tppo.sft import Examples, continue_sft
 from tppo.tokenizer import token_offsets
-from tppo.train import new_trainer, read_json, suggested_lengths
+from tppo.train import new_trainer, suggested_lengths
 
 
 def evaluate(run: Run) -> None:
@@ -74,6 +74,7 @@ def _judge(
         run.sampling(temperature=temperature, seed=run.seed),
         batch_size=run.config.generate.batch_size,
         threshold=run.config.label.sentence_threshold,
+        prefix=run.config.prefix,
     )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
-from tppo.batch import Batch, collate, pad_rows
-from tppo.config import RewardModelConfig
+from tppo.batch import Batch, pad_rows
+from tppo.config import Prefix, RewardModelConfig
 from tppo.models import class_logits
 from tppo.progress import say, status
 
@@ -21,7 +21,7 @@ IRRELEVANT, RELEVANT = 1, 2  # classes of a token; 0 is a token of no labelled w
 
 
 class LabelledAnswer(NamedTuple):
-    """An answer with a class for each token and one (1 or 2) for the whole."""
+    """An answer in the reward model's tokens, a class for each and one (1 or 2) for the whole."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
@@ -33,19 +33,43 @@ class GuardError(RuntimeError):
     """A check that stands before PPO did not hold."""
 
 
+class Reader(Protocol):
+    """A token classifier, and how it reads prompts and responses, both as its token ids."""
+
+    model: PreTrainedModel
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits [B, T, 3] of the response tokens, and where there are any [B, T]."""
+
+
+class PolicyTokens:
+    """The reader of a classifier that shares the policy's tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, prefix: Prefix = "shared"):
+        self.model, self.pad_id, self.prefix = model, pad_id, prefix
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        batch = Batch(prompts, responses, self.pad_id, self.model.device, self.prefix)
+        return class_logits(self.model, batch), batch.mask
+
+
 def train_reward_model(
-    model: PreTrainedModel,
+    reader: Reader,
     train: Sequence[LabelledAnswer],
     config: RewardModelConfig,
     *,
-    pad_id: int,
     seed: int,
 ) -> list[dict[str, float]]:
     """Train on local and global loss; returns one row of losses an epoch.
 
-    Errors: GuardError if a parameter of the trunk gets no gradient in the first step.
+    Errors: GuardError if the trunk is frozen or no gradient reaches its embeddings in the first
+    step.
     """
-    rng = random.Random(seed)
+    model, rng = reader.model, random.Random(seed)
     assert config.lr is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     per_epoch = math.ceil(len(train) / config.batch_size)
@@ -56,7 +80,7 @@ def train_reward_model(
             losses = []
             for i in range(0, len(order), config.batch_size):
                 rows = [train[j] for j in order[i : i + config.batch_size]]
-                parts = _losses(model, rows, config, pad_id, seed + step)
+                parts = _losses(reader, rows, config, seed + step)
                 optimizer.zero_grad()
                 parts[0].backward()
                 if step == 0:
@@ -74,19 +98,15 @@ def train_reward_model(
 
 
 def _losses(
-    model: PreTrainedModel,
-    rows: Sequence[LabelledAnswer],
-    config: RewardModelConfig,
-    pad_id: int,
-    seed: int,
+    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, local and global loss of a batch."""
-    batch, labels, sentences = _collate(rows, pad_id, model.device)
+    logits, mask, labels = _read(reader, rows)
     result = tk.token_reward_loss(
-        class_logits(model, batch),  # [B, T, 3]
+        logits,
         labels,
-        batch.mask,
-        sentences,
+        mask,
+        torch.tensor([float(row.sentence) for row in rows], device=mask.device),  # [B]
         local_weight=config.local_weight,
         global_weight=config.global_weight,
         balance=config.balance,
@@ -97,19 +117,15 @@ def _losses(
 
 @torch.no_grad()
 def evaluate_reward_model(
-    model: PreTrainedModel,
-    data: Sequence[LabelledAnswer],
-    config: RewardModelConfig,
-    pad_id: int,
+    reader: Reader, data: Sequence[LabelledAnswer], config: RewardModelConfig
 ) -> dict[str, Any]:
-    """Accuracy over all tokens, and AUC of relevant against irrelevant ones."""
+    """Accuracy over all of its own tokens, and AUC of relevant against irrelevant ones."""
     scores, labels, hits, count = [], [], 0, 0
     for i in range(0, len(data), config.batch_size):
-        batch, label, _ = _collate(data[i : i + config.batch_size], pad_id, model.device)
-        logits = class_logits(model, batch)  # [B, T, 3]
-        hits += int((logits.argmax(-1) == label)[batch.mask].sum())
-        count += int(batch.mask.sum())
-        judged = batch.mask & (label > 0)
+        logits, mask, label = _read(reader, data[i : i + config.batch_size])
+        hits += int((logits.argmax(-1) == label)[mask].sum())
+        count += int(mask.sum())
+        judged = mask & (label > 0)
         scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
         labels.append(label[judged].cpu() == RELEVANT)
     score, relevant = torch.cat(scores), torch.cat(labels)
@@ -154,22 +170,25 @@ def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
 
 
 def check_trunk_gradients(model: PreTrainedModel) -> None:
-    """Stop if the trunk is frozen or gets no gradient: a head alone learns next to nothing."""
-    moves = False
+    """Stop if the trunk is frozen or gets no gradient: a head alone learns next to nothing.
+
+    A gradient at the input embeddings has come through every layer. A parameter that the forward
+    does not use (Longformer's global attention, an expert that no token chose) has none.
+    """
     for name, parameter in model.base_model.named_parameters():
-        if not parameter.requires_grad or parameter.grad is None:
-            raise GuardError(f"trunk parameter {name!r} gets no gradient: is it frozen?")
-        if not parameter.grad.isfinite().all():
+        if not parameter.requires_grad:
+            raise GuardError(f"trunk parameter {name!r} gets no gradient: it is frozen")
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
             raise GuardError(f"trunk parameter {name!r} has a gradient that is not finite")
-        moves = moves or bool(parameter.grad.any())
-    if not moves:
-        raise GuardError("every gradient of the reward model's trunk is zero")
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    reached = embeddings.grad
+    if reached is None or not reached.any():
+        raise GuardError("every gradient of the reward model's embeddings is zero")
 
 
-def _collate(
-    rows: Sequence[LabelledAnswer], pad_id: int, device: torch.device
-) -> tuple[Batch, Tensor, Tensor]:
-    batch = collate([r.prompt_ids for r in rows], [r.response_ids for r in rows], pad_id, device)
-    labels = pad_rows([r.categories for r in rows], batch.targets)  # [B, T] int64
-    sentences = torch.tensor([float(r.sentence) for r in rows], device=device)  # [B]
-    return batch, labels, sentences
+def _read(reader: Reader, rows: Sequence[LabelledAnswer]) -> tuple[Tensor, Tensor, Tensor]:
+    """Class logits [B, T, 3], mask [B, T] and labels, int64 [B, T], of some answers."""
+    logits, mask = reader([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+    labels = pad_rows([row.categories for row in rows], mask.long())
+    return logits, mask, labels

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
-from tppo.batch import collate
+from tppo.batch import pad
+from tppo.config import Prefix
 from tppo.progress import track
 
 
@@ -23,7 +24,7 @@ class Sampling:
 
 
 class RolloutBatch(NamedTuple):
-    """One response a prompt; `logprobs` are the engine's own where it reports them."""
+    """One prompt and one response a row; `logprobs` are the engine's own where it reports them."""
 
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]  # EOS included where `finish` is "eos"
@@ -40,17 +41,32 @@ class Rollout(Protocol):
 
 
 class HFRollout:
-    """transformers' `generate`, prompts sorted by length so that batches pad little."""
+    """transformers' `generate`, prompts sorted by length so that batches pad little.
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int, eos_id: int, batch_size: int = 256):
-        self.model, self.pad_id, self.eos_id, self.batch_size = model, pad_id, eos_id, batch_size
+    A prompt that stands in several rows of a batch is prefilled once for all of them (with
+    `prefix="dense"`: once for each).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        eos_id: int,
+        batch_size: int = 256,
+        prefix: Prefix = "shared",
+    ):
+        self.model, self.pad_id, self.eos_id = model, pad_id, eos_id
+        self.batch_size, self.prefix = batch_size, prefix
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str = "generate"
     ) -> RolloutBatch:
-        """One response a prompt, a function of the weights, the prompts and `sampling` alone."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        """One response a row, a function of the weights, the prompts and `sampling` alone."""
+        place: dict[tuple[int, ...], int] = {}
+        first = [place.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), first[i]))
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         responses: list[list[int]] = [[] for _ in prompts]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -64,10 +80,11 @@ class HFRollout:
         return RolloutBatch([[*p] for p in prompts], responses, None, finish)
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        batch = collate(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
+        batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
         output = self.model.generate(  # type: ignore[operator]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
+            past_key_values=self._prefill(prompts),
             generation_config=GenerationConfig(
                 do_sample=True,
                 temperature=sampling.temperature,
@@ -80,6 +97,27 @@ class HFRollout:
         )
         rows = output[:, batch.prompt_length :].tolist()
         return [_until(row, self.eos_id) for row in rows]
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
+        """Keys and values of every prompt but its last token, computed once a distinct prompt.
+
+        None where there is nothing to share, or the model keeps more than keys and values.
+        """
+        place: dict[tuple[int, ...], int] = {}
+        rows = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
+        if self.prefix == "dense" or len(place) == len(prompts) or max(map(len, prompts)) == 1:
+            return None
+        batch = pad([p[:-1] for p in place], [[] for _ in place], self.pad_id, self.model.device)
+        cache = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=True,
+        ).past_key_values
+        if type(cache) is not DynamicCache:
+            return None
+        cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        return cache
 
 
 def _until(row: list[int], eos_id: int) -> list[int]:

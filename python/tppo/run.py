@@ -25,30 +25,32 @@ from tppo.tokenizer import load_tokenizer
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data": ((), ("sessions",)),
     "sft": (("data/train.jsonl", "data/heldout.jsonl"), ("scratch", "sft", "generate")),
-    "generate": (("data/train.jsonl", "sft/model"), ("generate",)),
+    "generate": (("data/train.jsonl", "sft/model"), ("generate", "prefix")),
     "label": (("data/train.jsonl", "generate/answers.jsonl"), ("label",)),
     "map": (("sft/model", "generate/answers.jsonl", "label/labels.jsonl"), ()),
     "train-rm": (
-        ("sft/model", "generate/answers.jsonl", "map/categories.jsonl"),
-        ("reward_model",),
+        (
+            "sft/model", "generate/answers.jsonl", "label/labels.jsonl", "map/categories.jsonl",
+        ),
+        ("reward_model", "prefix"),
     ),
     "train": (
         (
             "data/train.jsonl", "data/heldout.jsonl", "sft/model", "map/lengths.json",
             "train-rm/model", "train-rm/report.json",
         ),
-        ("generate", "label", "ppo"),
+        ("generate", "label", "ppo", "prefix"),
     ),
     "eval": (
         ("data/train.jsonl", "data/test.jsonl", "sft/model", "train/model", "train/report.json"),
-        ("sft", "generate", "label", "eval"),
+        ("sft", "generate", "label", "eval", "prefix"),
     ),
     "heat": (
         (
             "data/test.jsonl", "sft/model", "map/lengths.json", "train-rm/model", "train/model",
             "train/critic.safetensors",
         ),
-        ("generate", "ppo", "eval"),
+        ("generate", "ppo", "eval", "prefix"),
     ),
 }  # fmt: skip
 
@@ -121,12 +123,19 @@ class Run:
         return inputs
 
     def _remedy(self, path: Path) -> str:
-        if path in (self.data, self.model):
+        if path in self._outside.values():
             return "is the path right?"
         return f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
 
+    @property
+    def _outside(self) -> dict[str, Path | None]:
+        """What a stage reads that the user names."""
+        reward = self.config.reward_model.model
+        own = None if reward is None else Path(reward)
+        return {"data": self.data, "sft": self.model, "train-rm": own}
+
     def _inputs(self, stage: str) -> list[Path]:
-        outside = {"data": self.data, "sft": self.model}.get(stage)
+        outside = self._outside.get(stage)
         inputs = [] if outside is None else [outside]
         return inputs + [self.path(relative) for relative in STAGES[stage][0]]
 

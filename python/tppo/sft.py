@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import tppo_kernels as tk
-from tppo.batch import Batch, collate
+from tppo.batch import Batch
 from tppo.config import SFTConfig
-from tppo.models import policy_logprobs, snapshot
+from tppo.models import policy_head, policy_logprobs, policy_states, snapshot
 from tppo.progress import status
 
 
@@ -121,7 +120,7 @@ def answer_loss(model: PreTrainedModel, data: Examples, batch_size: int, pad_id:
     total, count = 0.0, 0
     for i in range(0, len(data.prompts), batch_size):
         part = slice(i, i + batch_size)
-        batch = collate(data.prompts[part], data.answers[part], pad_id, model.device)
+        batch = _batch(data.prompts[part], data.answers[part], pad_id, model.device)
         logprobs, _ = policy_logprobs(model, batch, 1.0)  # [B, T]
         total -= logprobs.sum().item()
         count += int(batch.mask.sum())
@@ -129,20 +128,22 @@ def answer_loss(model: PreTrainedModel, data: Examples, batch_size: int, pad_id:
 
 
 def _answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    logprobs, _ = policy_logprobs(model, batch, 1.0)  # [B, T], 0 where masked
-    return -logprobs.sum() / batch.mask.sum()
+    states = policy_states(model, batch)  # [B, T, D]
+    return _mean_loss(model, states, batch.targets, batch.mask)
 
 
 def _full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """As `_answer_loss`, prompt tokens after the first included."""
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).logits[:, :-1]  # [B, P+T-1, V]
-    mask = batch.attention_mask[:, :-1].bool() & batch.attention_mask[:, 1:].bool()
-    logprobs, _ = tk.token_logprobs(logits, batch.input_ids[:, 1:], mask)
+    padded = batch.padded
+    hidden = padded.hidden(model.base_model)[:, :-1]  # [B, P+T-1, D]
+    real = padded.attention_mask.bool()
+    mask = real[:, :-1] & real[:, 1:]
+    return _mean_loss(model, hidden, padded.input_ids[:, 1:], mask)
+
+
+def _mean_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood; nothing as large as the logits is kept for backward."""
+    logprobs, _ = policy_head(model)(hidden, targets, mask, memory="recompute")  # 0 where masked
     return -logprobs.sum() / mask.sum()
 
 
@@ -157,9 +158,19 @@ def _batches(
         if len(order) < size:
             order = rng.sample(range(len(data.prompts)), len(data.prompts))
         rows, order = order[:size], order[size:]
-        yield collate(
+        yield _batch(
             [data.prompts[i] for i in rows], [data.answers[i] for i in rows], pad_id, device
         )
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> Batch:
+    """Dense: a session has one true answer, so there is no prompt to share."""
+    return Batch(prompts, answers, pad_id, device, prefix="dense")
 
 
 def _decay(step: int, config: SFTConfig) -> float:

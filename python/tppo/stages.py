@@ -12,18 +12,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.agreement import compare_files
+from tppo.aligned_reward import OwnTokens, start_reward_model
 from tppo.data import split_log, write_generated
 from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
 from tppo.label_batch import export_batch, import_batch
 from tppo.label_openai import LabelItem, label
 from tppo.label_rule import label_by_rule
-from tppo.labels import Label, iter_labels, write_labels
+from tppo.labels import Label, iter_labels, read_labels, write_labels
 from tppo.line_index import LineIndex
 from tppo.mapping import map_labels
-from tppo.models import load_policy, load_reward_model, new_policy, place
+from tppo.models import load_policy, new_policy, place
 from tppo.progress import say, track
 from tppo.prompts import SEPARATOR, encode_answer, prompt_text
-from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
+from tppo.reward_model import (
+    LabelledAnswer,
+    PolicyTokens,
+    Reader,
+    evaluate_reward_model,
+    train_reward_model,
+)
 from tppo.rollout import HFRollout
 from tppo.run import Answer, Run, answer_cap, answer_of, fit_prompts
 from tppo.sessions import DataError, Session, session_of
@@ -104,6 +111,7 @@ def generate(run: Run) -> None:
             pad_id=run.tokenizer.pad_token_id,
             eos_id=run.tokenizer.eos_token_id,
             batch_size=config.batch_size,
+            prefix=run.config.prefix,
         )
         rollout = engine.generate(
             [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.seed)
@@ -233,32 +241,64 @@ def _map_one(
 
 
 def train_rm(run: Run) -> None:
-    """The token reward model, its trunk started from SFT."""
+    """The token reward model, its trunk started from SFT or from a folder of its own."""
     with run.stage("train-rm") as out:
-        answers = {answer.id: answer for answer in run.answers()}
-        rows: dict[str, list[LabelledAnswer]] = {}
-        for line in read_jsonl(run.path("map/categories.jsonl")):
-            answer = answers[line.get("id", is_text, "a text")]
-            categories = line.get("categories", lambda v: isinstance(v, list), "a list")
-            sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
-            rows.setdefault(answer.session, []).append(
-                LabelledAnswer(answer.prompt_ids, answer.response_ids, categories, sentence)
+        config = run.config.reward_model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model, tokenizer = start_reward_model(
+                config, run.path("sft/model"), run.tokenizer, run.device
             )
-        config, pad_id = run.config.reward_model, run.tokenizer.pad_token_id
+        reader: Reader
+        if model.config.own_tokens:
+            reader = own = OwnTokens(model, tokenizer)
+            rows = _own_rows(run, own)
+        else:
+            reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
+            rows = _policy_rows(run)
         sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
         if len(sessions) < 2:
             raise DataError("1 session is labelled, expected at least 2: one is held out")
         n_heldout = max(1, round(config.heldout_share * len(sessions)))
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = load_reward_model(run.path("sft/model"), run.device)
-        history = train_reward_model(model, train, config, pad_id=pad_id, seed=run.seed)
-        report = evaluate_reward_model(model, heldout, config, pad_id)
+        history = train_reward_model(reader, train, config, seed=run.seed)
+        report = evaluate_reward_model(reader, heldout, config)
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
         model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
         write_jsonl(out / "metrics.jsonl", history)
         write_json(out / "report.json", report)
         auc = "unknown" if report["auc"] is None else f"{report['auc']:.3f}"
         say(f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers")
+
+
+def _policy_rows(run: Run) -> dict[str, list[LabelledAnswer]]:
+    """The labelled answers of every session in the policy's tokens."""
+    answers = {answer.id: answer for answer in run.iter_answers()}
+    rows: dict[str, list[LabelledAnswer]] = {}
+    for line in read_jsonl(run.path("map/categories.jsonl")):
+        answer = answers[line.get("id", is_text, "a text")]
+        categories = line.get("categories", lambda v: isinstance(v, list), "a list")
+        sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
+        rows.setdefault(answer.session, []).append(
+            LabelledAnswer(answer.prompt_ids, answer.response_ids, categories, sentence)
+        )
+    return rows
+
+
+def _own_rows(run: Run, reader: OwnTokens) -> dict[str, list[LabelledAnswer]]:
+    """The same in the reward model's own tokens: word labels mapped onto those."""
+    answers = {answer.id: answer for answer in run.iter_answers()}
+    labels = read_labels(run.path("label/labels.jsonl"))
+    readings = reader.read(
+        [decode(run.tokenizer, answers[item.id].prompt_ids) for item in labels],
+        [item.response for item in labels],
+    )
+    rows: dict[str, list[LabelledAnswer]] = {}
+    for item, (prompt, response, offsets) in zip(labels, readings, strict=True):
+        categories = map_labels(item.response, item.words, offsets)
+        rows.setdefault(answers[item.id].session, []).append(
+            LabelledAnswer(prompt, response, categories, item.sentence + 1)
+        )
+    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -18,8 +17,8 @@ from transformers import PreTrainedModel
 from tppo.checkpoint import load_latest, save_checkpoint
 from tppo.config import PPOConfig
 from tppo.evaluate import evaluate_policy, score_answers
-from tppo.jsonl import write_json, write_jsonl
-from tppo.models import Critic, load_reward_model, snapshot
+from tppo.jsonl import read_json, write_json, write_jsonl
+from tppo.models import Critic, RewardModel, load_reward_model, snapshot
 from tppo.ppo import Models, PPOTrainer
 from tppo.progress import say, status
 from tppo.prompts import parse_answer
@@ -72,7 +71,8 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         """One PPO step; looks at held-out users and writes a checkpoint when it is time."""
         start = time.monotonic()
-        rows = self.order[(step - 1) * self.batch_size : step * self.batch_size]
+        chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
+        rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         sessions = [self.sessions[i] for i in rows]
         lengths = suggested_lengths(self.settings, sessions)
         metrics, rollout = self.trainer.step([self.prompts[i] for i in rows], lengths)
@@ -117,6 +117,7 @@ class Loop:
             run.sampling(seed=run.seed),
             batch_size=run.config.generate.batch_size,
             threshold=run.config.label.sentence_threshold,
+            prefix=run.config.prefix,
         )
         qualifies = (
             figures["format"] >= self.config.min_format and figures["kl"] <= self.config.max_kl
@@ -187,21 +188,22 @@ class Loop:
 def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:
     """A trainer over `policy`, with reference and critic from SFT and the frozen reward model."""
     pad_id, eos_id = run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
-    batch_size = run.config.generate.batch_size
+    batch_size, prefix = run.config.generate.batch_size, run.config.prefix
     models = Models(
         policy=policy,
         ref=run.sft_model(),
         critic=Critic.from_policy(run.path("sft/model"), run.device),
-        reward=load_reward_model(run.path("train-rm/model"), run.device),
+        reward=RewardModel(load_reward_model(run.path("train-rm/model"), run.device)),
     )
     return PPOTrainer(
         models,
-        HFRollout(policy, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size),
+        HFRollout(policy, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size, prefix=prefix),
         run.config.ppo,
         sampling=run.sampling(),
         pad_id=pad_id,
         eos_id=eos_id,
         seed=run.seed,
+        prefix=prefix,
     )
 
 
@@ -229,8 +231,3 @@ def prompt_order(sessions: int, n: int, seed: int) -> list[int]:
     while len(order) < n:
         order += rng.sample(range(sessions), sessions)
     return order[:n]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON document."""
-    return json.loads(path.read_text(encoding="utf-8"))

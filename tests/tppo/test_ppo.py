@@ -6,15 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.batch import collate, pad_rows
+from tppo.batch import Batch, pad_rows
 from tppo.config import PPOConfig
-from tppo.models import Critic, load_policy, load_reward_model, policy_logprobs
+from tppo.models import Critic, RewardModel, load_policy, load_reward_model, policy_logprobs
 from tppo.ppo import Models, PPOTrainer, check_step_zero_ratio
 from tppo.reward_model import GuardError
 from tppo.rollout import HFRollout, RolloutBatch, Sampling
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 5]] * 4
+GROUPS = sorted(PROMPTS)  # four responses of each prompt
 CONFIG = PPOConfig(lr=1e-2, critic_lr=1e-2, batch_size=16, minibatch_size=8, kl_coef=0.05)
 
 
@@ -31,37 +32,41 @@ def folder(tmp_path_factory):
     return path
 
 
-def trainer(folder, config=CONFIG, seed=0):
+def trainer(folder, config=CONFIG, seed=0, prefix="shared"):
     cpu = torch.device("cpu")
     torch.manual_seed(1)
     policy = load_policy(folder, cpu)
-    reward = load_reward_model(folder, cpu)
+    reward = RewardModel(load_reward_model(folder, cpu))
     models = Models(policy, load_policy(folder, cpu), Critic.from_policy(folder, cpu), reward)
-    rollout = HFRollout(policy, pad_id=PAD, eos_id=EOS)
+    rollout = HFRollout(policy, pad_id=PAD, eos_id=EOS, prefix=prefix)
     return PPOTrainer(
-        models, rollout, config, sampling=Sampling(8), pad_id=PAD, eos_id=EOS, seed=seed
-    )
+        models, rollout, config, sampling=Sampling(8), pad_id=PAD, eos_id=EOS, seed=seed,
+        prefix=prefix,
+    )  # fmt: skip
 
 
 def test_batches_put_every_response_in_one_column():
-    batch = collate([[5, 6], [7]], [[8], [9, 1]], PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 8, 0], [0, 7, 9, 1]]
+    batch = Batch([[5, 6], [7]], [[8], [9, 1]], PAD)
     assert batch.mask.tolist() == [[True, False], [True, True]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
-    assert batch.targets.tolist() == [[8, 0], [9, 1]] and batch.prompt_length == 2
+    assert batch.targets.tolist() == [[8, 0], [9, 1]]
+    padded = batch.padded
+    assert padded.input_ids.tolist() == [[5, 6, 8, 0], [0, 7, 9, 1]]
+    assert padded.attention_mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert padded.position_ids.tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
+    assert padded.prompt_length == 2
     assert pad_rows([[1], [2, 3]], batch.targets).tolist() == [[1, 0], [2, 3]]
 
 
 def test_a_mask_comes_from_lengths_not_from_the_pad_id():
     """trl#5303: pad == eos must not drop the EOS of an answer."""
-    batch = collate([[5], [5]], [[8, EOS], [EOS]], EOS)
+    batch = Batch([[5], [5]], [[8, EOS], [EOS]], EOS)
     assert batch.mask.tolist() == [[True, True], [True, False]]
 
 
 def test_logprobs_are_those_of_each_sequence_alone(folder):
     policy = load_policy(folder, torch.device("cpu"))
     prompts, responses = [[5, 6, 7], [8]], [[9, EOS], [10, 11, 12, EOS]]
-    batch = collate(prompts, responses, PAD)
+    batch = Batch(prompts, responses, PAD)
     logprobs, entropy = policy_logprobs(policy, batch, 0.7)
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         logits = policy(torch.tensor([prompt + response])).logits[0].double() / 0.7
@@ -135,7 +140,7 @@ def test_a_step_moves_policy_and_critic_only(folder):
 def test_ppo_raises_the_reward_of_a_hand_made_reward_model(folder):
     """The head of the reward model is set so that one token is relevant, all others are not."""
     ppo = trainer(folder, replace(CONFIG, length_alpha=None, bootstrap_truncated=False))
-    reward = ppo.models.reward
+    reward = ppo.models.reward.model
     with torch.no_grad():
         reward.base_model.embed_tokens.weight.zero_()
         reward.base_model.embed_tokens.weight[:, 0] = -1.0
@@ -155,11 +160,15 @@ def test_ppo_raises_the_reward_of_a_hand_made_reward_model(folder):
     assert sum(scores[-2:]) / 2 > scores[0] + 0.5
 
 
-def test_the_step_zero_guard_sees_dropout(folder):
-    ppo = trainer(folder)
+def test_dropout_stops_before_the_first_update(folder):
+    ppo = trainer(folder, prefix="dense")
     ppo.models.policy.train()
     with pytest.raises(GuardError, match=r"max\|ratio - 1\|"):
         ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+    ppo = trainer(folder)
+    ppo.models.policy.train()
+    with pytest.raises(ValueError, match="dropout is 0.5"):  # it cannot be shared at all
+        ppo.step(GROUPS, [6.0] * len(GROUPS))
 
 
 def test_the_step_zero_guard_sees_a_second_temperature(folder):
@@ -190,7 +199,7 @@ def test_a_reward_model_that_rates_all_alike_only_warns(folder, capsys):
 
 
 def test_the_literal_train_mask_leaves_out_class_0_but_not_eos(folder):
-    batch = collate([[5], [5]], [[8, 9, EOS], [10, 11]], PAD)
+    batch = Batch([[5], [5]], [[8, 9, EOS], [10, 11]], PAD)
     category = torch.tensor([[0, 2, 0], [1, 0, 0]])
     literal = trainer(folder, replace(CONFIG, train_on_unlabelled=False))
     assert literal.train_mask(batch, category).tolist() == [
@@ -218,7 +227,7 @@ def test_only_cut_answers_bootstrap_and_only_without_the_length_penalty(folder):
 def test_values_of_cut_answers_come_from_their_last_token(folder):
     critic = Critic.from_policy(folder, torch.device("cpu"))
     torch.nn.init.normal_(critic.head.weight)
-    batch = collate([[5, 6], [7]], [[8, 9, 10], [11]], PAD)
+    batch = Batch([[5, 6], [7]], [[8, 9, 10], [11]], PAD)
     values, after = critic(batch)
     states = critic.trunk(torch.tensor([[5, 6, 8, 9, 10]])).last_hidden_state[0]
     alone = critic.head(states)[:, 0]
