@@ -1,0 +1,192 @@
+"""Every GPU kernel compiled for GPUs that are not here: no spills, shared memory within the limit.
+
+Triton: the host code of each operator runs on CPU tensors under a driver that compiles each launch
+for sm_80, sm_90 and sm_100 and runs nothing. CUDA: the kernels in the built extension are read.
+
+To add an operator: an entry in LAUNCHES, a function that makes every launch its host code can make
+(dtypes, masks, backward, short and long), and one in VARIED, a function of (i, dtype) that makes a
+call whose lengths and Python floats depend on i. Results are never computed: do not look at them.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import tppo_kernels as tk
+from tppo_kernels import _op
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton is not here, or interprets", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).parent.parent
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def whiten_launches():
+    for dtype in HALVES:
+        tk.whiten(torch.randn(3, 17).to(dtype))
+        x = torch.randn(8, 4096).to(dtype)
+        tk.whiten(x, x > 0, unbiased=False, shift_mean=False)
+
+
+def whiten_varied(i, dtype):
+    x = torch.randn(1 + i % 3, 1 + 331 * i).to(dtype)
+    tk.whiten(x, x > 0, eps=i / 100, unbiased=i % 2 == 0)
+
+
+LAUNCHES = {"whiten": whiten_launches}
+VARIED = {"whiten": whiten_varied}
+
+
+class Driver:
+    """What Triton asks of a driver to compile; each `device` has a cache of its own."""
+
+    def __init__(self, arch: int, device: int):
+        self.arch, self.device = arch, device
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def is_active(self):
+        return True
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+
+@pytest.fixture
+def compile_for(monkeypatch):
+    """`compile_for(arch, device, call)`: the kernels that a call would launch, by name."""
+    run = JITFunction.run
+    launched: dict[str, dict[int, object]] = defaultdict(dict)
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        launched[self.__name__][id(kernel)] = kernel
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(_op, "interpreting", lambda: True)  # Triton may take CPU tensors
+
+    def compile_for(arch, device, call):
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(arch, device))
+        launched.clear()
+        with tk.use_backend("triton"):
+            call()
+        return {name: list(kernels.values()) for name, kernels in launched.items()}
+
+    return compile_for
+
+
+def usage(code: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Registers, stack and so on by (architecture, function) of a binary."""
+    said = subprocess.run([TOOLS / "cuobjdump", "-res-usage", code], capture_output=True,
+                          text=True, check=True).stdout
+    found, arch, function = {}, "", ""
+    for line in said.splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ")
+        elif line.lstrip().startswith("Function "):
+            function = line.split()[1].rstrip(":")
+        elif "REG:" in line:
+            found[arch, function] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def spilled(ptx: str, folder: Path) -> int:
+    """Bytes of register spills, from the assembler's own report."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    arch = re.search(r"\.target\s+(\S+?)[\s,]", ptx)[1]
+    for assembler in ("ptxas", "ptxas-blackwell"):  # each refuses some architectures
+        report = subprocess.run([TOOLS / assembler, "-v", f"-arch={arch}", source, "-o",
+                                 folder / "kernel.cubin"], capture_output=True, text=True).stderr
+        bytes_ = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        if bytes_:
+            return int(bytes_[1]) + int(bytes_[2])
+    raise AssertionError(f"no assembler took {arch}: {report}")
+
+
+def test_every_triton_operator_is_compiled_here():
+    ops = {name for name, op in _op.OPS.items() if "triton" in op.order["cuda"]}
+    assert set(LAUNCHES) == set(VARIED) == ops
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_triton_compiles_without_spills(op, arch, compile_for, tmp_path):
+    launched = compile_for(arch, arch, LAUNCHES[op])
+    assert launched
+    for name, kernels in launched.items():
+        assert name.startswith(f"_{op}_") and name.endswith("_kernel"), name
+        for kernel in kernels:
+            assert kernel.metadata.target.arch == arch
+            assert kernel.metadata.shared <= SHARED_LIMIT[arch], name
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            (resources,) = usage(cubin).values()
+            if resources["STACK"] or resources["LOCAL"]:
+                assert not spilled(kernel.asm["ptx"], tmp_path), f"{name}: {kernel.src.signature}"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("op", VARIED)
+def test_triton_variants_over_fifty_lengths_and_floats(op, dtype, compile_for):
+    """Liger#146, fla#533: a recompilation for every length or temperature."""
+    launched = compile_for(90, 1000 + HALVES.index(dtype),
+                           lambda: [VARIED[op](i, dtype) for i in range(50)])
+    assert {name: len(kernels) for name, kernels in launched.items() if len(kernels) > 2} == {}
+
+
+def test_a_spill_would_be_seen(compile_for, tmp_path):
+    """The gate itself: a block far too large for one warp."""
+    (kernel,) = compile_for(90, 90, lambda: _wide_kernel[(1,)](
+        torch.empty(1), torch.empty(1), N=16384, num_warps=1))["_wide_kernel"]
+    assert spilled(kernel.asm["ptx"], tmp_path) > 0
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    (function,) = usage(cubin).values()
+    assert function["STACK"] or function["LOCAL"]
+
+
+@triton.jit
+def _wide_kernel(x_ptr, out_ptr, N: triton.language.constexpr):
+    x = triton.language.load(x_ptr + triton.language.arange(0, N))
+    top = triton.language.max(x, 0)
+    triton.language.store(out_ptr + triton.language.arange(0, N), x - top)
+
+
+def test_cuda_kernels_keep_everything_in_registers():
+    """STACK and LOCAL of 0 in the shipped binary: no spills, and no arrays in local memory."""
+    if _op.missing("cuda"):
+        pytest.skip(_op.missing("cuda"))
+    binary = Path(importlib.util.find_spec("tppo_kernels._C").origin)
+    if binary.stat().st_mtime < max(p.stat().st_mtime for p in (ROOT / "csrc").iterdir()):
+        pytest.skip("the extension is older than csrc: install it anew")
+    kernels = usage(binary)
+    assert {arch for arch, _ in kernels} == {"sm_80", "sm_90", "sm_100"}
+    assert not {name: k for name, k in kernels.items() if k["STACK"] or k["LOCAL"]}
