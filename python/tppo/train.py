@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tppo.aligned_reward import load_frozen
 from tppo.checkpoint import load_latest, save_checkpoint
 from tppo.config import PPOConfig
 from tppo.evaluate import evaluate_policy, score_answers
 from tppo.jsonl import read_json, write_json, write_jsonl
-from tppo.models import Critic, RewardModel, load_reward_model, snapshot
+from tppo.models import Critic, snapshot
 from tppo.ppo import Models, PPOTrainer
 from tppo.progress import say, status
 from tppo.prompts import parse_answer
@@ -193,7 +194,7 @@ def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:
         policy=policy,
         ref=run.sft_model(),
         critic=Critic.from_policy(run.path("sft/model"), run.device),
-        reward=RewardModel(load_reward_model(run.path("train-rm/model"), run.device)),
+        reward=load_frozen(run.path("train-rm/model"), run.tokenizer, run.device),
     )
     return PPOTrainer(
         models,

@@ -9,6 +9,7 @@ from tppo.models import load_reward_model
 from tppo.reward_model import (
     GuardError,
     LabelledAnswer,
+    PolicyTokens,
     area_under_curve,
     check_auc,
     check_trunk_gradients,
@@ -50,9 +51,10 @@ def test_it_starts_from_the_sft_trunk_and_learns(sft_folder):
     model = load_reward_model(sft_folder, torch.device("cpu"))
     trunk = LlamaForCausalLM.from_pretrained(sft_folder).model.state_dict()
     assert all(torch.equal(trunk[k], v) for k, v in model.base_model.state_dict().items())
-    before = evaluate_reward_model(model, answers(64, 1), CONFIG, 0)
-    history = train_reward_model(model, answers(800, 0), CONFIG, pad_id=0, seed=0)
-    after = evaluate_reward_model(model, answers(64, 1), CONFIG, 0)
+    reader = PolicyTokens(model, pad_id=0)
+    before = evaluate_reward_model(reader, answers(64, 1), CONFIG)
+    history = train_reward_model(reader, answers(800, 0), CONFIG, seed=0)
+    after = evaluate_reward_model(reader, answers(64, 1), CONFIG)
     assert history[-1]["loss"] < history[0]["loss"]
     assert after["auc"] > 0.95 and before["auc"] < 0.8 and after["accuracy"] > before["accuracy"]
 
@@ -61,7 +63,7 @@ def test_two_runs_are_bitwise_equal(sft_folder):
     def run():
         torch.manual_seed(0)
         model = load_reward_model(sft_folder, torch.device("cpu"))
-        history = train_reward_model(model, answers(64, 0), CONFIG, pad_id=0, seed=0)
+        history = train_reward_model(PolicyTokens(model, 0), answers(64, 0), CONFIG, seed=0)
         return history, model.state_dict()
 
     (history, one), (again, two) = run(), run()
@@ -72,7 +74,7 @@ def test_a_frozen_trunk_stops_training(sft_folder):
     model = load_reward_model(sft_folder, torch.device("cpu"))
     model.base_model.requires_grad_(False)
     with pytest.raises(GuardError, match="frozen"):
-        train_reward_model(model, answers(32, 0), CONFIG, pad_id=0, seed=0)
+        train_reward_model(PolicyTokens(model, 0), answers(32, 0), CONFIG, seed=0)
 
 
 def test_a_trunk_whose_gradients_are_zero_stops_training(sft_folder):
