@@ -48,7 +48,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 @lru_cache(maxsize=_REMEMBERED)
 def fold(text: str) -> str:
     """The words of a text as they are compared: case-folded, NFC, no punctuation, single spaces."""
-    return _Content(text, frozenset()).key
+    return _content(text).key
 
 
 def map_labels(
@@ -80,7 +80,7 @@ def map_labels(
             )
     marked = zip(offsets, special, strict=True) if special is not None else ()
     unseen = frozenset(i for (start, end), out in marked if out for i in range(start, end))
-    content = _Content(text, unseen)
+    content = _Content(text, unseen) if unseen else _content(text)
     categories = [NONE] * len(text)
     for first, last, label in _claims(content, words):
         for i in content.characters(first, last):
@@ -90,8 +90,10 @@ def map_labels(
 
 def _majority(categories: Sequence[int]) -> int:
     labelled = [category for category in categories if category != NONE]
+    if len(set(labelled)) < 2:
+        return labelled[0] if labelled else NONE
     counts = Counter(labelled)
-    return max(reversed(labelled), key=lambda category: counts[category], default=NONE)
+    return max(reversed(labelled), key=lambda category: counts[category])
 
 
 def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[int, int, int]]:
@@ -101,9 +103,14 @@ def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[i
     in_order = in_order or _match_in_order(content, keys, pieces=True)
     claims = [(*match, words[i][1]) for i, match in in_order.items()]
     taken = {unit for first, last, _ in claims for unit in range(first, last + 1)}
+    if in_order and len(taken) == len(content.units):  # every word is listed: the rule's labels always
+        return claims
+    occurrences: dict[str, list[tuple[str, int]]] = {}
+    for key, listed_word in zip(keys, words, strict=True):
+        occurrences.setdefault(key, []).append(listed_word)
     # The longest first, so that "sea" does not take a piece of "sea food".
-    for key in sorted(dict.fromkeys(filter(None, keys)), key=len, reverse=True):
-        listed = [words[i] for i, other in enumerate(keys) if other == key]
+    for key in sorted(filter(None, occurrences), key=len, reverse=True):
+        listed = occurrences[key]
         labels = [label for _, label in listed]
         everywhere = list(content.matches(key)) or list(content.matches(key, pieces=True))
         if not everywhere:
@@ -137,7 +144,7 @@ def _match_in_order(
     return found
 
 
-@dataclass
+@dataclass(slots=True)
 class _Unit:
     """One grapheme cluster of content: a letter with its accents, a whole emoji, a digit."""
 
@@ -195,28 +202,47 @@ class _Content:
         return not any(edge.bound or (edge.glued and not pieces) for edge in edges)
 
 
+@lru_cache(maxsize=64)  # a label is checked where it is read, and mapped right after
+def _content(text: str) -> _Content:
+    return _Content(text, frozenset())
+
+
 def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
     """The content of a text; what stands between leaves its trace in `gap` and `bound` only."""
     previous: _Unit | None = None
     between = ""
     for start, end in _clusters(text):
         base = text[start]
-        if start in unseen or (unicodedata.category(base) == "Cf" and base not in _SEPARATORS):
+        if start in unseen or _is_passed_over(base):
             continue
         if not _is_content(base):
             between += base
             continue
         cluster = text[start:end]
-        unit = _Unit(start, end, _fold(cluster), _is_emoji(cluster), False, False, False)
-        if not unit.key:  # a variation selector that varies nothing
+        key, emoji = _fold(cluster), _is_emoji(cluster)
+        if not key:  # a variation selector that varies nothing
             continue
-        sides = (text[previous.start], base) if previous else ("", base)
-        unit.gap = previous is None or _is_gap(sides, between)
-        if previous and not (unit.gap or unit.emoji or previous.emoji):
-            unit.bound = _is_bound(sides, between)
-        unit.glued = bool(between) and not unit.gap
+        if previous is None:
+            gap, bound = True, False
+        else:
+            gap, bound = _joint(text[previous.start], between, base)
+            bound = bound and not (gap or emoji or previous.emoji)
+        unit = _Unit(start, end, key, emoji, gap, bound, bool(between) and not gap)
         yield unit
         previous, between = unit, ""
+
+
+def _joint(before: str, between: str, after: str) -> tuple[bool, bool]:
+    """Whether words end where `between` stands, and whether none can end there."""
+    return (_short_joint if len(between) < 2 else _any_joint)(before, between, after)
+
+
+def _any_joint(before: str, between: str, after: str) -> tuple[bool, bool]:
+    sides = (before, after)
+    return _is_gap(sides, between), _is_bound(sides, between)
+
+
+_short_joint = lru_cache(maxsize=_REMEMBERED)(_any_joint)
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
@@ -247,6 +273,11 @@ def _extends(text: str, start: int, i: int) -> bool:
 def _fold(cluster: str) -> str:
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", cluster).casefold())
     return "".join(character for character in folded if character not in _VARIATION)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _is_passed_over(base: str) -> bool:
+    return unicodedata.category(base) == "Cf" and base not in _SEPARATORS
 
 
 @lru_cache(maxsize=_REMEMBERED)

@@ -1,9 +1,10 @@
 """A generated log of a million sessions through inspect, data, label and map: rate and memory.
 
 `python tests/tppo/million.py --sessions 1000000 --out DIR` runs each stage as its own process on
-answers that are made without a model.  It prints, for each, sessions per second of processor time
-in the first and in the last third (another load on the machine does not move them), and the peak
+answers that are made without a model.  For each it prints sessions per second of processor time in
+every tenth of the way (another load on the machine moves them less than wall time) and the peak
 resident memory, of which torch and transformers take their part ("idle") before anything is read.
+It fails where the last tenth is slower than 0.8 of the first, or the memory is out of bounds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def peak():
     kib = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
     print(f"peak {int(kib) / 1024:.0f} MiB", file=sys.stderr)
 atexit.register(peak)
+import tppo.progress
+tppo.progress.INTERVAL_S = float(sys.argv.pop(1))
 if sys.argv[1] == "idle":
     import torch, transformers
     import tppo.stages
@@ -34,6 +37,9 @@ else:
     from tppo.cli import main
     main(sys.argv[1:])
 """
+SLOWEST = 0.8  # of the first tenth's rate
+MOST_BYTES = 256  # a session, for the hashes of what was seen; as objects it takes thousands
+MOST_MIB = 96  # beyond the idle peak and the hashes
 
 
 def write_log(path: Path, sessions: int) -> None:
@@ -77,30 +83,45 @@ def prepare(out: str) -> None:
     write_jsonl(root / "generate" / "answers.jsonl", rows())
 
 
-def measure(name: str, arguments: list[str]) -> dict[str, object]:
+def measure(name: str, arguments: list[str], interval_s: float) -> dict[str, object]:
     """Run one stage; its seconds, its peak memory, its rates from the lines it prints."""
     start = time.monotonic()
-    command = [sys.executable, "-c", STAGE, *arguments]
+    command = [sys.executable, "-c", STAGE, str(interval_s), *arguments]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    marks, peak = [], None
+    marks, peak = [], 0
     for line in process.stderr:
         print(f"  {line.rstrip()}", flush=True)
         if found := re.match(rf"{name}[^/]*? (\d+) [\d.e+]+/s", line):
-            marks.append((_processor_seconds(process.pid), int(found[1])))
+            marks.append((int(found[1]), _processor_seconds(process.pid)))
         if found := re.match(r"peak (\d+) MiB", line):
             peak = int(found[1])
     if process.wait() != 0:
         sys.exit(f"{name} failed with status {process.returncode}")
-    third = len(marks) // 3
-    rates = [
-        round((part[-1][1] - part[0][1]) / (part[-1][0] - part[0][0]))
-        for part in (marks[: third + 1], marks[-third - 1 :])
-        if len(part) > 1
-    ]
     seconds = round(time.monotonic() - start, 1)
-    return {"stage": name, "seconds": seconds, "peak_mib": peak, "per_cpu_second": rates}
+    count = marks[-1][0] if marks else 0
+    return {"stage": name, "seconds": seconds, "sessions": count, "peak_mib": peak,
+            "per_cpu_second": tenths(marks)}  # fmt: skip
+
+
+def tenths(marks: list[tuple[int, float]]) -> list[int]:
+    """Rate in each tenth between the first and the last of (count, seconds), interpolated."""
+    if len(marks) < 2 or marks[0][0] == marks[-1][0]:
+        return []
+    first, last = marks[0][0], marks[-1][0]
+    edges = [first + (last - first) * i / 10 for i in range(11)]
+    times = [_at(marks, edge) for edge in edges]
+    step = (last - first) / 10
+    return [round(step / max(b - a, 1e-9)) for a, b in zip(times, times[1:], strict=False)]
+
+
+def _at(marks: list[tuple[int, float]], count: float) -> float:
+    """Seconds when that many were done."""
+    for (a, start), (b, end) in zip(marks, marks[1:], strict=False):
+        if count <= b and b > a:
+            return start + (end - start) * (count - a) / (b - a)
+    return marks[-1][1]
 
 
 def _processor_seconds(pid: int) -> float:
@@ -108,11 +129,26 @@ def _processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def faults(results: list[dict], slowest: float = SLOWEST) -> list[str]:
+    """What does not hold: a rate that falls, memory that grows with more than the hashes."""
+    idle = next((result["peak_mib"] for result in results if result["stage"] == "idle"), None)
+    found = []
+    for result in results:
+        name, rates = result["stage"], result["per_cpu_second"]
+        if rates and rates[-1] < slowest * rates[0]:
+            found.append(f"{name}: {rates[0]}/s in the first tenth, {rates[-1]}/s in the last")
+        most = MOST_MIB + MOST_BYTES * result["sessions"] / 2**20
+        if idle is not None and result["peak_mib"] > idle + most:
+            found.append(f"{name}: peak {result['peak_mib']} MiB, idle {idle}, more than {most:.0f}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sessions", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("runs/million"))
     parser.add_argument("--stages", nargs="*", help="some of them, in order; by default all")
+    parser.add_argument("--interval", type=float, default=2.0, help="seconds between two lines")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     log, run = options.out / "log.jsonl", str(options.out / "run")
@@ -127,9 +163,12 @@ def main() -> None:
         "label": ["label", "--out", run],
         "map": ["map", "--out", run],
     }
-    results = [measure(name, stages[name]) for name in options.stages or stages]
+    names = options.stages or stages
+    results = [measure(name, stages[name], options.interval) for name in names]
     for result in results:
         print(json.dumps(result))
+    if found := faults(results):
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -305,6 +305,8 @@ def test_empty_input():
     assert map_labels("", [], [(0, 0)]) == [0]
     assert map_labels("red", [], [(0, 3)]) == [0]
     assert word_spans("") == word_spans(" ,. \n") == []
+    with pytest.raises(ValueError, match="no word 'red' in the response ''"):
+        map_labels("", [("red", 1)], [])
 
 
 def test_labels_and_offsets_out_of_range_are_named():
