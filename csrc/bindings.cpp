@@ -22,13 +22,56 @@ T* at(Address address) {
   if (error) throw std::runtime_error(error);
 }
 
+#if TPPO_CUDA
+using TokensTuple = std::tuple<Address, int, int64_t>;
+using MaskTuple = std::tuple<Address, int64_t>;
+using PerSequenceTuple = std::tuple<Address, int, int64_t, float>;
+
+tppo::Tokens tokens(const TokensTuple& x) {
+  return {at<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+tppo::Mask mask(const MaskTuple& x) { return {at<uint8_t>(std::get<0>(x)), std::get<1>(x)}; }
+
+tppo::PerSequence per_sequence(const PerSequenceTuple& x) {
+  return {at<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+// (offsets, B, T, rewards, values, mask, gamma, lam, value_lam, bootstrap)
+using Described =
+    std::tuple<Address, int64_t, int64_t, TokensTuple, TokensTuple, MaskTuple, PerSequenceTuple,
+               PerSequenceTuple, PerSequenceTuple, PerSequenceTuple>;
+
+tppo::GaeInputs gae_inputs(const Described& in) {
+  return {{at<int32_t>(std::get<0>(in)), std::get<1>(in), std::get<2>(in)},
+          tokens(std::get<3>(in)), tokens(std::get<4>(in)), mask(std::get<5>(in)),
+          per_sequence(std::get<6>(in)), per_sequence(std::get<7>(in)),
+          per_sequence(std::get<8>(in)), per_sequence(std::get<9>(in))};
+}
+#endif
+
 void bind_gae(py::module_& m) {
   using namespace tppo;
-  m.def("gae_step", [](float next_value, float advantage, float value_target, float reward,
-                       float value, float gamma, float lam, float value_lam) {
-    const auto next = gae_step({next_value, advantage, value_target}, reward, value, gamma, lam,
-                               value_lam);
-    return py::make_tuple(next.next_value, next.advantage, next.value_target);
+  using Map = std::tuple<float, float, float, float>;
+  const auto map = [](const Map& m) {
+    return GaeMap{std::get<0>(m), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
+  };
+  const auto tuple = [](const GaeMap& m) {
+    return Map{m.decay, m.add, m.value_decay, m.value_add};
+  };
+  m.def("gae_map", [=](float reward, float value, float gamma, float lam, float value_lam) {
+    return tuple(gae_map(reward, value, {gamma, lam, value_lam}));
+  });
+  m.def("gae_join", [=](const Map& before, const Map& behind) {
+    return tuple(gae_join(map(before), map(behind)));
+  });
+  m.def("gae_apply", [=](const Map& of, float x, float y) {
+    const GaeCarry carry = gae_apply(map(of), {x, y});
+    return std::make_tuple(carry.x, carry.y);
+  });
+  m.def("gae_result", [](float reward, float value, float x, float y, float gamma) {
+    const GaeResult result = gae_result(reward, value, {x, y}, {gamma, 0.f, 0.f});
+    return std::make_tuple(result.advantage, result.returns);
   });
   m.def("gae_fwd", [](Address rewards, Address values, Address mask, Address lam,
                       Address value_lam, Address bootstrap, Address offsets, float gamma,
@@ -39,14 +82,10 @@ void bind_gae(py::module_& m) {
             at<float>(advantages), at<float>(returns), threads);
   });
 #if TPPO_CUDA
-  m.def("gae_fwd_cuda", [](Address rewards, Address values, Address mask, Address lam,
-                           Address value_lam, Address bootstrap, Address offsets, Address gamma,
-                           int64_t B, int64_t T, Address advantages, Address returns,
-                           Address stream) {
-    check(gae_fwd_cuda(at<float>(rewards), at<float>(values), at<uint8_t>(mask), at<float>(lam),
-                       at<float>(value_lam), at<float>(bootstrap), at<int32_t>(offsets),
-                       at<float>(gamma), B, T, at<float>(advantages), at<float>(returns),
-                       at<void>(stream)));
+  m.def("gae_fwd_cuda", [](const Described& in, bool wide, int parts, Address maps,
+                           Address advantages, Address returns, Address stream) {
+    check(gae_fwd_cuda(gae_inputs(in), wide, parts, at<float>(maps), at<float>(advantages),
+                       at<float>(returns), at<void>(stream)));
   });
 #endif
 }

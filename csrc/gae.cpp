@@ -13,15 +13,17 @@ void gae_fwd(const float* rewards, const float* values, const uint8_t* mask, con
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = offsets ? offsets[b] : b * T;
       const int64_t end = offsets ? offsets[b + 1] : (b + 1) * T;
-      GaeCarry carry{bootstrap[b], 0.f, 0.f};
+      const GaeScale scale{gamma, lam[b], value_lam[b]};
+      GaeCarry carry{bootstrap[b], bootstrap[b]};
       for (int64_t i = end - 1; i >= begin; --i) {
         if (mask && !mask[i]) {
           advantages[i] = returns[i] = 0.f;
           continue;
         }
-        carry = gae_step(carry, rewards[i], values[i], gamma, lam[b], value_lam[b]);
-        advantages[i] = carry.advantage;
-        returns[i] = carry.value_target + values[i];
+        const GaeResult result = gae_result(rewards[i], values[i], carry, scale);
+        advantages[i] = result.advantage;
+        returns[i] = result.returns;
+        carry = gae_apply(gae_map(rewards[i], values[i], scale), carry);
       }
     }
   });

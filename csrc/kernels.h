@@ -47,12 +47,37 @@ void whiten_stats(const float* x, const uint8_t* mask, int64_t n, double* moment
 void whiten_fwd(const float* x, const uint8_t* mask, int64_t n, const double* moments, double eps,
                 bool unbiased, bool shift_mean, float* out, int threads);
 
-#if TPPO_CUDA
-// Returns null, or the CUDA error's text. gamma: one float on the device.
-const char* gae_fwd_cuda(const float* rewards, const float* values, const uint8_t* mask,
-                         const float* lam, const float* value_lam, const float* bootstrap,
-                         const int32_t* offsets, const float* gamma, int64_t B, int64_t T,
-                         float* advantages, float* returns, void* stream);
-#endif
+// Inputs of the GPU's sequence operators, read in their own types (`dtype` of `Dtype`).
+struct Tokens {  // [B, T] with rows `stride` elements apart, or packed [N]
+  const void* data;
+  int dtype;
+  int64_t stride;
+};
+struct Mask {  // the same of bool; null: all True
+  const uint8_t* data;
+  int64_t stride;
+};
+struct PerSequence {  // [B], or one value for all (stride 0); null: the number `value`
+  const void* data;
+  int dtype;
+  int64_t stride;
+  float value;
+};
+struct Sequences {  // offsets [B + 1] of a packed batch, or null: B padded rows of T
+  const int32_t* offsets;
+  int64_t B, T;
+};
+
+struct GaeInputs {
+  Sequences sequences;
+  Tokens rewards, values;
+  Mask mask;
+  PerSequence gamma, lam, value_lam, bootstrap;
+};
+
+// Each returns null, or the CUDA error's text. Outputs are dense fp32, [B, T] or [N]; `parts` > 1
+// splits each sequence over blocks, through maps [4 B parts].
+const char* gae_fwd_cuda(const GaeInputs& in, bool wide, int parts, float* maps, float* advantages,
+                         float* returns, void* stream);
 
 }  // namespace tppo

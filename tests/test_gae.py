@@ -89,7 +89,7 @@ def test_carry_equals_compression_200_cases(backend):
 
 
 @pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
-def test_step_functor_is_the_kernel():
+def test_step_functors_are_the_kernel():
     """The step that the C++ and the CUDA kernel share, walked in Python."""
     import tppo_kernels._C as compiled
 
@@ -97,14 +97,41 @@ def test_step_functor_is_the_kernel():
     actual = tk.gae(rewards, values, mask, gamma=0.97, lam=0.9, value_lam=0.6,
                     bootstrap=torch.ones(3))
     for b in range(3):
-        carry = (1.0, 0.0, 0.0)
+        carry = (1.0, 1.0)
         for t in reversed(range(12)):
             if mask[b, t]:
-                carry = compiled.gae_step(*carry, float(rewards[b, t]), float(values[b, t]), 0.97,
-                                          0.9, 0.6)
-                assert carry[0] == float(values[b, t])
-                assert carry[1] == pytest.approx(float(actual.advantages[b, t]), abs=2e-6)
-                assert carry[2] + carry[0] == pytest.approx(float(actual.returns[b, t]), abs=2e-6)
+                token = (float(rewards[b, t]), float(values[b, t]))
+                advantage, back = compiled.gae_result(*token, *carry, 0.97)
+                assert advantage == pytest.approx(float(actual.advantages[b, t]), abs=1e-6)
+                assert back == pytest.approx(float(actual.returns[b, t]), abs=1e-6)
+                carry = compiled.gae_apply(compiled.gae_map(*token, 0.97, 0.9, 0.6), *carry)
+
+
+@pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.integers(1, 30), st.data())
+def test_maps_join_wherever_a_stretch_is_cut(seed, T, data):
+    """Associativity: applying the join of two stretches is applying one, then the other."""
+    import tppo_kernels._C as compiled
+
+    g = torch.Generator().manual_seed(seed)
+    gamma, lam, value_lam, x, y = torch.rand(5, generator=g).tolist()
+    tokens = torch.randn(T, 2, generator=g).tolist()
+    maps = [compiled.gae_map(*token, gamma, lam, value_lam) for token in tokens]
+    identity = (1.0, 0.0, 1.0, 0.0)
+
+    def joined(part):
+        """By a random tree over the maps of a part."""
+        if len(part) < 2:
+            return part[0] if part else identity
+        cut = data.draw(st.integers(1, len(part) - 1))
+        return compiled.gae_join(joined(part[:cut]), joined(part[cut:]))
+
+    carry = (x, y)
+    for one in reversed(maps):
+        carry = compiled.gae_apply(one, *carry)
+    assert compiled.gae_apply(joined(maps), x, y) == pytest.approx(carry, rel=1e-5, abs=1e-5)
+    assert compiled.gae_join(identity, maps[0]) == compiled.gae_join(maps[0], identity) == maps[0]
 
 
 SHAPES = [(2, 1), (3, 7), (2, 63), (2, 64), (2, 65), (2, 1000), (0, 5), (3, 0), (65, 3)]

@@ -1,4 +1,8 @@
-"""`gae` on an NVIDIA GPU through the compiled extension, on the current stream."""
+"""`gae` on an NVIDIA GPU through the compiled extension, on the current stream.
+
+17 B a token, each moved once, in one launch: a parallel scan by a warp or a block a sequence. Few
+long sequences are split over blocks, and a first launch reads them for the maps of their parts.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,86 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._native import address, per_sequence
-from ._cpp import dense, supports
+from ..._launch import launching_on, scalar
+from ._cpp import supports
 
 __all__ = ["fwd", "supports"]
+
+CHUNK = 2048  # tokens that a block takes at once
+NARROW = 512  # tokens up to which a warp is enough for a sequence, where sequences are many
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/kernels.h
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """Per-token data [B, T] or [N] with adjacent tokens; rows may lie apart."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def rows(x: Tensor | None) -> tuple[int, int, int]:
+    """(address, dtype, elements from row to row) of dense [B, T] or [N]."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))
+
+
+def mask_rows(mask: Tensor | None) -> tuple[int, int]:
+    """(address, elements from row to row) of a dense mask; none is all True."""
+    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+
+
+def column(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, float]]:
+    """A 0-d or [B] argument, or 0: what has to stay alive, and (address, dtype, stride, value)."""
+    value = 0.0
+    if x is not None and x.dim() == 0:
+        value, x = scalar(x)
+    elif x is not None and x.dtype == torch.float64:
+        x = x.float()
+    if x is None:
+        return None, (0, 0, 0, value)
+    return x, (x.data_ptr(), DTYPES[x.dtype], x.stride(0) if x.dim() else 0, 0.0)
+
+
+def plan(batch: int, tokens: int) -> tuple[bool, int]:
+    """(whether a block walks a sequence, or a warp; into how many parts a sequence is split).
+
+    By shapes alone: the same call gives the same bits.
+    """
+    length = tokens // max(1, batch)
+    if length <= NARROW and batch >= 1024:
+        return False, 1
+    chunks = -(-length // CHUNK)
+    return True, min(chunks, 512 // max(1, batch)) if batch <= 64 and chunks >= 4 else 1
+
+
+class Arguments:
+    """The arguments of a walk as the extension takes them, and the tensors behind them, alive."""
+
+    def __init__(self, rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor,
+                 lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
+                 cu_seqlens: Tensor | None):
+        self.batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.wide, self.parts = plan(self.batch, rewards.numel())
+        tokens = [dense(x) for x in (rewards, values, mask)]
+        offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        pairs = [column(x) for x in (gamma, lam, lam if value_lam is None else value_lam,
+                                     bootstrap)]
+        maps = rewards.new_empty(4 * self.batch * self.parts if self.parts > 1 else 0,
+                                 dtype=torch.float32)
+        self.alive = (tokens, offsets, pairs, maps)
+        self.maps = maps.data_ptr()
+        self.described = (0 if offsets is None else offsets.data_ptr(), self.batch,
+                          rewards.shape[-1], rows(tokens[0]), rows(tokens[1]),
+                          mask_rows(tokens[2]), *(description for _, description in pairs))
 
 
 def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,
         value_lam: Tensor | None, bootstrap: Tensor | None,
         cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """(advantages, returns), fp32, of padded [B, T] or packed [N] inputs."""
-    batch, arguments = dense(rewards, values, mask, lam, value_lam, bootstrap, cu_seqlens)
-    discount = per_sequence(gamma, 1, rewards)  # on the device: gamma may be a tensor there
     advantages = torch.empty(rewards.shape, device=rewards.device)
     returns = torch.empty_like(advantages)
-    with torch.cuda.device(rewards.device):
-        _C.gae_fwd_cuda(*map(address, arguments), discount.data_ptr(), batch, rewards.shape[-1],
-                        advantages.data_ptr(), returns.data_ptr(),
-                        torch.cuda.current_stream().cuda_stream)
+    if rewards.numel():
+        with launching_on(rewards):
+            given = Arguments(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens)
+            _C.gae_fwd_cuda(given.described, given.wide, given.parts, given.maps,
+                            advantages.data_ptr(), returns.data_ptr(),
+                            torch.cuda.current_stream().cuda_stream)
     return advantages, returns
