@@ -27,3 +27,8 @@ def launching_on(x: Tensor) -> AbstractContextManager:
     if x.is_cpu or x.device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(x.device)
+
+
+def current_stream(x: Tensor) -> int:
+    """The stream that a compiled kernel is launched on; 0 on the CPU, where tests emulate one."""
+    return 0 if x.is_cpu else torch.cuda.current_stream().cuda_stream

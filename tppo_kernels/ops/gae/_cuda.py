@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._launch import launching_on, scalar
+from ..._launch import current_stream, launching_on, scalar
 from ._cpp import supports
 
 __all__ = ["fwd", "supports"]
@@ -91,6 +91,5 @@ def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam
         with launching_on(rewards):
             given = Arguments(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens)
             _C.gae_fwd_cuda(given.described, given.wide, given.parts, given.maps,
-                            advantages.data_ptr(), returns.data_ptr(),
-                            torch.cuda.current_stream().cuda_stream)
+                            advantages.data_ptr(), returns.data_ptr(), current_stream(rewards))
     return advantages, returns
