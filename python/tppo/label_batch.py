@@ -7,51 +7,62 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tppo.fingerprints import Fingerprints
 from tppo.jsonl import DataError, is_text, read_jsonl, write_jsonl
 from tppo.label_cache import Work, chat_request, judgement_in
 from tppo.label_openai import EndpointConfig, check, need_libraries
 from tppo.label_prompt import RESPONSE_FORMAT, BadAnswer, LabelItem, prompt
+from tppo.mapping import fold
 from tppo.progress import say, track
 
 MOST_REQUESTS = 50_000  # of one file, at OpenAI
 
 
 def export_batch(
-    items: Sequence[LabelItem], config: EndpointConfig, cache: Path, path: str | os.PathLike[str]
+    items: Iterable[LabelItem], config: EndpointConfig, cache: Path, path: str | os.PathLike[str]
 ) -> int:
     """Write a request for every item that the cache lacks, each content once; returns their number.
 
     Errors: ImportError without the libraries; ValueError for a configuration that cannot work.
     """
-    work = _work(items, config, cache)
-    write_jsonl(
-        path,
-        (
-            {
-                "custom_id": key,
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": {
-                    **chat_request(config, [{"role": "user", "content": prompt(item)}]),
-                    "response_format": RESPONSE_FORMAT,
-                },
-            }
-            for key, item in work.waiting.items()
-        ),
-    )
-    count = len(work.waiting)
-    say(f"{path}: {count} requests; {len(work.judged)} answers are in the cache already")
+    counts: Counter[str] = Counter()
+    write_jsonl(path, _requests(items, config, _work(config, cache), counts))
+    count = counts["requests"]
+    say(f"{path}: {count} requests; {counts['known']} answers are in the cache already")
     if count > MOST_REQUESTS:
         say(f"OpenAI takes {MOST_REQUESTS:,} requests a file: split it by lines before it is sent")
     return count
 
 
+def _requests(
+    items: Iterable[LabelItem], config: EndpointConfig, work: Work, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    seen = Fingerprints()
+    for item in items:
+        key = work.key(item)
+        if not fold(item.response) or not seen.add(key):
+            continue
+        if work.get(key) is not None:
+            counts["known"] += 1
+            continue
+        counts["requests"] += 1
+        yield {
+            "custom_id": key,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                **chat_request(config, [{"role": "user", "content": prompt(item)}]),
+                "response_format": RESPONSE_FORMAT,
+            },
+        }
+
+
 def import_batch(
-    items: Sequence[LabelItem], config: EndpointConfig, cache: Path, path: str | os.PathLike[str]
+    items: Iterable[LabelItem], config: EndpointConfig, cache: Path, path: str | os.PathLike[str]
 ) -> Counter[str]:
     """Put every valid answer of a batch's output or error file into the cache; counts by outcome.
 
@@ -61,19 +72,20 @@ def import_batch(
     Errors: DataError naming the line that is no line of such a file, and for a file of which no
     answer belongs to an item; what came before stays in the cache.
     """
-    work = _work(items, config, cache)
+    work = _work(config, cache)
+    responses = {work.key(item): item.response for item in items if fold(item.response)}
     counts: Counter[str] = Counter()
     reason = ""
     for line in track(read_jsonl(path), "import"):
         key = line.get("custom_id", is_text, "the id of a request")
         response = line.get("response", lambda v: isinstance(v, dict), "an object", default=None)
-        if key in work.judged:
-            counts["known"] += 1
-        elif key not in work.waiting:
+        if key not in responses:
             counts["foreign"] += 1
+        elif work.get(key) is not None:
+            counts["known"] += 1
         else:
             try:
-                judgement = judgement_in(_body(response), work.waiting[key].response)
+                judgement = judgement_in(_body(response), responses[key])
             except BadAnswer as error:
                 counts["dropped"] += 1
                 reason = reason or f"; the first dropped: {error}"
@@ -89,13 +101,10 @@ def import_batch(
     return counts
 
 
-def _work(items: Sequence[LabelItem], config: EndpointConfig, cache: Path) -> Work:
+def _work(config: EndpointConfig, cache: Path) -> Work:
     need_libraries()
     check(config)
-    work = Work(config.model, config.temperature, cache)
-    for item in items:
-        work.add(item)
-    return work
+    return Work(config.model, config.temperature, cache)
 
 
 def _body(response: dict[str, Any] | None) -> Any:

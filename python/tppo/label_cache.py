@@ -1,4 +1,4 @@
-"""What labels are known and what is still to be asked, by content; the file of what was paid for.
+"""The file of what was paid for: judgements by content; and what they cost.
 
 A judgement is on disk, flushed, before anything else is asked.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tppo.fingerprints import Fingerprints
 from tppo.label_prompt import BadAnswer, Judgement, LabelItem, parse, prompt, validated
-from tppo.mapping import fold
-from tppo.progress import say
+from tppo.progress import say, status
 
 
 @dataclass
@@ -24,61 +24,61 @@ class _Entry(Judgement):
     key: str
 
 
-@dataclass
 class Work:
-    """What is known, what is still to be asked, what failed: by content-addressed key."""
+    """The judgements on disk, by content-addressed key; in memory are only 8-byte hashes."""
 
-    model: str
-    temperature: float | None
-    path: Path
-    judged: dict[str, Judgement] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, LabelItem] = field(default_factory=dict)
+    def __init__(self, model: str, temperature: float | None, path: Path) -> None:
+        self.model, self.temperature, self.path = model, temperature, path
+        self._offsets = Fingerprints()
+        self.failed = Fingerprints()
+        """Keys that got no judgement by this object's owner."""
+        self._scan()
 
-    def __post_init__(self) -> None:
-        self.cached = _read_cache(self.path)
-
-    def add(self, item: LabelItem) -> str:
-        """Take an item up; its key covers model, temperature and the whole message."""
+    def key(self, item: LabelItem) -> str:
+        """The key of an item: it covers model, temperature and the whole message."""
         content = json.dumps([self.model, self.temperature, prompt(item)])
-        key = hashlib.sha256(content.encode()).hexdigest()
-        if not fold(item.response):
-            self.failed[key] = "the response has no words"
-        elif key in self.cached:
-            self.judged[key] = self.cached[key]
-        else:
-            self.waiting[key] = item
-        return key
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def get(self, key: str) -> Judgement | None:
+        """The judgement on disk, or None."""
+        offset = self._offsets.get(key)
+        if offset is None:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            entry: _Entry = validated(_Entry, file.readline(), "cache")
+        return entry if entry.key == key else None
 
     def finish(self, key: str, judgement: Judgement) -> None:
         """Keep a judgement, on disk first."""
         words = [{"word": word.word, "label": word.label} for word in judgement.words]
         entry = {"key": key, "words": words, "sentence": judgement.sentence}
         with open(self.path, "ab+") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
             torn = file.read(1) not in (b"", b"\n")  # a process was killed while it wrote
             line = json.dumps(entry, ensure_ascii=False) + "\n"
             file.write(("\n" if torn else "").encode() + line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.judged[key] = judgement
+        self._offsets.setdefault(key, end + torn)
 
-
-def _read_cache(path: Path) -> dict[str, Judgement]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries: dict[str, Judgement] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    damaged = 0
-    for line in filter(None, lines):
-        try:
-            entry = validated(_Entry, line, "cache")
-        except BadAnswer:
-            damaged += 1
-        else:
-            entries[entry.key] = entry
-    if damaged:
-        say(f"{path}: {damaged} damaged lines are passed over; their items are asked again")
-    return entries
+    def _scan(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        damaged = offset = 0
+        with open(self.path, "rb") as file, status(f"reading {self.path.name}"):
+            for line in file:
+                try:
+                    if line.strip():
+                        self._offsets.setdefault(validated(_Entry, line, "cache").key, offset)
+                except BadAnswer:
+                    damaged += 1
+                offset += len(line)
+        if damaged:
+            lost = f"{damaged} damaged lines are passed over; their items are asked again"
+            say(f"{self.path}: {lost}")
 
 
 @dataclass

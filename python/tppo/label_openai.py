@@ -14,21 +14,27 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tppo.label_cache import Spent, Work, answer_text, chat_request, judgement_in
 from tppo.label_prompt import REPAIR, RESPONSE_FORMAT, BadAnswer, Judgement, LabelItem, prompt
 from tppo.labels import Label
+from tppo.mapping import fold
 from tppo.progress import Bar, say, status
 
 if TYPE_CHECKING:
     import openai
 
-__all__ = ["Dropped", "EndpointConfig", "EndpointError", "LabelItem", "LabelRun", "label"]
+__all__ = ["Dropped", "EndpointConfig", "EndpointError", "LabelItem", "label"]
+
+HELD = 32  # items held for each request in flight: a slow answer holds up those behind it no sooner
+T = TypeVar("T")
 
 
 class EndpointError(RuntimeError):
@@ -69,20 +75,19 @@ class Dropped:
     reason: str
 
 
-@dataclass(frozen=True)
-class LabelRun:
-    """Labels in the order of the items, and the items that got none."""
-
-    labels: list[Label]
-    dropped: list[Dropped]
-
-
-def label(items: Sequence[LabelItem], config: EndpointConfig, cache: Path) -> LabelRun:
+def label(
+    items: Iterable[LabelItem], config: EndpointConfig, cache: Path, total: int | None = None
+) -> Iterator[Label | Dropped]:
     """Label every item, from the cache where it holds the answer, else from the endpoint.
+
+    Results come in the order of the items, which are read as they are needed: at most
+    `config.concurrency` are with the endpoint, and 32 times as many are held.
 
     Equal content is asked once. An answer that is not a judgement of exactly its words is sent
     back once with the reason. An item whose request fails for good, or whose second answer is no
     judgement either, is dropped with the reason, and asked again by the next call.
+
+    `total` is the number of items, for the display.
 
     Raises ImportError without the libraries, ValueError for a configuration that cannot work, and
     EndpointError when the endpoint cannot be reached or refuses key or model.
@@ -90,20 +95,7 @@ def label(items: Sequence[LabelItem], config: EndpointConfig, cache: Path) -> La
     need_libraries()
     check(config)
     work = Work(config.model, config.temperature, cache)
-    keys = [work.add(item) for item in items]
-    if work.waiting:
-        _run(_Live(config, _api_key(config), work, Spent(_prices(config))))
-    labels, dropped = [], []
-    for item, key in zip(items, keys, strict=True):
-        judgement = work.judged.get(key)
-        if judgement is None:
-            dropped.append(Dropped(item.id, work.failed[key]))
-        else:
-            words = tuple((word.word, word.label) for word in judgement.words)
-            labels.append(Label(item.id, item.response, words, judgement.sentence, config.model))
-    if dropped:
-        say(f"{len(dropped)} of {len(items)} items got no label; the first: {dropped[0].reason}")
-    return LabelRun(labels, dropped)
+    return _results(_Live(config, work, Spent(_prices(config))), items, total)
 
 
 @dataclass
@@ -111,50 +103,161 @@ class _Live:
     """One run of questions to an endpoint."""
 
     config: EndpointConfig
-    api_key: str
     work: Work
     spent: Spent
+    api_key: str = ""
+    client: openai.AsyncOpenAI | None = None
+    """Made for the first question: a full cache needs neither key nor server."""
     schema: bool = True
     """Whether a JSON schema is asked for: until the server turns out to refuse it."""
     fatal: str = ""
+    lost: int = 0
+    reason: str = ""
+    """Why the first item was dropped."""
+    asked: dict[str, asyncio.Task[Judgement | str]] = field(default_factory=dict)
+    """By key, what is not answered yet."""
+    held: deque[tuple[LabelItem, asyncio.Future[Judgement | str]]] = field(default_factory=deque)
+    """Items and their answers, in order, that are not given out yet."""
     started: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    def without_key(self, text: str) -> str:
+        return text.replace(self.api_key, "***") if self.api_key else text
 
-def _run(live: _Live) -> None:
-    """Ask for everything that waits; in a thread where an event loop runs already (notebooks)."""
+
+def _results(
+    live: _Live, items: Iterable[LabelItem], total: int | None
+) -> Iterator[Label | Dropped]:
+    """Let the questions run while the next result is waited for."""
+    loop = asyncio.new_event_loop()
+    count = 0
+    with status(f"labelling by {live.config.model}", total) as bar:
+        results = _answers(live, items, bar)
+        try:
+            while (result := _step(loop, anext(results, None))) is not None:
+                count += 1
+                yield result
+        finally:
+            _step(loop, _close(live, results))
+            loop.close()
+            if live.spent.replies:
+                say(f"labelling: {live.spent.replies} replies, {live.spent.text(live.seconds())}")
+            if live.lost:
+                say(f"{live.lost} of {count} items got no label; the first: {live.reason}")
+    if live.fatal:
+        raise EndpointError(live.without_key(live.fatal))
+
+
+def _step(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[T]) -> T:
+    """Run until it is there; in a thread where an event loop runs already (notebooks)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(_ask_all(live))
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(asyncio.run, _ask_all(live)).result()
-    if live.spent.replies:
-        say(f"labelling: {live.spent.replies} replies, {live.spent.text(live.seconds())}")
-    failed = live.work.failed
-    failed.update({key: why.replace(live.api_key, "***") for key, why in failed.items()})
-    if live.fatal:
-        raise EndpointError(live.fatal.replace(live.api_key, "***"))
+        return loop.run_until_complete(awaitable)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(loop.run_until_complete, awaitable).result()
 
 
-async def _ask_all(live: _Live) -> None:
+async def _answers(
+    live: _Live, items: Iterable[LabelItem], bar: Bar
+) -> AsyncIterator[Label | Dropped]:
+    """The results in order, until an error that concerns the endpoint as a whole."""
+    free = asyncio.Semaphore(live.config.concurrency)
+    held = live.held
+    for item in chain(items, [None]):
+        if item is not None:
+            held.append((item, _begin(live, item, free)))
+        while held and (
+            item is None or held[0][1].done() or len(held) > HELD * live.config.concurrency
+        ):
+            first, future = held.popleft()
+            result = _result(live, first, await future)
+            if live.fatal:
+                await asyncio.gather(*live.asked.values())  # what was asked is paid for
+                return
+            if live.spent.replies:
+                lost = f"; {live.lost} without a label" if live.lost else ""
+                bar.note(live.spent.text(live.seconds()) + lost)
+            bar.advance()
+            yield result
+
+
+def _begin(
+    live: _Live, item: LabelItem, free: asyncio.Semaphore
+) -> asyncio.Future[Judgement | str]:
+    """The judgement of an item, or the reason that there is none: known, or to be waited for."""
+    if not fold(item.response):
+        return _known("the response has no words")
+    key = live.work.key(item)
+    judgement = live.work.get(key)
+    if judgement is not None:
+        return _known(judgement)
+    if key in live.work.failed:
+        return _known("an equal item got no label before")
+    if key not in live.asked:
+        live.client = live.client or _new_client(live)
+        live.asked[key] = asyncio.ensure_future(_asked(live, live.client, key, item, free))
+    return live.asked[key]
+
+
+def _known(value: Judgement | str) -> asyncio.Future[Judgement | str]:
+    future: asyncio.Future[Judgement | str] = asyncio.get_running_loop().create_future()
+    future.set_result(value)
+    return future
+
+
+def _result(live: _Live, item: LabelItem, judgement: Judgement | str) -> Label | Dropped:
+    if isinstance(judgement, str):
+        reason = live.without_key(judgement)
+        live.lost, live.reason = live.lost + 1, live.reason or reason
+        return Dropped(item.id, reason)
+    words = tuple((word.word, word.label) for word in judgement.words)
+    return Label(item.id, item.response, words, judgement.sentence, live.config.model)
+
+
+async def _asked(
+    live: _Live, client: openai.AsyncOpenAI, key: str, item: LabelItem, free: asyncio.Semaphore
+) -> Judgement | str:
+    """Ask when a place is free; a judgement is on disk before the place is free again."""
+    try:
+        async with free:
+            if live.fatal:
+                return live.fatal
+            judgement = await _judge(live, client, item)
+            live.work.finish(key, judgement)
+            return judgement
+    except BadAnswer as error:
+        live.work.failed.add(key)
+        return str(error)
+    finally:
+        del live.asked[key]
+
+
+async def _close(live: _Live, results: AsyncIterator[Label | Dropped]) -> None:
+    """Give up what still waits, and the connections."""
+    left = [future for _, future in live.held]
+    for future in left:
+        future.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await results.aclose()  # type: ignore[attr-defined]
+    if live.client is not None:
+        await live.client.close()
+
+
+def _new_client(live: _Live) -> openai.AsyncOpenAI:
     import openai
 
-    config, waiting = live.config, live.work.waiting
-    queue = iter(list(waiting.items()))
-    async with openai.AsyncOpenAI(
+    config = live.config
+    live.api_key = _api_key(config)
+    return openai.AsyncOpenAI(
         api_key=live.api_key,
         base_url=config.base_url,
         timeout=config.timeout_s,
         max_retries=config.max_retries,
         http_client=_http_client(config.timeout_s),
-    ) as client:
-        with status(f"labelling by {config.model}", total=len(waiting)) as bar:
-            workers = [_worker(live, client, queue, bar) for _ in range(config.concurrency)]
-            await asyncio.gather(*workers)
+    )
 
 
 def _http_client(limit_s: float) -> Any:
@@ -173,23 +276,6 @@ def _http_client(limit_s: float) -> Any:
                 raise timeout("the whole reply took too long") from None
 
     return Limited()
-
-
-async def _worker(
-    live: _Live, client: openai.AsyncOpenAI, queue: Iterator[tuple[str, LabelItem]], bar: Bar
-) -> None:
-    work = live.work
-    for key, item in queue:
-        if live.fatal:
-            return
-        try:
-            work.finish(key, await _judge(live, client, item))
-        except BadAnswer as error:
-            work.failed[key] = str(error)
-        if live.spent.replies:
-            lost = f"; {len(work.failed)} without a label" if work.failed else ""
-            bar.note(live.spent.text(live.seconds()) + lost)
-        bar.advance()
 
 
 async def _judge(live: _Live, client: openai.AsyncOpenAI, item: LabelItem) -> Judgement:

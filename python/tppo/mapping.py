@@ -103,7 +103,7 @@ def _claims(content: _Content, words: Sequence[tuple[str, int]]) -> list[tuple[i
     in_order = in_order or _match_in_order(content, keys, pieces=True)
     claims = [(*match, words[i][1]) for i, match in in_order.items()]
     taken = {unit for first, last, _ in claims for unit in range(first, last + 1)}
-    if in_order and len(taken) == len(content.units):  # every word is listed: the rule's labels always
+    if in_order and len(taken) == len(content.units):  # every word is listed
         return claims
     occurrences: dict[str, list[tuple[str, int]]] = {}
     for key, listed_word in zip(keys, words, strict=True):

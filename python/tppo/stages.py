@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.agreement import compare_files
 from tppo.aligned_reward import OwnTokens, start_reward_model
 from tppo.data import split_log, write_generated
-from tppo.jsonl import is_text, read_jsonl, write_json, write_jsonl
+from tppo.jsonl import is_text, read_jsonl, read_lines, write_json, write_jsonl
 from tppo.label_batch import export_batch, import_batch
 from tppo.label_openai import LabelItem, label
 from tppo.label_rule import label_by_rule
@@ -144,8 +144,9 @@ def label_answers(run: Run) -> None:
                 for a in track(run.iter_answers(), "label")
             )
         else:
-            items = _items(run, sessions)
-            labels = label(items, config.endpoint, run.label_cache).labels
+            answers = sum(1 for _ in read_lines(run.path("generate/answers.jsonl")))
+            found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
+            labels = (each for each in found if isinstance(each, Label))
         write_labels(out / "labels.jsonl", _counted(labels, counts))
         if not counts["labels"]:
             raise DataError("none of the generated answers got a label")
@@ -173,18 +174,12 @@ def compare_labels(run: Run, path: Path) -> None:
     print(compare_files(own, path))
 
 
-def _items(run: Run, sessions: LineIndex[Session]) -> list[LabelItem]:
-    """What an endpoint is to judge."""
-    return [
-        LabelItem(
-            answer.id,
-            [event.text for event in session.history],
-            list(session.targets),
-            answer.text,
-        )
-        for answer in run.iter_answers()
-        for session in [_asked(sessions, answer)]
-    ]
+def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
+    """What an endpoint is to judge, one at a time."""
+    for answer in run.iter_answers():
+        session = _asked(sessions, answer)
+        history = [event.text for event in session.history]
+        yield LabelItem(answer.id, history, list(session.targets), answer.text)
 
 
 def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:

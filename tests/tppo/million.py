@@ -139,7 +139,7 @@ def faults(results: list[dict], slowest: float = SLOWEST) -> list[str]:
             found.append(f"{name}: {rates[0]}/s in the first tenth, {rates[-1]}/s in the last")
         most = MOST_MIB + MOST_BYTES * result["sessions"] / 2**20
         if idle is not None and result["peak_mib"] > idle + most:
-            found.append(f"{name}: peak {result['peak_mib']} MiB, idle {idle}, more than {most:.0f}")
+            found.append(f"{name}: peak {result['peak_mib']} MiB, expected {idle} + {most:.0f}")
     return found
 
 

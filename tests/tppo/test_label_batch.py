@@ -16,13 +16,14 @@ from test_label_openai import (  # noqa: E402
     environment,  # noqa: F401
     item,
     judge,
+    label,
     serving,
 )
 
 from tppo.cli import main  # noqa: E402
 from tppo.jsonl import DataError, write_jsonl  # noqa: E402
 from tppo.label_batch import export_batch, import_batch  # noqa: E402
-from tppo.label_openai import EndpointConfig, label  # noqa: E402
+from tppo.label_openai import EndpointConfig  # noqa: E402
 
 NO_SERVER = EndpointConfig("", "judge-1")
 

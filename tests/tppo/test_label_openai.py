@@ -3,27 +3,45 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
 
+from tppo import label_openai  # noqa: E402
+from tppo.jsonl import DataError  # noqa: E402
 from tppo.label_openai import (  # noqa: E402
+    Dropped,
     EndpointConfig,
     EndpointError,
     LabelItem,
-    label,
     prompt,
 )
 from tppo.labels import Label, read_labels, write_labels  # noqa: E402
 
 KEY = "sk-test-0123456789abcdef"
+
+
+class Results(NamedTuple):
+    labels: list
+    dropped: list
+
+
+def label(items, config, cache):
+    """All results of the stream, sorted by kind."""
+    results = list(label_openai.label(items, config, cache))
+    dropped = [each for each in results if isinstance(each, Dropped)]
+    assert [each.id for each in results] == [each.id for each in items]
+    return Results([each for each in results if each not in dropped], dropped)
 
 
 def answer(words, sentence=1, before="", after=""):
@@ -438,6 +456,82 @@ def test_finished_labels_are_on_disk_at_once_and_not_asked_again(tmp_path):
         assert len(server.requests) == 11
         assert label(items, config(server), cache) == run
         assert len(server.requests) == 11
+
+
+def test_items_are_read_as_they_are_needed(tmp_path, monkeypatch):
+    """The first answer comes last: what is read ahead of it is bounded, and in order."""
+    monkeypatch.setattr(label_openai, "HELD", 4)
+    read, first = [], threading.Event()
+
+    def items():
+        for n in range(60):
+            read.append(n)
+            yield item(n, response=f"red hat {n % 40}")
+
+    def reply(request, number):
+        if number == 1:
+            first.wait(20)
+        if len(server.requests) == 9:
+            first.set()
+        return judge(request)
+
+    with serving(reply) as server:
+        stream = label_openai.label(items(), config(server, concurrency=2), tmp_path / "c.jsonl")
+        assert read == [] and next(stream).id == "s0"
+        assert len(read) == 4 * 2 + 1 and first.is_set()
+        assert [each.id for each in stream] == [f"s{n}" for n in range(1, 60)]
+        assert len(server.requests) == 40 and server.most_busy == 2
+
+
+def test_a_stream_may_be_left_and_an_error_of_the_items_goes_through(tmp_path):
+    def items():
+        yield item(0, response="red hat")
+        yield item(1, response="red boots")
+        raise DataError("line 3: broken")
+
+    with serving(lambda request, number: judge(request)) as server:
+        settings = config(server, concurrency=1)
+        stream = label_openai.label(iter([item(n, response=f"r {n}") for n in range(99)]),
+                                    settings, tmp_path / "left.jsonl")  # fmt: skip
+        assert next(stream).id == "s0"
+        stream.close()
+        assert len(server.requests) < 99
+        with pytest.raises(DataError, match="line 3: broken"):
+            list(label_openai.label(items(), settings, tmp_path / "error.jsonl"))
+
+
+def test_a_killed_run_asks_only_for_what_is_missing(tmp_path):
+    """kill -9 while requests are in flight; answers that had come are not paid for again."""
+    cache, program = tmp_path / "cache.jsonl", tmp_path / "program.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from tppo.label_openai import *\n"
+        "items = [LabelItem(f's{n}', ['boots'], ['red'], f'red hat {n}') for n in range(40)]\n"
+        "settings = EndpointConfig(sys.argv[1], 'judge-1', None, concurrency=3)\n"
+        "print(len([x for x in label(items, settings, Path(sys.argv[2])) if x.words]))\n"
+    )
+    command = [sys.executable, str(program)]
+    reached, release = threading.Event(), threading.Event()
+
+    def reply(request, number):
+        if number >= 20:
+            reached.set()
+            release.wait(30)
+        return judge(request)
+
+    with serving(reply) as server:
+        process = subprocess.Popen([*command, server.url, str(cache)])
+        assert reached.wait(60)
+        while len(cache.read_bytes().splitlines()) < 17:  # three requests are open
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        kept = len(cache.read_bytes().splitlines())
+        release.set()
+        asked, server.reply = len(server.requests), lambda request, number: judge(request)
+        done = subprocess.run([*command, server.url, str(cache)], capture_output=True, text=True)
+        assert done.stdout == "40\n", done.stderr
+        assert len(server.requests) == asked + 40 - kept and 17 <= kept <= 19
+        subprocess.run([*command, "http://127.0.0.1:1/v1", str(cache)], check=True)
 
 
 def test_a_torn_or_damaged_cache_costs_only_its_own_items(tmp_path, capsys):
