@@ -27,6 +27,7 @@ from tppo.tokenizer import decode, token_offsets
 
 QUESTION, ANSWER = "question: ", ". \n\n answer: "
 MAX_TOKENS = 2048  # of an input, as in the paper, or the model's positions where they are fewer
+READ_AT_ONCE = 256  # inputs; the offsets of all their tokens are held as Python objects
 PROBE = "search: na\u00efve t-shirt, 3.5\nnext 3:\n\u6771\u4eac \U0001f600 relevant queries"
 NONE = (30.0, 0.0, 0.0)  # class logits where no token of the reward model stands: P(0) = 1 in fp32
 
@@ -51,7 +52,7 @@ class OwnTokens(nn.Module):
         self.suffix = probe["input_ids"][len(ends) - behind :]  # such as [SEP]
         self.room = _positions(model) - behind
         fill = tokenizer.pad_token_id
-        self.fill = (model.config.pad_token_id or 0) if fill is None else fill
+        self.fill = (getattr(model.config, "pad_token_id", None) or 0) if fill is None else fill
 
     def read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Reading]:
         """Its tokens of each answer.
@@ -61,9 +62,14 @@ class OwnTokens(nn.Module):
         """
         before = [f"{QUESTION}{prompt.strip()}{ANSWER}" for prompt in prompts]
         texts = [head + response for head, response in zip(before, responses, strict=True)]
-        encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], map(len, before), strict=True)
-        return [self._fit(*row) for row in rows]
+        result = []
+        for i in range(0, len(texts), READ_AT_ONCE):
+            part = slice(i, i + READ_AT_ONCE)
+            encoded = self.tokenizer(texts[part], return_offsets_mapping=True, verbose=False)
+            starts = map(len, before[part])
+            rows = zip(encoded["input_ids"], encoded["offset_mapping"], starts, strict=True)
+            result += [self._fit(*row) for row in rows]
+        return result
 
     def _fit(self, ids: list[int], offsets: list[tuple[int, int]], start: int) -> Reading:
         size = len(ids) - len(self.suffix)

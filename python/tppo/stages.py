@@ -61,6 +61,7 @@ def sft(run: Run) -> None:
             run.config.sft,
             pad_id=tokenizer.pad_token_id,
             seed=run.seed,
+            prefix=run.config.prefix,
         )
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
@@ -260,6 +261,7 @@ def train_rm(run: Run) -> None:
         history = train_reward_model(reader, train, config, seed=run.seed)
         report = evaluate_reward_model(reader, heldout, config)
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
+        report["own_tokens"] = model.config.own_tokens
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
         write_jsonl(out / "metrics.jsonl", history)
