@@ -14,32 +14,90 @@ pytest.importorskip("openai", reason="openai is not installed: pip install tppo-
 pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
 
 import torch  # noqa: E402
+from test_label_openai import answer, judge, label  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.utils.import_utils import is_serve_available  # noqa: E402
 
-from tppo.label_openai import EndpointConfig, LabelItem, label  # noqa: E402
-from tppo.label_prompt import prompt  # noqa: E402
+from tppo.label_openai import EndpointConfig, LabelItem  # noqa: E402
+from tppo.label_prompt import REPAIR, BadAnswer, parse, prompt  # noqa: E402
 from tppo.tokenizer import train_tokenizer  # noqa: E402
 
-ITEM = LabelItem("s0", ["boots"], ["red shoes"], "red shoes")
+GOOD = [
+    LabelItem("s0", ["boots"], ["red shoes"], "red shoes\nblue hat"),
+    LabelItem("s1", ["rain"], ["warm jacket"], "warm jacket"),
+]
+MENDED = LabelItem("s2", ["gift"], ["green tea"], "green tea cup")  # right at the second try
+UNKNOWN = LabelItem("s3", ["lamp"], ["desk lamp"], "yellow desk lamp")
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 STARTS_WITHIN_S = 60
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def dialogues():
+    """(messages, answer) that the model is to know by heart."""
+    for item in (*GOOD, MENDED):
+        right = judge({"messages": [user(prompt(item))]})
+        if item is MENDED:
+            wrong = answer([("green", 1), ("tea", 1)])
+            yield [user(prompt(item))], wrong
+            with pytest.raises(BadAnswer) as error:
+                parse(wrong, item.response)
+            said = {"role": "assistant", "content": wrong}
+            yield [user(prompt(item)), said, user(REPAIR.format(reason=error.value))], right
+        else:
+            yield [user(prompt(item))], right
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model of random weights with a chat template."""
+    """A tiny model with a chat template that was trained until it knows the dialogues by heart."""
     path = tmp_path_factory.mktemp("serve") / "model"
-    tokenizer = train_tokenizer([prompt(ITEM)], 400)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    pairs = list(dialogues())
+    texts = [message["content"] for messages, _ in pairs for message in messages]
+    tokenizer = train_tokenizer([*texts, *(text for _, text in pairs)], 700)
+    tokenizer.chat_template = CHAT
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 2048}
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "max_position_embeddings": 2048}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, **sizes,
+        vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, eos_token_id=tokenizer.eos_token_id, **sizes,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
+    model = LlamaForCausalLM(config)
+    learn(model, tokenizer, pairs)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def learn(model, tokenizer, pairs):
+    """Train until greedy decoding must give every answer."""
+    rows = []
+    for messages, text in pairs:
+        asked = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        told = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        rows.append((torch.tensor([[*asked, *told]]), len(asked)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        known = True
+        for ids, start in rows:
+            logits = model(ids, use_cache=False).logits[0, start - 1 : -1]
+            target = ids[0, start:]
+            known = known and bool((logits.argmax(-1) == target).all())
+            torch.nn.functional.cross_entropy(logits, target).backward()
+        if known:
+            return
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    pytest.fail("the model did not learn the dialogues")
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +140,41 @@ def _wait(server, address, log):
             time.sleep(0.1)
 
 
-def test_a_model_that_cannot_judge_gives_no_label_and_its_tokens_are_counted(
+def replies(shown):
+    """(replies, tokens read, tokens written) of the closing line."""
+    found = re.search(r"labelling: (\d+) replies, ([\d,]+) tokens read, ([\d,]+) written", shown)
+    assert found, shown
+    return [int(part.replace(",", "")) for part in found.groups()]
+
+
+def test_answers_of_a_real_server_become_labels_and_are_paid_for_once(
     url, model, tmp_path, capsys, monkeypatch
 ):
-    """Random weights answer nonsense: it comes back once with the reason, then it is dropped."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    config = EndpointConfig(url, str(model), None, max_tokens=12, concurrency=1, max_retries=0)
-    run = label([ITEM], config, tmp_path / "cache.jsonl")
+    config = EndpointConfig(url, str(model), None, concurrency=2, max_retries=0)
+    run = label([*GOOD, MENDED], config, tmp_path / "cache.jsonl")
+    assert run.dropped == []
+    assert [dict(each.words) for each in run.labels] == [
+        {"red": 1, "shoes": 1, "blue": 0, "hat": 0},
+        {"warm": 1, "jacket": 1},
+        {"green": 1, "tea": 1, "cup": 0},
+    ]
+    assert [each.labeller for each in run.labels] == [str(model)] * 3
+    count, read, written = replies(capsys.readouterr().err)
+    assert count == 4 and read > 1000 and written > 100  # one answer was sent back
+    gone = EndpointConfig("http://127.0.0.1:1/v1", str(model), None)
+    assert label([MENDED, *GOOD], gone, tmp_path / "cache.jsonl").labels == [
+        run.labels[2], *run.labels[:2]
+    ]  # fmt: skip
+
+
+def test_an_answer_that_is_none_is_sent_back_once_and_dropped(
+    url, model, tmp_path, capsys, monkeypatch
+):
+    """What the model never saw it answers with words that are not in the response."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    config = EndpointConfig(url, str(model), None, max_tokens=120, concurrency=1, max_retries=0)
+    run = label([UNKNOWN], config, tmp_path / "cache.jsonl")
     assert run.labels == [] and not (tmp_path / "cache.jsonl").exists()
-    reason = run.dropped[0].reason
-    assert re.search("no <WORD_SEQ|cut at the server's limit|holds no text", reason), reason
-    shown = capsys.readouterr().err
-    read = re.search(r"labelling: (\d) replies, ([\d,]+) tokens read, (\d+) written", shown)
-    assert read, shown
-    replies, tokens, written = (int(part.replace(",", "")) for part in read.groups())
-    assert replies == 2 or "no text" in reason
-    assert tokens > 100 and 1 <= written <= 12 * replies
+    count, read, written = replies(capsys.readouterr().err)
+    assert count == 2 and read > 100 and 1 <= written <= 120 * count
