@@ -164,7 +164,7 @@ def start_reward_model(
     the model, so that PPO reads as training did.
     """
     path = sft if config.model is None else Path(config.model)
-    model = load_reward_model(path, device)
+    model = load_reward_model(path, device, new_head=True)
     tokenizer = policy_tokenizer if config.model is None else load_own_tokenizer(path)
     model.config.own_tokens = config.model is not None and not reads_policy_tokens(
         model, tokenizer, policy_tokenizer

@@ -69,10 +69,19 @@ def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
     return place(model, device)
 
 
-def load_reward_model(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """A three-class token classifier from a local folder; a causal LM's trunk is taken over."""
+def load_reward_model(
+    path: str | Path, device: torch.device, *, new_head: bool = False
+) -> PreTrainedModel:
+    """A three-class token classifier from a local folder; a causal LM's trunk is taken over.
+
+    new_head: a head of other than three classes is replaced too, instead of an error.
+    """
     model = AutoModelForTokenClassification.from_pretrained(
-        str(path), num_labels=3, dtype=torch.float32, local_files_only=True
+        str(path),
+        num_labels=3,
+        dtype=torch.float32,
+        local_files_only=True,
+        ignore_mismatched_sizes=new_head,
     )
     return place(model, device)
 

@@ -271,6 +271,21 @@ def test_the_policys_ids_are_read_where_that_is_the_same(make, family, own, tmp_
     assert (logits[0, -1].softmax(-1)[0] == 1).item() is own  # EOS: class 0, not asked
 
 
+def test_a_head_of_other_classes_is_replaced(tmp_path):
+    own = tokenizer("word-piece")
+    torch.manual_seed(0)
+    entities = BertForTokenClassification(
+        BertConfig(vocab_size=len(own), **{**WIDTHS, "num_labels": 9})
+    )
+    entities.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    config = RewardModelConfig(model=str(tmp_path))
+    model, _ = start_reward_model(config, tmp_path, tokenizer("byte-level"), CPU)
+    assert model.classifier.out_features == model.config.num_labels == 3
+    trunk = entities.base_model.state_dict()
+    assert all(torch.equal(trunk[name], v) for name, v in model.base_model.state_dict().items())
+
+
 def test_a_model_of_its_own_trains_at_the_papers_rate():
     assert fill_defaults(Config(), False).reward_model.lr == 1e-3
     own = Config(reward_model=RewardModelConfig(model="folder"))
