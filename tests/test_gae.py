@@ -2,6 +2,7 @@
 
 import itertools
 
+import _emulated
 import pytest
 import torch
 from _matrix import third
@@ -163,6 +164,76 @@ def test_accuracy_over_dtypes_shapes_masks_strides(backend):
                             floor=SEQUENTIAL_FLOOR, name=f"{name} of {CASES[case]}")
             if mask is not None:
                 assert not a[~mask].any()
+
+
+# (B, T) and how the kernel walks it: (a block a sequence, parts); a block takes 2,048 at once
+WALKS = [((9, 1), (False, 1)), ((5, 7), (True, 1)), ((3, 64), (False, 1)), ((2, 257), (True, 1)),
+         ((9, 1000), (False, 1)), ((2, 2049), (True, 1)), ((2, 4098), (True, 1)),
+         ((2, 4099), (True, 2)), ((1, 6200), (True, 4)), ((3, 100), (True, 4)),
+         ((0, 5), (True, 1)), ((3, 0), (True, 1))]
+EMULATED = [(walk, DTYPES[i % 3], kind, ("", "rows", "columns")[i // 3 % 3])
+            for i, (walk, kind) in enumerate(third(itertools.product(WALKS, MASKS), seed=3))]
+
+
+def test_cuda_kernel_emulated(monkeypatch):
+    """The kernel's own source on the CPU, thread by thread, through its host code."""
+    backend = _emulated.on_the_cpu(monkeypatch, "gae")
+    for case, (((B, T), plan), dtype, kind, layout) in enumerate(EMULATED):
+        monkeypatch.setattr(backend, "plan", lambda *_, plan=plan: plan)
+        rewards, values, mask = batch(B, T, case, dtype, kind)
+        values = values.float() if case % 3 == 0 else values
+        bootstrap, lam = torch.randn(B).to(dtype), torch.rand(B)
+        args = {"gamma": 0.99, "lam": lam if case % 2 else 0.95, "value_lam": case % 5 / 4 or None}
+        exact = tk.gae(rewards.double(), values.double(), mask, bootstrap=bootstrap.double(),
+                       **args)
+        cpp = _emulated.undone(monkeypatch, "gae", lambda: tk.gae(
+            rewards, values, mask, bootstrap=bootstrap, **args))  # noqa: B023
+        if layout == "rows":  # a view with rows apart, at another phase than the results
+            rewards, values = (torch.nn.functional.pad(x, (3, 2))[:, 3:3 + T]
+                               for x in (rewards, values))
+            mask = mask if mask is None else torch.nn.functional.pad(mask, (1, 0))[:, 1:]
+        elif layout == "columns":
+            rewards, values = strided(rewards), strided(values)
+            mask = mask if mask is None else strided(mask)
+        actual = tk.gae(rewards, values, mask, bootstrap=bootstrap, **args)
+        for a, e, c in zip(actual, exact, cpp, strict=True):
+            assert_accurate(a, e, c, floor=SEQUENTIAL_FLOOR, name=str(EMULATED[case]))
+            assert mask is None or not a[~mask].any()
+
+
+def test_cuda_kernel_emulated_packed_poisoned_and_far_apart(monkeypatch):
+    backend = _emulated.on_the_cpu(monkeypatch, "gae")
+    lengths = [5, 0, 300, 1, 2050, 0, 3]
+    rewards, values, mask = batch(7, 2050)
+    (rewards, cu), values, mask = pack(rewards, lengths), pack(values, lengths)[0], pack(
+        mask, lengths)[0]
+    alive = torch.stack([part.any() for part in mask.split(lengths)])
+    args = [torch.rand(7) for _ in range(3)]
+    for plan in ((False, 1), (True, 1), (True, 3)):
+        monkeypatch.setattr(backend, "plan", lambda *_, plan=plan: plan)
+
+        def run(fill, dtype=torch.float32):
+            lam, value_lam, bootstrap = (poisoned(x, alive, fill).to(dtype) for x in args)
+            return tk.gae(poisoned(rewards, mask, fill).to(dtype),
+                          poisoned(values, mask, fill).to(dtype), mask, gamma=0.98, lam=lam,
+                          value_lam=value_lam, bootstrap=bootstrap, cu_seqlens=cu)
+
+        for a, e in zip(run(0.0), run(0.0, torch.float64), strict=True):
+            assert_accurate(a, e, floor=SEQUENTIAL_FLOOR)
+        for poison in POISONS:
+            assert_same_bits(run(poison), run(0.0))
+
+
+def test_cuda_plan_spreads_any_shape_over_the_chip():
+    """By shapes alone; a GPU has some hundred places for a block."""
+    if missing("cpp"):
+        pytest.skip(missing("cpp"))
+    from tppo_kernels.ops.gae._cuda import plan
+
+    assert plan(8192, 8192 * 24) == (False, 1)  # a warp a sequence
+    assert plan(512, 512 * 2048) == plan(8192, 8192 * 4096) == plan(64, 64 * 512) == (True, 1)
+    assert plan(1, 131_072) == (True, 64) and plan(8, 8 * 131_072) == (True, 64)
+    assert plan(0, 0) == plan(3, 0) == (True, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

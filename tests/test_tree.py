@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
-                "rows.py", "lm_head.py", "_launch.py", "_installed.py"}
+                "rows.py", "lm_head.py", "_launch.py", "_backends.py", "_eager.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
 SHARED_TESTS = {"conftest.py", "_matrix.py", "_processes.py", "test_tree.py", "test_op.py",
                 "test_check.py", "test_compile.py", "test_packaging.py", "test_testing.py",
                 "test_align.py", "test_bench.py", "test_prefix.py", "test_lm_head.py",
-                "test_aot.py", "test_host_cost.py"}
+                "test_aot.py", "test_host_cost.py", "_emulated.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}
 
