@@ -66,4 +66,4 @@ def test_what_the_measure_of_a_million_calls_a_fault():
     assert faults([idle, {**data, "peak_mib": 800}]) == [
         "data: peak 800 MiB, expected 400 + 340"
     ]  # fmt: skip
-    assert faults([idle, {**data, "per_cpu_second": rates}])[0].startswith("data: 91/s in the first")
+    assert faults([idle, {**data, "per_cpu_second": rates}])[0].startswith("data: 91/s in the ")
