@@ -13,7 +13,7 @@ Dense: one row a response, the prompt again in each, padded left and right, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -108,6 +108,47 @@ class Batch:
     def dense(self) -> Batch:
         """The same responses, each with a prompt of its own."""
         return Batch(self.prompt_ids, self.response_ids, self.pad_id, self.device, "dense")
+
+    def parts(self, max_tokens: int) -> list[list[int]]:
+        """The responses in parts of at most `max_tokens` tokens each, few and evenly filled.
+
+        Responses of one prompt stay together where they fit; one that is too long stands alone.
+        The largest pieces go first, each into the fullest part with room (best-fit decreasing).
+        """
+        pieces = [piece for first, group in self._starts() for piece in
+                  self._pieces(first, *group, max_tokens)]  # fmt: skip
+        parts: list[list[int]] = []
+        room: list[int] = []
+        for cost, indices in sorted(pieces, key=lambda piece: -piece[0]):
+            fits = [(left - cost, k) for k, left in enumerate(room) if left >= cost]
+            left, k = min(fits, default=(max_tokens - cost, len(parts)))
+            if k == len(parts):
+                parts.append([])
+                room.append(0)
+            parts[k] += indices
+            room[k] = left
+        return [sorted(indices) for indices in parts]
+
+    def _starts(self) -> Iterator[tuple[int, tuple[Sequence[int], list[Sequence[int]]]]]:
+        """Each group with the index of its first response."""
+        first = 0
+        for prompt, responses in self._groups:
+            yield first, (prompt, responses)
+            first += len(responses)
+
+    def _pieces(
+        self, first: int, prompt: Sequence[int], responses: list[Sequence[int]], max_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(tokens, responses) of a group, cut where it exceeds `max_tokens`, or is dense."""
+        cost = len(prompt)
+        indices: list[int] = []
+        for i, response in enumerate(responses, first):
+            if indices and (self.prefix == "dense" or cost + len(response) > max_tokens):
+                yield cost, indices
+                cost, indices = len(prompt), []
+            cost += len(response)
+            indices.append(i)
+        yield cost, indices
 
     def states(self, trunk: nn.Module, *aligns: str) -> tuple[Tensor, ...]:
         """Last hidden states of a trunk, once for each alignment of `tk.response_states`.

@@ -139,6 +139,8 @@ class PPOConfig:
     """Responses sampled for each of them; the prompt is computed once for all."""
     minibatch_size: int = 32
     """Responses an optimiser step."""
+    max_tokens: int = 65_536
+    """Tokens of prompts and responses that a model reads at once: less takes less memory."""
     epochs: int = 2
     lr: float | None = None
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""

@@ -65,6 +65,16 @@ class Experience(NamedTuple):
         return Experience(batch, *(field[index, :length] for field in self[1:]))
 
 
+class Losses(NamedTuple):
+    """What a part of a minibatch adds to its figures."""
+
+    policy: Tensor  # []
+    value: Tensor  # []
+    policy_metrics: Any  # of tk.ppo_loss
+    value_metrics: Any  # of tk.value_loss
+    squared_log_ratio: Tensor  # [], summed over the train mask
+
+
 class PPOTrainer:
     """Policy, critic, their optimiser and the step count: all that a step changes."""
 
@@ -115,12 +125,11 @@ class PPOTrainer:
         self, rollout: RolloutBatch, suggested_lengths: Sequence[float]
     ) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, token rewards, values and advantages of a rollout."""
-        config, models, device = self.config, self.models, self.models.policy.device
+        config, device = self.config, self.models.policy.device
         batch = Batch(rollout.prompt_ids, rollout.response_ids, self.pad_id, device, self.prefix)
-        old, _ = policy_logprobs(models.policy, batch, self.sampling.temperature)  # [B, T]
-        ref, _ = policy_logprobs(models.ref, batch, self.sampling.temperature)  # [B, T]
+        old, ref, classes, values, after = self._read(batch)
         reward = tk.token_rewards(
-            models.reward(batch),  # [B, T, 3]
+            classes,
             batch.mask,
             mode=config.reward,
             suggested_length=None
@@ -129,7 +138,6 @@ class PPOTrainer:
             alpha=config.length_alpha or 0.0,
             values=config.reward_values,
         )
-        values, after = models.critic(batch)  # [B, T], [B]
         train_mask = self.train_mask(batch, reward.category)  # [B, T]
         result = tk.token_advantages(
             reward.rewards,
@@ -156,6 +164,25 @@ class PPOTrainer:
         )
         return experience, self._rollout_metrics(rollout, old, ref, reward.rewards)
 
+    def _read(self, batch: Batch) -> list[Tensor]:
+        """Log-probs of policy and reference, class logits, values, and the values after: [B, T]
+        but for class logits [B, T, 3] and the values after [B]; 0 where masked.
+        """
+        models, temperature = self.models, self.sampling.temperature
+        parts = batch.parts(self.config.max_tokens)
+        results: list[Tensor] = []
+        for index in parts:
+            part = batch.rows(index)
+            old, _ = policy_logprobs(models.policy, part, temperature)
+            ref, _ = policy_logprobs(models.ref, part, temperature)
+            found = (old, ref, models.reward(part), *models.critic(part))
+            if not results:
+                rows = batch.mask.shape
+                results = [x.new_zeros(*rows[: min(2, x.dim())], *x.shape[2:]) for x in found]
+            for result, x in zip(results, found, strict=True):
+                result[(index, slice(x.shape[1])) if x.dim() > 1 else index] = x
+        return results
+
     def update(self, experience: Experience) -> dict[str, float]:
         """`epochs` passes over shuffled minibatches; policy and critic step together."""
         config, size = self.config, self.config.responses_per_prompt
@@ -176,48 +203,51 @@ class PPOTrainer:
         step_zero = first and self.step_count == 1
         if step_zero and config.verify_prefix and data.batch.shares:
             check_shared_prefix(models, data, self.sampling.temperature)
-        policy = self._policy_loss(data)
-        if step_zero:
-            check_step_zero_ratio(policy.logprobs, data.logprobs, data.train_mask)
-        values, _ = models.critic(data.batch)  # [B, T]
-        value = tk.value_loss(
-            values,
-            data.returns,
-            data.batch.mask,
-            old_values=data.values,
-            clip=config.value_clip,
-        )
         self.optimizer.zero_grad()
-        (policy.loss + value.loss).backward()
+        losses = [
+            self._backward(data.rows(index), data, step_zero)
+            for index in data.batch.parts(config.max_tokens)
+        ]
         if step_zero:
             check_gradients(models, data)
         for model in (models.policy, models.critic):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
         self.optimizer.step()
-        log_ratio = torch.where(data.train_mask, policy.logprobs - data.logprobs, 0.0)  # [B, T]
-        tokens = data.train_mask.sum().clamp(min=1)
-        return {
-            "policy/approxkl_avg": (0.5 * log_ratio.square().sum() / tokens).item(),
-            "policy/clipfrac_avg": policy.metrics.clip_fraction.item(),
-            "policy/entropy_avg": (policy.entropy.sum() / tokens).item(),
-            "loss/policy_avg": policy.loss.item(),
-            "loss/value_avg": value.loss.item(),
-            "val/clipfrac_avg": value.metrics.clip_fraction.item(),
-            "val/ratio": policy.metrics.ratio_mean.item(),
-            "val/explained_variance": value.metrics.explained_variance.item(),
-        }
+        return _minibatch_metrics(losses)
 
-    def _policy_loss(self, data: Experience) -> Any:
-        """The clipped loss of the policy on a minibatch; its gradient is computed with it."""
-        return policy_head(self.models.policy).loss(
-            policy_states(self.models.policy, data.batch),  # [B, T, D]
-            data.batch.targets,
-            data.logprobs,
-            data.advantages,
-            data.train_mask,
-            clip_low=self.config.clip,
-            clip_high=self.config.clip,
+    def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
+        """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
+        config, policy = self.config, self.models.policy
+        policy_loss = policy_head(policy).loss(
+            policy_states(policy, part.batch),  # [B, T, D]
+            part.batch.targets,
+            part.logprobs,
+            part.advantages,
+            part.train_mask,
+            clip_low=config.clip,
+            clip_high=config.clip,
             temperature=self.sampling.temperature,
+            num_tokens=whole.train_mask.sum(),
+        )
+        if step_zero:
+            check_step_zero_ratio(policy_loss.logprobs, part.logprobs, part.train_mask)
+        values, _ = self.models.critic(part.batch)  # [B, T]
+        value_loss = tk.value_loss(
+            values,
+            part.returns,
+            part.batch.mask,
+            old_values=part.values,
+            clip=config.value_clip,
+            num_tokens=whole.batch.mask.sum(),
+        )
+        (policy_loss.loss + value_loss.loss).backward()
+        moved = torch.where(part.train_mask, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
+        return Losses(
+            policy_loss.loss.detach(),
+            value_loss.loss.detach(),
+            policy_loss.metrics,
+            value_loss.metrics,
+            moved.square().sum(),
         )
 
     def train_mask(self, batch: Batch, category: Tensor) -> Tensor:
@@ -253,6 +283,24 @@ class PPOTrainer:
             "objective/scores_std": score.std(correction=0).item(),
             "val/num_eos_tokens": float(rollout.finish.count("eos")),
         }
+
+
+def _minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
+    """TRL's names for figures of an optimiser step, over all its parts."""
+    policy, value = losses[0].policy_metrics, losses[0].value_metrics
+    for part in losses[1:]:
+        policy, value = policy.merged(part.policy_metrics), value.merged(part.value_metrics)
+    squared = sum(part.squared_log_ratio.item() for part in losses)
+    return {
+        "policy/approxkl_avg": 0.5 * squared / max(policy.tokens.item(), 1),
+        "policy/clipfrac_avg": policy.clip_fraction.item(),
+        "policy/entropy_avg": policy.entropy.item(),
+        "loss/policy_avg": sum(part.policy.item() for part in losses),
+        "loss/value_avg": sum(part.value.item() for part in losses),
+        "val/clipfrac_avg": value.clip_fraction.item(),
+        "val/ratio": policy.ratio_mean.item(),
+        "val/explained_variance": value.explained_variance.item(),
+    }
 
 
 def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:

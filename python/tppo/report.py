@@ -89,6 +89,7 @@ def _continued(run: Run, seconds: float) -> tuple[Any, int]:
         pad_id=run.tokenizer.pad_token_id,
         seconds=seconds,
         seed=run.seed + 1,
+        prefix=run.config.prefix,
     )
     return model, steps
 

@@ -24,7 +24,7 @@ from tppo.tokenizer import load_tokenizer
 # What a stage reads of the run folder, and the sections of the configuration it depends on.
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data": ((), ("sessions",)),
-    "sft": (("data/train.jsonl", "data/heldout.jsonl"), ("scratch", "sft", "generate")),
+    "sft": (("data/train.jsonl", "data/heldout.jsonl"), ("scratch", "sft", "generate", "prefix")),
     "generate": (("data/train.jsonl", "sft/model"), ("generate", "prefix")),
     "label": (("data/train.jsonl", "generate/answers.jsonl"), ("label",)),
     "map": (("sft/model", "generate/answers.jsonl", "label/labels.jsonl"), ()),

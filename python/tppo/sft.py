@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo.batch import Batch
-from tppo.config import SFTConfig
+from tppo.config import Prefix, SFTConfig
 from tppo.models import policy_head, policy_logprobs, policy_states, snapshot
 from tppo.progress import status
 
@@ -43,13 +43,17 @@ def train_sft(
     *,
     pad_id: int,
     seed: int,
+    prefix: Prefix = "shared",
 ) -> SFTResult:
-    """Train until the held-out loss has stopped falling; keep the best weights."""
+    """Train until the held-out loss has stopped falling; keep the best weights.
+
+    Answers of one prompt share it where they meet in a batch and the prompt is not trained on.
+    """
     start = time.monotonic()
     assert config.lr is not None
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    batches = _batches(train, config.batch_size, pad_id, model.device, seed)
+    batches = _batches(train, config, pad_id, model.device, seed, prefix)
     best_loss, best_step, best, history = math.inf, 0, snapshot(model), []
     with status("sft") as bar:
         for step in range(1, steps + 1):
@@ -58,7 +62,7 @@ def train_sft(
             loss = sft_step(model, next(batches), optimizer, config)
             bar.advance()
             if step % eval_every == 0 or step == steps:
-                heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id)
+                heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id, prefix)
                 history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
                 if heldout_loss < best_loss - config.min_delta:
                     best_loss, best_step, best = heldout_loss, step, snapshot(model)
@@ -84,12 +88,13 @@ def continue_sft(
     pad_id: int,
     seconds: float,
     seed: int,
+    prefix: Prefix = "shared",
 ) -> int:
     """Train on at the final learning rate for `seconds`; returns the number of steps."""
     assert config.lr is not None
     lr = config.lr * config.final_lr_share
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    batches = _batches(train, config.batch_size, pad_id, model.device, seed)
+    batches = _batches(train, config, pad_id, model.device, seed, prefix)
     start, step = time.monotonic(), 0
     with status(f"sft continued for {seconds:.0f} s") as bar:
         while time.monotonic() - start < seconds:
@@ -115,12 +120,18 @@ def sft_step(
 
 
 @torch.no_grad()
-def answer_loss(model: PreTrainedModel, data: Examples, batch_size: int, pad_id: int) -> float:
+def answer_loss(
+    model: PreTrainedModel,
+    data: Examples,
+    batch_size: int,
+    pad_id: int,
+    prefix: Prefix = "shared",
+) -> float:
     """Mean negative log-likelihood of the answers' tokens, in nats."""
     total, count = 0.0, 0
     for i in range(0, len(data.prompts), batch_size):
         part = slice(i, i + batch_size)
-        batch = _batch(data.prompts[part], data.answers[part], pad_id, model.device)
+        batch = Batch(data.prompts[part], data.answers[part], pad_id, model.device, prefix)
         logprobs, _ = policy_logprobs(model, batch, 1.0)  # [B, T]
         total -= logprobs.sum().item()
         count += int(batch.mask.sum())
@@ -148,29 +159,26 @@ def _mean_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Te
 
 
 def _batches(
-    data: Examples, batch_size: int, pad_id: int, device: torch.device, seed: int
+    data: Examples,
+    config: SFTConfig,
+    pad_id: int,
+    device: torch.device,
+    seed: int,
+    prefix: Prefix,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches; a small data set gives batches of its own size."""
+    """Endless shuffled batches, in which the answers of one prompt follow each other.
+
+    A small data set gives batches of its own size.
+    """
     rng = random.Random(seed)
     order: list[int] = []
-    size = min(batch_size, len(data.prompts))
+    size = min(config.batch_size, len(data.prompts))
     while True:
         if len(order) < size:
             order = rng.sample(range(len(data.prompts)), len(data.prompts))
-        rows, order = order[:size], order[size:]
-        yield _batch(
-            [data.prompts[i] for i in rows], [data.answers[i] for i in rows], pad_id, device
-        )
-
-
-def _batch(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
-) -> Batch:
-    """Dense: a session has one true answer, so there is no prompt to share."""
-    return Batch(prompts, answers, pad_id, device, prefix="dense")
+        rows, order = sorted(order[:size], key=lambda i: list(data.prompts[i])), order[size:]
+        prompts, answers = [data.prompts[i] for i in rows], [data.answers[i] for i in rows]
+        yield Batch(prompts, answers, pad_id, device, prefix)
 
 
 def _decay(step: int, config: SFTConfig) -> float:

@@ -176,10 +176,11 @@ def compare_labels(run: Run, path: Path) -> None:
 
 
 def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
-    """What an endpoint is to judge, one at a time."""
+    """What an endpoint is to judge, one at a time; the history as the policy sees it."""
     for answer in run.iter_answers():
         session = _asked(sessions, answer)
-        history = [event.text for event in session.history]
+        history = [f"profile: {line}" for line in session.profile]
+        history += [f"{event.type}: {event.text}" for event in session.history]
         yield LabelItem(answer.id, history, list(session.targets), answer.text)
 
 

@@ -281,3 +281,62 @@ def test_a_whole_update_takes_less_memory_than_dense(request):
         )  # fmt: skip
         grown[prefix] = int(done.stdout)
     assert grown["shared"] < grown["dense"] / 2, grown
+
+
+@pytest.mark.parametrize("prefix", ["shared", "dense"])
+def test_parts_hold_every_response_once_and_keep_to_the_budget(prefix):
+    batch = Batch(PROMPTS, RESPONSES, PAD, prefix=prefix)
+    for budget in (1, 7, 9, 12, 20, 1000):
+        parts = batch.parts(budget)
+        assert sorted(i for part in parts for i in part) == list(range(8))
+        for part in parts:
+            assert part == sorted(part)
+            rows = [(tuple(PROMPTS[i]), len(RESPONSES[i])) for i in part]
+            groups = {prompt for prompt, _ in rows} if prefix == "shared" else [p for p, _ in rows]
+            tokens = sum(map(len, groups)) + sum(length for _, length in rows)
+            assert tokens <= budget or len(part) == 1, (budget, part)
+    assert batch.parts(1000) == [list(range(8))]
+    assert len(batch.parts(1)) == 8
+    if prefix == "shared":  # groups of 10, 11, 4 and 6 tokens
+        assert len(batch.parts(12)) == 3
+
+
+def test_a_step_in_parts_is_the_step_at_once():
+    """1 x 8 and 8 x 1: losses and gradients have the denominators of the whole minibatch."""
+    results = []
+    for max_tokens in (65_536, 20):
+        config = PPOConfig(
+            lr=1e-3, critic_lr=1e-3, minibatch_size=12, epochs=1, responses_per_prompt=3,
+            max_tokens=max_tokens, value_clip=0.1,
+        )  # fmt: skip
+        trainer = new_trainer("shared", config, 6)
+        prompts = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
+        rollout = trainer.rollout.generate(prompts, trainer.sampling)
+        experience, metrics = trainer.score(rollout, [6.0] * 12)
+        trainer.optimizer.step = lambda: None  # keep the gradients of the minibatch
+        metrics |= trainer.update(experience)
+        gradients = [
+            p.grad for model in (trainer.models.policy, trainer.models.critic)
+            for p in model.parameters() if p.grad is not None
+        ]  # fmt: skip
+        results.append((metrics, gradients, experience))
+    (whole, whole_grads, one), (parts, part_grads, other) = results
+    assert len(one.batch.parts(65_536)) == 1 and len(one.batch.parts(20)) > 2
+    torch.testing.assert_close(one.advantages, other.advantages, atol=1e-5, rtol=0)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for a, b in zip(whole_grads, part_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_sft_on_several_answers_of_one_prompt_reads_it_once():
+    examples = Examples([[5, 6, 7, 8, 9, 10]] * 6, [[4, i, EOS] for i in range(11, 17)])
+    losses, tokens = {}, {}
+    for prefix in ("shared", "dense"):
+        model = models().policy
+        counted = Tokens(model)
+        sft = SFTConfig(lr=1e-2, max_steps=3, batch_size=6, prompt_loss=False)
+        result = train_sft(model, examples, examples, sft, pad_id=PAD, seed=0, prefix=prefix)
+        losses[prefix], tokens[prefix] = result.heldout_loss, counted.count
+    assert losses["shared"] == pytest.approx(losses["dense"], rel=1e-5)
+    assert tokens["shared"] < tokens["dense"] * 0.6, tokens
