@@ -27,6 +27,7 @@ from tppo.tokenizer import decode, token_offsets
 
 QUESTION, ANSWER = "question: ", ". \n\n answer: "
 MAX_TOKENS = 2048  # of an input, as in the paper, or the model's positions where they are fewer
+TOKENS_AT_ONCE = 65_536  # of frozen scoring
 READ_AT_ONCE = 256  # inputs; the offsets of all their tokens are held as Python objects
 PROBE = "search: na\u00efve t-shirt, 3.5\nnext 3:\n\u6771\u4eac \U0001f600 relevant queries"
 NONE = (30.0, 0.0, 0.0)  # class logits where no token of the reward model stands: P(0) = 1 in fp32
@@ -126,10 +127,7 @@ class AlignedRewardModel(nn.Module):
         prompts = [prompt_text(tuple(ids)) for ids in batch.prompt_ids]
         answers = [token_offsets(self.policy_tokenizer, ids) for ids in batch.response_ids]
         readings = self.reader.read(prompts, [text for text, _ in answers])
-        logits, _ = self.reader(
-            [reading.prompt_ids for reading in readings],
-            [reading.response_ids for reading in readings],
-        )  # [B, S, 3]
+        logits = self._logits(readings)  # [B, S, 3]
         none = logits.new_tensor(NONE).expand(len(readings), 1, 3)
         places = tk.align.transfer(
             [reading.offsets for reading in readings],
@@ -139,6 +137,21 @@ class AlignedRewardModel(nn.Module):
         index = pad_rows(places, batch.targets)  # [B, T]
         table = torch.cat([none, logits], 1)  # [B, 1+S, 3]
         return table.gather(1, index[..., None].expand(-1, -1, 3))
+
+    def _logits(self, readings: Sequence[Reading]) -> Tensor:
+        """Class logits of its own response tokens, [B, S, 3]; what lies behind a response varies.
+
+        In parts, because no prompt is shared here: B rows of it may be far more than the policy's.
+        """
+        width = max(len(r.prompt_ids) + len(r.response_ids) for r in readings)
+        longest = max(1, *(len(r.response_ids) for r in readings))
+        rows = max(1, TOKENS_AT_ONCE // max(1, width))
+        parts = []
+        for i in range(0, len(readings), rows):
+            part = readings[i : i + rows]
+            logits, _ = self.reader([r.prompt_ids for r in part], [r.response_ids for r in part])
+            parts.append(nn.functional.pad(logits, (0, 0, 0, longest - logits.shape[1])))
+        return torch.cat(parts)
 
 
 def load_own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

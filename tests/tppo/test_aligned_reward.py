@@ -217,6 +217,21 @@ def test_longformer_reads_a_row_as_if_it_were_alone():
         torch.testing.assert_close(row[real], alone[0], rtol=1e-4, atol=1e-5)
 
 
+def test_scoring_in_parts_gives_the_same(monkeypatch):
+    policy = tokenizer("byte-level")
+    model = AlignedRewardModel(reader("metaspace"), policy)
+    prompts = [encode_prompt(policy, prompt_text(s)) for s in sessions()[:7]]
+    batch = Batch(prompts, [encode_answer(policy, s.targets[: i % 3 + 1])
+                            for i, s in enumerate(sessions()[:7])], 0)  # fmt: skip
+    whole = model(batch)
+    monkeypatch.setattr("tppo.aligned_reward.TOKENS_AT_ONCE", 300)
+    sizes = []
+    hook = model.reader.model.register_forward_hook(lambda *call: sizes.append(len(call[2].logits)))
+    torch.testing.assert_close(model(batch), whole, rtol=1e-3, atol=1e-4)
+    hook.remove()
+    assert len(sizes) > 2 and sum(sizes) == 7
+
+
 def test_a_long_history_loses_its_start_and_a_long_answer_its_end(capsys):
     own = OwnTokens(longformer(tokenizer("byte-level"), positions=64), tokenizer("byte-level"))
     policy = tokenizer("metaspace")
