@@ -9,6 +9,7 @@ call whose lengths and Python floats depend on i. Results are never computed: do
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -46,8 +47,44 @@ def whiten_varied(i, dtype):
     tk.whiten(x, x > 0, eps=i / 100, unbiased=i % 2 == 0)
 
 
-LAUNCHES = {"whiten": whiten_launches}
-VARIED = {"whiten": whiten_varied}
+def token_logprobs_call(rows, V, dtype, softcap=None, x=None, **kwargs):
+    x = torch.randn(rows, V).to(dtype) if x is None else x
+    targets = torch.zeros(x.shape[:-1], dtype=torch.long)
+    out = tk.token_logprobs(x.requires_grad_(), targets, targets == 0, softcap=softcap, **kwargs)
+    (out.logprobs + out.entropy).sum().backward()
+
+
+def token_logprobs_launches():
+    token_logprobs_call(2, 20_001, torch.bfloat16, temperature=torch.ones(2))  # rows in parts
+    token_logprobs_call(2, 20_001, torch.float16, softcap=30.0)
+    token_logprobs_call(1024, 64, torch.bfloat16, softcap=30.0)
+    for dtype in HALVES:
+        token_logprobs_call(1024, 65, dtype)
+    odd = torch.randn(2, 520, 65).bfloat16()[:, 3:-1]
+    token_logprobs_call(0, 0, torch.bfloat16, x=odd)
+
+
+def token_logprobs_varied(i, dtype):
+    token_logprobs_call(1 + i % 7, 1 + 531 * i, dtype, temperature=0.5 + i / 50,
+                        logit_scale=1.0 - i, valid_vocab=1 + 430 * i)
+
+
+def gae_launches():
+    for dtype, (batch, tokens) in itertools.product(HALVES, ((9, 24), (3, 3000))):
+        x, lam = torch.randn(batch, tokens).to(dtype), torch.rand(batch)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * tokens
+        tk.gae(x, x)
+        tk.gae(x, x, x > 0, lam=lam, value_lam=1.0, bootstrap=lam.to(dtype))
+        tk.gae(x.flatten(), x.flatten(), x.flatten() > 0, lam=lam, cu_seqlens=cu_seqlens)
+
+
+def gae_varied(i, dtype):
+    x = torch.randn(1 + i % 3, 1 + 131 * i).to(dtype)
+    tk.gae(x, x, x > 0, gamma=1 - i / 100, lam=i / 100)
+
+
+LAUNCHES = {"token_logprobs": token_logprobs_launches, "whiten": whiten_launches, "gae": gae_launches}
+VARIED = {"token_logprobs": token_logprobs_varied, "whiten": whiten_varied, "gae": gae_varied}
 
 
 class Driver:

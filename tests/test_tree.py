@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
-                "rows.py", "lm_head.py", "_launch.py", "_backends.py", "_eager.py"}
-SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h"}
+                "rows.py", "lm_head.py", "_launch.py", "_backends.py", "_eager.py", "_triton_rows.py"}
+SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
 SHARED_TESTS = {"conftest.py", "_matrix.py", "_processes.py", "test_tree.py", "test_op.py",

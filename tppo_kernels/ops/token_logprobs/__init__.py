@@ -14,7 +14,7 @@ from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
 
-_op = Op("token_logprobs", cpu=("cpp", "reference"))
+_op = Op("token_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
