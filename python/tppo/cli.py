@@ -15,6 +15,7 @@ import yaml
 from tppo import inspect_log
 from tppo.config import Config, fill_defaults, from_dict
 from tppo.jsonl import plain, write_text
+from tppo.label_openai import check_address
 from tppo.progress import say, status
 
 COMMANDS = {
@@ -141,6 +142,8 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
+    if options.settings.label.endpoint.base_url:  # before it is written to the run folder
+        check_address(options.settings.label.endpoint.base_url)
     with status("loading torch and transformers"):
         import torch
 

@@ -46,7 +46,10 @@ class Work:
             return None
         with open(self.path, "rb") as file:
             file.seek(offset)
-            entry: _Entry = validated(_Entry, file.readline(), "cache")
+            try:
+                entry: _Entry = validated(_Entry, file.readline(), "cache")
+            except BadAnswer:  # another process wrote between: asked again, not lost
+                return None
         return entry if entry.key == key else None
 
     def finish(self, key: str, judgement: Judgement) -> None:

@@ -236,11 +236,11 @@ async def _asked(
 
 
 async def _close(live: _Live, results: AsyncIterator[Label | Dropped]) -> None:
-    """Give up what still waits, and the connections."""
-    left = [future for _, future in live.held]
-    for future in left:
-        future.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
+    """Give up what still waits (after Ctrl-C the next result too), and the connections."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, *(future for _, future in live.held), return_exceptions=True)
     await results.aclose()  # type: ignore[attr-defined]
     if live.client is not None:
         await live.client.close()
@@ -298,6 +298,8 @@ async def _ask(live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str,
             return await _send(live, client, messages, {"response_format": RESPONSE_FORMAT})
         except _Refused:
             reply = await _send(live, client, messages, {})
+            if live.schema:
+                say(f"{live.config.base_url} refuses a JSON schema: from now on asked without")
             live.schema = False
             return reply
     return await _send(live, client, messages, {})
@@ -373,11 +375,18 @@ def _prices(config: EndpointConfig) -> tuple[float, float] | None:
     return config.price_read, config.price_written
 
 
+def check_address(base_url: str) -> None:
+    """Raise ValueError for an address that is none, or that holds something secret."""
+    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url):
+        shown = re.sub(r"//.*@|[?#].*", "//***", base_url)
+        raise ValueError(
+            f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials or a query"
+        )
+
+
 def _api_key(config: EndpointConfig) -> str:
     """The key, after a look at the address it goes to."""
-    if not re.match(r"https?://[^/@\s]+(/|$)", config.base_url):
-        shown = re.sub(r"//[^/@\s]*@", "//***@", config.base_url)
-        raise ValueError(f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials")
+    check_address(config.base_url)
     if config.api_key_env is None:
         return "no-key"
     key = os.environ.get(config.api_key_env, "").strip()

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -338,7 +339,7 @@ def test_an_object_is_checked_like_the_tags(tmp_path, text, reason):
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status):
+def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status, capsys):
     def reply(request, number):
         refused = "response_format" in request
         return (status, {}, {"error": "unknown field"}) if refused else judge(request)
@@ -348,6 +349,7 @@ def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status):
         run = label(items, config(server, concurrency=1), tmp_path / "cache.jsonl")
         assert len(run.labels) == 5
         assert ["response_format" in request for request in server.requests] == [True] + [False] * 5
+    assert capsys.readouterr().err.count("refuses a JSON schema: from now on asked without") == 1
 
 
 def test_tokens_and_cost_are_those_of_the_server(tmp_path, capsys):
@@ -534,6 +536,37 @@ def test_a_killed_run_asks_only_for_what_is_missing(tmp_path):
         subprocess.run([*command, "http://127.0.0.1:1/v1", str(cache)], check=True)
 
 
+def test_an_interrupted_run_ends_at_once_and_keeps_what_came(tmp_path):
+    """Ctrl-C while requests are in flight."""
+    cache = tmp_path / "cache.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from tppo.label_openai import *\n"
+        "items = [LabelItem(f's{n}', ['boots'], ['red'], f'red hat {n}') for n in range(40)]\n"
+        "settings = EndpointConfig(sys.argv[1], 'judge-1', None, concurrency=3)\n"
+        "list(label(items, settings, Path(sys.argv[2])))\n"
+    )
+    release = threading.Event()
+
+    def reply(request, number):
+        if number > 5:
+            release.wait(60)
+        return judge(request)
+
+    with serving(reply) as server:
+        command = [sys.executable, "-c", program, server.url, str(cache)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and len(server.requests) < 8:
+            time.sleep(0.01)
+        while len(cache.read_bytes().splitlines()) < 5:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+        release.set()
+    assert process.returncode != 0 and said.rstrip().endswith("KeyboardInterrupt"), said
+    assert "labelling: 5 replies" in said and "never retrieved" not in said
+    assert "already running" not in said and len(cache.read_bytes().splitlines()) == 5
+
+
 def test_a_torn_or_damaged_cache_costs_only_its_own_items(tmp_path, capsys):
     cache = tmp_path / "cache.jsonl"
     items = [item(n, response=f"red hat {n}") for n in range(3)]
@@ -676,11 +709,21 @@ def test_a_configuration_that_cannot_work_is_named(tmp_path, changes, message):
         label([item()], EndpointConfig(**{**fields, **changes}), tmp_path / "c.jsonl")
 
 
-def test_credentials_in_the_url_are_refused_and_not_shown(tmp_path):
-    settings = EndpointConfig("https://me:pass1@host/v1", "m", "TPPO_TEST_KEY")
-    with pytest.raises(ValueError, match=r"base_url was 'https://\*\*\*@host/v1'") as error:
-        label([item()], settings, tmp_path / "c.jsonl")
+@pytest.mark.parametrize(
+    "url",
+    ["https://me:pass1@host/v1", "https://host/v1?key=pass1", "http://host/v1#pass1",
+     "http://host?pass1", "https://me:pa/pass1@host"],
+)  # fmt: skip
+def test_secrets_in_the_url_are_refused_and_neither_shown_nor_written(tmp_path, url):
+    from tppo.cli import main
+
+    with pytest.raises(ValueError, match="base_url was .*without credentials or a query") as error:
+        label([item()], EndpointConfig(url, "m", "TPPO_TEST_KEY"), tmp_path / "c.jsonl")
     assert "pass1" not in str(error.value)
+    flags = ["--out", str(tmp_path / "run"), "--label.labeller", "endpoint"]
+    with pytest.raises(SystemExit, match="base_url was .*without credentials or a query") as error:
+        main(["label", *flags, "--label.endpoint.base-url", url])
+    assert "pass1" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("missing", ["openai", "pydantic"])
