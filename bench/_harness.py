@@ -248,6 +248,8 @@ def table(rows: list[Row]) -> str:
                      for line in [head, *body])
 
 
-def as_json(rows: list[Row], device: str) -> dict[str, Any]:
-    """What `--bench-json` writes."""
-    return {"machine": machine(device), "rows": [asdict(r) for r in rows]}
+def as_json(rows: list[Row], device: str, steps: list[Any] | None = None) -> dict[str, Any]:
+    """What `--bench-json` writes; steps: rows of whole PPO steps."""
+    kinds = {"rows": rows, "steps": steps or []}
+    return {"machine": machine(device),
+            **{name: [asdict(r) for r in found] for name, found in kinds.items() if found}}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from _harness import Case, Row, as_json, run, table
+from _steps import StepRow, step_table
 
 ROWS = pytest.StashKey[list[Row]]()
+STEPS = pytest.StashKey[list[StepRow]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[STEPS] = [], []
 
 
 @pytest.fixture(scope="session")
@@ -48,14 +50,23 @@ def measure(request, benchmark, device):
     return measured
 
 
+@pytest.fixture
+def steps(request) -> list[StepRow]:
+    """Where the rows of a whole PPO step go."""
+    return request.config.stash[STEPS]
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    terminalreporter.section("operators")
-    terminalreporter.write_line(table(rows))
+    rows, steps = config.stash[ROWS], config.stash[STEPS]
+    if rows:
+        terminalreporter.section("operators")
+        terminalreporter.write_line(table(rows))
+    if steps:
+        terminalreporter.section("a PPO step: a prompt shared by its answers, or dense")
+        terminalreporter.write_line(step_table(steps))
     target = config.getoption("--bench-json")
-    if target:
+    if target and (rows or steps):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(json.dumps(as_json(rows, rows[0].device), indent=1) + "\n")
+        Path(target).write_text(json.dumps(as_json(rows, device, steps), indent=1) + "\n")
         terminalreporter.write_line(f"written to {target}")

@@ -1,0 +1,35 @@
+"""Rows of a whole PPO step, and their table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What one way of one shape took. tokens: that the policy reads in an update, forward."""
+
+    model: str
+    device: str
+    prompt: int  # P
+    response: int  # R
+    group: int  # G
+    prefix: str
+    tokens: int
+    update_ms: float  # median
+    rollout_ms: float
+    peak_mb: float  # of an update, beyond weights and optimiser
+    speed_up: float  # of the update, over dense
+    rollout_speed_up: float
+
+
+def step_table(rows: list[StepRow]) -> str:
+    """The rows as text."""
+    head = ("model", "P", "R", "G", "prompts", "tokens", "update ms", "over dense", "peak MB",
+            "rollout ms", "over dense")
+    body = [(r.model, str(r.prompt), str(r.response), str(r.group), r.prefix, f"{r.tokens:,}",
+             f"{r.update_ms:,.0f}", f"{r.speed_up:.1f}x", f"{r.peak_mb:,.0f}",
+             f"{r.rollout_ms:,.0f}", f"{r.rollout_speed_up:.1f}x") for r in rows]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+                     for line in [head, *body])

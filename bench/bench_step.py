@@ -1,0 +1,142 @@
+"""One whole PPO update, and one rollout: a prompt computed once for its G answers, or with each.
+
+An update is old and reference log-probs, values, rewards, advantages, and one optimiser step of
+policy and critic on `GROUPS` prompts. Both ways compute the same: losses, metrics and gradients
+are compared before anything is timed. Goals: at least 3 times dense at P 256, R 16, G 8 on a CPU
+with the demo's model; at least 5 times at P 2048, R 24, G 8 with the 1.5B shape on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from _harness import RedGate, peak_mb, wall_us
+from _steps import StepRow
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
+
+from tppo.config import PPOConfig  # noqa: E402
+from tppo.models import Critic, RewardModel, place  # noqa: E402
+from tppo.ppo import Models, PPOTrainer  # noqa: E402
+from tppo.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
+
+PAD, EOS = 0, 1
+CENTRE = {"cpu": (1024, 24, 8), "cuda": (2048, 24, 8)}  # P, R, G
+AXES = {"P": (256, 1024, 2048, 4096), "R": (8, 24, 64), "G": (1, 4, 8, 16)}
+GROUPS = {"cpu": 2, "cuda": 8}
+MODELS = {
+    "demo": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "1.5B": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+}
+
+
+def shapes(device: str) -> list[tuple[int, int, int]]:
+    """The goal's shape, then the centre with one of P, R, G moved at a time."""
+    centre = CENTRE[device]
+    moved = [centre[:axis] + (value,) + centre[axis + 1:]
+             for axis, values in enumerate(AXES.values()) for value in values]
+    return list(dict.fromkeys([(256, 16, 8), centre, *moved]))
+
+
+def trainer(name: str, device: str, prefix: str, response: int, group: int, groups: int
+            ) -> PPOTrainer:
+    """Random weights, the same for both ways; bf16 on a GPU, where flash attention wants it."""
+    torch.manual_seed(0)
+    settings = {**MODELS[name], "max_position_embeddings": 8192, "tie_word_embeddings": True,
+                "num_labels": 3, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    policy = place(LlamaForCausalLM(LlamaConfig(**settings)).to(dtype), torch.device(device))
+    reward = LlamaForTokenClassification(LlamaConfig(**settings)).to(dtype)
+    models = Models(policy, copy.deepcopy(policy),
+                    Critic(copy.deepcopy(policy.model), settings["hidden_size"]).to(device, dtype),
+                    RewardModel(place(reward, torch.device(device))))
+    config = PPOConfig(lr=1e-5, critic_lr=1e-5, epochs=1, minibatch_size=group * groups,
+                       responses_per_prompt=group, max_tokens=1 << 20)
+    engine = HFRollout(policy, pad_id=PAD, eos_id=-1, prefix=prefix)  # type: ignore[arg-type]
+    return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,
+                      seed=0, prefix=prefix)  # type: ignore[arg-type]
+
+
+def rollout(vocab: int, prompt: int, response: int, group: int, groups: int) -> RolloutBatch:
+    """Random token ids; every answer is cut at R."""
+    g = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, vocab, (n,), generator=g).tolist()
+
+    prompts = [row for _ in range(groups) for row in [ids(prompt)] * group]
+    return RolloutBatch(prompts, [ids(response) for _ in prompts], None, ["length"] * len(prompts))
+
+
+def update(ppo: PPOTrainer, batch: RolloutBatch) -> dict[str, float]:
+    """Everything between a rollout and the next weights."""
+    experience, _ = ppo.score(batch, [float(len(ids)) for ids in batch.response_ids])
+    return ppo.update(experience)
+
+
+def gate(ways: dict[str, PPOTrainer], batch: RolloutBatch, tolerance: float) -> None:
+    """Raises `RedGate` where losses, metrics or gradients of the two ways differ."""
+    metrics, gradients = {}, {}
+    for prefix, ppo in ways.items():
+        metrics[prefix] = update(ppo, batch)
+        parameters = [p for m in (ppo.models.policy, ppo.models.critic) for p in m.parameters()]
+        gradients[prefix] = [p.grad for p in parameters if p.grad is not None]
+    for name, dense in metrics["dense"].items():
+        if abs(metrics["shared"][name] - dense) > tolerance * max(1.0, abs(dense)):
+            raise RedGate(f"red gate, no number: {name} is {metrics['shared'][name]:g} shared, "
+                          f"{dense:g} dense")
+    for i, (shared, dense) in enumerate(zip(gradients["shared"], gradients["dense"], strict=True)):
+        error = float((shared - dense).abs().max() / dense.abs().max().clamp(min=1e-12))
+        if not error <= tolerance:
+            raise RedGate(f"red gate, no number: gradient {i} is off by {error:.1e}")
+
+
+def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: int, rounds: int
+                  ) -> list[StepRow]:
+    """Both ways at one shape, in turn, round by round."""
+    prompt, response, group = shape
+    vocab = MODELS[name]["vocab_size"]
+    batch = rollout(vocab, prompt, response, group, groups)
+    ways = {p: trainer(name, device, p, response, group, groups) for p in ("shared", "dense")}
+    gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
+    work: dict[str, Callable[[PPOTrainer], Any]] = {
+        "update": lambda ppo: update(ppo, batch),
+        "rollout": lambda ppo: ppo.rollout.generate(batch.prompt_ids, ppo.sampling),
+    }
+    us: dict[tuple[str, str], list[float]] = {(p, w): [] for p in ways for w in work}
+    for ppo in ways.values():
+        work["rollout"](ppo)
+    for _ in range(rounds):
+        for (prefix, what), times in us.items():
+            times.append(wall_us(work[what], (ways[prefix],), device))
+    middle = {key: median(times) / 1e3 for key, times in us.items()}
+    tokens = {"shared": groups * (prompt + group * response),
+              "dense": groups * group * (prompt + response)}
+    return [StepRow(name, device, prompt, response, group, prefix, tokens[prefix],
+                    round(middle[prefix, "update"], 1), round(middle[prefix, "rollout"], 1),
+                    round(peak_mb(work["update"], (ppo,), device), 1),
+                    round(middle["dense", "update"] / middle[prefix, "update"], 2),
+                    round(middle["dense", "rollout"] / middle[prefix, "rollout"], 2))
+            for prefix, ppo in ways.items()]
+
+
+@pytest.mark.parametrize("index", range(len(shapes("cpu"))))
+def test_step(steps, device, smoke, index, request):
+    name = "demo" if smoke or device == "cpu" else "1.5B"
+    chosen = [(24, 4, 3)] if smoke else shapes(device)
+    if index >= len(chosen):
+        pytest.skip("fewer shapes")
+    rounds = 1 if smoke else min(5, request.config.getoption("--bench-rounds"))
+    rows = measure_shape(name, device, chosen[index], 1 if smoke else GROUPS[device], rounds)
+    steps.extend(rows)
+    shared, dense = rows
+    assert shared.tokens <= dense.tokens
+    assert smoke or shared.group == 1 or shared.speed_up > 1
