@@ -11,7 +11,8 @@ import tppo_kernels as tk
 from tppo_kernels._op import OPS
 
 ROOT = Path(__file__).parent.parent
-BENCHED = {"gae", "step", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "token_logprobs"}
+BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "step",
+           "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
                 "rows.py", "lm_head.py", "_launch.py", "_backends.py", "_eager.py", "_triton_rows.py"}
