@@ -7,6 +7,8 @@
 
 #include "gae.h"
 #include "kernels.h"
+#include "ppo_loss.h"
+#include "value_loss.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -157,6 +159,97 @@ void bind_whiten(py::module_& m) {
   });
 }
 
+// (B, T, N, offsets, mask, mask_stride), (data, dtype, stride, step), (value, device),
+// (count_of, count, length, by_length): the structs of loss.h.
+using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, Address, Address, int64_t>;
+using ColumnTuple = std::tuple<Address, int, int64_t, int>;
+using ScalarTuple = std::tuple<double, Address>;
+using ShareTuple = std::tuple<int, ScalarTuple, ScalarTuple, bool>;
+using SlopesTuple = std::tuple<Address, int64_t, int, Address>;
+
+tppo::Layout layout(const LayoutTuple& x) {
+  const auto [B, T, N, offsets, mask, mask_stride] = x;
+  return {B, T, N, at<int32_t>(offsets), at<uint8_t>(mask), mask_stride};
+}
+
+tppo::Column column(const ColumnTuple& x) {
+  const auto [data, dtype, stride, step] = x;
+  return {at<void>(data), dtype, stride, step};
+}
+
+tppo::Scalar scalar(const ScalarTuple& x) { return {std::get<0>(x), at<float>(std::get<1>(x))}; }
+
+tppo::Share share(const ShareTuple& x) {
+  const auto& [count_of, count, length, by_length] = x;
+  return {count_of, scalar(count), scalar(length), by_length};
+}
+
+tppo::Slopes slopes(const SlopesTuple& x) {
+  const auto [data, count, dtype, out] = x;
+  return {at<float>(data), count, dtype, at<void>(out)};
+}
+
+// logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights; clip_low, clip_high,
+// dual_clip, max_log_ratio, entropy_coef, kl_coef; dlogprobs, dentropy, loss, metrics, scale
+tppo::PolicyBatch policy(const LayoutTuple& in, const std::array<ColumnTuple, 6>& x,
+                         const std::array<ScalarTuple, 6>& s, const ShareTuple& parts,
+                         int estimator, bool sequence_ratio, const std::array<Address, 5>& out) {
+  return {layout(in), column(x[0]), column(x[1]), column(x[2]), column(x[3]), column(x[4]),
+          column(x[5]), scalar(s[0]), scalar(s[1]), scalar(s[2]), scalar(s[3]), scalar(s[4]),
+          scalar(s[5]), share(parts), estimator, sequence_ratio, at<float>(out[0]),
+          at<float>(out[1]), at<float>(out[2]), at<float>(out[3]), at<float>(out[4])};
+}
+
+// values, returns, old_values; dvalues, loss, metrics, scale
+tppo::ValueBatch critic(const LayoutTuple& in, const std::array<ColumnTuple, 3>& x,
+                        const ScalarTuple& clip, const ShareTuple& parts,
+                        const std::array<Address, 4>& out) {
+  return {layout(in), column(x[0]), column(x[1]), column(x[2]), scalar(clip), share(parts),
+          at<float>(out[0]), at<float>(out[1]), at<float>(out[2]), at<float>(out[3])};
+}
+
+void bind_losses(py::module_& m) {
+  using namespace tppo;
+  m.def("ppo_loss_fwd", [](const LayoutTuple& in, const std::array<ColumnTuple, 6>& x,
+                           const std::array<ScalarTuple, 6>& s, const ShareTuple& parts,
+                           int estimator, bool sequence_ratio, const std::array<Address, 5>& out,
+                           int threads) {
+    py::gil_scoped_release release;
+    ppo_loss_fwd(policy(in, x, s, parts, estimator, sequence_ratio, out), threads);
+  });
+  m.def("value_loss_fwd", [](const LayoutTuple& in, const std::array<ColumnTuple, 3>& x,
+                             const ScalarTuple& clip, const ShareTuple& parts,
+                             const std::array<Address, 4>& out, int threads) {
+    py::gil_scoped_release release;
+    value_loss_fwd(critic(in, x, clip, parts, out), threads);
+  });
+  m.def("loss_bwd", [](const SlopesTuple& x, float factor, int threads) {
+    py::gil_scoped_release release;
+    loss_bwd(slopes(x), factor, threads);
+  });
+#if TPPO_CUDA
+  m.def("ppo_loss_fwd_cuda", [](const LayoutTuple& in, const std::array<ColumnTuple, 6>& x,
+                                const std::array<ScalarTuple, 6>& s, const ShareTuple& parts,
+                                int estimator, bool sequence_ratio,
+                                const std::array<Address, 5>& out, Address room, Address stream) {
+    check(ppo_loss_fwd_cuda(policy(in, x, s, parts, estimator, sequence_ratio, out),
+                            at<double>(room), at<void>(stream)));
+  });
+  m.def("value_loss_fwd_cuda", [](const LayoutTuple& in, const std::array<ColumnTuple, 3>& x,
+                                  const ScalarTuple& clip, const ShareTuple& parts,
+                                  const std::array<Address, 4>& out, Address room,
+                                  Address stream) {
+    check(value_loss_fwd_cuda(critic(in, x, clip, parts, out), at<double>(room),
+                              at<void>(stream)));
+  });
+  m.def("loss_bwd_cuda", [](const SlopesTuple& a, const SlopesTuple& b, Address grad_loss,
+                            Address scale, Address stream) {
+    check(loss_bwd_cuda(slopes(a), slopes(b), at<float>(grad_loss), at<float>(scale),
+                        at<void>(stream)));
+  });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -167,4 +260,5 @@ PYBIND11_MODULE(_C, m) {
   bind_token_logprobs(m);
   bind_linear_logprobs(m);
   bind_whiten(m);
+  bind_losses(m);
 }

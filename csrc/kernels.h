@@ -80,4 +80,27 @@ struct GaeInputs {
 const char* gae_fwd_cuda(const GaeInputs& in, bool wide, int parts, float* maps, float* advantages,
                          float* returns, void* stream);
 
+// The losses; their batches are described in loss.h, ppo_loss.h and value_loss.h.
+struct PolicyBatch;
+struct ValueBatch;
+void ppo_loss_fwd(const PolicyBatch& in, int threads);
+void value_loss_fwd(const ValueBatch& in, int threads);
+
+struct Slopes {  // derivatives to be scaled into `out`, of type `dtype`; count may be 0
+  const float* slopes;
+  int64_t count;
+  int dtype;
+  void* out;
+};
+
+// out = slope * factor, and 0 where the slope is 0 whatever the factor.
+void loss_bwd(const Slopes& x, float factor, int threads);
+
+// Each returns null, or the CUDA error's text. parts: kMaxBlocks * kPolicySums of loss.cuh and
+// ppo_loss.h, 1024 x 13 doubles. grad_loss, scale: one float each.
+const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* parts, void* stream);
+const char* value_loss_fwd_cuda(const ValueBatch& in, double* parts, void* stream);
+const char* loss_bwd_cuda(const Slopes& a, const Slopes& b, const float* grad_loss,
+                          const float* scale, void* stream);
+
 }  // namespace tppo

@@ -1,0 +1,38 @@
+"""`value_loss` on an NVIDIA GPU through the compiled extension: forward and backward, a launch
+each. Forward is cooperative: behind its barrier one block adds up the sums of all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tppo_kernels._C as _C
+
+from ..._launch import current_stream, launching_on
+from ..._losses import DTYPES, like_slopes, supports, workspace
+from . import reference
+from ._cpp import Call
+
+__all__ = ["bwd", "fwd", "supports"]
+
+
+def fwd(values: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dvalues, metrics, scale), fp32; see `reference.fwd`."""
+    if values.numel() == 0:
+        return reference.fwd(values, *arguments)
+    with launching_on(values):
+        call = Call(values, *arguments)
+        room = workspace(values)
+        _C.value_loss_fwd_cuda(*call.arguments, room.data_ptr(), current_stream(values))
+    return call.results()
+
+
+def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of values in their dtype; see `reference.bwd`."""
+    slopes, out = like_slopes(dvalues, dtype)
+    grad_loss = grad_loss.to(torch.float32)
+    with launching_on(slopes):
+        _C.loss_bwd_cuda(
+            (slopes.data_ptr(), slopes.numel(), DTYPES[dtype], out.data_ptr()), (0, 0, 0, 0),
+            grad_loss.data_ptr(), scale.data_ptr(), current_stream(slopes))
+    return out
