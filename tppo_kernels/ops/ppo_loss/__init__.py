@@ -14,7 +14,7 @@ from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
 
-_op = Op("ppo_loss")
+_op = Op("ppo_loss", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:

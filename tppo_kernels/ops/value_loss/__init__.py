@@ -13,7 +13,7 @@ from ..._op import Op
 from ..._sequence import compute_dtype, detached
 from . import reference
 
-_op = Op("value_loss")
+_op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
