@@ -21,15 +21,19 @@ class StepRow:
     peak_mb: float  # of an update, beyond weights and optimiser
     speed_up: float  # of the update, over dense
     rollout_speed_up: float
+    trl_ms: float | None = None  # an update of TRL 1.12's trainer, where it is importable
+    over_trl: float | None = None
 
 
 def step_table(rows: list[StepRow]) -> str:
     """The rows as text."""
     head = ("model", "P", "R", "G", "prompts", "tokens", "update ms", "over dense", "peak MB",
-            "rollout ms", "over dense")
+            "rollout ms", "over dense", "TRL 1.12 ms", "over TRL")
     body = [(r.model, str(r.prompt), str(r.response), str(r.group), r.prefix, f"{r.tokens:,}",
              f"{r.update_ms:,.0f}", f"{r.speed_up:.1f}x", f"{r.peak_mb:,.0f}",
-             f"{r.rollout_ms:,.0f}", f"{r.rollout_speed_up:.1f}x") for r in rows]
+             f"{r.rollout_ms:,.0f}", f"{r.rollout_speed_up:.1f}x",
+             "-" if r.trl_ms is None else f"{r.trl_ms:,.0f}",
+             "-" if r.over_trl is None else f"{r.over_trl:.1f}x") for r in rows]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
                      for line in [head, *body])

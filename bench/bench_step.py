@@ -19,6 +19,7 @@ from _harness import RedGate, peak_mb, wall_us
 from _steps import StepRow
 
 pytest.importorskip("transformers")
+import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
 from tppo.config import PPOConfig  # noqa: E402
@@ -46,12 +47,17 @@ def shapes(device: str) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys([(256, 16, 8), centre, *moved]))
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """The configuration of a model."""
+    return {**MODELS[name], "max_position_embeddings": 8192, "tie_word_embeddings": True,
+            "num_labels": 3, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
+
+
 def trainer(name: str, device: str, prefix: str, response: int, group: int, groups: int
             ) -> PPOTrainer:
     """Random weights, the same for both ways; bf16 on a GPU, where flash attention wants it."""
     torch.manual_seed(0)
-    settings = {**MODELS[name], "max_position_embeddings": 8192, "tie_word_embeddings": True,
-                "num_labels": 3, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
+    settings = settings_of(name)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     policy = place(LlamaForCausalLM(LlamaConfig(**settings)).to(dtype), torch.device(device))
     reward = LlamaForTokenClassification(LlamaConfig(**settings)).to(dtype)
@@ -112,20 +118,36 @@ def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: i
         "rollout": lambda ppo: ppo.rollout.generate(batch.prompt_ids, ppo.sampling),
     }
     us: dict[tuple[str, str], list[float]] = {(p, w): [] for p in ways for w in work}
+    trl = _trl_update(ways["dense"], name, batch, device)
     for ppo in ways.values():
         work["rollout"](ppo)
+    trl_ms = []
     for _ in range(rounds):
         for (prefix, what), times in us.items():
             times.append(wall_us(work[what], (ways[prefix],), device))
+        if trl is not None:
+            trl_ms.append(1e3 * trl())
     middle = {key: median(times) / 1e3 for key, times in us.items()}
     tokens = {"shared": groups * (prompt + group * response),
               "dense": groups * group * (prompt + response)}
+    theirs = round(median(trl_ms), 1) if trl_ms else None
     return [StepRow(name, device, prompt, response, group, prefix, tokens[prefix],
                     round(middle[prefix, "update"], 1), round(middle[prefix, "rollout"], 1),
                     round(peak_mb(work["update"], (ppo,), device), 1),
                     round(middle["dense", "update"] / middle[prefix, "update"], 2),
-                    round(middle["dense", "rollout"] / middle[prefix, "rollout"], 2))
+                    round(middle["dense", "rollout"] / middle[prefix, "rollout"], 2),
+                    theirs, round(theirs / middle[prefix, "update"], 2) if theirs else None)
             for prefix, ppo in ways.items()]
+
+
+def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) -> Any:
+    """TRL's update of copies of the same models, or None where TRL is not here."""
+    if not _trl.available():
+        return None
+    policy, ref = (copy.deepcopy(model) for model in (ppo.models.policy, ppo.models.ref))
+    update = _trl.TrlUpdate(policy, ref, settings_of(name), batch, device)
+    update()  # warm-up
+    return update
 
 
 @pytest.mark.parametrize("index", range(len(shapes("cpu"))))
