@@ -1,7 +1,11 @@
 """`prefix_attention` on its backends: each (prompt, response) run apart is the truth."""
 
+import functools
+import importlib
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tests._matrix import third
+from tppo_kernels import _varlen
+from tppo_kernels._op import missing
 from tppo_kernels.ops import prefix_attention as op
 from tppo_kernels.testing import DTYPES, assert_accurate, assert_same_bits, count_graphs, strided
 
@@ -300,7 +306,7 @@ def test_cost_follows_the_tokens(prompts, responses):
 
     layout = tk.PrefixLayout.from_lengths(prompts, responses)
     q, k, v = batch(layout, batched=False)
-    arguments = (q, k, v, layout.segment_lengths, layout.is_prompt, torch.tensor(0.3))
+    arguments = (q, k, v, *op.plan(layout), torch.tensor(0.3))
     with Largest() as largest:
         out, lse = _flash.fwd(*arguments)
         _flash.bwd(*arguments, torch.ones(out.shape), out, lse)
@@ -326,7 +332,7 @@ def test_opcheck():
     layout = tk.PrefixLayout.from_lengths(*RAGGED)
     for dtype, backend in zip((torch.bfloat16, torch.float32), BACKENDS, strict=True):
         q, k, v = batch(layout, dtype=dtype, batched=False)
-        arguments = (q, k, v, layout.segment_lengths, layout.is_prompt, torch.tensor(0.3))
+        arguments = (q, k, v, *op.plan(layout), torch.tensor(0.3))
         with tk.use_backend(backend):
             torch.library.opcheck(fwd, arguments)
             out, lse = fwd(*arguments)
@@ -390,3 +396,294 @@ def test_bad_input(message):
     given = {**dict(zip("qkv", batch(layout), strict=True)), "layout": layout, **BAD[message]}
     with pytest.raises((ValueError, TypeError), match=message):
         tk.prefix_attention(**given)
+
+
+def sequences(call):
+    """(queries, keys) of every sequence of a call, held to what its kernels demand."""
+    queries, keys = call.cu_queries.tolist(), call.cu_keys.tolist()
+    for cu, longest in ((call.cu_queries, call.longest_query), (call.cu_keys, call.longest_key)):
+        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0
+        assert cu.diff().max() <= longest
+    return [(slice(*q), slice(*k)) for q, k in zip(itertools.pairwise(queries),
+                                                   itertools.pairwise(keys), strict=True)]
+
+
+def scores(q, k, queries, keys, call, scale):
+    """Scaled scores of one sequence in fp32 or fp64, k repeated for the heads of q."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide = k[keys].repeat_interleave(q.shape[1] // k.shape[1], 1).to(dtype)
+    s = scale * torch.einsum("qhd,khd->hqk", q[queries].to(dtype), wide)
+    if call.causal:
+        assert s.shape[1] == s.shape[2]
+        s.masked_fill_(torch.ones(s.shape[1:], dtype=torch.bool).triu(1), -math.inf)
+    return s
+
+
+def part_forward(q, k, v, call, scale):
+    """What the kernels of a GPU give: out in the dtype of q and the logsumexp of every query."""
+    out, lse = torch.zeros_like(q), torch.full(q.shape[1::-1], math.inf,
+                                               dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys in sequences(call):
+        s = scores(q, k, queries, keys, call, scale)
+        if s.numel():
+            lse[:, queries] = s.logsumexp(-1)
+            wide = v[keys].repeat_interleave(q.shape[1] // k.shape[1], 1).to(s)
+            out[queries] = torch.einsum("hqk,khd->qhd", s.softmax(-1), wide).to(out.dtype)
+    return out, lse
+
+
+def part_backward(grad, q, k, v, out, lse, call, scale):
+    """Likewise: p from the given logsumexp; gradients of the heads of k in the dtype of q."""
+    assert grad.shape == q.shape == out.shape and lse.shape == q.shape[1::-1]
+    groups = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.full(x.shape, math.nan, dtype=q.dtype) for x in (q, k, v))
+    for queries, keys in sequences(call):
+        p = (scores(q, k, queries, keys, call, scale) - lse[:, queries, None]).exp()
+        wide = [x[keys].repeat_interleave(groups, 1).to(p) for x in (k, v)]
+        d_out, o = grad[queries].to(p), out[queries].to(p)
+        dp = torch.einsum("qhd,khd->hqk", d_out, wide[1])
+        ds = scale * p * (dp - (d_out * o).sum(-1).t()[..., None])
+        dq[queries] = torch.einsum("hqk,khd->qhd", ds, wide[0]).to(dq.dtype)
+        for total, x in ((dk, torch.einsum("hqk,qhd->khd", ds, q[queries].to(p))),
+                         (dv, torch.einsum("hqk,qhd->khd", p, d_out))):
+            total[keys] = x.unflatten(1, (-1, groups)).sum(2).to(total.dtype)
+    return dq, dk, dv
+
+
+PARTS = _varlen.Kernels(part_forward, part_backward)
+
+
+def run_raw(forward, backward, inputs, layout, grad, scale=0.3):
+    """(out, dq, dk, dv, logsumexp) of a raw forward and backward."""
+    arguments = (*inputs, *op.plan(layout), torch.tensor(scale, dtype=torch.float64))
+    out, lse = forward(*arguments)
+    return out, *backward(*arguments, grad, out, lse), lse
+
+
+@settings(deadline=None, max_examples=30)
+@given(lengths(longest=12), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.integers(0, 99))
+def test_two_calls_of_variable_length_merge_exactly(groups, heads, seed):
+    """The scheme of the GPU in fp64: its plan, merge and backward, with parts in plain PyTorch."""
+    layout = tk.PrefixLayout.from_lengths([p for p, _ in groups], [r for _, r in groups])
+    inputs = batch(layout, *heads, dtype=torch.float64, seed=seed, batched=False)
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
+    exact = run_raw(op.reference.fwd, op.reference.bwd, inputs, layout, grad)
+    actual = run_raw(functools.partial(_varlen.fwd, PARTS), functools.partial(_varlen.bwd, PARTS),
+                     inputs, layout, grad)
+    for a, e in zip(actual, exact, strict=True):
+        assert a.dim() == 2 or a.transpose(0, 1).is_contiguous()
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+class Emulated:
+    """Kernels of a GPU in plain PyTorch: held to their schema, their demands and their shapes."""
+
+    def __init__(self, name, compute):
+        self.real, self.compute = getattr(torch.ops.aten, name).default, compute
+
+    def default(self, *args, **kwargs):
+        schema = [a.name for a in self.real._schema.arguments]
+        named = dict(zip(schema, args, strict=False)) | kwargs
+        assert len(args) + len(kwargs) == len(named) and set(named) <= set(schema)
+        for name in ("query", "key", "value"):
+            x = named[name]
+            assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+            assert not any(s * x.element_size() % 16 for s in x.stride()[:-1])
+        result = self.compute(**named)
+        if "grad_out" in schema[0]:  # the meta of _efficient_attention_backward forgets `out`
+            return result
+        meta = self.real(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args),
+                         **kwargs)
+        for a, m in zip(result, meta, strict=False):
+            assert a.shape == m.shape and a.dtype == m.dtype
+        return *result, *meta[len(result):]
+
+
+def flash_call(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal):
+    assert max_q > 1 and dropout_p == 0.0  # of 1 it regroups the heads and their logsumexp
+    return _varlen.Call(cum_seq_q, cum_seq_k, max_q, max_k, is_causal)
+
+
+def flash_forward(query, key, value, return_debug_mask, scale, **call):
+    assert query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
+    return part_forward(query, key, value, flash_call(**call), scale)
+
+
+def flash_backward(grad_out, query, key, value, out, logsumexp, rng_state, unused, scale, **call):
+    assert torch.are_deterministic_algorithms_enabled() and logsumexp.is_contiguous()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert out.dtype == grad_out.dtype == query.dtype
+    return part_backward(grad_out, query, key, value, out, logsumexp, flash_call(**call), scale)
+
+
+def efficient_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                   custom_mask_type, bias):
+    assert bias is None and dropout_p == 0.0
+    return _varlen.Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                        custom_mask_type == 1)  # from the top left
+
+
+def efficient_forward(query, key, value, compute_log_sumexp, scale, **call):
+    assert query.shape[2] == key.shape[2] and query.dtype == key.dtype == torch.float32
+    call = efficient_call(**call)
+    assert call.longest_query <= query.shape[1] and call.longest_key <= key.shape[1]
+    out, lse = part_forward(query[0], key[0], value[0], call, scale)
+    padded = torch.full((len(call.cu_queries) - 1, query.shape[2],
+                         -(-call.longest_query // 32) * 32), math.inf)
+    for i, (queries, _) in enumerate(sequences(call)):
+        padded[i, :, :queries.stop - queries.start] = lse[:, queries]
+    return out[None], padded
+
+
+def efficient_backward(grad_out_, query, key, value, out, logsumexp, philox_seed, philox_offset,
+                       bias_requires_grad, scale, num_splits_key, **call):
+    assert num_splits_key == 1  # more of them add to dq as they come
+    call, lse = efficient_call(**call), torch.empty(query.shape[2], query.shape[1])
+    for i, (queries, _) in enumerate(sequences(call)):
+        own = logsumexp[i, :, :queries.stop - queries.start]
+        lse[:, queries] = own
+        assert own.isfinite().all() and logsumexp[i, :, own.shape[1]:].isposinf().all()
+    grads = part_backward(grad_out_[0], query[0], key[0], value[0], out[0], lse, call, scale)
+    return *(g[None] for g in grads), torch.empty(0)
+
+
+def package_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                    softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+                    alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
+                    seqused_k=None, zero_tensors=False):
+    """The signature of flash-attn 2.7 and 2.8."""
+    call = flash_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    return *part_forward(q, k, v, call, softmax_scale), None, None
+
+
+def package_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+                     max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+                     window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+                     rng_state=None, zero_tensors=False):
+    assert deterministic and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+    call = flash_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    for total, x in zip((dq, dk, dv), part_backward(dout, q, k, v, out, softmax_lse, call,
+                                                    softmax_scale), strict=True):
+        total.copy_(x)
+
+
+@pytest.fixture(params=("flash", "flash_attn", "efficient"))
+def on_gpu(request, monkeypatch):
+    """A GPU backend with its kernels emulated: (forward, backward, a dtype it takes)."""
+    module = importlib.import_module(f"tppo_kernels.ops.prefix_attention._{request.param}")
+    kernels = {"_flash_attention_forward": flash_forward,
+               "_flash_attention_backward": flash_backward,
+               "_efficient_attention_forward": efficient_forward,
+               "_efficient_attention_backward": efficient_backward}
+    monkeypatch.setattr(module, "_aten", SimpleNamespace(
+        **{name: Emulated(name, compute) for name, compute in kernels.items()}), raising=False)
+    package = SimpleNamespace(_flash_attn_varlen_forward=package_forward,
+                              _flash_attn_varlen_backward=package_backward)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_interface=package))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
+    if request.param == "flash":  # its own functions go by the device of q
+        return (functools.partial(_varlen.fwd, module.KERNELS),
+                functools.partial(_varlen.bwd, module.KERNELS), torch.bfloat16)
+    return (module.fwd, module.bwd,
+            torch.float32 if request.param == "efficient" else torch.float16)
+
+
+@pytest.mark.parametrize("prompts, responses", [RAGGED, ([1] * 4, [[1]] * 4), ([70], [[40, 1]])])
+@pytest.mark.parametrize("heads", ((4, 4), (6, 2)))
+def test_gpu_backends_call_their_kernels_as_they_want_it(on_gpu, prompts, responses, heads):
+    """By emulated kernels: arguments against the real schemas, and results against fp64."""
+    forward, backward, dtype = on_gpu
+    layout = tk.PrefixLayout.from_lengths(prompts, responses)
+    inputs = batch(layout, *heads, 16, dtype, batched=False)
+    grad = torch.randn(inputs[0].shape).to(dtype)
+    exact = run_raw(op.reference.fwd, op.reference.bwd, [x.double() for x in inputs], layout,
+                    grad.double())
+    seen = op.reference.visible(layout.segment_lengths, layout.is_prompt, layout.n_tokens)
+
+    def eager(q, k, v, _):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, enable_gqa=True, scale=0.3)[0]
+
+    judge = run(eager, inputs, layout, grad)
+    for form in (lambda x: x, strided, torch.Tensor.contiguous, misaligned):
+        actual = run_raw(forward, backward, [form(x) for x in inputs], layout, form(grad))
+        for name, a, e, j in zip(("out", "dq", "dk", "dv"), actual, exact, judge, strict=False):
+            assert a.dtype == dtype and a.transpose(0, 1).is_contiguous()
+            assert_accurate(a, e, j, name=name)
+        torch.testing.assert_close(actual[4].double(), exact[4], rtol=1e-5, atol=1e-5)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()  # as it was: see conftest.py
+
+
+def misaligned(x):
+    """The same values at an address that no vector load can read."""
+    wide = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    return wide.copy_(x)
+
+
+def test_gpu_backends_take_mixed_dtypes_and_no_tokens(on_gpu):
+    forward, backward, dtype = on_gpu
+    empty = tk.PrefixLayout.from_lengths([], [])
+    q, k, v = batch(empty, dim=16, dtype=dtype, batched=False)
+    out, dq, dk, dv, lse = run_raw(forward, backward, (q, k, v), empty, q)
+    assert out.shape == dq.shape == q.shape and dk.shape == dv.shape == k.shape
+    assert lse.shape == (4, 0)
+    if dtype == torch.float32:  # as a model under autocast gives them
+        layout = tk.PrefixLayout.from_lengths(*RAGGED)
+        q, k, v = batch(layout, dim=16, batched=False)
+        out, *grads, _ = run_raw(forward, backward, (q, k, v.bfloat16()), layout, q)
+        assert [x.dtype for x in (out, *grads)] == [torch.float32] * 3 + [torch.bfloat16]
+
+
+def test_gpu_backends_refuse_with_the_reason():
+    from tppo_kernels.ops.prefix_attention import _efficient, _flash, _flash_attn
+
+    layout = tk.PrefixLayout.from_lengths(*RAGGED)
+    q, k, v = batch(layout, dim=16, dtype=torch.bfloat16, batched=False)
+
+    def reason(module=_flash_attn, q=q, k=k, v=v, segments=layout.cu_segments, scale=1.0):
+        return module.supports(q, k, v, segments, *op.plan(layout)[1:], torch.as_tensor(scale))
+
+    assert reason() is None and reason(_efficient, v=v.float()) is None
+    assert "q, k, v are bfloat16, bfloat16, float32, expected all" in reason(v=v.float())
+    assert "float32, float32, float32" in reason(q=q.float(), k=k.float(), v=v.float())
+    assert "fp64" in reason(_efficient, q=q.double())
+    assert "v has 8 values a head, expected 16" in reason(v=v[..., :8])
+    assert "q has 12 values a head" in reason(_efficient, *(x[..., :12] for x in (q, k, v)))
+    assert "q has 264 values" in reason(q=q.repeat(1, 1, 17)[..., :264],
+                                        v=v.repeat(1, 1, 17)[..., :264])
+    assert "layout has 70000 segments" in reason(segments=torch.arange(70001))
+    on_device = SimpleNamespace(is_cuda=True)
+    assert "scale is on the GPU" in _varlen.refusal(q, k, v, *op.plan(layout), on_device)
+    if not torch.cuda.is_available():
+        assert "built without flash" in _flash._gpu_refusal(torch.device("cuda"))
+    order = op._op.order["cuda"]
+    assert order == ("flash", "flash_attn", "efficient", "reference")
+    assert missing("flash_attn") is None or "tppo-kernels[flash-attn]" in missing("flash_attn")
+
+
+@settings(deadline=None, max_examples=15)
+@given(lengths(longest=20), st.randoms(use_true_random=False))
+def test_permutations_and_further_responses(groups, random):
+    """In any order the same results; without one response the others keep theirs, dq included."""
+    layout = tk.PrefixLayout.from_lengths([p for p, _ in groups], [r for _, r in groups])
+    inputs, grad = batch(layout), torch.randn(1, 4, layout.n_tokens, 8)
+    before = run(tk.prefix_attention, inputs, layout, grad)
+    parts = torch.arange(layout.n_tokens).split(layout.segment_lengths.tolist())
+    parts = iter(parts)
+    tokens = [(next(parts), [next(parts) for _ in responses]) for _, responses in groups]
+
+    def rearranged(tokens):
+        other = tk.PrefixLayout.from_lengths([len(p) for p, _ in tokens],
+                                             [[len(r) for r in group] for _, group in tokens])
+        order = torch.cat([torch.cat([p, *group]) for p, group in tokens])
+        moved = run(tk.prefix_attention, [x[:, :, order] for x in inputs], other, grad[:, :, order])
+        return moved, [x[:, :, order] for x in before]
+
+    shuffled = [(p, random.sample(group, len(group))) for p, group in tokens]
+    for a, b in zip(*rearranged(random.sample(shuffled, len(shuffled))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+    prompt, group = max(tokens, key=lambda t: len(t[1]))
+    if len(group) > 1:
+        group.pop(random.randrange(len(group)))
+        for a, b in list(zip(*rearranged(tokens), strict=True))[:2]:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)

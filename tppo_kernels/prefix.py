@@ -25,6 +25,12 @@ class PrefixLayout:
     prompt_lengths (P_1, ...) and response_lengths ((R_11, ..., R_1G), ...): whole numbers.
     position_ids: int64 [1, L], from 0 in each prompt and from P in each of its responses.
     response_mask: bool [M, R_max]. segment_lengths, is_prompt: [S], the segments in order.
+
+    For attention of variable length: cu_segments int32 [S + 1], where the segments start and end;
+    response_tokens int64 [n], all tokens of responses; cu_shared int32 [2, 2 B + 1], sequences that
+    pair the responses of a group (among the n) with its prompt (among the L), and no query with the
+    keys between two prompts; longest int64 [3], on the CPU on every device: the longest segment,
+    the responses of the longest group, the longest sequence of keys.
     """
 
     def __init__(self, prompt_lengths: tuple[int, ...],
@@ -46,6 +52,14 @@ class PrefixLayout:
         response = (~is_prompt).long().cumsum(0) - 1  # [S]
 
         self.segment_lengths, self.is_prompt = lengths, is_prompt
+        self.cu_segments = _offsets(lengths)
+        self.response_tokens = (~is_prompt)[segment].nonzero().squeeze(1)
+        behind_prompt = torch.tensor([sum(r) for r in response_lengths], dtype=torch.int64)  # [B]
+        queries = torch.stack([behind_prompt, torch.zeros_like(behind_prompt)], 1)  # [B, 2]
+        keys = torch.stack([prompts, behind_prompt], 1)
+        self.cu_shared = _offsets(torch.stack([queries, keys]).flatten(1))
+        self.longest = torch.tensor([max(x.flatten().tolist(), default=0)
+                                     for x in (lengths, queries, keys)])
         self.group_sizes = torch.tensor([len(r) for r in response_lengths], dtype=torch.int64)
         self.position_ids = (behind[segment] + inside)[None]
         self.response_mask = slot < responses[:, None]
@@ -119,6 +133,7 @@ class PrefixLayout:
         if wanted not in self._moved:
             tensors = {n: x.to(wanted, non_blocking=non_blocking)
                        for n, x in self.__dict__.items() if isinstance(x, Tensor)}
+            tensors["longest"] = self.longest
             if tensors["position_ids"].device == self.device:  # "cuda" is where it lies
                 return self
             moved = object.__new__(PrefixLayout)
@@ -188,6 +203,11 @@ class PrefixLayout:
         if align != "reward":
             token = torch.where(token == self._first[:, None], self._before[:, None], token - 1)
         return torch.where(self.response_mask, token, 0)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """int32, from 0 to the total, along the last dimension."""  # [..., n] -> [..., n + 1]
+    return torch.nn.functional.pad(lengths.cumsum(-1), (1, 0)).int()
 
 
 def _lengths(name: str, values: Any) -> tuple[int, ...]:

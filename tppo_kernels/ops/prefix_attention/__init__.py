@@ -12,7 +12,8 @@ from ..._sequence import compute_dtype
 from ...prefix import PrefixLayout
 from . import reference
 
-_op = Op("prefix_attention", cpu=("flash", "reference"))
+_op = Op("prefix_attention", cpu=("flash", "reference"),
+         cuda=("flash", "flash_attn", "efficient", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -37,47 +38,52 @@ def nbytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> int:
     return inputs + out + lse + (2 * inputs + 2 * out + lse if backward else 0)
 
 
-def _check_values(q, k, v, segment_lengths, is_prompt, *_) -> None:
-    total = int(segment_lengths.sum())
+def _check_values(q, k, v, cu_segments, *_) -> None:
+    total = int(cu_segments[-1])
     if total != q.shape[1]:
         raise ValueError(f"prefix_attention: layout holds {total} tokens, q has L = {q.shape[1]}")
 
 
-def _fake_fwd(q, k, v, segment_lengths, is_prompt, scale):
-    dtype = compute_dtype(q, k, v)
+def _fake_fwd(q, k, v, *_):
     heads, length = q.shape[:2]
-    return (q.new_empty((length, heads, v.shape[2]), dtype=dtype).transpose(0, 1),
-            q.new_empty((length, heads), dtype=dtype).t())
+    return (q.new_empty((length, heads, v.shape[2])).transpose(0, 1),
+            q.new_empty((heads, length), dtype=compute_dtype(q, k, v)))
 
 
-def _fake_bwd(q, k, v, segment_lengths, is_prompt, scale, grad, out, lse):
+def _fake_bwd(q, k, v, *_):
     return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
                  for x in (q, k, v))
 
 
-_ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor segment_lengths, Tensor is_prompt,"
-              " Tensor scale")
+_ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor cu_segments, Tensor is_prompt,"
+              " Tensor cu_shared, Tensor response_tokens, Tensor longest, Tensor scale")
 _fwd = _op.define(f"prefix_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", reference.fwd,
                   _fake_fwd, _check_values)
 _bwd = _op.define(f"prefix_attention_bwd({_ARGUMENTS}, Tensor grad, Tensor out, Tensor lse)"
                   " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd)
 
 
+def plan(layout: PrefixLayout) -> tuple[Tensor, ...]:
+    """What the raw operators take of a layout, in the order of their arguments."""
+    return (layout.cu_segments, layout.is_prompt, layout.cu_shared, layout.response_tokens,
+            layout.longest)
+
+
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, segment_lengths, is_prompt, scale):
-        out, lse = _fwd(q, k, v, segment_lengths, is_prompt, scale)
-        ctx.save_for_backward(q, k, v, segment_lengths, is_prompt, scale, out, lse)
-        return out.to(q.dtype)
+    def forward(ctx, *inputs):
+        out, lse = _fwd(*inputs)
+        ctx.save_for_backward(*inputs, out, lse)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, segment_lengths, is_prompt, scale, out, lse = ctx.saved_tensors
-        grads = _bwd(q, k, v, segment_lengths, is_prompt, scale, grad, out, lse)
+        *inputs, out, lse = ctx.saved_tensors
+        grads = _bwd(*inputs, grad, out, lse)
         wanted = (g if need else None
                   for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
-        return (*wanted, None, None, None)
+        return (*wanted, *[None] * (len(inputs) - 3))
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
@@ -98,9 +104,11 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     head size of v, and the dtype of q; computed in fp32 (fp64 where an input is fp64, by the
     reference). Differentiable in q, k and v.
 
-    On CPU: PyTorch's flash-attention kernels over the prompt and within each response, merged by
-    logsumexp; nothing of size L x L exists, and k and v are repeated for their query heads only
-    at response tokens. Elsewhere: the reference, with an explicit L x L mask.
+    Flash-attention kernels run over the prompt and within each response, merged by logsumexp, and
+    nothing of size L x L exists: PyTorch's own, or those of the flash-attn package; on a GPU in
+    bf16 and fp16, with a head size that is a multiple of 8 up to 256 and a scale that lies on the
+    host, and PyTorch's memory-efficient kernels for fp32. Else the reference, with an explicit
+    L x L mask. On a GPU a layout is moved there once; nothing is read from it on the host.
     """
     check = Check("prefix_attention")
     if not isinstance(layout, PrefixLayout):
@@ -123,5 +131,5 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     factor = check.scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale)
     if batched:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-    out = _PrefixAttention.apply(q, k, v, layout.segment_lengths, layout.is_prompt, factor)
+    out = _PrefixAttention.apply(q, k, v, *plan(layout), factor)
     return out.unsqueeze(0) if batched else out

@@ -1,20 +1,26 @@
-"""`prefix_attention` on the CPU by PyTorch's own flash-attention kernels; cost follows the tokens.
+"""`prefix_attention` by PyTorch's own flash-attention kernels; the cost follows the tokens.
 
-Two calls cover a token: one a group, in which prompt and responses are the queries and the prompt
-alone is the keys (the causal mask counts from the top left, so that a token behind the prompt sees
-all of it), and one over the responses, each to itself. They are merged by their logsumexps. The
-backward kernels recompute p = exp(score - logsumexp), hence with the merged output and logsumexp
-each of them gives its share of the exact gradient.
+On a GPU: the two calls of `_varlen`, in bf16 or fp16.
+
+On the CPU, in fp32, two calls cover a token: one a group, in which prompt and responses are the
+queries and the prompt alone is the keys (the causal mask counts from the top left, so that a token
+behind the prompt sees all of it), and one over the responses, each to itself. They are merged by
+their logsumexps, and with the merged output and logsumexp the backward kernels give shares of the
+exact gradient, as in `_varlen`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ... import _varlen
 from ..._native import FP64
 from ..._sequence import compute_dtype
 
@@ -23,8 +29,11 @@ _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 SHORT = 16  # responses up to this length share a bucket; above it, those between two powers of two
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:
     """The reason for refusing, or None."""
+    if q.is_cuda:
+        return (_varlen.half_refusal(q, k, v) or _varlen.refusal(q, k, v, *rest)
+                or _gpu_refusal(q.device))
     if compute_dtype(q, k, v) == torch.float64:
         return FP64
     if q.shape[-1] != v.shape[-1]:
@@ -32,6 +41,14 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     if not hasattr(_aten, _FORWARD):
         return f"torch {torch.__version__} has no aten::{_FORWARD}"
     return None
+
+
+@functools.cache
+def _gpu_refusal(device: torch.device) -> str | None:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return f"torch {torch.__version__} was built without flash attention"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, expected sm_80 or later"
 
 
 @dataclass(frozen=True)
@@ -96,10 +113,15 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
     return x[start:end].permute(1, 2, 0, 3)  # [L, Hkv, G, D] -> [Hkv, G, n, D]
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
-        scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(attention [Hq, L, D], logsumexp of the scores [Hq, L]), fp32."""
-    groups, buckets = _plan(tuple(segment_lengths.tolist()), tuple(is_prompt.tolist()))
+def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
+        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor
+        ) -> tuple[Tensor, Tensor]:
+    """(attention [Hq, L, D] in the dtype of q, logsumexp of the scores [Hq, L] in fp32)."""
+    if q.is_cuda:
+        return _varlen.fwd(KERNELS, q, k, v, cu_segments, is_prompt, cu_shared, response_tokens,
+                           longest, scale)
+    dtype = q.dtype
+    groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
                                dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
@@ -121,14 +143,18 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Ten
         share = (weight - merged).exp().float()[..., None]
         out.index_copy_(0, bucket.tokens,
                         torch.lerp(out.index_select(0, bucket.tokens), part, share))
-    return out.transpose(0, 1), lse.t()
+    return out.to(dtype).transpose(0, 1), lse.t().contiguous()
 
 
-def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor, scale: Tensor,
+def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
+        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
         grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k, v."""
+    if q.is_cuda:
+        return _varlen.bwd(KERNELS, q, k, v, cu_segments, is_prompt, cu_shared, response_tokens,
+                           longest, scale, grad, out, lse)
     dtypes = q.dtype, k.dtype, v.dtype
-    groups, buckets = _plan(tuple(segment_lengths.tolist()), tuple(is_prompt.tolist()))
+    groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
     attend = functools.partial(
         _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         dropout_p=0.0, is_causal=True, scale=float(scale))
@@ -157,3 +183,45 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Ten
     dq, dk, dv = (x.transpose(0, 1).to(dtype)
                   for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
     return dq, dk, dv
+
+
+def _gpu_forward(q: Tensor, k: Tensor, v: Tensor, call: _varlen.Call, scale: float
+                 ) -> tuple[Tensor, Tensor]:
+    # With a longest query of 1 the kernels regroup the heads, and the logsumexp with them.
+    out, lse, *_ = _aten._flash_attention_forward.default(
+        q, k, v, call.cu_queries, call.cu_keys, max(call.longest_query, 2), call.longest_key, 0.0,
+        call.causal, False, scale=scale)
+    return out, lse
+
+
+def _gpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                  call: _varlen.Call, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # no dropout, no random numbers
+    with _deterministic():
+        return _aten._flash_attention_backward.default(
+            grad, q, k, v, out, lse, call.cu_queries, call.cu_keys, max(call.longest_query, 2),
+            call.longest_key, 0.0, call.causal, unused, unused, scale=scale)
+
+
+KERNELS = _varlen.Kernels(_gpu_forward, _gpu_backward)
+_flag = threading.Lock()
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Inside, dq is summed in a fixed order; by default its blocks are added as they come.
+
+    The kernels have no argument for it and read a flag of the process, which another thread that
+    starts a kernel at this very moment reads too.
+    """
+    with _flag:
+        was = torch.are_deterministic_algorithms_enabled()
+        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        fills = torch._C._get_deterministic_fill_uninitialized_memory()
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_fill_uninitialized_memory(was and fills)  # no needless launch
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(was, warn_only=only_warns)
+            torch._C._set_deterministic_fill_uninitialized_memory(fills)

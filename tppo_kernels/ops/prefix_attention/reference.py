@@ -25,14 +25,14 @@ def visible(segment_lengths: Tensor, is_prompt: Tensor, length: int) -> Tensor:
     return causal & shared & (group[:, None] == group)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
+def _grouped(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
              scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q [Hkv, G, L, D], k and v with a size of 1 for G, the scores [Hkv, G, L, L])."""
     dtype = compute_dtype(q, k, v)
     q = q.to(dtype).unflatten(0, (k.shape[0], q.shape[0] // k.shape[0]))
     k, v = k.to(dtype)[:, None], v.to(dtype)[:, None]
     scores = (q @ k.mT) * on(scale, q)
-    seen = visible(segment_lengths, is_prompt, q.shape[2])
+    seen = visible(cu_segments.diff(), is_prompt, q.shape[2])
     return q, k, v, scores.masked_fill(~seen, -math.inf)
 
 
@@ -41,16 +41,18 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)  # [H, L, D]
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor,
-        scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(attention [Hq, L, Dv], logsumexp of the scores [Hq, L])."""
+def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
+        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor
+        ) -> tuple[Tensor, Tensor]:
+    """(attention [Hq, L, Dv] in the dtype of q, logsumexp of the scores [Hq, L])."""
     with torch.autocast(q.device.type, enabled=False):
-        _, _, v, scores = _grouped(q, k, v, segment_lengths, is_prompt, scale)
-        out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
-        return token_major(out.flatten(0, 1)), token_major(lse.flatten(0, 1)).squeeze(-1)
+        _, _, v, scores = _grouped(q, k, v, cu_segments, is_prompt, scale)
+        out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
+        return token_major(out.flatten(0, 1).to(q.dtype)), lse.flatten(0, 1)
 
 
-def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Tensor, scale: Tensor,
+def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
+        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
         grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): with p the probabilities and dp = dO v^T, dS = p (dp - sum(p dp)).
 
@@ -58,7 +60,7 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, segment_lengths: Tensor, is_prompt: Ten
     """
     with torch.autocast(q.device.type, enabled=False):
         dtypes = q.dtype, k.dtype, v.dtype
-        q, k, v, scores = _grouped(q, k, v, segment_lengths, is_prompt, scale)
+        q, k, v, scores = _grouped(q, k, v, cu_segments, is_prompt, scale)
         grad = grad.to(q.dtype).unflatten(0, q.shape[:2])  # [Hkv, G, L, Dv]
         p, d_p = scores.softmax(-1), grad @ v.mT
         d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * on(scale, q)
