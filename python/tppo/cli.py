@@ -15,7 +15,7 @@ import yaml
 from tppo import inspect_log
 from tppo.config import Config, fill_defaults, from_dict
 from tppo.jsonl import plain, write_text
-from tppo.label_openai import check_address
+from tppo.label_config import check_address
 from tppo.progress import say, status
 
 COMMANDS = {

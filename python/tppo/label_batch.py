@@ -14,8 +14,8 @@ from typing import Any
 from tppo.fingerprints import Fingerprints
 from tppo.jsonl import DataError, is_text, read_jsonl, write_jsonl
 from tppo.label_cache import Work, chat_request, judgement_in
-from tppo.label_openai import EndpointConfig, check, need_libraries
-from tppo.label_prompt import RESPONSE_FORMAT, BadAnswer, LabelItem, prompt
+from tppo.label_config import EndpointConfig, check, need_libraries
+from tppo.label_prompt import BadAnswer, LabelItem, prompt, response_format
 from tppo.mapping import fold
 from tppo.progress import say, track
 
@@ -50,13 +50,14 @@ def _requests(
             counts["known"] += 1
             continue
         counts["requests"] += 1
+        message = {"role": "user", "content": prompt(item, config.template)}
         yield {
             "custom_id": key,
             "method": "POST",
             "url": "/v1/chat/completions",
             "body": {
-                **chat_request(config, [{"role": "user", "content": prompt(item)}]),
-                "response_format": RESPONSE_FORMAT,
+                **chat_request(config, [message]),
+                "response_format": response_format(config.template),
             },
         }
 
@@ -85,7 +86,7 @@ def import_batch(
             counts["known"] += 1
         else:
             try:
-                judgement = judgement_in(_body(response), responses[key])
+                judgement = judgement_in(_body(response), responses[key], config.template)
             except BadAnswer as error:
                 counts["dropped"] += 1
                 reason = reason or f"; the first dropped: {error}"
@@ -104,7 +105,7 @@ def import_batch(
 def _work(config: EndpointConfig, cache: Path) -> Work:
     need_libraries()
     check(config)
-    return Work(config.model, config.temperature, cache)
+    return Work(config, cache)
 
 
 def _body(response: dict[str, Any] | None) -> Any:

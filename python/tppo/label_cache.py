@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from tppo.fingerprints import Fingerprints
-from tppo.label_prompt import BadAnswer, Judgement, LabelItem, parse, prompt, validated
+from tppo.label_config import EndpointConfig
+from tppo.label_prompt import (
+    BadAnswer,
+    Judgement,
+    LabelItem,
+    Template,
+    parse,
+    prompt,
+    validated,
+)
 from tppo.progress import say, status
 
 
@@ -27,8 +36,8 @@ class _Entry(Judgement):
 class Work:
     """The judgements on disk, by content-addressed key; in memory are only 8-byte hashes."""
 
-    def __init__(self, model: str, temperature: float | None, path: Path) -> None:
-        self.model, self.temperature, self.path = model, temperature, path
+    def __init__(self, config: EndpointConfig, path: Path) -> None:
+        self.config, self.path = config, path
         self._offsets = Fingerprints()
         self.failed = Fingerprints()
         """Keys that got no judgement by this object's owner."""
@@ -36,7 +45,8 @@ class Work:
 
     def key(self, item: LabelItem) -> str:
         """The key of an item: it covers model, temperature and the whole message."""
-        content = json.dumps([self.model, self.temperature, prompt(item)])
+        config = self.config
+        content = json.dumps([config.model, config.temperature, prompt(item, config.template)])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def get(self, key: str) -> Judgement | None:
@@ -120,7 +130,7 @@ class Spent:
         return ", ".join(parts)
 
 
-def chat_request(config: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
+def chat_request(config: EndpointConfig, messages: list[dict[str, str]]) -> dict[str, Any]:
     """The body of a chat completion without the form of its answer."""
     options = {"temperature": config.temperature, "max_tokens": config.max_tokens}
     given = {name: value for name, value in options.items() if value is not None}
@@ -138,9 +148,9 @@ def answer_text(body: Any) -> str:
     return text
 
 
-def judgement_in(body: Any, response: str) -> Judgement:
+def judgement_in(body: Any, response: str, template: Template) -> Judgement:
     """The judgement in a chat completion; raises BadAnswer with the reason that there is none."""
     text = answer_text(body)
     if body["choices"][0].get("finish_reason") == "length":
         raise BadAnswer("the answer was cut at the server's limit of tokens")
-    return parse(text, response)
+    return parse(text, response, template)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import math
-import os
-import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
@@ -23,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tppo.label_cache import Spent, Work, answer_text, chat_request, judgement_in
-from tppo.label_prompt import REPAIR, RESPONSE_FORMAT, BadAnswer, Judgement, LabelItem, prompt
+from tppo.label_config import EndpointConfig, api_key, check, need_libraries, prices
+from tppo.label_prompt import REPAIR, BadAnswer, Judgement, LabelItem, prompt, response_format
 from tppo.labels import Label
 from tppo.mapping import fold
 from tppo.progress import Bar, say, status
@@ -39,32 +37,6 @@ T = TypeVar("T")
 
 class EndpointError(RuntimeError):
     """The endpoint as a whole does not work: there is no point in asking on."""
-
-
-@dataclass(frozen=True)
-class EndpointConfig:
-    """An OpenAI-compatible endpoint."""
-
-    base_url: str = ""
-    """Such as http://127.0.0.1:8000/v1."""
-    model: str = ""
-    """The model's name at the endpoint."""
-    api_key_env: str | None = "OPENAI_API_KEY"
-    """Environment variable that holds the key; None for a server that asks for none."""
-    concurrency: int = 8
-    """Requests in flight."""
-    max_retries: int = 5
-    """Further tries of a request after 408, 409, 429, 5xx or a time-out, ever longer apart."""
-    timeout_s: float = 120.0
-    """Limit of one try, in seconds."""
-    temperature: float | None = 0.0
-    """None leaves it to the server; some models refuse any value."""
-    max_tokens: int | None = 4096
-    """Cap of an answer, in tokens; None leaves it to the server."""
-    price_read: float | None = None
-    """Price of a million prompt tokens, in any currency; with both prices the cost is shown."""
-    price_written: float | None = None
-    """Price of a million answer tokens."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +66,7 @@ def label(
     """
     need_libraries()
     check(config)
-    work = Work(config.model, config.temperature, cache)
-    return _results(_Live(config, work, Spent(_prices(config))), items, total)
+    return _results(_Live(config, Work(config, cache), Spent(prices(config))), items, total)
 
 
 @dataclass
@@ -250,7 +221,7 @@ def _new_client(live: _Live) -> openai.AsyncOpenAI:
     import openai
 
     config = live.config
-    live.api_key = _api_key(config)
+    live.api_key = api_key(config)
     return openai.AsyncOpenAI(
         api_key=live.api_key,
         base_url=config.base_url,
@@ -280,22 +251,24 @@ def _http_client(limit_s: float) -> Any:
 
 async def _judge(live: _Live, client: openai.AsyncOpenAI, item: LabelItem) -> Judgement:
     """The judgement of an item: an answer that gives none is sent back once, with the reason."""
-    messages = [{"role": "user", "content": prompt(item)}]
+    template = live.config.template
+    messages = [{"role": "user", "content": prompt(item, template)}]
     body = await _ask(live, client, messages)
     text = answer_text(body)
     try:
-        return judgement_in(body, item.response)
+        return judgement_in(body, item.response, template)
     except BadAnswer as error:
         repair = REPAIR.format(reason=error)
     messages += [{"role": "assistant", "content": text}, {"role": "user", "content": repair}]
-    return judgement_in(await _ask(live, client, messages), item.response)
+    return judgement_in(await _ask(live, client, messages), item.response, template)
 
 
 async def _ask(live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str, str]]) -> Any:
     """The server's reply; a refusal is asked again without the schema, which may be its cause."""
     if live.schema:
         try:
-            return await _send(live, client, messages, {"response_format": RESPONSE_FORMAT})
+            form = {"response_format": response_format(live.config.template)}
+            return await _send(live, client, messages, form)
         except _Refused:
             reply = await _send(live, client, messages, {})
             if live.schema:
@@ -339,60 +312,3 @@ async def _send(
         live.spent.add(body)
         return body
     raise kind(reason)
-
-
-def need_libraries() -> None:
-    """Raise ImportError, with what to install, where a library of labelling is missing."""
-    try:
-        import openai  # noqa: F401
-        import pydantic  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"labelling by an endpoint needs {error.name}: pip install tppo-kernels[label]"
-        ) from None
-
-
-def check(config: EndpointConfig) -> None:
-    """Raise ValueError for a configuration with which no request can be made."""
-    if not config.model.strip():
-        raise ValueError(f"model was {config.model!r}, expected its name at the endpoint")
-    if config.concurrency < 1 or config.max_retries < 0 or not config.timeout_s > 0:
-        raise ValueError(
-            f"concurrency, max_retries, timeout_s were {config.concurrency}, {config.max_retries}, "
-            f"{config.timeout_s}, expected >= 1, >= 0, > 0"
-        )
-    prices = (config.price_read, config.price_written)
-    given = [price for price in prices if price is not None]
-    if len(given) == 1 or not all(0 <= price < math.inf for price in given):
-        raise ValueError(
-            f"price_read, price_written were {prices[0]}, {prices[1]}, expected both >= 0, or none"
-        )
-
-
-def _prices(config: EndpointConfig) -> tuple[float, float] | None:
-    if config.price_read is None or config.price_written is None:
-        return None
-    return config.price_read, config.price_written
-
-
-def check_address(base_url: str) -> None:
-    """Raise ValueError for an address that is none, or that holds something secret."""
-    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url):
-        shown = re.sub(r"//.*@|[?#].*", "//***", base_url)
-        raise ValueError(
-            f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials or a query"
-        )
-
-
-def _api_key(config: EndpointConfig) -> str:
-    """The key, after a look at the address it goes to."""
-    check_address(config.base_url)
-    if config.api_key_env is None:
-        return "no-key"
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise ValueError(
-            f"environment variable {config.api_key_env} was empty, expected the endpoint's key "
-            "(set api_key_env to None for a server that asks for none)"
-        )
-    return key

@@ -204,7 +204,7 @@ def map_to_tokens(run: Run) -> None:
     generated = run.path("generate/answers.jsonl")
     with run.stage("map") as out, LineIndex(generated, answer_of) as answers:
         lengths: Counter[int] = Counter()
-        labels = track(iter_labels(run.path("label/labels.jsonl")), "map")
+        labels = _with_words(track(iter_labels(run.path("label/labels.jsonl")), "map"))
         write_jsonl(
             out / "categories.jsonl",
             (_map_one(run.tokenizer, item, answers.get(item.id), lengths) for item in labels),
@@ -213,6 +213,19 @@ def map_to_tokens(run: Run) -> None:
         ordered = (n for n in sorted(lengths) for _ in range(lengths[n]))
         median = next(islice(ordered, queries // 2, None), 1)
         write_json(out / "lengths.json", {"median_query_tokens": median, "queries": queries})
+
+
+def _with_words(labels: Iterable[Label]) -> Iterator[Label]:
+    """The labels; raises DataError where none of them is of a word."""
+    found = False
+    for item in labels:
+        found = found or bool(item.words)
+        yield item
+    if not found:
+        raise DataError(
+            "no word has a label, expected some: a token reward model needs labels of words "
+            "(--label.endpoint.template words)"
+        )
 
 
 def _map_one(

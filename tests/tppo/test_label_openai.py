@@ -338,6 +338,34 @@ def test_an_object_is_checked_like_the_tags(tmp_path, text, reason):
     assert re.search(reason, run.dropped[0].reason), run.dropped[0].reason
 
 
+@pytest.mark.parametrize(
+    ("text", "label_or_reason"),
+    [
+        ("<ACROSS_QUERY_JUDGEMENTS>\n{\"label\": 1}\n</ACROSS_QUERY_JUDGEMENTS>", 1),
+        ('{"ACROSS_QUERY_JUDGEMENTS": {"label": 0}}', 0),
+        ('{"ACROSS_QUERY_JUDGEMENTS": {"label": 3}}', "at ACROSS_QUERY_JUDGEMENTS: .*label was 3"),
+        ("relevant", "no <ACROSS_QUERY_JUDGEMENTS>"),
+    ],
+)
+def test_the_sentence_template_asks_for_the_answer_alone(tmp_path, text, label_or_reason):
+    with serving(lambda request, number: text) as server:
+        run = label([item()], config(server, template="sentence"), tmp_path / "cache.jsonl")
+        asked = server.requests[0]
+        assert slots(asked)["returned_queries"] == ["red shoes", "blue hat"]
+        assert "WORD_SEQUENCE" not in json.dumps(asked)
+        assert asked["response_format"]["json_schema"]["schema"]["required"] == [
+            "ACROSS_QUERY_JUDGEMENTS"
+        ]
+        if isinstance(label_or_reason, int):
+            (only,) = run.labels
+            assert only == Label("s0", "red shoes\nblue hat", (), label_or_reason, "judge-1")
+            server.reply = lambda request, number: judge(request)
+            both = label([item()], config(server), tmp_path / "cache.jsonl")  # asked for itself
+            assert len(both.labels[0].words) == 4 and len(server.requests) == 2
+        else:
+            assert re.search(label_or_reason, run.dropped[0].reason), run.dropped[0].reason
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status, capsys):
     def reply(request, number):

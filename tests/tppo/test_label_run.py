@@ -82,6 +82,14 @@ def test_a_run_labelled_over_http_and_what_a_repetition_sends(flags, tmp_path, c
         assert said(capsys).count("map: finished before, skipped") == 2
         killed_while_labelling(out, tmp_path / "killed", flags, server)
 
+        server.reply = lambda request, number: '{"ACROSS_QUERY_JUDGEMENTS": {"label": 1}}'
+        main(["label", *flags, "--label.endpoint.template", "sentence"])
+        assert {(row["sentence"], *row["words"]) for row in rows(out / "label/labels.jsonl")} == {
+            (1,)
+        }  # fmt: skip
+        with pytest.raises(SystemExit, match="no word has a label, expected some"):
+            main(["map", *flags])
+
 
 def killed_while_labelling(finished, out, flags, server):
     """kill -9 in the middle of the stage: the next run asks for what is missing, and no more."""
