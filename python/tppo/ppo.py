@@ -200,14 +200,12 @@ class PPOTrainer:
 
     def _minibatch(self, data: Experience, first: bool) -> dict[str, float]:
         config, models = self.config, self.models
+        parts = [data.rows(index) for index in data.batch.parts(config.max_tokens)]
         step_zero = first and self.step_count == 1
-        if step_zero and config.verify_prefix and data.batch.shares:
-            check_shared_prefix(models, data, self.sampling.temperature)
+        if step_zero and config.verify_prefix and parts[0].batch.shares:
+            check_shared_prefix(models, parts[0].batch, self.sampling.temperature)
         self.optimizer.zero_grad()
-        losses = [
-            self._backward(data.rows(index), data, step_zero)
-            for index in data.batch.parts(config.max_tokens)
-        ]
+        losses = [self._backward(part, data, step_zero) for part in parts]
         if step_zero:
             check_gradients(models, data)
         for model in (models.policy, models.critic):
@@ -315,20 +313,20 @@ def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
         raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
 
 
-def check_shared_prefix(models: Models, data: Experience, temperature: float) -> None:
+def check_shared_prefix(models: Models, batch: Batch, temperature: float) -> None:
     """A shared prompt gives what dense prompts give: states of every model, and gradients.
 
     Compared by the largest error over the largest value: log-probs, values, class logits, and the
-    gradients of policy and critic of the sum of a minibatch's log-probs and values.
+    gradients of policy and critic of the sums of log-probs and of values.
     Errors: GuardError naming the first of them that is off by 1e-4 or more.
     """
     results = []
-    for batch in (data.batch, data.batch.dense()):
-        logprobs, _ = policy_logprobs(models.policy, batch, temperature)  # [B, T]
-        values, _ = models.critic(batch)  # [B, T]
+    for way in (batch, batch.dense()):
+        logprobs, _ = policy_logprobs(models.policy, way, temperature)  # [B, T]
+        values, _ = models.critic(way)  # [B, T]
         found = {"log-probs": logprobs, "values": values}
         with torch.no_grad():
-            found["class logits"] = models.reward(batch)  # [B, T, 3]
+            found["class logits"] = models.reward(way)  # [B, T, 3]
         for name, model in (("policy", models.policy), ("critic", models.critic)):
             output = {"policy": logprobs, "critic": values}[name]
             parameters = [p for p in model.parameters() if p.requires_grad]
