@@ -9,7 +9,6 @@ call whose lengths and Python floats depend on i. Results are never computed: do
 """
 
 import importlib.util
-import itertools
 import os
 import re
 import subprocess
@@ -70,12 +69,12 @@ def token_logprobs_varied(i, dtype):
 
 
 def gae_launches():
-    for dtype, (batch, tokens) in itertools.product(HALVES, ((9, 24), (3, 3000))):
+    for dtype, (batch, tokens) in zip(HALVES, ((9, 24), (3, 3000), (9, 24)), strict=True):
         x, lam = torch.randn(batch, tokens).to(dtype), torch.rand(batch)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * tokens
         tk.gae(x, x)
-        tk.gae(x, x, x > 0, lam=lam, value_lam=1.0, bootstrap=lam.to(dtype))
-        tk.gae(x.flatten(), x.flatten(), x.flatten() > 0, lam=lam, cu_seqlens=cu_seqlens)
+        tk.gae(x.flatten(), x.flatten(), x.flatten() > 0, lam=lam, value_lam=1.0,
+               bootstrap=lam.to(dtype), cu_seqlens=cu_seqlens)
 
 
 def gae_varied(i, dtype):
@@ -83,8 +82,33 @@ def gae_varied(i, dtype):
     tk.gae(x, x, x > 0, gamma=1 - i / 100, lam=i / 100)
 
 
-LAUNCHES = {"token_logprobs": token_logprobs_launches, "whiten": whiten_launches, "gae": gae_launches}
-VARIED = {"token_logprobs": token_logprobs_varied, "whiten": whiten_varied, "gae": gae_varied}
+def loss_arguments(batch, tokens, dtype):
+    x = torch.randn(batch, tokens).to(dtype)
+    return x.clone().requires_grad_(), x, x, x > 0
+
+
+def ppo_loss_launches():
+    terms = {"entropy_coef": 0.1, "kl_coef": 0.3, "dual_clip": 2.0}
+    for dtype, ratio, reduction, kl in ((torch.float32, "token", "token-mean", "k3"),
+                                        (torch.bfloat16, "sequence", "seq-mean-token-mean", "k2"),
+                                        (torch.float16, "token", "seq-mean-token-sum", "abs")):
+        lp, old, advantages, mask = loss_arguments(3, 200, dtype)
+        tk.ppo_loss(lp, old, advantages, mask, entropy=lp, ref_logprobs=old, weights=old[:, 0],
+                    ratio=ratio, reduction=reduction, kl_estimator=kl, **terms).loss.backward()
+        tk.ppo_loss(lp, old, advantages, ratio=ratio, reduction=reduction).loss.backward()
+    lp, old, advantages, _ = (x.flatten() for x in loss_arguments(3, 200, torch.float32))
+    tk.ppo_loss(lp, old, advantages[:2], ratio="sequence", cu_seqlens=torch.tensor([0, 9, 600]).int())
+
+
+def ppo_loss_varied(i, dtype):
+    lp, old, advantages, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
+    tk.ppo_loss(lp, old, advantages[:, 0], mask, clip_low=i / 100, max_log_ratio=1 + i,
+                num_tokens=1 + i).loss.backward()
+
+
+LAUNCHES = {"ppo_loss": ppo_loss_launches, "token_logprobs": token_logprobs_launches, "whiten": whiten_launches,
+            "gae": gae_launches}
+VARIED = {"ppo_loss": ppo_loss_varied, "token_logprobs": token_logprobs_varied, "whiten": whiten_varied, "gae": gae_varied}
 
 
 class Driver:

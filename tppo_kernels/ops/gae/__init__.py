@@ -13,7 +13,7 @@ from ..._op import Op
 from ..._sequence import alive, compute_dtype
 from . import reference
 
-_op = Op("gae", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+_op = Op("gae", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
 NBYTES_PER_TOKEN = 17  # rewards, values, advantages, returns in fp32, and the mask
 
@@ -81,6 +81,4 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
     discount = check.scalar("gamma", gamma)
     lam_rows = check.per_sequence("lam", lam, low=0.0, high=1.0)
     value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
-    with torch.no_grad():
-        return Gae(*_fwd(rewards, values, mask, discount, lam_rows, value_rows, bootstrap,
-                         cu_seqlens))
+    return Gae(*_fwd(rewards, values, mask, discount, lam_rows, value_rows, bootstrap, cu_seqlens))
