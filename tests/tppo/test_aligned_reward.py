@@ -53,6 +53,14 @@ TEXTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def sessions():
     config = SessionsConfig(train_users=400, heldout_users=1, test_users=1)
