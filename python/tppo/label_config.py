@@ -12,7 +12,8 @@ from tppo.label_prompt import Template
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """An OpenAI-compatible endpoint."""
+    """An OpenAI-compatible endpoint. Its answers are kept in label-cache.jsonl of the run folder: a
+    repeated run sends only what is missing there, a run with another --out asks anew."""
 
     base_url: str = ""
     """Such as http://127.0.0.1:8000/v1."""
