@@ -403,7 +403,7 @@ def sequences(call):
     queries, keys = call.cu_queries.tolist(), call.cu_keys.tolist()
     for cu, longest in ((call.cu_queries, call.longest_query), (call.cu_keys, call.longest_key)):
         assert cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0
-        assert cu.diff().max() <= longest
+        assert 0 < cu.diff().min() and cu.diff().max() <= longest
     return [(slice(*q), slice(*k)) for q, k in zip(itertools.pairwise(queries),
                                                    itertools.pairwise(keys), strict=True)]
 
@@ -421,14 +421,13 @@ def scores(q, k, queries, keys, call, scale):
 
 def part_forward(q, k, v, call, scale):
     """What the kernels of a GPU give: out in the dtype of q and the logsumexp of every query."""
-    out, lse = torch.zeros_like(q), torch.full(q.shape[1::-1], math.inf,
-                                               dtype=torch.promote_types(q.dtype, torch.float32))
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in sequences(call):
         s = scores(q, k, queries, keys, call, scale)
-        if s.numel():
-            lse[:, queries] = s.logsumexp(-1)
-            wide = v[keys].repeat_interleave(q.shape[1] // k.shape[1], 1).to(s)
-            out[queries] = torch.einsum("hqk,khd->qhd", s.softmax(-1), wide).to(out.dtype)
+        lse[:, queries] = s.logsumexp(-1)
+        wide = v[keys].repeat_interleave(q.shape[1] // k.shape[1], 1).to(s)
+        out[queries] = torch.einsum("hqk,khd->qhd", s.softmax(-1), wide).to(out.dtype)
     return out, lse
 
 
@@ -436,7 +435,7 @@ def part_backward(grad, q, k, v, out, lse, call, scale):
     """Likewise: p from the given logsumexp; gradients of the heads of k in the dtype of q."""
     assert grad.shape == q.shape == out.shape and lse.shape == q.shape[1::-1]
     groups = q.shape[1] // k.shape[1]
-    dq, dk, dv = (torch.full(x.shape, math.nan, dtype=q.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for queries, keys in sequences(call):
         p = (scores(q, k, queries, keys, call, scale) - lse[:, queries, None]).exp()
         wide = [x[keys].repeat_interleave(groups, 1).to(p) for x in (k, v)]
@@ -450,7 +449,8 @@ def part_backward(grad, q, k, v, out, lse, call, scale):
     return dq, dk, dv
 
 
-PARTS = _varlen.Kernels(part_forward, part_backward)
+PARTS = [_varlen.Kernels(part_forward, part_backward, lambda q, groups, apart=apart: apart)
+         for apart in (False, True)]
 
 
 def run_raw(forward, backward, inputs, layout, grad, scale=0.3):
@@ -468,11 +468,12 @@ def test_two_calls_of_variable_length_merge_exactly(groups, heads, seed):
     inputs = batch(layout, *heads, dtype=torch.float64, seed=seed, batched=False)
     grad = torch.randn(inputs[0].shape, dtype=torch.float64)
     exact = run_raw(op.reference.fwd, op.reference.bwd, inputs, layout, grad)
-    actual = run_raw(functools.partial(_varlen.fwd, PARTS), functools.partial(_varlen.bwd, PARTS),
-                     inputs, layout, grad)
-    for a, e in zip(actual, exact, strict=True):
-        assert a.dim() == 2 or a.transpose(0, 1).is_contiguous()
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    for kernels in PARTS:
+        actual = run_raw(functools.partial(_varlen.fwd, kernels),
+                         functools.partial(_varlen.bwd, kernels), inputs, layout, grad)
+        for a, e in zip(actual, exact, strict=True):
+            assert a.dim() == 2 or a.transpose(0, 1).is_contiguous()
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
 class Emulated:
@@ -567,10 +568,13 @@ def package_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, 
         total.copy_(x)
 
 
-@pytest.fixture(params=("flash", "flash_attn", "efficient"))
+@pytest.fixture(params=[("flash", 132), ("flash", 8), ("flash_attn", 132), ("efficient", 132)])
 def on_gpu(request, monkeypatch):
     """A GPU backend with its kernels emulated: (forward, backward, a dtype it takes)."""
-    module = importlib.import_module(f"tppo_kernels.ops.prefix_attention._{request.param}")
+    name, processors = request.param
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(multi_processor_count=processors))
+    module = importlib.import_module(f"tppo_kernels.ops.prefix_attention._{name}")
     kernels = {"_flash_attention_forward": flash_forward,
                "_flash_attention_backward": flash_backward,
                "_efficient_attention_forward": efficient_forward,
@@ -581,11 +585,11 @@ def on_gpu(request, monkeypatch):
                               _flash_attn_varlen_backward=package_backward)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_interface=package))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
-    if request.param == "flash":  # its own functions go by the device of q
+    if name == "flash":  # its own functions go by the device of q
         return (functools.partial(_varlen.fwd, module.KERNELS),
                 functools.partial(_varlen.bwd, module.KERNELS), torch.bfloat16)
     return (module.fwd, module.bwd,
-            torch.float32 if request.param == "efficient" else torch.float16)
+            torch.float32 if name == "efficient" else torch.float16)
 
 
 @pytest.mark.parametrize("prompts, responses", [RAGGED, ([1] * 4, [[1]] * 4), ([70], [[40, 1]])])

@@ -2,7 +2,7 @@
 
     own      every segment (a prompt or a response) to itself, causal: all rows as they lie
     shared   the responses of each group to the whole of its prompt: their queries are gathered,
-             keys and values are read where they lie; those of responses get no query
+             and the keys and values of the prompts
 
 A prompt token is done by the first call. A response token has a part of each, with the logsumexps
 s1 and s2 of its scores:
@@ -11,7 +11,7 @@ s1 and s2 of its scores:
 
 The backward kernels recompute p = exp(score - s) and dS = p (dO v - dO out): with the merged out
 and s each call gives its share of the exact gradient, and the shares are added. Which kernels run
-the calls is a `Kernels`; on a GPU nothing here reads a value of a tensor on the host.
+the calls is a `Kernels`; nothing here reads a value on a GPU.
 """
 
 from __future__ import annotations
@@ -39,20 +39,24 @@ class Call(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The two functions of an implementation, on token-major tensors.
+    """The functions of an implementation, on token-major tensors.
 
-    forward(q, k, v, call, scale) -> (out [n, Hq, D] that may be written to, logsumexp [Hq, n])
-    backward(grad, q, k, v, out, lse, call, scale) -> (dq, dk, dv) that may be written to; a key
-    without a query has the gradient 0
+    forward(q, k, v, call, scale) -> (out [n, Hq, D], logsumexp [Hq, n])
+    backward(grad, q, k, v, out, lse, call, scale) -> (dq, dk, dv)
+    separates(q, groups): whether backward is faster with prompts and responses in calls of their
+    own, which costs a copy of all rows.
+
+    What they return may be written to.
     """
 
     forward: Callable
     backward: Callable
+    separates: Callable[[Tensor, int], bool]
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-            cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
-            *_: Tensor) -> str | None:
+            prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+            scale: Tensor, *_: Tensor) -> str | None:
     """Why no such kernels can take these arguments of the raw operator, or None."""
     if compute_dtype(q, k, v) == torch.float64:
         return FP64
@@ -67,6 +71,16 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Ten
     return None
 
 
+def few_prompts(q: Tensor, groups: int) -> bool:
+    """Whether prompts leave half of a GPU idle in a deterministic backward of the flash kernels.
+
+    It runs ceil(multiprocessors / (sequences x heads)) blocks a sequence and head, so that prompts
+    get the fewer, and wait the longer for them, the more responses are in the same call.
+    """
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return 2 * groups * q.shape[1] <= processors
+
+
 def half_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why kernels for bf16 and fp16 alone cannot take q, k and v, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
@@ -76,47 +90,76 @@ def half_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def fwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D], logsumexp of the scores [Hq, L])."""
     q, k, v = (_rows(x) for x in (q, k, v))  # [L, H, D]
     if q.shape[0] == 0:
         return torch.empty_like(q).transpose(0, 1), q.new_empty((q.shape[1], 0), dtype=torch.float)
-    own, shared = _calls(cu_segments, cu_shared, longest)
+    prompts, responses = _split(prompts_first, sizes)
+    own, shared, *_ = _calls(cu_segments, cu_shared, cu_responses, sizes)
     out, lse = kernels.forward(q, k, v, own, float(scale))
-    part, weight = kernels.forward(q.index_select(0, response_tokens), k, v, shared, float(scale))
-    before = lse.index_select(1, response_tokens)  # [Hq, n]
+    part, weight = kernels.forward(*_pick(responses, q), *_pick(prompts, k, v), shared,
+                                   float(scale))
+    before = lse.index_select(1, responses)  # [Hq, n]
     share = (weight - before).sigmoid().t()[..., None]  # [n, Hq, 1]
-    merged = torch.lerp(out.index_select(0, response_tokens).to(lse.dtype), part.to(lse.dtype),
-                        share)
-    out.index_copy_(0, response_tokens, merged.to(out.dtype))
-    lse.index_copy_(1, response_tokens, torch.logaddexp(before, weight))
+    merged = torch.lerp(out.index_select(0, responses).to(lse.dtype), part.to(lse.dtype), share)
+    out.index_copy_(0, responses, merged.to(out.dtype))
+    lse.index_copy_(1, responses, torch.logaddexp(before, weight))
     return out.contiguous().transpose(0, 1), lse
 
 
 def bwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
-        grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     q, k, v, grad, out = (_rows(x) for x in (q, k, v, grad, out))  # [L, H, D]
     if q.shape[0] == 0:
         dq, dk, dv = (torch.empty_like(x).transpose(0, 1) for x in (q, k, v))
         return dq, dk, dv
-    own, shared = _calls(cu_segments, cu_shared, longest)
-    dq, dk, dv = kernels.backward(grad, q, k, v, out, lse, own, float(scale))
-    own_grad, own_q, own_out = (x.index_select(0, response_tokens) for x in (grad, q, out))
-    share = kernels.backward(own_grad, own_q, k, v, own_out, lse.index_select(1, response_tokens),
-                             shared, float(scale))
-    dq.index_copy_(0, response_tokens, dq.index_select(0, response_tokens).add_(share[0]))
-    dq, dk, dv = (x.contiguous().transpose(0, 1)
-                  for x in (dq, dk.add_(share[1]), dv.add_(share[2])))
+    prompts, responses = _split(prompts_first, sizes)
+    own, shared, *apart = _calls(cu_segments, cu_shared, cu_responses, sizes)
+
+    def backward(queries: Tensor | None, keys: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+        of_queries, of_keys = _pick(queries, grad, q, out), _pick(keys, k, v)
+        own_lse = lse if queries is None else lse.index_select(1, queries)
+        return kernels.backward(*of_queries[:2], *of_keys, of_queries[2], own_lse, call,
+                                float(scale))
+
+    if kernels.separates(q, cu_shared.shape[1] - 1):
+        parts = (backward(rows, rows, call)
+                 for rows, call in zip((prompts, responses), apart, strict=True))
+        grads = [x.new_empty(x.shape).index_copy_(0, prompts, a).index_copy_(0, responses, b)
+                 for x, a, b in zip((q, k, v), *parts, strict=True)]
+    else:
+        grads = list(backward(None, None, own))
+    rest = backward(responses, prompts, shared)
+    for total, rows, share in zip(grads, (responses, prompts, prompts), rest, strict=True):
+        total.index_copy_(0, rows, total.index_select(0, rows).add_(share))
+    dq, dk, dv = (x.contiguous().transpose(0, 1) for x in grads)
     return dq, dk, dv
 
 
-def _calls(cu_segments: Tensor, cu_shared: Tensor, longest: Tensor) -> tuple[Call, Call]:
-    segment, responses, keys = longest.tolist()  # on the CPU, as the layout says
-    return (Call(cu_segments, cu_segments, segment, segment, True),
-            Call(cu_shared[0], cu_shared[1], responses, keys, False))
+def _split(prompts_first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """(the tokens of prompts, the tokens of responses); sizes lies on the CPU."""
+    of_prompts = int(sizes[0])
+    return prompts_first[:of_prompts], prompts_first[of_prompts:]
+
+
+def _pick(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return list(tensors) if rows is None else [x.index_select(0, rows) for x in tensors]
+
+
+def _calls(cu_segments: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor
+           ) -> tuple[Call, Call, Call, Call]:
+    """own, shared, and own of the prompts and of the responses apart."""
+    prompt, response, group = sizes.tolist()[1:]
+    cu_groups, cu_prompts = cu_shared
+    longest = max(prompt, response)
+    return (Call(cu_segments, cu_segments, longest, longest, True),
+            Call(cu_groups, cu_prompts, group, prompt, False),
+            Call(cu_prompts, cu_prompts, prompt, prompt, True),
+            Call(cu_responses, cu_responses, response, response, True))
 
 
 def _rows(x: Tensor) -> Tensor:

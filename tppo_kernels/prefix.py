@@ -26,11 +26,11 @@ class PrefixLayout:
     position_ids: int64 [1, L], from 0 in each prompt and from P in each of its responses.
     response_mask: bool [M, R_max]. segment_lengths, is_prompt: [S], the segments in order.
 
-    For attention of variable length: cu_segments int32 [S + 1], where the segments start and end;
-    response_tokens int64 [n], all tokens of responses; cu_shared int32 [2, 2 B + 1], sequences that
-    pair the responses of a group (among the n) with its prompt (among the L), and no query with the
-    keys between two prompts; longest int64 [3], on the CPU on every device: the longest segment,
-    the responses of the longest group, the longest sequence of keys.
+    For attention of variable length: prompts_first int64 [L], the tokens of all prompts, then those
+    of all responses; cu_segments [S + 1], cu_responses [M + 1] and cu_shared [2, B + 1], int32, the
+    offsets of the segments in the batch, of the responses among theirs, and of all responses of a
+    group and of its prompt; sizes int64 [4], on the CPU on every device: the tokens of prompts, the
+    longest prompt, the longest response, the most response tokens of a group.
     """
 
     def __init__(self, prompt_lengths: tuple[int, ...],
@@ -52,14 +52,12 @@ class PrefixLayout:
         response = (~is_prompt).long().cumsum(0) - 1  # [S]
 
         self.segment_lengths, self.is_prompt = lengths, is_prompt
-        self.cu_segments = _offsets(lengths)
-        self.response_tokens = (~is_prompt)[segment].nonzero().squeeze(1)
-        behind_prompt = torch.tensor([sum(r) for r in response_lengths], dtype=torch.int64)  # [B]
-        queries = torch.stack([behind_prompt, torch.zeros_like(behind_prompt)], 1)  # [B, 2]
-        keys = torch.stack([prompts, behind_prompt], 1)
-        self.cu_shared = _offsets(torch.stack([queries, keys]).flatten(1))
-        self.longest = torch.tensor([max(x.flatten().tolist(), default=0)
-                                     for x in (lengths, queries, keys)])
+        self.prompts_first = torch.argsort(~is_prompt[segment], stable=True)
+        of_group = torch.tensor([sum(r) for r in response_lengths], dtype=torch.int64)  # [B]
+        self.cu_segments, self.cu_responses = _offsets(lengths), _offsets(responses)
+        self.cu_shared = _offsets(torch.stack([of_group, prompts]))
+        self.sizes = torch.tensor([int(prompts.sum()), *(max(x.tolist(), default=0) for x in (
+            prompts, responses, of_group))])
         self.group_sizes = torch.tensor([len(r) for r in response_lengths], dtype=torch.int64)
         self.position_ids = (behind[segment] + inside)[None]
         self.response_mask = slot < responses[:, None]
@@ -133,7 +131,7 @@ class PrefixLayout:
         if wanted not in self._moved:
             tensors = {n: x.to(wanted, non_blocking=non_blocking)
                        for n, x in self.__dict__.items() if isinstance(x, Tensor)}
-            tensors["longest"] = self.longest
+            tensors["sizes"] = self.sizes
             if tensors["position_ids"].device == self.device:  # "cuda" is where it lies
                 return self
             moved = object.__new__(PrefixLayout)

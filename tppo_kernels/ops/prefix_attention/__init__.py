@@ -56,7 +56,8 @@ def _fake_bwd(q, k, v, *_):
 
 
 _ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor cu_segments, Tensor is_prompt,"
-              " Tensor cu_shared, Tensor response_tokens, Tensor longest, Tensor scale")
+              " Tensor prompts_first, Tensor cu_shared, Tensor cu_responses, Tensor sizes,"
+              " Tensor scale")
 _fwd = _op.define(f"prefix_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", reference.fwd,
                   _fake_fwd, _check_values)
 _bwd = _op.define(f"prefix_attention_bwd({_ARGUMENTS}, Tensor grad, Tensor out, Tensor lse)"
@@ -65,8 +66,8 @@ _bwd = _op.define(f"prefix_attention_bwd({_ARGUMENTS}, Tensor grad, Tensor out, 
 
 def plan(layout: PrefixLayout) -> tuple[Tensor, ...]:
     """What the raw operators take of a layout, in the order of their arguments."""
-    return (layout.cu_segments, layout.is_prompt, layout.cu_shared, layout.response_tokens,
-            layout.longest)
+    return (layout.cu_segments, layout.is_prompt, layout.prompts_first, layout.cu_shared,
+            layout.cu_responses, layout.sizes)
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -60,7 +60,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     return dq[0], dk[0].unflatten(1, sizes).sum(2), dv[0].unflatten(1, sizes).sum(2)
 
 
-KERNELS = _varlen.Kernels(_forward, _backward)
+KERNELS = _varlen.Kernels(_forward, _backward, lambda q, groups: False)
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,12 +114,12 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D] in the dtype of q, logsumexp of the scores [Hq, L] in fp32)."""
     if q.is_cuda:
-        return _varlen.fwd(KERNELS, q, k, v, cu_segments, is_prompt, cu_shared, response_tokens,
-                           longest, scale)
+        return _varlen.fwd(KERNELS, q, k, v, cu_segments, is_prompt, prompts_first, cu_shared,
+                           cu_responses, sizes, scale)
     dtype = q.dtype
     groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -147,23 +147,23 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
 
 
 def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
-        grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k, v."""
     if q.is_cuda:
-        return _varlen.bwd(KERNELS, q, k, v, cu_segments, is_prompt, cu_shared, response_tokens,
-                           longest, scale, grad, out, lse)
+        return _varlen.bwd(KERNELS, q, k, v, cu_segments, is_prompt, prompts_first, cu_shared,
+                           cu_responses, sizes, scale, grad, out, lse)
     dtypes = q.dtype, k.dtype, v.dtype
     groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
     attend = functools.partial(
         _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
-    sizes = q.shape[1:3]
-    grad, out = (_fp32(x).transpose(0, 1).unflatten(1, sizes) for x in (grad, out))
-    lse = lse.t().unflatten(1, sizes)  # [L, Hkv, G]
+    heads = q.shape[1:3]
+    grad, out = (_fp32(x).transpose(0, 1).unflatten(1, heads) for x in (grad, out))
+    lse = lse.t().unflatten(1, heads)  # [L, Hkv, G]
     dq = torch.empty(q.shape)
-    dk, dv = (torch.zeros(q.shape[0], sizes[0], q.shape[3]) for _ in range(2))  # [L, Hkv, D]
+    dk, dv = (torch.zeros(q.shape[0], heads[0], q.shape[3]) for _ in range(2))  # [L, Hkv, D]
     for start, prompt_end, end in groups:
         parts = attend(_heads(grad, start, end), _heads(q, start, end),
                        *(_heads(x, start, prompt_end) for x in (k, v)), _heads(out, start, end),
@@ -179,7 +179,7 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
         parts = [x.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots) for x in parts]
         dq.index_add_(0, bucket.tokens, parts[0])  # [n, Hq, D]
         for total, part in ((dk, parts[1]), (dv, parts[2])):
-            total.index_copy_(0, bucket.tokens, part.unflatten(1, sizes).sum(2))
+            total.index_copy_(0, bucket.tokens, part.unflatten(1, heads).sum(2))
     dq, dk, dv = (x.transpose(0, 1).to(dtype)
                   for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
     return dq, dk, dv
@@ -203,7 +203,7 @@ def _gpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
             call.longest_key, 0.0, call.causal, unused, unused, scale=scale)
 
 
-KERNELS = _varlen.Kernels(_gpu_forward, _gpu_backward)
+KERNELS = _varlen.Kernels(_gpu_forward, _gpu_backward, _varlen.few_prompts)
 _flag = threading.Lock()
 
 

@@ -44,7 +44,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     return grads
 
 
-KERNELS = _varlen.Kernels(_forward, _backward)
+KERNELS = _varlen.Kernels(_forward, _backward, _varlen.few_prompts)
 
 
 def fwd(*args: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ def token_major(x: Tensor) -> Tensor:
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, Dv] in the dtype of q, logsumexp of the scores [Hq, L])."""
     with torch.autocast(q.device.type, enabled=False):
         _, _, v, scores = _grouped(q, k, v, cu_segments, is_prompt, scale)
@@ -52,8 +52,8 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
 
 
 def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        cu_shared: Tensor, response_tokens: Tensor, longest: Tensor, scale: Tensor,
-        grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
+        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): with p the probabilities and dp = dO v^T, dS = p (dp - sum(p dp)).
 
     The sum is dO O, and p is exp(S - lse): what other backends compute it by.
