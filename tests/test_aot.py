@@ -3,9 +3,9 @@
 Triton: the host code of each operator runs on CPU tensors under a driver that compiles each launch
 for sm_80, sm_90 and sm_100 and runs nothing. CUDA: the kernels in the built extension are read.
 
-To add an operator: an entry in LAUNCHES, a function that makes every launch its host code can make
-(dtypes, masks, backward, short and long), and one in VARIED, a function of (i, dtype) that makes a
-call whose lengths and Python floats depend on i. Results are never computed: do not look at them.
+To add an operator `x`: `x_launches()` makes every launch that its host code can make (dtypes,
+masks, backward, short and long), and `x_varied(i, dtype)` a call whose lengths and Python floats
+depend on i. Results are never computed: do not look at them.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _linear_cases import halves
 
 import tppo_kernels as tk
 from tppo_kernels import _op
@@ -106,9 +107,70 @@ def ppo_loss_varied(i, dtype):
                 num_tokens=1 + i).loss.backward()
 
 
-LAUNCHES = {"ppo_loss": ppo_loss_launches, "token_logprobs": token_logprobs_launches, "whiten": whiten_launches,
-            "gae": gae_launches}
-VARIED = {"ppo_loss": ppo_loss_varied, "token_logprobs": token_logprobs_varied, "whiten": whiten_varied, "gae": gae_varied}
+def token_head_call(shape, K, D, dtype, weight_dtype, masked=True, leaf=lambda x: x):
+    hidden = leaf(torch.randn(*shape, D).to(dtype)).requires_grad_()
+    weight, bias = (torch.randn(s).to(weight_dtype).requires_grad_() for s in ((K, D), (K,)))
+    mask = torch.ones(hidden.shape[:-1], dtype=torch.bool) if masked else None
+    tk.token_head(hidden, weight, bias, mask).sum().backward()
+
+
+def token_head_launches():
+    for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                (torch.float32, torch.float32)):
+        for K in (1, 3, 8):
+            token_head_call((9, 7), K, 4096, dtype, weight_dtype)
+    token_head_call((9, 7), 4, 1021, torch.float16, torch.float16, leaf=lambda x: x[:, 1:-2])
+
+
+def token_head_varied(i, dtype):
+    token_head_call((1 + i % 3, 1 + i), 1, 512, dtype, torch.float32,
+                    leaf=lambda x: x[:, 1:] if i % 2 else x)
+
+
+def linear_call(op, n, v, dtype, dtype_of_weight=None, **options):
+    hidden = torch.randn(n, 8).to(dtype).requires_grad_()
+    weight = torch.randn(v, 8).to(dtype_of_weight or dtype).requires_grad_()
+    targets = torch.zeros(n, dtype=torch.long)
+    with halves():
+        if op == "linear_logprobs":
+            out = tk.linear_logprobs(hidden, weight, targets, **options)
+            (out.logprobs + out.entropy).sum().backward()
+        else:
+            old = torch.zeros(n)
+            tk.linear_ppo_loss(hidden, weight, targets, old, old, cu_seqlens=torch.tensor(
+                [0, n], dtype=torch.int32), entropy_coef=0.1, **options).loss.backward()
+
+
+def linear_launches(op, memories=({"memory": "store"}, {"memory": "recompute"})):
+    for memory in memories:
+        for dtype in HALVES:
+            linear_call(op, 3, 9000, dtype, **memory)
+            linear_call(op, 3, 9001, dtype, **memory)
+        linear_call(op, 3, 9001, torch.bfloat16, softcap=30.0, **memory)
+        linear_call(op, 3, 64, torch.bfloat16, torch.float32, **memory)
+
+
+def linear_logprobs_launches():
+    linear_launches("linear_logprobs")
+
+
+def linear_ppo_loss_launches():
+    linear_launches("linear_ppo_loss", ({}, {"ratio": "sequence"}))
+
+
+def linear_logprobs_varied(i, dtype):
+    linear_call("linear_logprobs", 1 + i, 1 + 201 * i, dtype, temperature=0.5 + i / 50,
+                logit_scale=1.0 - i, memory="recompute" if i % 3 else "store")
+
+
+def linear_ppo_loss_varied(i, dtype):
+    linear_call("linear_ppo_loss", 1 + i, 1 + 201 * i, dtype, temperature=0.5 + i / 50,
+                ratio="token" if i % 3 else "sequence")
+
+
+ROW_KERNELS = ("_linear_logprobs_", "_token_logprobs_")  # of which several operators are made
+LAUNCHES, VARIED = ({name.removesuffix(end): function for name, function in list(globals().items())
+                     if name.endswith(end)} for end in ("_launches", "_varied"))
 
 
 class Driver:
@@ -203,7 +265,8 @@ def test_triton_compiles_without_spills(op, arch, compile_for, tmp_path):
     launched = compile_for(arch, arch, LAUNCHES[op])
     assert launched
     for name, kernels in launched.items():
-        assert name.startswith(f"_{op}_") and name.endswith("_kernel"), name
+        own = ROW_KERNELS if op.startswith("linear_") else f"_{op}_"
+        assert name.startswith(own) and name.endswith("_kernel"), name
         for kernel in kernels:
             assert kernel.metadata.target.arch == arch
             assert kernel.metadata.shared <= SHARED_LIMIT[arch], name

@@ -32,3 +32,17 @@ def launching_on(x: Tensor) -> AbstractContextManager:
 def current_stream(x: Tensor) -> int:
     """The stream that a compiled kernel is launched on; 0 on the CPU, where tests emulate one."""
     return 0 if x.is_cpu else torch.cuda.current_stream().cuda_stream
+
+
+def row_layout(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(x, inner, outer, stride): row i of [..., D] at i // inner * outer + i % inner * stride.
+
+    Rows of a batch sliced as x[:, 3:-1] are so read in place; where the numbers of a row do not lie
+    together, or leading sizes do not fold into two, x is copied.
+    """
+    D = x.shape[-1]
+    if x.is_contiguous():
+        return x, 1, D, D
+    x = x if D == 1 or x.stride(-1) == 1 else x.contiguous()
+    x = x.reshape(1, 1, D) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
+    return x, x.shape[1], x.stride(0), x.stride(1)

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import BOOL, Check
+from ..._eager import recorded
 from ..._op import Op
 from . import reference
 
-_op = Op("token_head")
+_op = Op("token_head", cuda=("triton", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -86,5 +87,6 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     check.tensor("mask", mask, "...", BOOL, optional=True)
     learns = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias))
-    out = (_TokenHead.apply if learns else _fwd)(hidden, weight, bias, mask)
+    out = (recorded(_TokenHead, hidden, weight, bias, mask) if learns
+           else _fwd(hidden, weight, bias, mask))
     return out.squeeze(-1) if weight.shape[0] == 1 else out

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import BOOL, LABELS, Check, values_between
+from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
@@ -159,5 +160,5 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
         check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
     arguments = (logits, targets, mask, temperature, softcap, logit_scale)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return TokenLogprobs(*_Function.apply(*arguments, _Config(valid_vocab)))
+        return TokenLogprobs(*recorded(_Function, *arguments, _Config(valid_vocab)))
     return TokenLogprobs(*_fwd(*arguments, valid_vocab)[:2])

@@ -7,16 +7,14 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._native import FP64, address
+from ..._native import address, refuses_fp64
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 
 
 def supports(*args: object) -> str | None:
     """The reason for refusing, or None."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args[:3]):
-        return FP64
-    return None
+    return refuses_fp64(*args[:3])
 
 
 class _Rows:

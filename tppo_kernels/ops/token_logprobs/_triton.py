@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, scalar
+from ..._launch import launching_on, row_layout, scalar
 from ..._native import FP64
 from ..._triton_rows import (
     LOG2E,
@@ -327,11 +327,7 @@ class _Rows(NamedTuple):
 def _rows(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor,
           softcap: Tensor | None, logit_scale: Tensor, valid_vocab: int | None) -> _Rows:
     V = logits.shape[-1]
-    x, inner, outer, stride = logits, 1, V, V
-    if not logits.is_contiguous():
-        x = logits if V == 1 or logits.stride(-1) == 1 else logits.contiguous()
-        x = x.reshape(1, 1, V) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
-        inner, outer, stride = x.shape[1], x.stride(0), x.stride(1)
+    x, inner, outer, stride = row_layout(logits)
     heat = (1.0, temperature.reshape(-1).contiguous(), 1) if temperature.dim() else (
         *scalar(temperature), 0)
     cap = (0.0, None) if softcap is None else scalar(softcap)
