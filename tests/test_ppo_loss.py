@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tppo_kernels as tk
 from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS, reduction_weights
-from tppo_kernels.ops.ppo_loss import _bwd, _check_values, _fwd, reference
+from tppo_kernels.ops.ppo_loss import _check_values, reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -24,6 +24,9 @@ from tppo_kernels.testing import (
     sample_mask,
     strided,
 )
+
+_bwd = torch.ops.tppo_kernels.ppo_loss_bwd.default
+_fwd = torch.ops.tppo_kernels.ppo_loss_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
 RATIOS = ("token", "sequence")

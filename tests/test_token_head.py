@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import tppo_kernels as tk
-from tppo_kernels.ops.token_head import _bwd, _fwd, reference
+from tppo_kernels.ops.token_head import reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -25,6 +25,9 @@ from tppo_kernels.testing import (
     sample_mask,
     strided,
 )
+
+_bwd = torch.ops.tppo_kernels.token_head_bwd.default
+_fwd = torch.ops.tppo_kernels.token_head_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
 NAMES = ("out", "dhidden", "dweight", "dbias")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import tppo_kernels as tk
-from tppo_kernels.ops.token_reward_loss import _bwd, _fwd, reference
+from tppo_kernels.ops.token_reward_loss import reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -24,6 +24,9 @@ from tppo_kernels.testing import (
     sample_mask,
     strided,
 )
+
+_bwd = torch.ops.tppo_kernels.token_reward_loss_bwd.default
+_fwd = torch.ops.tppo_kernels.token_reward_loss_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
 PINNED = [2898979360, 3304949170, 2910528722, 2149109664]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tppo_kernels as tk
-from tppo_kernels.ops.token_rewards import _check_values, _fwd, reference
+from tppo_kernels.ops.token_rewards import _check_values, reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -24,6 +24,8 @@ from tppo_kernels.testing import (
     sample_mask,
     strided,
 )
+
+_fwd = torch.ops.tppo_kernels.token_rewards_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
 VALUES = (0.0, -0.5, 0.5)

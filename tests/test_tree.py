@@ -20,10 +20,11 @@ KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
-SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_matrix.py", "_processes.py", "test_tree.py", "test_op.py",
-                "test_check.py", "test_compile.py", "test_packaging.py", "test_testing.py",
-                "test_align.py", "test_bench.py", "test_prefix.py", "test_lm_head.py",
+SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_matrix.py", "_processes.py",
+                "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
+                "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py", "test_prefix.py", "test_lm_head.py",
                 "test_aot.py", "test_host_cost.py", "_emulated.py"}
+GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}
 
@@ -61,6 +62,8 @@ def test_no_file_is_unlisted():
             assert parts[1] in SHARED_CSRC or parts[1].split(".")[0] in names, file
         if parts[0] == "tests" and len(parts) == 2:
             assert parts[1] in SHARED_TESTS | {f"test_{n}.py" for n in names}, file
+        if parts[:2] == ["tests", "gpu"]:
+            assert parts[2] in GPU_TESTS | {f"test_gpu_{n}.py" for n in names}, file
         if parts[:2] == ["tests", "triton"]:
             assert parts[2] in TRITON_TESTS | {f"test_{n}.py" for n in names}, file
         if parts[0] == "bench" and parts[-1].startswith("bench_"):

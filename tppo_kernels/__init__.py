@@ -12,7 +12,8 @@ Index convention: `tk.response_states` slices hidden states so that index t is r
 from __future__ import annotations
 
 from . import align
-from ._op import BackendError, Explanation, explain, use_backend
+from ._backends import use_backend
+from ._op import BackendError, Explanation, explain
 from ._shared_prefix import shared_prefix
 from .lm_head import FusedLMHead
 from .ops.gae import gae

@@ -17,12 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._eager import constant
 from ._sequence import REDUCTIONS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
 FP32_MAX = torch.finfo(torch.float32).max
+
+
+_PARSED: dict[str, list[tuple[tuple[str, ...], bool]]] = {}
+
+
+def _alternatives(shape: str) -> list[tuple[tuple[str, ...], bool]]:
+    """The letters of each alternative, and whether they bind sizes; a shape is parsed once."""
+    parsed = _PARSED.get(shape)
+    if parsed is None:
+        split = [tuple(words.split()) for words in shape.split("|")]
+        parsed = _PARSED[shape] = [
+            (letters, all(x.isalpha() or x == "..." for x in letters)) for letters in split]
+    return parsed
 
 
 class Check:
@@ -32,7 +46,9 @@ class Check:
         self.op = op
         self.sizes: dict[str, Any] = {}
         self.owner: dict[str, str] = {}
-        self.device: tuple[str, torch.device] | None = None
+        self.seen: dict[str, Sequence[int]] = {}  # what a shape was the last time
+        self.device: torch.device | None = None
+        self.device_of = ""  # the name of the tensor that bound it
 
     def tensor(self, name: str, value: Any, shape: str,
                dtypes: Sequence[torch.dtype] = FLOATS, *, optional: bool = False) -> None:
@@ -45,45 +61,54 @@ class Check:
             expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}"
                             f", expected {expected}")
-        if value.layout != torch.strided:
+        if value.layout is not torch.strided:
             raise TypeError(f"{self.op}: {name} has layout {value.layout}, expected torch.strided")
         if self.device is None:
-            self.device = (name, value.device)
-        elif value.device != self.device[1]:
-            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device[1]} "
-                             f"as {self.device[0]}")
-        for words in shape.split("|"):
-            if self._bind(name, value.shape, words.split()):
+            self.device, self.device_of = value.device, name
+        elif value.device != self.device:
+            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} "
+                             f"as {self.device_of}")
+        sizes = value.shape
+        if sizes == self.seen.get(shape):
+            return
+        for letters, plain in _alternatives(shape):
+            if self._bind(name, sizes, letters, plain):
+                self.seen[shape] = sizes
                 return
-        raise ValueError(f"{self.op}: {name} has shape {list(value.shape)}, expected "
+        raise ValueError(f"{self.op}: {name} has shape {list(sizes)}, expected "
                          f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
 
-    def _bind(self, name: str, sizes: Sequence[int], letters: list[str]) -> bool:
-        rest = list(letters)
-        bound: dict[str, Any] = {}
-        if rest[:1] == ["..."]:
-            cut = len(sizes) - (len(rest) - 1)
+    def _bind(self, name: str, sizes: Any, letters: tuple[str, ...],
+              plain: bool) -> bool:
+        if letters[:1] == ("...",):
+            cut = len(sizes) - len(letters) + 1
             if cut < 0:
                 return False
-            bound["..."] = tuple(sizes[:cut])
-            rest, sizes = rest[1:], sizes[cut:]
-        if len(rest) != len(sizes):
+            sizes = tuple(sizes)
+            sizes = (sizes[:cut], *sizes[cut:])
+        elif len(sizes) != len(letters):
             return False
-        for letter, size in zip(rest, sizes, strict=True):
+        if not plain:
+            for letter, size in zip(letters, sizes, strict=True):
+                if self._known(letter) not in (None, size):
+                    return False
+        bound, owner = self.sizes, self.owner
+        for letter, size in zip(letters, sizes, strict=True):
             if bound.setdefault(letter, size) != size:
+                for new in bound.keys() - owner.keys():
+                    del bound[new]
                 return False
-        for letter, size in bound.items():
-            known = self._known(letter)
-            if known is not None and known != size:
-                return False
-        for letter, size in bound.items():
-            if letter not in self.sizes:
-                self.sizes[letter], self.owner[letter] = size, name
+        for letter in letters:
+            owner.setdefault(letter, name)
+        if letters[:1] == ("...",):
+            self.seen["..."] = sizes[0]
         return True
 
     def _known(self, letter: str) -> Any:
         if letter in self.sizes:
             return self.sizes[letter]
+        if letter.isalpha() or letter == "...":
+            return None
         head, _, plus = letter.partition("+")
         if plus and head in self.sizes:
             return self.sizes[head] + int(plus)
@@ -131,6 +156,8 @@ class Check:
 
         Returns a Tensor, or None where that is allowed (typed Any: callers rebind the argument).
         """
+        if type(value) is float and low <= value <= high and value > above:
+            return constant(value)
         if value is None and optional:
             return None
         if isinstance(value, Tensor):
@@ -139,7 +166,7 @@ class Check:
                                  "0-d floating tensor")
             return value.detach()
         self.number(name, value, low=low, high=high, above=above)
-        return torch.tensor(value, dtype=torch.float64)
+        return constant(value)
 
     def per_sequence(self, name: str, value: Any, *, low: float = -math.inf,
                      high: float = math.inf, optional: bool = False) -> Tensor | None:
@@ -185,7 +212,7 @@ class Check:
                                  "or a 0-d tensor")
             return value.detach()
         self.number(name, value, low=0, kind=int)
-        return torch.tensor(value, dtype=torch.float64)
+        return constant(value)
 
     def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
                above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> None:
@@ -203,6 +230,9 @@ class Check:
 
     def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
         """Holds a value to a list of options."""
+        for option in options:
+            if value is option:
+                return
         if not any(value is o or (type(value) is type(o) and value == o) for o in options):
             raise ValueError(f"{self.op}: {name} is {value!r}, expected one of "
                              f"{', '.join(map(repr, options))}")
@@ -225,6 +255,17 @@ def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
                          f"start at 0, never decrease and end at N = {length}")
 
 
+def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
+    """Whether all values of x lie in the range, at the lowest cost; NaN does not."""
+    if x.dim() == 0:
+        smallest = largest = x.item()
+    elif x.numel() == 0:
+        return True
+    else:
+        smallest, largest = (bound.item() for bound in torch.aminmax(x))
+    return (smallest > low if open_low else smallest >= low) and largest <= high
+
+
 def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
                    valid: Tensor | Callable[[], Tensor] | None = None, *,
                    open_low: bool = False) -> None:
@@ -232,10 +273,10 @@ def values_between(op: str, name: str, x: Tensor | None, low: float, high: float
 
     `valid` may be a function: it is called only when there is something to excuse.
     """
-    if x is None:
+    if x is None or _within(x, low, high, open_low):
         return
     good = (x > low if open_low else x >= low) & (x <= high)
-    if valid is not None and not bool(good.all()):
+    if valid is not None:
         valid = valid() if callable(valid) else valid
         good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
     if not bool(good.all()):

@@ -26,7 +26,7 @@ class Share(NamedTuple):
     """scale = 1 / (count * length); c_b = 1 / tokens of b where `by_length`, else 1."""
 
     count_of: int
-    count: Tensor | None
+    denominator: Tensor | None
     length: Tensor | int
     by_length: bool
 
@@ -78,14 +78,18 @@ def arrange(columns: Sequence[Tensor | None], mask: Tensor | None, cu_seqlens: T
     like = columns[0]
     assert like is not None
     total, padded = like.numel(), cu_seqlens is None
-    kept, strides, steps = [], [], []
+    kept: list[Tensor | None] = []
+    strides, steps = [], []
     for x in (*columns, mask):
-        per_token = x is not None and x.shape == like.shape
-        if per_token and x.shape[-1] > 1 and x.stride(-1) != 1:
-            x = x.contiguous()
+        stride, step = 0, 1
+        if x is not None:
+            step = int(x.shape == like.shape)
+            if step and x.shape[-1] > 1 and x.stride(-1) != 1:
+                x = x.contiguous()
+            stride = 0 if step and not padded else x.stride(0)
         kept.append(x)
-        strides.append(0 if x is None or (per_token and not padded) else x.stride(0))
-        steps.append(1 if x is None or per_token else 0)
+        strides.append(stride)
+        steps.append(step)
     dense = not padded or all(x is None or x.is_contiguous() for x in kept)
     if not by_sequence and dense and all(steps):
         tile = 512 if total <= 1 << 19 else 4096
@@ -118,7 +122,7 @@ def column_tuples(batch: Batch) -> list[tuple[int, int, int, int]]:
 
 def share_tuple(share: Share, alive: list) -> tuple:
     """The struct Share; tensors whose addresses are in it go to `alive`."""
-    return (share.count_of, scalar_tuple(pair(share.count), alive),
+    return (share.count_of, scalar_tuple(pair(share.denominator), alive),
             scalar_tuple(pair(share.length), alive), share.by_length)
 
 

@@ -8,6 +8,14 @@ from torch import Tensor
 FP64 = "fp64 is computed by the reference only"
 
 
+def refuses_fp64(*args: object) -> str | None:
+    """The reason for refusing, where one of the arguments is a tensor of fp64 with a size."""
+    for x in args:
+        if isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim():
+            return FP64
+    return None
+
+
 def address(x: Tensor | None) -> int:
     """Where a tensor's data lies; 0 for none."""
     return 0 if x is None else x.data_ptr()

@@ -3,28 +3,26 @@
 An operator owns raw ops `tppo_kernels::<op>_fwd` and `<op>_bwd`: functional, schema and fake in
 Python, the reference as default kernel. On CPU and CUDA a chooser stands before it: the first
 backend in order that is here and does not refuse the arguments runs; what it passed is logged once.
+Plain eager calls go to the chooser past the dispatcher, which costs more than some kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
-from ._installed import interpreting, missing
+from ._backends import forced, interpreting, missing
+from ._eager import plain_device
 
-BACKENDS = ("reference", "flash", "cpp", "triton", "cuda")
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("tppo_kernels", "DEF")
 _log = logging.getLogger("tppo_kernels")
-_forced: list[str] = []
 _explaining = ContextVar("_explaining", default=False)
 _said: set[tuple] = set()
 
@@ -53,49 +51,63 @@ class Op:
 
     def __init__(self, name: str, cpu: tuple = ("reference",), cuda: tuple = ("reference",)):
         self.name, self.order = name, {"cpu": cpu, "cuda": cuda}
+        self._modules: dict[str, Any] = {}
         OPS[name] = self
 
     def define(self, schema: str, reference: Callable, fake: Callable,
-               check_values: Callable | None = None) -> Callable:
-        """Registers a raw op and returns it; `check_values` reads tensor values (see `_run`)."""
+               check_values: Callable | None = None, *, registers_autograd: bool = False
+               ) -> Callable:
+        """Registers a raw op; returns what calls it, which records no gradient by itself.
+
+        `check_values` reads values: where that is free (CPU), and on a GPU under TPPO_CHECK=1.
+        """
         raw = schema.split("(")[0]
+        entry = raw.rpartition("_")[2]
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIB.impl(raw, reference, "CompositeExplicitAutograd")
+
+        def run(device: str, args: tuple) -> Any:
+            if check_values and (device == "cpu" or os.environ.get("TPPO_CHECK") == "1"):
+                check_values(*args)
+            return self.choose(device, args, entry, reference)(*args)
+
         for device in ("cpu", "cuda"):
-            run = functools.partial(self._run, device, raw, reference, check_values)
-            _LIB.impl(raw, run, device.upper())
+            _LIB.impl(raw, lambda *args, _device=device: run(_device, args), device.upper())
         torch.library.register_fake(f"tppo_kernels::{raw}", fake, lib=_LIB)
-        return getattr(torch.ops.tppo_kernels, raw).default
+        dispatched = getattr(torch.ops.tppo_kernels, raw).default
 
-    def _run(self, device: str, raw: str, reference: Any, check_values: Any, *args: Any) -> Any:
-        """Values are checked where reading them is free (CPU), and on a GPU under TPPO_CHECK=1."""
-        if check_values and (device == "cpu" or os.environ.get("TPPO_CHECK") == "1"):
-            check_values(*args)
-        chosen = self.choose(device, args)
-        if _explaining.get():
-            raise _Explained(chosen)
-        if chosen.backend == "reference":
-            return reference(*args)
-        return getattr(self._module(chosen.backend), raw.rpartition("_")[2])(*args)
+        def call(*args: Any) -> Any:
+            device = plain_device(args)
+            if not torch.is_grad_enabled():
+                return dispatched(*args) if device is None else run(device, args)
+            if device is None:
+                with torch.no_grad():
+                    return dispatched(*args)
+            torch._C._set_grad_enabled(False)  # the context manager costs several times as much
+            try:
+                return run(device, args)
+            finally:
+                torch._C._set_grad_enabled(True)
 
-    def choose(self, device: str, args: tuple) -> Explanation:
-        """The forced backend, or the first of the order that does not refuse."""
-        forced = _forced[-1] if _forced else os.environ.get("TPPO_BACKEND")
-        refused: dict[str, str] = {}
-        for backend in (forced,) if forced else self.order[device]:
+        return dispatched if registers_autograd else call
+
+    def choose(self, device: str, args: tuple, entry: str, reference: Callable) -> Callable:
+        """`entry` of the forced backend, or of the first of the order that does not refuse."""
+        only, refused = forced(), dict[str, str]()
+        for backend in (only,) if only else self.order[device]:
             reason = self._refusal(backend, device, args)
             if reason is None:
-                return Explanation(self.name, backend, refused)
+                if _explaining.get():
+                    raise _Explained(Explanation(self.name, backend, refused))
+                return reference if backend == "reference" else getattr(
+                    self._modules[backend], entry)
             refused[backend] = reason
             said = (self.name, backend, reason)
-            if not (forced or _explaining.get() or said in _said):
+            if not (only or _explaining.get() or said in _said):
                 _said.add(said)
                 _log.warning("%s: %s passed over: %s", *said)
         raise BackendError(f"{self.name}: no backend can run this: " + "; ".join(
             f"{name}: {reason}" for name, reason in refused.items()))
-
-    def _module(self, backend: str) -> Any:
-        return importlib.import_module(f"tppo_kernels.ops.{self.name}._{backend}")
 
     def _refusal(self, backend: str, device: str, args: tuple) -> str | None:
         if backend == "reference":
@@ -106,23 +118,14 @@ class Op:
             if not interpreting():
                 return ("it has no such backend on cpu without TRITON_INTERPRET=1, set before "
                         "Python starts")
-        return missing(backend) or self._module(backend).supports(*args)
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend on every operator inside the block, backward included.
-
-    An operator that cannot run on it raises `BackendError` with the reason. Process-wide, because
-    backward may run on another thread. `TPPO_BACKEND=name` does the same for a whole process.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+        reason = missing(backend)
+        if reason is None:
+            module = self._modules.get(backend)
+            if module is None:
+                module = importlib.import_module(f"tppo_kernels.ops.{self.name}._{backend}")
+                self._modules[backend] = module
+            reason = module.supports(*args)
+        return reason
 
 
 def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:

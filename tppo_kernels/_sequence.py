@@ -26,7 +26,9 @@ def detached(x: Tensor | None) -> Tensor | None:
 
     Dynamo refuses an `autograd.Function` that gets one tensor twice: each detach is another one.
     """
-    return None if x is None else x.detach()
+    if x is None or not (x.requires_grad or torch.compiler.is_compiling()):
+        return x
+    return x.detach()
 
 
 def on(scalar: Tensor, like: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
+from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
 
-_op = Op("ppo_loss", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+_op = Op("ppo_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -110,7 +111,7 @@ class _Call:
 
 
 def _require(term: str, coef_name: str, coef: Any) -> None:
-    if coef != 0:
+    if float(coef) != 0:
         raise ValueError(f"ppo_loss: {term} is None, expected a tensor, because {coef_name} is "
                          f"{float(coef):g}")
 
@@ -245,8 +246,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     tensors = (logprobs, entropy, *(detached(x) for x in rest), *scalars, cu_seqlens)
     grad = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     if grad and torch.is_grad_enabled():
-        loss, metrics = _PolicyLoss.apply(_Call(ratio, kl_estimator, reduction), *tensors)
+        loss, metrics = recorded(_PolicyLoss, _Call(ratio, kl_estimator, reduction), *tensors)
     else:
-        with torch.no_grad():
-            loss, _, _, metrics, _ = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
+        loss, _, _, metrics, _ = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))

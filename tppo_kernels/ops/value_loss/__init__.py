@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
+from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import compute_dtype, detached
 from . import reference
 
-_op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+_op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -146,8 +147,7 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     old_values = None if clip is None else detached(old_values)
     tensors = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens)
     if values.requires_grad and torch.is_grad_enabled():
-        loss, metrics = _ValueLoss.apply(reduction, *tensors)
+        loss, metrics = recorded(_ValueLoss, reduction, *tensors)
     else:
-        with torch.no_grad():
-            loss, _, metrics, _ = _fwd(*tensors, reduction, False)
+        loss, _, metrics, _ = _fwd(*tensors, reduction, False)
     return ValueLoss(loss, ValueMetrics(*metrics.unbind()))

@@ -75,6 +75,5 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
     check.choice("shift_mean", shift_mean, (True, False))
     epsilon = check.scalar("eps", eps, low=0.0)
     check_group(check, group)
-    with torch.no_grad():
-        moments = over_group(_stats(x, mask), group)
-        return _fwd(x, mask, moments, epsilon, unbiased, shift_mean)
+    moments = over_group(_stats(x, mask), group)
+    return _fwd(x, mask, moments, epsilon, unbiased, shift_mean)

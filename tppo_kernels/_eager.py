@@ -1,0 +1,52 @@
+"""When a call is plain eager work: then the dispatcher may be skipped, and constants shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
+_CONSTANTS: dict[float, Tensor] = {}
+
+
+def plain_device(args: tuple) -> str | None:
+    """The device type of a call that the dispatcher would add nothing to, else None.
+
+    It adds something under a tracer, a mode or a transform, and for a subclass of Tensor; what is
+    not a tensor must be a plain value.
+    """
+    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None):
+        return None
+    if not _PLAIN.issuperset(map(type, args)):
+        return None
+    for x in args:
+        if isinstance(x, Tensor):
+            return "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
+    return None
+
+
+def recorded(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)` of an `autograd.Function`, without what its wrapper does for
+    functorch where no transform is active."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def constant(value: float) -> Tensor:
+    """A number as a 0-d fp64 tensor on the CPU; eager calls share one for each value."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    known = _CONSTANTS.get(value)
+    if known is None:
+        with torch.inference_mode(False):  # autograd refuses to save a tensor born inside it
+            known = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            if len(_CONSTANTS) > 1000:
+                _CONSTANTS.clear()
+            _CONSTANTS[value] = known
+    return known
