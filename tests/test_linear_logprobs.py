@@ -7,6 +7,18 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from _linear_cases import (
+    LIMIT,
+    ROWS,
+    SHAPED,
+    assert_close,
+    choose,
+    distance,
+    double,
+    grads,
+    sample,
+    textbook,
+)
 from _matrix import third
 from _processes import two_processes
 from hypothesis import given, settings
@@ -16,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
 from tppo_kernels import _linear
-from tppo_kernels.ops.linear_logprobs import _bwd, _cpp, _frozen, _fwd, flops, reference
+from tppo_kernels.ops.linear_logprobs import _cpp, flops, reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -29,72 +41,11 @@ from tppo_kernels.testing import (
     strided,
 )
 
-LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 3e-3}
-SHAPED = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 0.5}
+_bwd = torch.ops.tppo_kernels.linear_logprobs_bwd.default
+_frozen = torch.ops.tppo_kernels.linear_logprobs_frozen.default
+_fwd = torch.ops.tppo_kernels.linear_logprobs_fwd.default
+
 STEPS = {"reference": reference.TORCH, "cpp": _cpp.STEPS}
-
-
-def sample(batch, tokens, d=24, v=190, dtype=torch.float32, seed=0, spread=1.0):
-    """hidden [B, T, D], weight [V, D], targets [B, T], bias [V]."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(batch, tokens, d, generator=g).to(dtype)
-    weight = (spread * torch.randn(v, d, generator=g) / d ** 0.5).to(dtype)
-    targets = torch.randint(v, (batch, tokens), generator=g)
-    return hidden, weight, targets, (0.3 * torch.randn(v, generator=g)).to(dtype)
-
-
-def textbook(hidden, weight, targets, mask=None, *, bias=None, temperature=1.0, softcap=None,
-             logit_scale=1.0, valid_vocab=None):
-    """Logits, all of them, in the dtype of the inputs."""
-    z = hidden @ weight.T
-    z = logit_scale * (z if bias is None else z + bias)
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, torch.Tensor) and temperature.dim():
-        temperature = temperature[..., None]
-    z = (z / temperature)[..., :valid_vocab]
-    if mask is not None:
-        targets = torch.where(mask, targets, 0)
-    log_p = torch.log_softmax(z, -1)
-    logprobs = log_p.gather(-1, targets[..., None])[..., 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    if mask is None:
-        return logprobs, entropy
-    return torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
-
-
-def grads(function, hidden, weight, targets, mask=None, *, bias=None, part="both", frozen=False,
-          seed=0, **options):
-    """(logprobs, entropy, gradients of hidden, weight, bias), of a random projection."""
-    leaves = [hidden.detach().clone(), weight.detach().clone()]
-    leaves += [] if bias is None else [bias.detach().clone()]
-    for leaf in leaves[:1] if frozen else leaves:
-        leaf.requires_grad_()
-    more = {} if bias is None else {"bias": leaves[2]}
-    out = function(leaves[0], leaves[1], targets, mask, **more, **options)
-    g = torch.randn(2, *targets.shape, generator=torch.Generator().manual_seed(seed)).to(out[0])
-    loss = sum((x * w).sum() for x, w, name in zip(out, g, ("logprobs", "entropy"), strict=True)
-               if part in (name, "both"))
-    loss.backward()
-    return (*(x.detach() for x in out), *(leaf.grad for leaf in leaves))
-
-
-def distance(actual, exact):
-    scale = float(exact.double().norm())
-    return float((actual.double() - exact.double()).norm()) / (scale or 1.0)
-
-
-def assert_close(actual, exact, dtype, top=10.0):
-    for a, e in zip(actual[:2], exact[:2], strict=True):
-        allowed = 1e-10 if dtype == torch.float64 else 1e-4 + 2.4e-7 * top
-        assert float((a.double() - e).abs().max() if e.numel() else 0.0) <= allowed
-    for a, e in zip(actual[2:], exact[2:], strict=True):
-        assert (a is None) == (e is None)
-        if e is not None:  # one number alone rounds by up to 2^-8
-            assert distance(a, e) <= max(LIMIT[dtype], 1.01 * distance(e.to(dtype), e))
-
-
-def double(*tensors):
-    return [x.double() if x.is_floating_point() else x for x in tensors]
 
 
 def test_by_hand():
@@ -226,15 +177,6 @@ def test_vocabulary_tail_stays_out():
         torch.testing.assert_close(actual[:3], expected[:3])
         torch.testing.assert_close(actual[3][:33], expected[3])
         assert not actual[3][33:].any() and not actual[4][33:].any()
-
-
-ROWS = ("inside", "rows", "capacity", "more capacity")
-
-
-def choose(kind, mask):
-    n = int(mask.sum())
-    return {"inside": {}, "rows": {"rows": tk.valid_rows(mask)}, "capacity": {"capacity": n},
-            "more capacity": {"capacity": n + 5}}[kind]
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -4,15 +4,16 @@ import itertools
 
 import pytest
 import torch
+from _linear_cases import LIMIT, ROWS, SHAPED, choose, distance, sample
+from _linear_cases import textbook as textbook_logprobs
 from _matrix import third
-from test_linear_logprobs import LIMIT, ROWS, SHAPED, STEPS, Largest, choose, distance, sample
-from test_linear_logprobs import textbook as textbook_logprobs
+from test_linear_logprobs import STEPS, Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
 from tppo_kernels import _linear
 from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS
-from tppo_kernels.ops.linear_ppo_loss import _bwd, _fwd, reference
+from tppo_kernels.ops.linear_ppo_loss import reference
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -23,6 +24,9 @@ from tppo_kernels.testing import (
     sample_mask,
     strided,
 )
+
+_bwd = torch.ops.tppo_kernels.linear_ppo_loss_bwd.default
+_fwd = torch.ops.tppo_kernels.linear_ppo_loss_fwd.default
 
 TERMS = {"dual_clip": 1.5, "entropy_coef": 0.1, "kl_coef": 0.3, "kl_estimator": "k3"}
 

@@ -1,7 +1,9 @@
 """The products of the linear operators: chunks of rows, so that no [N, V] tensor comes to be.
 
-A product of bf16 or fp16 is computed in fp32: rows are cast a chunk at a time, the weight a block
-of the vocabulary at a time, so no fp32 copy of it exists either.
+All accumulate in fp32. On a GPU two factors of one 16-bit dtype are multiplied as they are, with
+fp32 results where those are logits or sums over chunks. Anything else is computed in the dtype of
+the computation: rows are cast a chunk at a time, the weight a block of the vocabulary at a time,
+so no fp32 copy of it exists either.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Chunk(NamedTuple):
 
     first: int
     last: int
-    h: Tensor  # [R, D] in the dtype of the computation
+    h: Tensor  # [R, D] in the dtype of the factors
     targets: Tensor  # [R], columns of this shard; 0 where it is not the owner
     owned: Tensor | None  # [R] bool; None without a group
     good: Tensor  # [R]: the target is a live column of some shard
@@ -60,13 +62,82 @@ class Chunk(NamedTuple):
         return self.good if self.owned is None else self.owned
 
 
+def takes_halves(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the products take the 16-bit factors as they are: cuBLAS's do, of one dtype."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2
+
+
+class Products:
+    """Products in the dtype of the computation, to which other factors are cast."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.weight = weight  # [v, D], its live rows
+        self.factors = dtype  # of hidden states and of the gradients by the logits
+        self.dtype = dtype
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the computation, a block at a time."""
+        columns, d = self.weight.shape
+        step = max(1, columns)
+        if self.weight.dtype != self.dtype:
+            step = max(1, BLOCK_BYTES // (self.dtype.itemsize * max(1, d)))
+        for first in range(0, columns, step):
+            here = slice(first, min(first + step, columns))
+            yield here, self.weight[here].to(self.dtype)
+
+    def logits(self, h: Tensor, out: Tensor) -> None:
+        """out = h @ weight.T."""  # [R, v]
+        for here, weight in self._blocks():
+            torch.mm(h, weight.T, out=out[:, here])
+
+    def d_hidden(self, dz: Tensor, exact: bool) -> Tensor:
+        """dz @ weight, unrounded if exact."""  # [R, D]
+        new = dz.new_empty if dz.shape[1] else dz.new_zeros
+        out = new(dz.shape[0], self.weight.shape[1])
+        for i, (here, weight) in enumerate(self._blocks()):
+            if i == 0:
+                torch.mm(dz[:, here], weight, out=out)
+            else:
+                torch.addmm(out, dz[:, here], weight, out=out)
+        return out
+
+    def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
+        """out = dz.T @ h for the first chunk, out += it for others."""  # [v, D]
+        if first:
+            torch.mm(dz.T, h, out=out)
+        else:
+            torch.addmm(out, dz.T, h, out=out)
+
+
+class HalfProducts(Products):
+    """Products of 16-bit factors as they are, with fp32 accumulators."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, torch.float32)
+        self.factors = weight.dtype
+
+    def logits(self, h: Tensor, out: Tensor) -> None:
+        torch.mm(h, self.weight.T, out_dtype=torch.float32, out=out)
+
+    def d_hidden(self, dz: Tensor, exact: bool) -> Tensor:
+        if exact:
+            return torch.mm(dz, self.weight, out_dtype=torch.float32)
+        return torch.mm(dz, self.weight)
+
+    def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
+        if first:
+            torch.mm(dz.T, h, out_dtype=torch.float32, out=out)
+        else:
+            torch.addmm(out, dz.T, h, out_dtype=torch.float32, out=out)
+
+
 class Problem:
     """hidden @ weight.T + bias over the chosen rows, and its gradients, chunk by chunk."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None,
                  bias: Tensor | None, rows: Tensor | None, temperature: Tensor,
                  valid_vocab: int | None, capacity: int | None, budget: int,
-                 group: str | None):
+                 group: str | None, aligned: bool):
         given = (hidden, weight) if bias is None else (hidden, weight, bias)
         self.dtype = compute_dtype(*given)
         self.hidden = hidden.detach().reshape(targets.numel(), hidden.shape[-1])  # [N, D]
@@ -76,18 +147,35 @@ class Problem:
         self.group = resolve(group)
         self.shard = shard_of(weight.shape[0], valid_vocab, group)
         self.selection = Selection(targets.numel(), mask, rows, capacity, hidden.device)
-        self.chunk_rows = self._chunk_rows(budget)
+        live = self.weight[:self.shard.columns]
+        halves = self.dtype == torch.float32 and takes_halves(hidden, weight)
+        self.products = HalfProducts(live) if halves else Products(live, self.dtype)
+        self.budget, self.aligned = budget, aligned
+        self.chunk_rows = 0  # see `rooms`
 
-    def _chunk_rows(self, budget: int) -> int:
-        """As many rows as the budget holds: an fp32 logit and one of the inputs' dtype each."""
-        per_logit = torch.finfo(self.dtype).bits // 8 + self.hidden.element_size()
-        rows = max(1, budget // (per_logit * max(1, self.shard.columns)))
-        return min(rows, CPU_ROWS) if self.hidden.device.type == "cpu" else rows
+    def rooms(self, logits: bool, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Room for the logits of one chunk and for the gradient by them, reused by all chunks.
 
-    def workspace(self) -> Tensor:
-        """Room for the logits of one chunk, reused by all."""  # [R, v]
-        rows = min(self.chunk_rows, self.selection.count)
-        return self.hidden.new_empty((rows, self.shard.columns), dtype=self.dtype)
+        They are one where their dtypes are; one that is not asked for is empty. As many rows as the budget holds, in equal chunks; as
+        many in every process of a group. Rows begin at multiples of 16 bytes if `aligned`: cuBLAS
+        is slow on others.
+        """  # [R, v] each
+        size, dtype = self.weight.shape[0], self.products.factors
+        columns = size + -size % 8 if self.aligned else size
+        apart = gradient and not (logits and dtype == self.dtype)
+        per_logit = logits * self.dtype.itemsize + apart * dtype.itemsize
+        rows = max(1, self.budget // max(1, per_logit * min(columns, self.shard.total)))
+        rows = min(rows, CPU_ROWS) if self.hidden.device.type == "cpu" else rows
+        chunks = max(1, -(-self.selection.count // rows))
+        self.chunk_rows = max(1, -(-self.selection.count // chunks))
+
+        def room(dtype: torch.dtype) -> Tensor:
+            live = self.shard.columns
+            padded = live + -live % 8 if self.aligned else live
+            return self.hidden.new_empty((self.chunk_rows, padded), dtype=dtype)[:, :live]
+
+        x = room(self.dtype) if logits else self.hidden.new_empty(0)
+        return x, room(dtype) if apart else x
 
     def chunks(self) -> Iterator[Chunk]:
         """The chosen rows, a chunk at a time."""
@@ -105,37 +193,14 @@ class Problem:
             if t.dim():
                 here = selection.slots[first:last] < selection.n
                 t = torch.where(here, selection.take(t, first, last), torch.ones_like(t[:1]))
-            yield Chunk(first, last, selection.take(self.hidden, first, last).to(self.dtype),
-                        targets, owned, good, t)
-
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The live part of the weight in the dtype of the computation, a block at a time."""
-        columns = self.shard.columns
-        step = columns
-        if self.weight.dtype != self.dtype:
-            step = max(1, BLOCK_BYTES // (torch.finfo(self.dtype).bits // 8
-                                          * max(1, self.weight.shape[1])))
-        for first in range(0, columns, max(1, step)):
-            last = min(first + step, columns)
-            yield first, last, self.weight[first:last].to(self.dtype)
+            h = selection.take(self.hidden, first, last).to(self.products.factors)
+            yield Chunk(first, last, h, targets, owned, good, t)
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
         """h @ weight.T + bias of the live columns, written to `out`."""  # [R, v]
-        for first, last, weight in self._blocks():
-            torch.mm(h, weight.T, out=out[:, first:last])
+        self.products.logits(h, out)
         if self.bias is not None:
             out += self.bias[:self.shard.columns].to(self.dtype)
-        return out
-
-    def d_hidden(self, dz: Tensor) -> Tensor:
-        """dz @ weight."""  # [R, D]
-        new = dz.new_empty if dz.shape[1] else dz.new_zeros
-        out = new(dz.shape[0], self.hidden.shape[1])
-        for first, last, weight in self._blocks():
-            if first == 0:
-                torch.mm(dz[:, first:last], weight, out=out)
-            else:
-                torch.addmm(out, dz[:, first:last], weight, out=out)
         return out
 
     def gather(self, x: Tensor) -> Tensor:
@@ -145,45 +210,55 @@ class Problem:
         return out.reshape(-1, *x.shape)
 
 
+def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that awaits the one of the loss: fp16 could not hold what a scaler brings."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Gradients:
     """Sums of a problem's gradients over its chunks, in the dtype of the computation."""
 
-    def __init__(self, problem: Problem, hidden: bool, weight: bool, bias: bool):
+    def __init__(self, problem: Problem, hidden: bool, weight: bool, bias: bool, *,
+                 waiting: bool = False):
         self.problem = problem
-        size, d = problem.weight.shape
+        p, (size, d) = problem, problem.weight.shape
         rows = problem.selection.count
-        new = problem.weight.new_empty
-        self.hidden = problem.hidden.new_empty(rows, d) if hidden else None  # [M, D]
-        self.weight = new((size, d), dtype=problem.dtype) if weight else None  # [V, D]
-        self.bias = new(size, dtype=problem.dtype).zero_() if bias else None  # [V]
+        given = (p.hidden, p.weight, p.weight if p.bias is None else p.bias)
+        self.dtypes = [waiting_dtype(x.dtype) if waiting else x.dtype for x in given]
+        self.hidden = p.hidden.new_empty((rows, d), dtype=self.dtypes[0]) if hidden else None
+        self.weight = p.weight.new_empty((size, d), dtype=p.dtype) if weight else None  # [V, D]
+        self.bias = p.weight.new_empty(size, dtype=p.dtype).zero_() if bias else None  # [V]
+        self.fit: Tensor | None = None  # []: the sum for the weight is so many times the gradient
         if self.weight is not None:
             self.weight[problem.shard.columns if rows else 0:] = 0
 
-    def add(self, chunk: Chunk, dz: Tensor) -> None:
-        """Adds what the gradient dz [R, v] by the logits of a chunk gives."""
-        live = self.problem.shard.columns
+    def add(self, chunk: Chunk, dz: Tensor, fit: Tensor | None) -> None:
+        """Adds what the gradient dz [R, v] by the logits of a chunk gives.
+
+        fit: dz is so many times the gradient; another number for every chunk.
+        """
+        products, live = self.problem.products, self.problem.shard.columns
         if self.hidden is not None:
-            dh = self.problem.d_hidden(dz)
-            if self.problem.group is not None:  # each process has a part of the sum over V
-                dist.all_reduce(dh, group=self.problem.group)
-            self.hidden[chunk.first:chunk.last] = dh
+            group = self.problem.group
+            dh = products.d_hidden(dz, exact=group is not None or fit is not None)
+            if group is not None:  # each process has a part of the sum over V
+                dist.all_reduce(dh, group=group)
+            self.hidden[chunk.first:chunk.last] = dh if fit is None else dh / fit
         if self.weight is not None and live:
-            if chunk.first == 0:
-                torch.mm(dz.T, chunk.h, out=self.weight[:live])
-            else:
-                torch.addmm(self.weight[:live], dz.T, chunk.h, out=self.weight[:live])
+            if self.fit is not None and fit is not None:
+                self.weight[:live] *= fit / self.fit
+            products.add_d_weight(dz, chunk.h, chunk.first == 0, self.weight[:live])
         if self.bias is not None:
-            self.bias[:live] += dz.sum(0)
+            new = dz.sum(0, dtype=self.bias.dtype)
+            self.bias[:live] += new if fit is None else new / fit
+        self.fit = fit
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden [M, D], weight [V, D], bias [V]) in the dtypes of the inputs; or empty [0]."""
-        p, mark = self.problem, self.problem.selection.marked
-        empty = p.hidden.new_empty
-        return (empty(0) if self.hidden is None else self.hidden,
-                empty(0, dtype=p.weight.dtype) if self.weight is None
-                else mark(self.weight).to(p.weight.dtype),
-                empty(0, dtype=self._bias_dtype()) if self.bias is None
-                else mark(self.bias).to(self._bias_dtype()))
-
-    def _bias_dtype(self) -> torch.dtype:
-        return self.problem.weight.dtype if self.problem.bias is None else self.problem.bias.dtype
+        mark, empty = self.problem.selection.marked, self.problem.hidden.new_empty
+        if self.weight is not None and self.fit is not None:
+            self.weight /= self.fit
+        hidden, weight, bias = (empty(0, dtype=dtype) for dtype in self.dtypes)
+        return (hidden if self.hidden is None else self.hidden,
+                weight if self.weight is None else mark(self.weight).to(self.dtypes[1]),
+                bias if self.bias is None else mark(self.bias).to(self.dtypes[2]))

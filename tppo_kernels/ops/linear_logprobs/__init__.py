@@ -16,7 +16,7 @@ from ..._sequence import compute_dtype
 from ...rows import slot_count, valid_rows
 from . import reference
 
-_op = Op("linear_logprobs", cpu=("cpp", "reference"))
+_op = Op("linear_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 
 class LinearLogprobs(NamedTuple):
@@ -81,14 +81,15 @@ def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, l
               valid_vocab, capacity, budget, group, regime):
     dtype = compute_dtype(hidden, weight, bias)
     m = slot_count(targets.numel(), rows, capacity)
-    kept = hidden.new_empty(0)
+    kept, blocks = hidden.new_empty(0), 0
     if regime == "store":
         columns = shard_of(weight.shape[0], valid_vocab, group).columns
+        blocks = reference.blocks_of(columns, hidden.device)
         kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden.dtype))
     elif regime == "frozen":
         kept = hidden.new_empty(m, hidden.shape[-1])
     return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
-            hidden.new_empty((4, m), dtype=dtype), kept)
+            hidden.new_empty((4 + blocks, m), dtype=dtype), kept)
 
 
 def _fake_bwd(g_logprobs, g_entropy, hidden, weight, targets, mask, bias, *rest):
@@ -102,14 +103,15 @@ ARGUMENTS = ("Tensor hidden, Tensor weight, Tensor targets, Tensor? mask, Tensor
              " Tensor? rows, Tensor temperature, Tensor? softcap, Tensor logit_scale,"
              " SymInt? valid_vocab, SymInt? capacity, SymInt budget, str? group")
 _fwd = _op.define(f"linear_logprobs_fwd({ARGUMENTS}, str regime)"
-                  " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake_fwd, _check_fwd)
+                  " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake_fwd, _check_fwd,
+                  registers_autograd=True)
 _bwd = _op.define(f"linear_logprobs_bwd(Tensor? g_logprobs, Tensor? g_entropy, {ARGUMENTS},"
                   " Tensor stats, Tensor kept, bool grad_hidden, bool grad_weight, bool grad_bias)"
-                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd)
+                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd, registers_autograd=True)
 _frozen = _op.define("linear_logprobs_frozen(Tensor g_logprobs, Tensor kept, Tensor? mask,"
                      " Tensor? rows, SymInt? capacity) -> Tensor", reference.frozen,
                      lambda g_logprobs, kept, *_: kept.new_empty(
-                         (*g_logprobs.shape, kept.shape[1])))
+                         (*g_logprobs.shape, kept.shape[1])), registers_autograd=True)
 
 
 def savable(x: Tensor | None) -> Tensor | None:

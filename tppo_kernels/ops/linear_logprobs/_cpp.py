@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ from ..token_logprobs import _cpp as token
 from . import reference
 from .reference import Scale, Stats
 
+BWD_ARGUMENTS, STATS = 20, 15  # of the raw op, and the place of `stats` among them
 
-def supports(*args: object) -> str | None:
+
+def supports(*args: Any) -> str | None:
     """The reason for refusing, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
         return FP64
+    if len(args) == BWD_ARGUMENTS and args[STATS].shape[0] > 4:
+        return "the exponentials were kept by blocks, as Triton does"
     return None
 
 
@@ -26,20 +31,24 @@ def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
 
 
 def _gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor, targets: Tensor,
-              scale: Scale, stats: Stats) -> Tensor:
-    """In place: each block of a row is read before it is written."""
+              owned: Tensor | None, scale: Scale, stats: Stats, out: Tensor) -> None:
+    """In place or not: each block of a row is read before it is written."""
+    extra = reference.surplus(g_logprobs, x, owned, scale)
     rows = token._Rows(x, targets, None, *scale, None)
     grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
-    kept = [token.dense(s) for s in stats[1:]]
+    kept = [token.dense(s) for s in stats[1:4]]
     _C.token_logprobs_bwd(rows.tuple, *map(token.address, grads), *map(token.address, kept),
-                          x.shape[1], x.data_ptr())
-    return x
+                          x.shape[1], out.data_ptr())
+    if extra is not None:
+        out[:, :1] -= extra
 
 
-def _exponentials(x: Tensor, scale: Scale, stats: Stats, out: Tensor) -> None:
+def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
+    stats = _stats(x, targets, scale)
     rows = token._Rows(x, x.new_empty(x.shape[0], dtype=torch.int64), None, *scale, None)
     top = token.dense(stats.top)
     _C.linear_exponentials(rows.tuple, top.data_ptr(), out.dtype == torch.float16, out.data_ptr())
+    return stats
 
 
 def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
@@ -48,12 +57,12 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
     here = targets if owned is None else torch.where(owned, targets, -1)
     rows = token._Rows(e, here, None, *scale, None)
     grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
-    kept = [token.dense(s) for s in stats]
+    kept = [token.dense(s) for s in stats[:4]]
     _C.linear_gradient(rows.tuple, *map(token.address, grads), *map(token.address, kept),
                        out.data_ptr())
 
 
-STEPS = reference.Steps(_stats, _gradient, _exponentials, _gradient_of_kept)
+STEPS = reference.Steps(_stats, _kept, _gradient, _gradient_of_kept)
 fwd = functools.partial(reference.fwd, steps=STEPS)
 bwd = functools.partial(reference.bwd, steps=STEPS)
 frozen = reference.frozen

@@ -5,6 +5,7 @@ The formula of a row is `token_logprobs`'s own; a faster backend replaces the ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from ...rows import Selection
 from ..token_logprobs import reference as token
 
 FP16_SCALE = 2.0 ** 15  # a kept fp16 exponential is normal down to e^-20
+KEPT_BLOCK = 4096  # columns whose exponentials have a maximum of their own on a GPU
+FIT_BITS = 14  # a gradient by logits in fp16 is brought to 2^14 at most: the largest is 2^16
 
 
 class Scale(NamedTuple):
@@ -38,6 +41,18 @@ class Stats(NamedTuple):
     entropy: Tensor  # [R]
     top: Tensor  # [R]
     log_sum: Tensor  # [R]
+    shifts: Tensor | None = None  # [blocks, R]: of kept exponentials, in the place of top
+
+    @staticmethod
+    def of(stats: Tensor, first: int, last: int) -> Stats:
+        """The columns first to last of the tensor [4 + blocks, M] that forward returns."""
+        logprobs, entropy, top, log_sum, *shifts = stats[:, first:last].unbind()
+        return Stats(logprobs, entropy, top, log_sum, stats[4:, first:last] if shifts else None)
+
+    def put(self, stats: Tensor, first: int, last: int) -> None:
+        """The reverse; without shifts of its own each block has `top`."""
+        stats[:4, first:last] = torch.stack(self[:4])
+        stats[4:, first:last] = self.top if self.shifts is None else self.shifts
 
 
 def row_stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
@@ -45,33 +60,51 @@ def row_stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
     return Stats(*token.fwd(x, targets, None, *scale, None))
 
 
+def surplus(g_logprobs: Tensor | None, x: Tensor, owned: Tensor | None,
+            scale: Scale) -> Tensor | None:
+    """What the row formula adds at column 0 for a target of another shard, which stands as 0."""
+    if owned is None or g_logprobs is None:
+        return None
+    u = 0 if scale.softcap is None else torch.tanh(x[:, :1] * scale.logit_scale / scale.softcap)
+    return select(g_logprobs, ~owned)[:, None] * (1 - u * u) * scale.factor()  # [R, 1]
+
+
 def row_gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor, targets: Tensor,
-                 scale: Scale, stats: Stats) -> Tensor:
-    """The gradient by the logits x; it may take the place of x."""  # [R, v]
-    return token.bwd(g_logprobs, g_entropy, x, targets, None, *scale, None, *stats[1:])
+                 owned: Tensor | None, scale: Scale, stats: Stats, out: Tensor) -> None:
+    """out = the gradient by the logits x; may take their place."""  # [R, v]
+    extra = surplus(g_logprobs, x, owned, scale)
+    dx = token.bwd(g_logprobs, g_entropy, x, targets, None, *scale, None, *stats[1:4])
+    if extra is not None:
+        dx[:, :1] -= extra
+    out.copy_(dx)
 
 
-def row_exponentials(x: Tensor, scale: Scale, stats: Stats, out: Tensor) -> None:
-    """out = exp(z - top); may take the place of x. In fp16: times 2^15."""  # [R, v]
+def row_kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
+    """`row_stats`; out = exp(z - top), times 2^15 in fp16; may take the place of x."""  # [R, v]
+    stats = row_stats(x, targets, scale)
     t = scale.temperature
     z = token.scaled(x, t[:, None] if t.dim() else t, scale.softcap, scale.logit_scale)
     e = z.sub_(stats.top[:, None]).exp_()
     out.copy_(e.mul_(FP16_SCALE) if out.dtype == torch.float16 else e)
+    return stats
 
 
 def row_gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
                          targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
                          out: Tensor) -> None:
-    """out = the gradient by the logits, from the exponentials that `row_exponentials` kept.
+    """out = the gradient by the logits, from the exponentials that `row_kept` wrote.
 
     z - top = log e. At the target it is logprob + log_sum, unrounded: 1 - p is a difference.
     """  # [R, v]
-    d = torch.log(e.to(out.dtype) / FP16_SCALE if e.dtype == torch.float16 else e)
+    dtype = stats.top.dtype
+    d = torch.log(e.to(dtype) / FP16_SCALE if e.dtype == torch.float16 else e)
+    if stats.shifts is not None:
+        d += (stats.shifts - stats.top).T.repeat_interleave(KEPT_BLOCK, 1)[:, :d.shape[1]]
     at_target = targets[:, None]
     exact = (stats.logprobs + stats.log_sum)[:, None]
     d.scatter_(1, at_target, exact if owned is None
                else torch.where(owned[:, None], exact, d.gather(1, at_target)))
-    one = out.new_ones(())
+    one = d.new_ones(())
     dz = token.bwd(g_logprobs, g_entropy, d, targets, None, one, None, one, None, stats.entropy,
                    torch.zeros_like(stats.top), stats.log_sum)
     if owned is not None and g_logprobs is not None:
@@ -80,16 +113,21 @@ def row_gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e:
         t = scale.temperature
         u = (d + stats.top[:, None]) * (t[:, None] if t.dim() else t) / scale.softcap
         dz = dz * (1 - u.clamp(-1, 1).square())
-    torch.mul(dz, scale.factor(), out=out)
+    if out.dtype == dtype:
+        torch.mul(dz, scale.factor(), out=out)
+    else:
+        out.copy_(dz * scale.factor())
 
 
 class Steps(NamedTuple):
     """The row formulas of a backend."""
 
     stats: Any = row_stats
+    kept: Any = row_kept
     gradient: Any = row_gradient
-    exponentials: Any = row_exponentials
     gradient_of_kept: Any = row_gradient_of_kept
+    aligned: bool = False  # rows of logits and gradients begin at multiples of 16 bytes
+    by_blocks: bool = False  # kept exponentials have shifts on every device
 
 
 TORCH = Steps()
@@ -101,20 +139,25 @@ class Head:
     def __init__(self, hidden, weight, targets, mask, bias, rows, temperature, softcap,
                  logit_scale, valid_vocab, capacity, budget, group, steps: Steps = TORCH):
         self.problem = Problem(hidden, weight, targets, mask, bias, rows, temperature, valid_vocab,
-                               capacity, budget, group)
+                               capacity, budget, group, steps.aligned)
         self.softcap, self.logit_scale, self.steps = softcap, logit_scale, steps
 
     def scale(self, chunk: Chunk) -> Scale:
         """The scaling of a chunk's logits."""
         return Scale(chunk.temperature, self.softcap, self.logit_scale)
 
-    def stats(self, chunk: Chunk, x: Tensor) -> Stats:
-        """Statistics of a chunk from its logits [R, v]; NaN where the target is no live column."""
+    def stats(self, chunk: Chunk, x: Tensor, kept: Tensor | None = None) -> Stats:
+        """Statistics of a chunk from its logits [R, v]; NaN where the target is no live column.
+
+        kept [R, v]: room for the exponentials, where backward shall have them.
+        """
         if x.shape[1] == 0:  # a shard of dead columns only
             none = x.new_zeros(x.shape[0])
             stats = Stats(none, none, none - float("inf"), none)
-        else:
+        elif kept is None:
             stats = self.steps.stats(x, chunk.targets, self.scale(chunk))
+        else:
+            stats = self.steps.kept(x, chunk.targets, self.scale(chunk), kept)
         return stats if self.problem.group is None else self._merged(stats, chunk)
 
     def _merged(self, mine: Stats, chunk: Chunk) -> Stats:
@@ -122,7 +165,7 @@ class Head:
 
         (max, sum e^d, target z or 0, sum d e^d), d = z - max; top stays this shard's own.
         """
-        logprobs, entropy, top, log_sum = (s.double() for s in mine)
+        logprobs, entropy, top, log_sum = (s.double() for s in mine[:4])
         live = top > -float("inf")
         zero = torch.zeros_like(top)
         total = torch.where(live, log_sum.exp(), zero)
@@ -139,34 +182,38 @@ class Head:
         merged = torch.stack([targets.sum(0) - highest - log_total,
                               log_total - weighted / shrunk.sum(0), top, highest + log_total - top])
         bad = torch.full_like(merged, float("nan"))
-        return Stats(*torch.where(chunk.good, merged, bad).to(mine.top.dtype).unbind())
+        merged = torch.where(chunk.good, merged, bad).to(mine.top.dtype)
+        return Stats(*merged.unbind())._replace(shifts=mine.shifts)
 
-    def gradient(self, chunk: Chunk, x: Tensor, stats: Stats, g_logprobs: Tensor | None,
-                 g_entropy: Tensor | None) -> Tensor:
-        """The gradient by the logits x [R, v] of a chunk, which it may overwrite."""
-        if x.shape[1] == 0:
-            return x
-        scale = self.scale(chunk)
-        surplus = None
-        if chunk.owned is not None and g_logprobs is not None:
-            u = 0 if self.softcap is None else torch.tanh(x[:, :1] * self.logit_scale
-                                                          / self.softcap)
-            # The row formula adds g at column 0 for a target of another shard.
-            surplus = select(g_logprobs, ~chunk.owned)[:, None] * (1 - u * u) * scale.factor()
-        dx = self.steps.gradient(g_logprobs, g_entropy, x, chunk.targets, scale, stats)
-        if surplus is not None:
-            dx[:, :1] -= surplus
-        return dx
+    def add_gradient(self, gradients: Gradients, chunk: Chunk, stats: Stats,
+                     slopes: Sequence[Tensor | None], x: Tensor, room: Tensor, *,
+                     kept: bool = False) -> None:
+        """Adds the gradient of a chunk to the sums.
 
-    def gradient_of_kept(self, chunk: Chunk, e: Tensor, stats: Stats, out: Tensor,
-                         g_logprobs: Tensor | None, g_entropy: Tensor | None) -> Tensor:
-        """As `gradient`, from the kept exponentials e [R, v]."""
-        if e.shape[1] == 0:
-            return out
-        scale = self.scale(chunk)
-        self.steps.gradient_of_kept(g_logprobs, g_entropy, e, chunk.targets, chunk.owned, scale,
-                                    stats, out)
-        return out
+        slopes: of (logprobs, entropy) [R]. x [R, v]: its logits, or its kept exponentials. room:
+        for the gradient by the logits; may be that of the logits.
+        """
+        scale, (g_logprobs, g_entropy) = self.scale(chunk), slopes
+        fit = self._fit(scale, g_logprobs, g_entropy)
+        if fit is not None:
+            g_logprobs, g_entropy = (None if g is None else g * fit for g in slopes)
+        out = room[:chunk.last - chunk.first]
+        if out.shape[1]:
+            step = self.steps.gradient_of_kept if kept else self.steps.gradient
+            step(g_logprobs, g_entropy, x, chunk.targets, chunk.owned, scale, stats, out)
+        gradients.add(chunk, out, fit)
+
+    def _fit(self, scale: Scale, *slopes: Tensor | None) -> Tensor | None:
+        """A power of two that brings a chunk's gradient by its logits into the range of fp16.
+
+        In fp16 a slope of 1e-4 times a probability of 1e-4 would be 0. p |log p + entropy| < 4.
+        """  # []
+        if self.problem.products.factors != torch.float16:
+            return None
+        bound = sum(w * g.abs() for w, g in zip((1, 4), slopes, strict=True) if g is not None)
+        bound = bound * scale.factor().reshape(-1).abs()
+        top = torch.where(bound.isfinite(), bound, 0).amax()
+        return torch.exp2((FIT_BITS - torch.log2(top).ceil()).clamp(-100, 100))
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -175,34 +222,38 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
+def blocks_of(columns: int, device: torch.device) -> int:
+    """How many shifts the kept exponentials of a row have; on a CPU they are relative to top."""
+    return 0 if device.type == "cpu" else -(-columns // KEPT_BLOCK)
+
+
 def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bias: Tensor | None,
         rows: Tensor | None, temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor,
         valid_vocab: int | None, capacity: int | None, budget: int, group: str | None,
         regime: str, *, steps: Steps = TORCH) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs [...], entropy [...], stats [4, M], kept); see `tppo_kernels.linear_logprobs`.
+    """(logprobs [...], entropy [...], stats, kept); see `tppo_kernels.linear_logprobs`.
 
-    kept: "store": exponentials [M, v]; "frozen": dlogprob/dhidden [M, D]; otherwise empty [0].
+    stats [4 + blocks, M]: `Stats`. kept: "store": exponentials [M, v], relative to the shift of
+    their block of columns, or without blocks to top; "frozen": dlogprob/dhidden [M, D]; otherwise
+    empty [0].
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
                     valid_vocab, capacity, budget, group, steps)
         problem = head.problem
         m = slots_of(problem.selection, rows, capacity)
-        stats = hidden.new_zeros((4, m), dtype=problem.dtype)
-        kept = _room(head, m, regime)
-        in_place = regime == "store" and kept.dtype == problem.dtype
-        room = kept if in_place else problem.workspace()
+        stats, kept = kept_of(head, m, regime)
+        in_place = regime == "store" and kept.dtype == problem.dtype and not steps.aligned
+        room, room_dx = problem.rooms(not in_place, regime == "frozen")
         frozen = Gradients(problem, regime == "frozen", False, False)
         for chunk in problem.chunks():
-            first = chunk.first if in_place else 0
-            x = problem.logits(chunk.h, room[first:first + chunk.last - chunk.first])
-            here = head.stats(chunk, x)
-            stats[:, chunk.first:chunk.last] = torch.stack(here)
-            if regime == "store" and x.shape[1]:
-                steps.exponentials(x, head.scale(chunk), here, kept[chunk.first:chunk.last])
+            here = slice(chunk.first, chunk.last)
+            x = problem.logits(chunk.h, kept[here] if in_place
+                               else room[:chunk.last - chunk.first])
+            row = head.stats(chunk, x, kept[here] if regime == "store" else None)
+            row.put(stats, chunk.first, chunk.last)
             if regime == "frozen":
-                one = torch.ones_like(here.top)
-                frozen.add(chunk, head.gradient(chunk, x, here, one, None))
+                head.add_gradient(frozen, chunk, row, (torch.ones_like(row.top), None), x, room_dx)
         if frozen.hidden is not None:
             kept[:problem.selection.count] = frozen.hidden
         put = problem.selection.put
@@ -215,15 +266,19 @@ def slots_of(selection: Selection, rows: Tensor | None, capacity: int | None) ->
     return selection.n if rows is None and capacity is None else selection.count
 
 
-def _room(head: Head, m: int, regime: str) -> Tensor:
-    hidden, columns = head.problem.hidden, head.problem.shard.columns
+def kept_of(head: Head, m: int, regime: str) -> tuple[Tensor, Tensor]:
+    """Zeroed stats [4 + blocks, M], and room for what a regime keeps of M slots."""
+    problem = head.problem
+    hidden, columns = problem.hidden, problem.shard.columns
+    blocks, kept = 0, hidden.new_empty(0)
     if regime == "frozen":
-        return hidden.new_zeros(m, hidden.shape[1])
-    if regime == "store":
+        kept = hidden.new_zeros(m, hidden.shape[1])
+    elif regime == "store":
+        blocks = blocks_of(columns, torch.device("cuda") if head.steps.by_blocks
+                           else hidden.device)
         kept = hidden.new_empty((m, columns), dtype=kept_dtype(hidden.dtype))
-        kept[head.problem.selection.count:] = 0
-        return kept
-    return hidden.new_empty(0)
+        kept[problem.selection.count:] = 0
+    return hidden.new_zeros((4 + blocks, m), dtype=problem.dtype), kept
 
 
 def bwd(g_logprobs: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
@@ -242,18 +297,15 @@ def bwd(g_logprobs: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, wei
         problem = head.problem
         gradients = Gradients(problem, grad_hidden, grad_weight, grad_bias)
         grads = [None if g is None else g.reshape(-1) for g in (g_logprobs, g_entropy)]
-        room = problem.workspace()
+        stored = kept.dim() == 2
+        room, room_dx = problem.rooms(not stored, True)
         for chunk in problem.chunks():
             here = slice(chunk.first, chunk.last)
             g = [None if g is None else problem.selection.take(g, chunk.first, chunk.last)
                  .to(problem.dtype) for g in grads]
-            row = Stats(*stats[:, here].unbind())
-            x = room[:chunk.last - chunk.first]
-            if kept.dim() == 2:
-                dx = head.gradient_of_kept(chunk, kept[here], row, x, *g)
-            else:
-                dx = head.gradient(chunk, problem.logits(chunk.h, x), row, *g)
-            gradients.add(chunk, dx)
+            row = Stats.of(stats, chunk.first, chunk.last)
+            x = kept[here] if stored else problem.logits(chunk.h, room[:chunk.last - chunk.first])
+            head.add_gradient(gradients, chunk, row, g, x, room_dx, kept=stored)
         dhidden, dweight, dbias = gradients.results()
         if grad_hidden:
             dhidden = problem.selection.put(dhidden).reshape(hidden.shape)

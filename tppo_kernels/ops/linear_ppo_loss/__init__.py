@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import LABELS, Check, offsets, values_between
-from ..._linear import shard_of
+from ..._linear import shard_of, waiting_dtype
 from ..._op import _LIB, Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype
 from ...rows import slot_count
@@ -27,7 +27,7 @@ from ..linear_logprobs import (
 from ..ppo_loss import PolicyMetrics
 from . import reference
 
-_op = Op("linear_ppo_loss", cpu=("cpp", "reference"))
+_op = Op("linear_ppo_loss", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -77,17 +77,17 @@ def _require_reference(kl_coef: Any) -> None:
 
 
 def _fake(hidden, weight, targets, mask, bias, rows, *rest):
-    grad_hidden, grad_weight, grad_bias = rest[-3:]
     capacity, given = rest[4], (hidden, weight, bias)
     dtype = compute_dtype(*given)
     terms_dtype = compute_dtype(*given, *rest[7:11])
     m = slot_count(targets.numel(), rows, capacity)
     empty = hidden.new_empty
+    shapes = ((m, hidden.shape[-1]), weight.shape, weight.shape[:1])
+    grads = (empty(shape if wanted else 0, dtype=waiting_dtype(x.dtype)) for shape, wanted, x in
+             zip(shapes, rest[-3:], (hidden, weight, weight if bias is None else bias),
+                 strict=True))
     return (empty((), dtype=terms_dtype), empty(reference.METRICS, dtype=terms_dtype),
-            empty(targets.shape, dtype=dtype), empty(targets.shape, dtype=dtype),
-            empty((m, hidden.shape[-1]) if grad_hidden else 0),
-            weight.new_empty(weight.shape if grad_weight else 0),
-            (weight if bias is None else bias).new_empty(weight.shape[:1] if grad_bias else 0))
+            empty(targets.shape, dtype=dtype), empty(targets.shape, dtype=dtype), *grads)
 
 
 def _fake_bwd(grad_loss, dhidden, dweight, dbias, targets, *_):
@@ -103,18 +103,18 @@ _fwd = _op.define(
     " str ratio, str kl_estimator, str reduction, bool entropy_grad, bool grad_hidden,"
     " bool grad_weight, bool grad_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.fwd, _fake, _check_values)
+    reference.fwd, _fake, _check_values, registers_autograd=True)
 _bwd = _op.define(
     "linear_ppo_loss_bwd(Tensor grad_loss, Tensor dhidden, Tensor dweight, Tensor dbias,"
     " Tensor targets, Tensor? mask, Tensor? rows, SymInt? capacity) -> (Tensor, Tensor, Tensor)",
-    reference.bwd, _fake_bwd)
+    reference.bwd, _fake_bwd, registers_autograd=True)
 _ARGUMENTS = 34  # of the raw op
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.capacity = inputs[10]
+    ctx.capacity, ctx.dtypes = inputs[10], [x if x is None else x.dtype for x in inputs[:5]]
     ctx.save_for_backward(*output[4:], *(savable(inputs[i]) for i in (2, 3, 5)))
 
 
@@ -123,7 +123,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
         return (None,) * _ARGUMENTS
     grads = _bwd(grad_loss, *ctx.saved_tensors, ctx.capacity)
-    hidden, weight, bias = (g if ctx.needs_input_grad[i] else None
+    hidden, weight, bias = (g.to(ctx.dtypes[i]) if ctx.needs_input_grad[i] else None
                             for g, i in zip(grads, (0, 1, 4), strict=True))
     return (hidden, weight, None, None, bias, *(None,) * (_ARGUMENTS - 5))
 

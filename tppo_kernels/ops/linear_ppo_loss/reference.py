@@ -109,11 +109,11 @@ def _by_tokens(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlens: 
     (loss, metrics, (logprobs, entropy) [2, M], gradients).
     """
     problem = head.problem
-    gradients = Gradients(problem, *wanted)
+    gradients = Gradients(problem, *wanted, waiting=True)
     stats = problem.hidden.new_zeros((2, problem.selection.count), dtype=problem.dtype)
     loss = stats.new_zeros((), dtype=torch.float64)
     metrics = stats.new_zeros(METRICS, dtype=torch.float64)
-    room = problem.workspace()
+    room, room_dx = problem.rooms(True, any(wanted))
     for chunk in problem.chunks():
         x = problem.logits(chunk.h, room[:chunk.last - chunk.first])
         row = head.stats(chunk, x)
@@ -125,7 +125,7 @@ def _by_tokens(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlens: 
         stats[:, chunk.first:chunk.last] = torch.stack(row[:2])
         if any(wanted):
             g = (terms.dlogprobs, terms.dentropy if entropy_grad else None)
-            gradients.add(chunk, head.gradient(chunk, x, row, *_in(g, x.dtype)))
+            head.add_gradient(gradients, chunk, row, _in(g, x.dtype), x, room_dx)
     return loss, metrics, stats, gradients
 
 
@@ -135,27 +135,24 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
     """As `_by_tokens` with a ratio that needs all tokens of a sequence: from kept exponentials."""
     problem = head.problem
     selection = problem.selection
-    gradients = Gradients(problem, *wanted)
-    stats = problem.hidden.new_zeros((4, selection.count), dtype=problem.dtype)
-    columns = problem.shard.columns if any(wanted) else 0
-    kept = problem.hidden.new_empty((selection.count, columns),
-                                    dtype=linear.kept_dtype(problem.hidden.dtype))
-    room = problem.workspace()
+    gradients = Gradients(problem, *wanted, waiting=True)
+    stats, kept = linear.kept_of(head, selection.count, "store" if any(wanted) else "none")
+    room, _ = problem.rooms(True, False)
     for chunk in problem.chunks():
         x = problem.logits(chunk.h, room[:chunk.last - chunk.first])
-        row = head.stats(chunk, x)
-        stats[:, chunk.first:chunk.last] = torch.stack(row)
-        if columns:
-            head.steps.exponentials(x, head.scale(chunk), row, kept[chunk.first:chunk.last])
+        row = head.stats(chunk, x, kept[chunk.first:chunk.last] if any(wanted) else None)
+        row.put(stats, chunk.first, chunk.last)
     logprobs, entropy = (selection.put(s).reshape(tokens.mask.shape) for s in stats[:2])
     terms = tokens.terms(logprobs, entropy, formula, cu_seqlens)
-    slopes = _in((terms.dlogprobs, terms.dentropy if entropy_grad else None), stats.dtype)
-    for chunk in problem.chunks() if any(wanted) else ():
-        g = [None if s is None else selection.take(s.reshape(-1), chunk.first, chunk.last)
-             for s in slopes]
-        row = linear.Stats(*stats[:, chunk.first:chunk.last].unbind())
-        gradients.add(chunk, head.gradient_of_kept(chunk, kept[chunk.first:chunk.last], row,
-                                                   room[:chunk.last - chunk.first], *g))
+    if any(wanted):
+        del room
+        _, room_dx = problem.rooms(False, True)
+        slopes = _in((terms.dlogprobs, terms.dentropy if entropy_grad else None), stats.dtype)
+        for chunk in problem.chunks():
+            g = [None if s is None else selection.take(s.reshape(-1), chunk.first, chunk.last)
+                 for s in slopes]
+            head.add_gradient(gradients, chunk, linear.Stats.of(stats, chunk.first, chunk.last), g,
+                              kept[chunk.first:chunk.last], room_dx, kept=True)
     return terms.loss.sum(dtype=torch.float64), terms.metrics, stats, gradients
 
 

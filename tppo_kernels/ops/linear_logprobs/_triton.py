@@ -1,0 +1,317 @@
+"""`linear_logprobs` on a GPU: cuBLAS's products, and the row formulas in Triton.
+
+Bytes of a logit beside the products, 16-bit inputs: statistics read 4; "store" reads 4 and writes 2
+in the same launch; a gradient reads 4 and writes 2, from what was kept 2 and 2. Exponentials are
+relative to the largest of their block of columns, so one read suffices, and none underflows.
+Two launches a chunk of rows, in which each row is 16-byte aligned; see `Problem.rooms`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._launch import launching_on, scalar
+from ..._native import FP64
+from ..._triton_rows import LOG2E, capped, capped_exactly, lanes, part_of, row_scaling
+from ..token_logprobs import _triton as token
+from ..token_logprobs._triton import DEAD, LOWEST, NEG_INF, _gradient, _row_gradients
+from . import reference
+from .reference import Scale, Stats
+
+WARPS = 4
+UNROLL = 4  # groups of 16 bytes a thread in flight
+BLOCK_WARPS = 8  # where a tile is a block of kept exponentials: 16 columns a thread
+
+_SCALING = ("temperature_ptr", "stride_t", "softcap_ptr", "scale_ptr")
+
+
+@triton.jit
+def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
+    """(exponentials of a tile, its largest v and u, and max v, sum 2^d, sum d 2^d of the row).
+
+    live: which columns count, or None for all. The exponentials are relative to the tile's own u.
+    """
+    v = x.to(tl.float32) * sign
+    if live is not None:
+        v = tl.where(live, v, NEG_INF)
+    most = tl.maximum(tl.max(tl.max(tl.max(v, 2), 1), 0), LOWEST)
+    new = tl.maximum(m, most)
+    if CAPPED:
+        u = capped(v, pre)
+        if live is not None:
+            u = tl.where(live, u, NEG_INF)
+        u_most = capped(most, pre)
+        u_new = capped(new, pre)
+        shift = (capped(m, pre) - u_new) * c
+    else:
+        u = v
+        u_most = most
+        u_new = new
+        shift = (m - new) * c
+    d = (u - u_most) * c
+    e = tl.exp2(d)
+    shift = tl.maximum(shift, DEAD)
+    of_tile = tl.maximum((u_most - u_new) * c, DEAD)
+    s_tile = tl.sum(tl.sum(e, 2), 0)  # [L]
+    w_tile = tl.sum(tl.sum(e * tl.maximum(d, DEAD), 2), 0)
+    w = tl.exp2(shift) * (w + s * shift) + tl.exp2(of_tile) * (w_tile + s_tile * of_tile)
+    s = tl.exp2(shift) * s + tl.exp2(of_tile) * s_tile
+    return e, u_most, new, s, w
+
+
+@triton.jit(do_not_specialize=("x_ptr", "stride_x", "target_ptr", "e_ptr", "stats_ptr", *_SCALING,
+                               "columns", "rows"))
+def _linear_logprobs_keep_kernel(
+        x_ptr, stride_x: tl.int64, target_ptr, e_ptr, stats_ptr, temperature: tl.float64,
+        temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr,
+        columns, rows: tl.int64, SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
+        U: tl.constexpr, L: tl.constexpr, G: tl.constexpr):
+    """Statistics [4 + blocks, rows] and exponentials of a row; a tile is a block."""
+    row = tl.program_id(0).to(tl.int64)
+    TILE: tl.constexpr = U * L * G
+    sign, pre, factor, _ = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
+                                       softcap_ptr, scale, scale_ptr, CAPPED)
+    sign32 = sign.to(tl.float32)
+    pre32 = pre.to(tl.float32)
+    c = (factor * LOG2E).to(tl.float32)
+    x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
+    e_row = e_ptr + row * columns  # 64-bit
+    if ALIGNED:
+        e_row = tl.multiple_of(e_row, 16)
+    shift_ptr = stats_ptr + 4 * rows + row
+    _, offsets = lanes(U, L, G)
+
+    m = tl.full([], LOWEST, tl.float32)
+    s = tl.zeros([L], tl.float32)
+    w = tl.zeros([L], tl.float32)
+    whole = columns // TILE
+    for tile in range(0, whole):
+        x = tl.load(x_row + tile * TILE + offsets, eviction_policy="evict_first")
+        e, u, m, s, w = _keep(x, None, m, s, w, sign32, pre32, c, CAPPED)
+        tl.store(e_row + tile * TILE + offsets, e * SCALE)
+        tl.store(shift_ptr + tile * rows, (u.to(tl.float64) * factor).to(tl.float32))
+    for tile in range(whole, tl.cdiv(columns, TILE)):  # one at most
+        live = tile * TILE + offsets < columns
+        x = tl.load(x_row + tile * TILE + offsets, mask=live, other=0.0)
+        e, u, m, s, w = _keep(x, live, m, s, w, sign32, pre32, c, CAPPED)
+        tl.store(e_row + tile * TILE + offsets, e * SCALE, mask=live)
+        tl.store(shift_ptr + tile * rows, (u.to(tl.float64) * factor).to(tl.float32))
+
+    target = tl.load(target_ptr + row).to(tl.int64)
+    good = (target >= 0) & (target < columns)
+    v = tl.load(x_row + target, mask=good, other=0.0).to(tl.float64) * sign
+    m64 = m.to(tl.float64)  # both in fp64: see `token_logprobs`
+    if CAPPED:
+        v = capped_exactly(v, pre)
+        m64 = capped_exactly(m64, pre)
+    total = tl.sum(s.to(tl.float64), 0)
+    log_sum = tl.log(total)
+    good = good & (total > 0)
+    entropy = log_sum - tl.sum(w.to(tl.float64), 0) / total / LOG2E
+    nan = float("nan")
+    logprob = factor * (v - m64) - log_sum
+    tl.store(stats_ptr + row, tl.where(good, logprob, nan).to(tl.float32))
+    tl.store(stats_ptr + rows + row, tl.where(good, entropy, nan).to(tl.float32))
+    tl.store(stats_ptr + 2 * rows + row, tl.where(good, factor * m64, nan).to(tl.float32))
+    tl.store(stats_ptr + 3 * rows + row, tl.where(good, log_sum, nan).to(tl.float32))
+
+
+_OF_ROWS = ("g_logprob_ptr", "g_entropy_ptr", "stride_lp", "stride_ent", "target_ptr",
+            "entropy_ptr", "top_ptr", "log_sum_ptr")
+
+
+@triton.jit(do_not_specialize=("x_ptr", "stride_x", "dx_ptr", "stride_dx", *_OF_ROWS, *_SCALING,
+                               "columns", "parts"))
+def _linear_logprobs_gradient_kernel(
+        x_ptr, stride_x: tl.int64, dx_ptr, stride_dx: tl.int64, g_logprob_ptr, stride_lp,
+        g_entropy_ptr, stride_ent, target_ptr, entropy_ptr, top_ptr, log_sum_ptr,
+        temperature: tl.float64, temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr,
+        scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr, U: tl.constexpr,
+        L: tl.constexpr, G: tl.constexpr):
+    """dx of the logits x, in its own dtype; it may take their place."""
+    row = tl.program_id(0).to(tl.int64)
+    TILE: tl.constexpr = U * L * G
+    sign, pre, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
+                                           softcap_ptr, scale, scale_ptr, CAPPED)
+    sign, pre, factor = sign.to(tl.float32), pre.to(tl.float32), factor.to(tl.float32)
+    a, b = _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+                          slope.to(tl.float32))
+    entropy = tl.load(entropy_ptr + row)
+    top = tl.load(top_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
+    dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
+    _, offsets = lanes(U, L, G)
+    first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
+    whole = tl.minimum(last, columns // TILE)
+    for tile in range(first, whole):
+        start = tile * TILE
+        x = tl.load(x_row + start + offsets, eviction_policy="evict_first")
+        dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
+                       entropy, top, log_sum, CAPPED)
+        tl.store(dx_row + start + offsets, dx)
+    for tile in range(tl.maximum(first, whole), last):
+        start = tile * TILE
+        live = start + offsets < columns
+        x = tl.load(x_row + start + offsets, mask=live, other=0.0)
+        dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
+                       entropy, top, log_sum, CAPPED)
+        tl.store(dx_row + start + offsets, dx, mask=live)
+
+
+@triton.jit
+def _of_kept(e, hit, at_target, shift, log_share, back, a, b, entropy, SCALE: tl.constexpr,
+             CAPPED: tl.constexpr):
+    """dx of exponentials e = exp(z - shift), p = e exp(log_share); u and log p from log e."""
+    e = e.to(tl.float32) * (1.0 / SCALE)
+    p = e * tl.exp2(log_share * LOG2E)
+    log_e = tl.log2(e) / LOG2E
+    if b is None:
+        dx = -p * a
+    else:
+        dx = -p * (a + b * (tl.maximum(log_e + log_share, DEAD) + entropy))
+    if CAPPED:
+        u = tl.minimum(tl.maximum((log_e + shift) * back, -1.0), 1.0)
+        dx = dx * (1.0 - u * u)
+    return tl.where(hit, at_target, dx)
+
+
+@triton.jit(do_not_specialize=("e_ptr", "dx_ptr", "stride_dx", *_OF_ROWS, "logprob_ptr",
+                               "shift_ptr", "stride_shift", *_SCALING, "columns", "parts"))
+def _linear_logprobs_kept_kernel(
+        e_ptr, dx_ptr, stride_dx: tl.int64, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+        target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, shift_ptr,
+        stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
+        softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr, columns, parts,
+        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr,
+        L: tl.constexpr, G: tl.constexpr):
+    """dx from kept exponentials; at the target from its logprob, because 1 - p is a difference."""
+    row = tl.program_id(0).to(tl.int64)
+    TILE: tl.constexpr = U * L * G  # a block of columns
+    _, _, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
+                                      softcap_ptr, scale, scale_ptr, CAPPED)
+    back = (1.0 / factor).to(tl.float32)
+    a, b = _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+                          slope.to(tl.float32))
+    logprob = tl.load(logprob_ptr + row)
+    entropy = tl.load(entropy_ptr + row)
+    top = tl.load(top_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    p = tl.exp(logprob.to(tl.float64))
+    at_target = ((1.0 - p) * a).to(tl.float32)
+    if b is not None:
+        at_target = at_target - b * p.to(tl.float32) * (tl.maximum(logprob, DEAD) + entropy)
+    if CAPPED:
+        u = (logprob + log_sum + top) * back
+        at_target = at_target * (1.0 - u * u)
+
+    e_row = e_ptr + row * columns  # 64-bit
+    if ALIGNED:
+        e_row = tl.multiple_of(e_row, 16)
+    dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
+    _, offsets = lanes(U, L, G)
+    first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
+    whole = tl.minimum(last, columns // TILE)
+    for tile in range(first, whole):
+        start = tile * TILE
+        shift = tl.load(shift_ptr + tile * stride_shift + row)
+        e = tl.load(e_row + start + offsets, eviction_policy="evict_first")
+        dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
+                      shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
+        tl.store(dx_row + start + offsets, dx)
+    for tile in range(tl.maximum(first, whole), last):
+        start = tile * TILE
+        live = start + offsets < columns
+        shift = tl.load(shift_ptr + tile * stride_shift + row)
+        e = tl.load(e_row + start + offsets, mask=live, other=0.0)
+        dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
+                      shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
+        tl.store(dx_row + start + offsets, dx, mask=live)
+
+
+def supports(*args: object) -> str | None:
+    """The reason for refusing, or None."""
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
+        return FP64
+    return None
+
+
+def _scaling(scale: Scale) -> tuple:
+    """The arguments of the kernels from `temperature` to `scale_ptr`."""
+    t, cap = scale.temperature, scale.softcap
+    return (*((1.0, t.contiguous(), 1) if t.dim() else (*scalar(t), 0)),
+            *((0.0, None) if cap is None else scalar(cap)), *scalar(scale.logit_scale))
+
+
+def _slopes(*slopes: Tensor | None) -> list:
+    """Each with its stride, 0 where it is expanded from one number."""
+    return [y for g in slopes for y in ((None, 0) if g is None else (g, g.stride(0)))]
+
+
+def _by_block(e: Tensor, columns: int) -> dict:
+    """What a kernel whose tile is a block of kept exponentials e is compiled for."""
+    lanes, group = 32 * BLOCK_WARPS, 16 // e.element_size()
+    return {"SCALE": reference.FP16_SCALE if e.dtype == torch.float16 else 1.0,
+            "ALIGNED": columns * e.element_size() % 16 == 0,
+            "U": reference.KEPT_BLOCK // (lanes * group), "L": lanes, "G": group,
+            "num_warps": BLOCK_WARPS}
+
+
+def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
+    return Stats(*token.fwd(x, targets, None, *scale, None))
+
+
+def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
+    count, columns = x.shape
+    stats = x.new_empty(4 + reference.blocks_of(columns, torch.device("cuda")), count)
+    shape = _by_block(out, columns)
+    shape.update(G=4, U=reference.KEPT_BLOCK // (shape["L"] * 4))  # of the logits
+    with launching_on(x):
+        _linear_logprobs_keep_kernel[(count,)](
+            x, x.stride(0), targets, out, stats, *_scaling(scale), columns, count,
+            CAPPED=scale.softcap is not None, **shape)
+    return Stats.of(stats, 0, count)
+
+
+def _owned(targets: Tensor, owned: Tensor | None) -> Tensor:
+    """No column of this shard for a target of another."""
+    return targets if owned is None else torch.where(owned, targets, -1)
+
+
+def _gradient_of_logits(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor,
+                        targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
+                        out: Tensor) -> None:
+    count, columns = x.shape
+    parts = token._parts(count, columns, UNROLL * 32 * WARPS * 4)
+    with launching_on(x):
+        _linear_logprobs_gradient_kernel[(count, parts)](
+            x, x.stride(0), out, out.stride(0), *_slopes(g_logprobs, g_entropy),
+            _owned(targets, owned), *stats[1:4], *_scaling(scale), columns, parts,
+            CAPPED=scale.softcap is not None, U=UNROLL, L=32 * WARPS, G=4, num_warps=WARPS)
+
+
+def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
+                      targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
+                      out: Tensor) -> None:
+    count, columns = e.shape
+    parts = token._parts(count, columns, reference.KEPT_BLOCK)
+    assert stats.shifts is not None
+    with launching_on(e):
+        _linear_logprobs_kept_kernel[(count, parts)](
+            e, out, out.stride(0), *_slopes(g_logprobs, g_entropy), _owned(targets, owned),
+            *stats, stats.shifts.stride(0), *_scaling(scale), columns, parts,
+            CAPPED=scale.softcap is not None, **_by_block(e, columns))
+
+
+STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,
+                        by_blocks=True)
+fwd = functools.partial(reference.fwd, steps=STEPS)
+bwd = functools.partial(reference.bwd, steps=STEPS)
+frozen = reference.frozen
