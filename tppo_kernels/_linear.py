@@ -156,9 +156,9 @@ class Problem:
     def rooms(self, logits: bool, gradient: bool) -> tuple[Tensor, Tensor]:
         """Room for the logits of one chunk and for the gradient by them, reused by all chunks.
 
-        They are one where their dtypes are; one that is not asked for is empty. As many rows as the budget holds, in equal chunks; as
-        many in every process of a group. Rows begin at multiples of 16 bytes if `aligned`: cuBLAS
-        is slow on others.
+        They are one where their dtypes are; one that is not asked for is empty. As many rows as the
+        budget holds, in equal chunks; as many in every process of a group. Rows begin at multiples
+        of 16 bytes if `aligned`: cuBLAS is slow on others.
         """  # [R, v] each
         size, dtype = self.weight.shape[0], self.products.factors
         columns = size + -size % 8 if self.aligned else size
