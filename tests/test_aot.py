@@ -97,14 +97,33 @@ def ppo_loss_launches():
         tk.ppo_loss(lp, old, advantages, mask, entropy=lp, ref_logprobs=old, weights=old[:, 0],
                     ratio=ratio, reduction=reduction, kl_estimator=kl, **terms).loss.backward()
         tk.ppo_loss(lp, old, advantages, ratio=ratio, reduction=reduction).loss.backward()
+    lp, old, advantages, mask = loss_arguments(9, 24, torch.bfloat16)
+    tk.ppo_loss(lp, old, advantages, mask, reduction="seq-mean-token-mean").loss.backward()
     lp, old, advantages, _ = (x.flatten() for x in loss_arguments(3, 200, torch.float32))
-    tk.ppo_loss(lp, old, advantages[:2], ratio="sequence", cu_seqlens=torch.tensor([0, 9, 600]).int())
+    cu = torch.tensor([0, 9, 600], dtype=torch.int32)
+    tk.ppo_loss(lp, old, advantages[:2], ratio="sequence", cu_seqlens=cu)
 
 
 def ppo_loss_varied(i, dtype):
     lp, old, advantages, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
     tk.ppo_loss(lp, old, advantages[:, 0], mask, clip_low=i / 100, max_log_ratio=1 + i,
                 num_tokens=1 + i).loss.backward()
+
+
+def value_loss_launches():
+    for dtype, tokens, reduction in ((torch.float32, 200, "token-mean"),
+                                     (torch.bfloat16, 300, "seq-mean-token-mean"),
+                                     (torch.float16, 24, "seq-mean-token-sum")):
+        values, returns, old, mask = loss_arguments(3, tokens, dtype)
+        tk.value_loss(values, returns, mask, old_values=old, clip=0.2,
+                      reduction=reduction).loss.backward()
+        tk.value_loss(values, returns, reduction=reduction).loss.backward()
+
+
+def value_loss_varied(i, dtype):
+    values, returns, old, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
+    tk.value_loss(values, returns, mask, old_values=old, clip=i / 100, num_sequences=1 + i,
+                  reduction="seq-mean-token-mean").loss.backward()
 
 
 def token_head_call(shape, K, D, dtype, weight_dtype, masked=True, leaf=lambda x: x):
@@ -141,7 +160,7 @@ def linear_call(op, n, v, dtype, dtype_of_weight=None, **options):
                 [0, n], dtype=torch.int32), entropy_coef=0.1, **options).loss.backward()
 
 
-def linear_launches(op, memories=({"memory": "store"}, {"memory": "recompute"})):
+def every_linear_launch(op, memories=({"memory": "store"}, {"memory": "recompute"})):
     for memory in memories:
         for dtype in HALVES:
             linear_call(op, 3, 9000, dtype, **memory)
@@ -151,11 +170,11 @@ def linear_launches(op, memories=({"memory": "store"}, {"memory": "recompute"}))
 
 
 def linear_logprobs_launches():
-    linear_launches("linear_logprobs")
+    every_linear_launch("linear_logprobs")
 
 
 def linear_ppo_loss_launches():
-    linear_launches("linear_ppo_loss", ({}, {"ratio": "sequence"}))
+    every_linear_launch("linear_ppo_loss", ({}, {"ratio": "sequence"}))
 
 
 def linear_logprobs_varied(i, dtype):

@@ -1,0 +1,331 @@
+"""`ppo_loss` in Triton: forward and backward, a launch each.
+
+Memory moved by forward: every column and the mask once, 33 B a token with all of them and both
+gradients in fp32; logprobs, old and mask once more (from the cache) where a sequence's length or
+mean ratio is asked for, and all but entropy again for the gradient of a sequence ratio.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._launch import launching_on
+from ..._losses import arrange, like_slopes, pair, share_of, supports
+from ..._sequence import KL_CLAMP
+from ..._triton_losses import (
+    PROGRAMS,
+    TILE,
+    column,
+    is_last,
+    leave,
+    number,
+    parts_of,
+    scale_of,
+    scaled,
+    shape_of,
+    span,
+    ticket,
+    times,
+    total,
+    valid_tokens,
+)
+from . import reference
+
+__all__ = ["bwd", "fwd", "supports"]
+
+METRICS, SUMS = 11, 13  # loss, the metrics in their order, sequences with a valid token
+_KL_CLAMP = tl.constexpr(KL_CLAMP)
+
+
+@triton.jit
+def _exp(x):
+    """e^x to 1e-7 at any size: n ln2 apart in two parts, 2^n exact, a minimax polynomial."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -88.0, -88.0, x))
+    n = tl.floor(x * 1.44269504 + 0.5)
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    q = ((1.38143206e-3 * r + 8.36885162e-3) * r + 4.16684002e-2) * r + 1.66665196e-1
+    return (((q * r + 4.99999940e-1) * r * r + r) + 1.0) * tl.exp2(n - 1.0) * 2.0
+
+
+@triton.jit
+def _exp_beyond_linear(x, e):
+    """e^x - 1 - x without cancellation, by its series below 1; e is e^x."""
+    q = (x / 3628800.0 + 1.0 / 362880.0) * x + 1.0 / 40320.0
+    q = (q * x + 1.0 / 5040.0) * x + 1.0 / 720.0
+    q = (q * x + 1.0 / 120.0) * x + 1.0 / 24.0
+    q = (q * x + 1.0 / 6.0) * x + 0.5
+    return tl.where(tl.abs(x) < 1.0, x * x * q, e - 1.0 - x)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """x in [low, high]; NaN stays NaN."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit
+def _clipped(ratio, advantage, weight, low, high, dual):
+    """w l, w dl/dd, and where it was clipped low, high and by the dual clip; dual 0 is none."""
+    free = -advantage * ratio
+    held = -advantage * _clamp(ratio, low, high)
+    clipped = held > free
+    loss = tl.where(clipped, held, free)
+    ceiling = -dual * advantage
+    is_dual = (dual != 0.0) & (advantage < 0.0) & (loss > ceiling)
+    slope = tl.where(clipped | is_dual, 0.0, free)
+    return (times(weight, tl.where(is_dual, ceiling, loss)), times(weight, slope),
+            clipped & (ratio < low), clipped & (ratio > high), is_dual)
+
+
+@triton.jit
+def _kl(logprob, ref, ESTIMATOR: tl.constexpr):
+    """A KL estimate and its derivative by logprob, which is 0 beyond the clamp."""
+    raw = logprob - ref
+    d = _clamp(raw, -_KL_CLAMP, _KL_CLAMP)
+    value = d
+    slope = d
+    if ESTIMATOR == "k1":
+        slope = tl.full(d.shape, 1.0, tl.float32)
+    elif ESTIMATOR == "k2":
+        value = 0.5 * d * d
+    elif ESTIMATOR == "abs":
+        value = tl.abs(d)
+        slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
+    elif ESTIMATOR != "k1+":
+        value = _exp_beyond_linear(-d, _exp(-d))
+        if ESTIMATOR == "k3":
+            slope = d - value  # 1 - e^-d
+    return value, tl.where(tl.abs(raw) > _KL_CLAMP, 0.0, slope)
+
+
+@triton.jit
+def _write(grads, place, valid, clamped, slope, kl_slope, c, numbers):
+    """The derivatives of a block without the scale."""
+    dlogprobs_ptr, dentropy_ptr = grads
+    sequence, off = place
+    if dlogprobs_ptr is not None:
+        both = c * (tl.where(clamped, 0.0, slope) + times(numbers[5], kl_slope))
+        tl.store(dlogprobs_ptr + sequence[2] + off, tl.where(valid, both, 0.0),
+                 mask=off < sequence[3])
+    if dentropy_ptr is not None:
+        tl.store(dentropy_ptr + sequence[2] + off, tl.where(valid, -numbers[4] * c, 0.0),
+                 mask=off < sequence[3])
+
+
+@triton.jit
+def _finish(parts_ptr, loss_ptr, metrics_ptr, scale_ptr, count, length, lacking,
+            COUNT_OF: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Loss, metrics and scale from the sums of all programs."""
+    scale = scale_of(total(parts_ptr, 1, PROGRAMS), total(parts_ptr, 12, PROGRAMS), count, length,
+                     COUNT_OF)
+    loss = (scale.to(tl.float64) * total(parts_ptr, 0, PROGRAMS)).to(tl.float32)
+    tl.store(loss_ptr, tl.where(lacking, float("nan"), loss))
+    tl.store(scale_ptr, scale)
+    for k in tl.static_range(1, 11):
+        tl.store(metrics_ptr + k - 1, total(parts_ptr, k, PROGRAMS).to(tl.float32))
+    ratios = total(parts_ptr, 8, PROGRAMS)  # NaN where one of them is, which a maximum drops
+    top = tl.max(parts_of(parts_ptr, 11, PROGRAMS), 0)
+    tl.store(metrics_ptr + 10, tl.where(ratios == ratios, top, ratios).to(tl.float32))
+
+
+@triton.jit
+def _log_ratio(logprobs, old, place, valid, limit):
+    """logprob, d, and where it was clamped."""  # [BLOCK]
+    logprob = column(logprobs, place, valid, 1)
+    raw = logprob - column(old, place, valid, 1)
+    return logprob, _clamp(raw, -limit, limit), tl.abs(raw) > limit
+
+
+@triton.jit
+def _sequence(logprobs, old, mask, sequence, limit, BLOCK: tl.constexpr):
+    """The tokens of a sequence, at least 1, and the mean of their d."""
+    tokens = tl.zeros([BLOCK], tl.int32)
+    ds = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, sequence[3], BLOCK):
+        place = (sequence, start + tl.arange(0, BLOCK))
+        valid = valid_tokens(mask, place)
+        _, d, _ = _log_ratio(logprobs, old, place, valid, limit)
+        tokens += valid.to(tl.int32)
+        ds += d.to(tl.float64)
+    size = tl.maximum(tl.sum(tokens, 0), 1).to(tl.float32)
+    return size, tl.div_rn(tl.sum(ds, 0).to(tl.float32), size)
+
+
+@triton.jit
+def _sequence_slopes(logprobs, old, ref, mask, sequence, grads, slope, c, numbers,
+                     ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the derivatives of a sequence whose tokens share the ratio and so its slope."""
+    for start in range(0, sequence[3], BLOCK):
+        place = (sequence, start + tl.arange(0, BLOCK))
+        valid = valid_tokens(mask, place)
+        logprob, _, clamped = _log_ratio(logprobs, old, place, valid, numbers[3])
+        kl_slope = tl.zeros([BLOCK], tl.float32)
+        if ref[0] is not None:
+            _, kl_slope = _kl(logprob, column(ref, place, valid, 1), ESTIMATOR)
+        _write(grads, place, valid, clamped, slope, kl_slope, c, numbers)
+
+
+@triton.jit
+def _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP: tl.constexpr,
+           WEIGHT_STEP: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr):
+    """What each token adds to the sums, whether it was clamped, and the slopes of l and KL."""
+    logprobs, old, advantages, entropies, refs, weights = columns
+    low, high, dual, limit, entropy_coef, kl_coef = numbers
+    logprob, d, clamped = _log_ratio(logprobs, old, place, valid, limit)
+    advantage = column(advantages, place, valid, ADVANTAGE_STEP)
+    weight = tl.full(d.shape, 1.0, tl.float32)
+    if weights[0] is not None:
+        weight = column(weights, place, valid, WEIGHT_STEP)
+    e = _exp(d)
+    ratio = e
+    if SEQUENCE:
+        ratio = _exp(mean_d) + tl.zeros(d.shape, tl.float32)
+    ratio = tl.where(valid, ratio, 0.0)
+    loss, slope, is_low, is_high, is_dual = _clipped(ratio, advantage, weight, low, high, dual)
+    entropy = tl.zeros(d.shape, tl.float32)
+    kl_value, kl_slope = entropy, entropy
+    if entropies[0] is not None:
+        entropy = column(entropies, place, valid, 1)
+    if refs[0] is not None:
+        kl_value, kl_slope = _kl(logprob, column(refs, place, valid, 1), ESTIMATOR)
+    loss = loss + times(-entropy_coef, entropy) + times(kl_coef, kl_value)
+    return ((tl.where(valid, loss, 0.0), valid, is_low & valid, is_high & valid, is_dual, clamped,
+             -d, _exp_beyond_linear(d, e), ratio, entropy, kl_value), slope, kl_slope)
+
+
+@triton.jit
+def _add(sums, terms, c):
+    """The sums of a program with a block's terms; the loss by its sequence's share, in fp64."""
+    loss, tokens, lows, highs, duals, clamped, k1, k3, ratios, entropies, kls, top = sums
+    return (loss + terms[0].to(tl.float64) * c.to(tl.float64), tokens + terms[1].to(tl.int32),
+            lows + terms[2].to(tl.int32), highs + terms[3].to(tl.int32),
+            duals + terms[4].to(tl.int32), clamped + terms[5].to(tl.int32),
+            k1 + terms[6].to(tl.float64), k3 + terms[7].to(tl.float64),
+            ratios + terms[8].to(tl.float64), entropies + terms[9].to(tl.float64),
+            kls + terms[10].to(tl.float64), tl.where(terms[8] > top, terms[8], top))
+
+
+@triton.jit
+def _numbers(low, high, dual, limit, entropy_coef, kl_coef):
+    """1 - clip_low, 1 + clip_high and the others, from (number, pointer) of each."""
+    return (1.0 - number(low), 1.0 + number(high), number(dual), number(limit),
+            number(entropy_coef), number(kl_coef))
+
+
+@triton.jit(do_not_specialize=[
+    "logprobs_stride", "old_stride", "advantages_stride", "entropy_stride", "ref_stride",
+    "weights_stride", "mask_stride", "B", "T", "N"])
+def _ppo_loss_fwd_kernel(
+        logprobs_ptr, old_ptr, advantages_ptr, entropy_ptr, ref_ptr, weights_ptr, mask_ptr,
+        logprobs_stride, old_stride, advantages_stride, entropy_stride, ref_stride, weights_stride,
+        mask_stride, offsets_ptr, B, T, N, low, high, dual, limit, entropy_coef, kl_coef, count,
+        length, low_ptr, high_ptr, dual_ptr, limit_ptr, entropy_coef_ptr, kl_coef_ptr, count_ptr,
+        length_ptr, dlogprobs_ptr, dentropy_ptr, loss_ptr, metrics_ptr, scale_ptr, parts_ptr,
+        ticket_ptr, ADVANTAGE_STEP: tl.constexpr, WEIGHT_STEP: tl.constexpr,
+        SEQUENCE: tl.constexpr, BY_LENGTH: tl.constexpr, COUNT_OF: tl.constexpr,
+        ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Loss, derivatives without the scale, metrics and scale of all sequences."""
+    numbers = _numbers((low, low_ptr), (high, high_ptr), (dual, dual_ptr), (limit, limit_ptr),
+                       (entropy_coef, entropy_coef_ptr), (kl_coef, kl_coef_ptr))
+    logprobs, old = (logprobs_ptr, logprobs_stride), (old_ptr, old_stride)
+    refs, mask = (ref_ptr, ref_stride), (mask_ptr, mask_stride)
+    columns = (logprobs, old, (advantages_ptr, advantages_stride), (entropy_ptr, entropy_stride),
+               refs, (weights_ptr, weights_stride))
+    grads = (dlogprobs_ptr, dentropy_ptr)
+    zero, none = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int32)
+    sums = (zero, none, none, none, none, none, zero, zero, zero, zero, zero,
+            tl.zeros([BLOCK], tl.float32))
+    live = tl.full([], 0, tl.int32)
+    for b in range(tl.program_id(0).to(tl.int64), B, tl.num_programs(0)):
+        sequence = span(offsets_ptr, b, T, N)
+        size, mean_d = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
+        if SEQUENCE or BY_LENGTH:
+            size, mean_d = _sequence(logprobs, old, mask, sequence, numbers[3], BLOCK)
+        c = tl.div_rn(1.0, size) if BY_LENGTH else tl.full([], 1.0, tl.float32)
+        slopes, before = zero, sums[1]
+        for start in range(0, sequence[3], BLOCK):
+            place = (sequence, start + tl.arange(0, BLOCK))
+            valid = valid_tokens(mask, place)
+            terms, slope, kl_slope = _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP,
+                                            WEIGHT_STEP, SEQUENCE, ESTIMATOR)
+            sums = _add(sums, terms, c)
+            slopes += slope.to(tl.float64)
+            if not SEQUENCE:
+                _write(grads, place, valid, terms[5], slope, kl_slope, c, numbers)
+        live += (tl.max(sums[1] - before, 0) > 0).to(tl.int32)
+        if SEQUENCE:
+            slope = tl.div_rn(tl.sum(slopes, 0).to(tl.float32), size)
+            _sequence_slopes(logprobs, old, refs, mask, sequence, grads, slope, c, numbers,
+                             ESTIMATOR, BLOCK)
+    for k in tl.static_range(11):
+        leave(parts_ptr, k, tl.sum(sums[k], 0), PROGRAMS)
+    leave(parts_ptr, 11, tl.max(sums[11], 0), PROGRAMS)
+    leave(parts_ptr, 12, live, PROGRAMS)
+    if is_last(ticket_ptr):
+        lacking = ((entropy_ptr is None) & (numbers[4] != 0.0)) | (
+            (ref_ptr is None) & (numbers[5] != 0.0))
+        _finish(parts_ptr, loss_ptr, metrics_ptr, scale_ptr, (count, count_ptr),
+                (length, length_ptr), lacking, COUNT_OF, PROGRAMS)
+
+
+@triton.jit(do_not_specialize=["n", "n_entropy"])
+def _ppo_loss_bwd_kernel(grad_ptr, scale_ptr, dlogprobs_ptr, logprobs_out_ptr, n, dentropy_ptr,
+                         entropy_out_ptr, n_entropy, BLOCK: tl.constexpr):
+    """grad * scale * derivative in the types of the results, 0 where a derivative is 0."""
+    factor = tl.load(grad_ptr).to(tl.float32) * tl.load(scale_ptr)
+    scaled(dlogprobs_ptr, logprobs_out_ptr, n, factor, BLOCK)
+    scaled(dentropy_ptr, entropy_out_ptr, n_entropy, factor, BLOCK)
+
+
+def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantages: Tensor,
+        mask: Tensor | None, ref_logprobs: Tensor | None, weights: Tensor | None,
+        clip_low: Tensor, clip_high: Tensor, dual_clip: Tensor | None, max_log_ratio: Tensor,
+        entropy_coef: Tensor, kl_coef: Tensor, num_tokens: Tensor | None,
+        num_sequences: Tensor | None, norm_length: Tensor | None, cu_seqlens: Tensor | None,
+        ratio: str, kl_estimator: str, reduction: str, grad_logprobs: bool,
+        grad_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dlogprobs, dentropy, metrics, scale), fp32; see `reference.fwd`."""
+    if logprobs.numel() == 0:
+        return reference.fwd(
+            logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, clip_low,
+            clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens, num_sequences,
+            norm_length, cu_seqlens, ratio, kl_estimator, reduction, grad_logprobs, grad_entropy)
+    share = share_of(reduction, num_tokens, num_sequences, norm_length, logprobs)
+    columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
+    batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
+    numbers = [pair(x) for x in (clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef,
+                                 kl_coef, share.denominator, share.length)]
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
+    loss, metrics, scale = empty(()), empty(METRICS), empty(())
+    dlogprobs = empty(logprobs.shape if grad_logprobs else 0)
+    dentropy = empty(logprobs.shape if grad_entropy else 0)
+    with launching_on(logprobs):
+        parts = torch.empty(SUMS, PROGRAMS, dtype=torch.float64, device=logprobs.device)
+        _ppo_loss_fwd_kernel[(min(batch.batch, PROGRAMS),)](
+            *batch.columns, batch.mask, *batch.strides, batch.mask_stride, batch.cu_seqlens,
+            batch.batch, batch.tokens, batch.total, *(x for x, _ in numbers),
+            *(p for _, p in numbers), dlogprobs if grad_logprobs else None,
+            dentropy if grad_entropy else None, loss, metrics, scale, parts, ticket(logprobs),
+            ADVANTAGE_STEP=batch.steps[2], WEIGHT_STEP=batch.steps[5],
+            SEQUENCE=ratio == "sequence", BY_LENGTH=share.by_length, COUNT_OF=share.count_of,
+            ESTIMATOR=kl_estimator, PROGRAMS=PROGRAMS, **shape_of(batch))
+    return loss, dlogprobs, dentropy, metrics, scale
+
+
+def bwd(grad_loss: Tensor, scale: Tensor, dlogprobs: Tensor, dentropy: Tensor,
+        logprobs_dtype: torch.dtype, entropy_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradients in the inputs' dtypes, both in one launch; see `reference.bwd`."""
+    slopes, logprobs_grad = like_slopes(dlogprobs, logprobs_dtype)
+    entropy_slopes, entropy_grad = like_slopes(dentropy, entropy_dtype)
+    n, m = slopes.numel(), entropy_slopes.numel()
+    if n or m:
+        with launching_on(scale):
+            _ppo_loss_bwd_kernel[(triton.cdiv(max(n, m), TILE),)](
+                grad_loss, scale, slopes, logprobs_grad, n, entropy_slopes, entropy_grad, m,
+                BLOCK=TILE, num_warps=4)
+    return logprobs_grad, entropy_grad
