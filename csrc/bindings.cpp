@@ -92,6 +92,32 @@ void bind_gae(py::module_& m) {
 #endif
 }
 
+void bind_token_advantages([[maybe_unused]] py::module_& m) {
+  using namespace tppo;
+#if TPPO_CUDA
+  m.def("token_advantages_fwd_cuda",
+        [](const Described& walk, const TokensTuple& logprobs, const TokensTuple& ref_logprobs,
+           const MaskTuple& train_mask, const PerSequenceTuple& kl_coef, int estimator, bool wide,
+           int parts, int blocks, Address maps, Address partials, Address advantages,
+           Address returns, Address rewards, Address stream) {
+          check(token_advantages_fwd_cuda(
+              {gae_inputs(walk), tokens(logprobs), tokens(ref_logprobs), mask(train_mask),
+               per_sequence(kl_coef), estimator},
+              wide, parts, blocks, at<float>(maps), at<double>(partials),
+              {at<float>(advantages), at<float>(returns), at<float>(rewards)}, at<void>(stream)));
+        });
+  m.def("token_advantages_whiten_cuda",
+        [](Address x, Address mask, Address train_mask, int64_t N, bool unbiased, Address partials,
+           int count, Address stats, Address n, Address moments, Address out, Address stream) {
+          check(token_advantages_whiten_cuda(
+              {at<float>(x), at<uint8_t>(mask), at<uint8_t>(train_mask), N, unbiased},
+              at<double>(partials), count,
+              {at<float>(stats), at<int64_t>(n), at<double>(moments)}, at<float>(out),
+              at<void>(stream)));
+        });
+#endif
+}
+
 // (logits, dtype, N, columns, inner, outer_stride, inner_stride, targets, mask, row_temperature,
 //  temperature, softcap, logit_scale, threads)
 using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
@@ -250,6 +276,32 @@ void bind_losses(py::module_& m) {
 #endif
 }
 
+// (hidden, weight, bias, mask, dtype, weight_dtype, bias_dtype, N, D, K, inner, outer, stride)
+using HeadTuple = std::tuple<Address, Address, Address, Address, int, int, int, int64_t, int64_t,
+                             int64_t, int64_t, int64_t, int64_t>;
+
+[[maybe_unused]] tppo::HeadInputs head(const HeadTuple& x) {
+  const auto [hidden, weight, bias, mask, dtype, weight_dtype, bias_dtype, N, D, K, inner, outer,
+              stride] = x;
+  return {at<void>(hidden), at<void>(weight), at<void>(bias), at<uint8_t>(mask), dtype,
+          weight_dtype,     bias_dtype,       N,              D,                 K,
+          inner,            outer,            stride};
+}
+
+void bind_token_head([[maybe_unused]] py::module_& m) {
+#if TPPO_CUDA
+  using namespace tppo;
+  m.def("token_head_fwd_cuda", [](const HeadTuple& in, Address out, Address stream) {
+    check(token_head_fwd_cuda(head(in), at<float>(out), at<void>(stream)));
+  });
+  m.def("token_head_bwd_cuda", [](const HeadTuple& in, Address grad, int parts, Address dx,
+                                  Address dweight, Address dbias, Address room, Address stream) {
+    check(token_head_bwd_cuda(head(in), at<float>(grad), parts, at<void>(dx), at<void>(dweight),
+                              at<void>(dbias), at<float>(room), at<void>(stream)));
+  });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -257,8 +309,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = TPPO_CUDA_ARCHS;
   m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
   bind_gae(m);
+  bind_token_advantages(m);
   bind_token_logprobs(m);
   bind_linear_logprobs(m);
   bind_whiten(m);
   bind_losses(m);
+  bind_token_head(m);
 }

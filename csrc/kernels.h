@@ -80,6 +80,40 @@ struct GaeInputs {
 const char* gae_fwd_cuda(const GaeInputs& in, bool wide, int parts, float* maps, float* advantages,
                          float* returns, void* stream);
 
+struct AdvantageInputs {
+  GaeInputs walk;
+  Tokens logprobs, ref_logprobs;  // null: no KL
+  Mask train_mask;                // null: all that is valid is trained
+  PerSequence kl_coef;            // one value
+  int estimator;                  // enum KlEstimator
+};
+
+struct AdvantageOutputs {  // dense, as the results
+  float *advantages, *returns, *rewards;
+};
+
+struct AdvantageStatistics {
+  float* scalars;   // [7]: means of KL, rewards, advantages, returns; deviations of the last three
+  int64_t* n;       // tokens
+  double* moments;  // [4] of what is trained: n, mean, M2, max|x|
+};
+
+struct WhitenInputs {
+  const float* x;                    // [N]
+  const uint8_t *mask, *train_mask;  // [N], or null
+  int64_t N;                         // 0: statistics alone
+  bool unbiased;
+};
+
+// `blocks` of them leave partials [5, blocks, 4]. Then whitening, by those, with the statistics; or
+// by one set of moments, without.
+const char* token_advantages_fwd_cuda(const AdvantageInputs& in, bool wide, int parts, int blocks,
+                                      float* maps, double* partials, const AdvantageOutputs& out,
+                                      void* stream);
+const char* token_advantages_whiten_cuda(const WhitenInputs& in, const double* partials, int count,
+                                         const AdvantageStatistics& statistics, float* out,
+                                         void* stream);
+
 // The losses; their batches are described in loss.h, ppo_loss.h and value_loss.h.
 struct PolicyBatch;
 struct ValueBatch;
@@ -102,5 +136,23 @@ const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* parts, void* stream
 const char* value_loss_fwd_cuda(const ValueBatch& in, double* parts, void* stream);
 const char* loss_bwd_cuda(const Slopes& a, const Slopes& b, const float* grad_loss,
                           const float* scale, void* stream);
+
+// N rows of hidden, row i at i / inner * outer + i % inner * stride elements. weight [K, D] of the
+// same dtype or fp32, bias [K] or null, K 1 or 3. mask [N] may be null. All rows of both begin at
+// multiples of 16 bytes, of which D is a multiple too.
+struct HeadInputs {
+  const void *hidden, *weight, *bias;
+  const uint8_t* mask;
+  int dtype, weight_dtype, bias_dtype;
+  int64_t N, D, K, inner, outer, stride;
+};
+
+// Null, or the error's text. out: [N, K].
+const char* token_head_fwd_cuda(const HeadInputs& in, float* out, void* stream);
+
+// grad: [N, K]. dx [N, D], dweight, dbias in the dtypes of their tensors, or null. room: fp32
+// [parts, K D + K], or null where only dx is wanted.
+const char* token_head_bwd_cuda(const HeadInputs& in, const float* grad, int parts, void* dx,
+                                void* dweight, void* dbias, float* room, void* stream);
 
 }  // namespace tppo

@@ -1,8 +1,12 @@
 """`token_head` against a plain linear layer in fp64, at its edges, and as a citizen of PyTorch."""
 
+import importlib
+import importlib.util
+import itertools
 import math
 import time
 
+import _emulated
 import pytest
 import torch
 from _matrix import third
@@ -12,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import tppo_kernels as tk
+from tppo_kernels._op import OPS, missing
 from tppo_kernels.ops.token_head import reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -356,6 +361,79 @@ def test_cost_on_cpu_follows_the_valid_rows():
         return min(times)
 
     assert fastest(few) < 0.5 * fastest(None)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The CUDA kernels' own source on the CPU, thread by thread, through their host code."""
+    if missing("cpp") or importlib.util.find_spec("pybind11") is None:
+        pytest.skip("needs the compiled part, a C++ compiler and pybind11")
+    backend = importlib.import_module("tppo_kernels.ops.token_head._cuda")
+    monkeypatch.setattr(backend, "_C", _emulated.extension("token_head"))
+    monkeypatch.setattr("tppo_kernels._op.missing", lambda backend: None)
+
+    def call(*arguments, **kwargs):
+        with monkeypatch.context() as inner:
+            inner.setitem(OPS["token_head"].order, "cpu", ("cuda",))
+            return run(*arguments, **kwargs)
+
+    return backend, call
+
+
+EMULATED = third(itertools.product(DTYPES, (False, True), ((1, 1), (2, 17), (3, 50), (1, 130)),
+                                   (8, 264, 1032, 2056), (1, 3), (0, 1)), seed=2)[::2]
+
+
+def test_cuda_kernels_emulated(emulated, monkeypatch):
+    """Against fp64: dtypes, an fp32 head on a half trunk, masks, sliced batches, few parts."""
+    backend, cuda = emulated
+    for case, (dtype, wide, (batch, tokens), D, K, slices) in enumerate(EMULATED):
+        if batch * tokens * D > 60_000 and case % 4:
+            continue
+        monkeypatch.setattr(backend, "PROGRAMS", (2, 16, 1024)[case % 3])
+        x, mask = sample(batch, tokens, K, D, dtype, case), sample_mask(
+            MASKS[case % len(MASKS)], batch, tokens, case)
+        if wide:
+            x[1:] = [v.float() for v in x[1:]]
+        exact = run(*(v.double() for v in x), mask, head=eager)
+        plain = run(*(v.float() for v in x), mask, head=eager)
+        if slices:  # as full[:, P - 1:-1]
+            x[0] = F.pad(x[0], (0, 0, 2, 3), value=math.nan)[:, 2:2 + tokens]
+        actual = cuda(*x, mask)
+        for name, a, e, p in zip(NAMES, actual, exact, plain, strict=True):
+            assert_accurate(a, e, p.to(a.dtype), name=f"{name} {EMULATED[case]}")
+        if mask is not None:
+            assert not actual[0][~mask].any() and not actual[1][~mask].any()
+
+
+def test_cuda_kernels_emulated_poisoned_and_in_part(emulated):
+    backend, cuda = emulated
+    hidden, weight, bias, grad = sample(3, 21, 3, 72)
+    mask = sample_mask("interior", 3, 21)
+    clean = cuda(poisoned(hidden, mask, 0.0), weight, bias, poisoned(grad, mask, 0.0), mask)
+    for poison in POISONS:
+        dirty = cuda(poisoned(hidden, mask, poison), weight, bias, poisoned(grad, mask, poison),
+                     mask)
+        assert_same_bits(dirty, clean)
+    full = cuda(hidden, weight, bias, grad)[1:]
+    for wanted in itertools.product((False, True), repeat=3):
+        raw = backend.bwd(grad, hidden, weight, bias, None, *wanted)
+        assert [x.numel() > 0 for x in raw] == list(wanted)
+        assert all(not want or torch.equal(x, f)
+                   for x, f, want in zip(raw, full, wanted, strict=True))
+
+
+def test_what_the_cuda_kernels_refuse(emulated):
+    backend, _ = emulated
+    hidden, weight, bias, grad = sample(2, 5, 3, 8)
+    assert backend.supports(hidden, weight, bias, None) is None
+    assert backend.supports(grad, hidden, weight, bias, None, True, True, True) is None
+    assert "16 bytes" in backend.supports(*(x[..., :7] for x in (hidden, weight)), None, None)
+    assert "16 bytes" in backend.supports(F.pad(hidden, (1, 0))[..., 1:], weight, None, None)
+    assert "2 outputs" in backend.supports(hidden, weight[:2], None, None)
+    assert "float16" in backend.supports(hidden.bfloat16(), weight.half(), None, None)
+    assert "fp64" in backend.supports(hidden, weight, bias.double(), None)
+    assert backend.supports(hidden.transpose(0, 1), weight, None, None) is None
 
 
 GOOD = {"hidden": torch.zeros(2, 3, 8), "weight": torch.zeros(3, 8), "bias": torch.zeros(3),

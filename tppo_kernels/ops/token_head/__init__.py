@@ -13,7 +13,7 @@ from ..._eager import recorded
 from ..._op import Op
 from . import reference
 
-_op = Op("token_head", cuda=("triton", "reference"))
+_op = Op("token_head", cuda=("cuda", "triton", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:

@@ -22,7 +22,7 @@ from . import reference
 
 WARPS = 4
 MAX_OUTPUTS = 8  # the sums of all outputs stay in registers
-PROGRAMS = 512  # of the first launch of backward; the same on every GPU, as results are
+PROGRAMS = 1024  # of the first launch of backward; the same on every GPU, as results are
 
 
 def supports(*args: object) -> str | None:
