@@ -57,12 +57,31 @@ def test_fifty_lengths_and_temperatures_make_at_most_two_graphs():
     assert count_graphs(update, calls) <= 2
 
 
-def test_the_example_of_the_readme_runs():
+def examples():
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    found = re.findall(r"```python\n(.*?)```", text, re.S)
+    return [compile(example, "README.md", "exec") for example in found]
+
+
+def test_the_first_example_of_the_readme_runs():
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(examples()[0], names)
     assert names["logits"].grad.abs().sum() > 0 and names["values"].grad.abs().sum() > 0
+
+
+def test_the_second_example_of_the_readme_is_each_answer_alone():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2)).eval()
+    prompt, answers = [5, 6, 7, 8], [[9, 10], [11], [12, 13, 14]]
+    names = {"torch": torch, "tk": tk, "model": model, "prompt": prompt, "answers": answers}
+    _, second = examples()
+    exec(second, names)
+    for answer, logprobs in zip(answers, names["logprobs"], strict=True):
+        every = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[3:-1]
+        alone = every.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[:len(answer)], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
