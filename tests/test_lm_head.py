@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _processes import two_processes
 from torch import nn
 
 import tppo_kernels as tk
@@ -225,15 +226,100 @@ def test_heads_that_are_no_plain_matrix_are_refused_with_the_reason():
     refused("meta", lambda m: m.lm_head.to("meta"))
 
 
-def test_a_sharded_head_is_refused(tmp_path):
+SHARDINGS = ("model", "model at once", "head", "frozen head", "tied")
+
+
+def sharded(name, mesh):
+    """A model under FSDP2, its layers each alone; the head with the rest, or alone too."""
+    from torch.distributed.fsdp import fully_shard
+    model = tiny("llama", tie_word_embeddings=name == "tied")
+    if name == "frozen head":
+        model.lm_head.weight.requires_grad_(False)
+    if mesh is None:
+        return model
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if name.endswith("head"):
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh,
+                       reshard_after_forward=True if name == "model at once" else None)
+
+
+def sharded_steps(name, mesh=None, rank=None):
+    """[log-probs, entropy, loss and all gradients], of the rows of a rank, or of both.
+
+    The second rank has no valid token in the second step. The sums are added up over ranks.
+    """
+    model, results = sharded(name, mesh), []
+    head = tk.FusedLMHead(model)
+    ids, targets, mask = rows()
+    for step in range(2):
+        mask = mask.clone()
+        mask[1] &= step == 0
+        here = slice(None) if rank is None else slice(rank, rank + 1)
+        hidden = head.hidden(input_ids=ids[here], use_cache=False)
+        out = head(hidden, targets[here], mask[here], entropy_grad=name != "frozen head")
+        loss = head.loss(hidden, targets[here], torch.full_like(out.logprobs, -4.0).detach(),
+                         torch.ones(1 if rank is not None else 2), mask[here], clip_high=9.0,
+                         num_tokens=12).loss
+        (0.3 * out.logprobs.sum() + 0.2 * out.entropy.detach().sum() + loss).backward()
+        full = {k: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                for k, p in model.named_parameters() if p.grad is not None}
+        results.append([out.logprobs.detach().numpy().copy(), loss.item(),
+                        {k: g.numpy().copy() for k, g in full.items()}])
+        model.zero_grad()
+    return results
+
+
+def sharded_worker(rank, port, queue):
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    queue.put((rank, {name: sharded_steps(name, mesh, rank) for name in SHARDINGS}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both_ranks():
+    return two_processes(sharded_worker, timeout=200)
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_fsdp2_gathers_the_head_by_its_own_hooks(both_ranks, name):
+    """An empty shard read as the weight (trl#6372); a rank without a valid token takes part."""
+    for step, (logprobs, loss, wanted) in enumerate(sharded_steps(name)):
+        first, second = (both_ranks[rank][name][step] for rank in range(2))
+        for row, part in enumerate((first, second)):
+            assert abs(part[0][0] - logprobs[row]).max() <= 1e-4
+        assert abs(first[1] + second[1] - loss) < 1e-4
+        assert first[2].keys() == second[2].keys() == wanted.keys()
+        for key, g in wanted.items():  # FSDP2 takes the mean over ranks
+            for part in (first, second):
+                error = torch.from_numpy(2 * part[2][key] - g).norm()
+                assert error <= 1e-3 * torch.from_numpy(g).norm() + 1e-5, (key, step)
+
+
+def test_a_shard_that_nothing_has_gathered_is_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = tiny("llama")
-        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        head = tk.FusedLMHead(model)
+        fully_shard(model.model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        fully_shard(model.lm_head, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        model.lm_head.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="forward hooks"):
+            fused(head, *rows())
+        parallel = tiny("llama", tie_word_embeddings=False)
+        head = tk.FusedLMHead(parallel)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        parallel.lm_head.weight = nn.Parameter(dist.tensor.distribute_tensor(
+            parallel.lm_head.weight.detach(), mesh))
         with pytest.raises(ValueError, match="DTensor"):
-            tk.FusedLMHead(model)
+            fused(head, *rows())
     finally:
         dist.destroy_process_group()
 

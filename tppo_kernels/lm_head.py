@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,15 +38,21 @@ class FusedLMHead:
     PEFT. verify=True compares the logits of eight tokens once; it is the way in for a family that
     is not in `FAMILIES`. A head that is no plain matrix at the time of the call is refused with a
     ValueError that says why: quantised, sharded, offloaded, hooked, DoRA, LoRA with dropout.
+
+    FSDP2 (`fully_shard`): the weight is gathered by the hooks of the module that was given to it,
+    the head or the model, once a call whatever the number of rows, and its gradient is reduced by
+    them. Take the states from `hidden`, which runs those of the model, and first.
     """
 
     def __init__(self, model: Any, *, verify: bool = False):
-        self.model = _causal_model(model)
+        self.wrapped = model
+        self.model = _causal_model(model)[-1]
         config = self.model.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None) or 1.0
         self.logit_scale: float = (getattr(config, "logit_scale", None) or 1.0) / divisor
-        head_of(self.model)
+        if not (_sharded(self._holder()) or _sharded(self.model.get_output_embeddings())):
+            head_of(self.model)
         if verify:
             self._verify()
         elif config.model_type not in FAMILIES:
@@ -54,44 +62,61 @@ class FusedLMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """The states that the head reads, after the final norm, for the inputs of the model."""
-        return self.model.base_model(**inputs).last_hidden_state  # [B, L, D]
+        def states(**inputs: Any) -> Tensor:
+            return self.model.base_model(**inputs).last_hidden_state  # [B, L, D]
+
+        holder = self._holder()
+        return _through(holder, states, **inputs) if _sharded(holder) else states(**inputs)
 
     def __call__(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None,
                  **keywords: Any) -> LinearLogprobs:
         """`tk.linear_logprobs` with this head; keywords are its own but bias, softcap, scale."""
-        weight, own = self._own("__call__", keywords)
-        return linear_logprobs(hidden, weight, targets, mask, **own, **keywords)
+        return self._use("__call__", keywords, linear_logprobs, hidden, targets, mask)
 
     def loss(self, hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
              mask: Tensor | None = None, **keywords: Any) -> LinearPolicyLoss:
         """`tk.linear_ppo_loss` with this head; keywords are its own but bias, softcap, scale."""
-        weight, own = self._own("loss", keywords)
-        return linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, mask, **own,
-                               **keywords)
+        return self._use("loss", keywords, linear_ppo_loss, hidden, targets, old_logprobs,
+                         advantages, mask)
 
-    def _own(self, method: str, keywords: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The weight, and the keywords that belong to the head; a caller's own are refused."""
-        weight, bias = head_of(self.model)
-        own = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-        for name in own.keys() & keywords.keys():
+    def _use(self, method: str, keywords: dict[str, Any], operator: Callable, hidden: Tensor,
+             *arguments: Tensor | None) -> Any:
+        """The operator with this head, inside the hooks that gather its weight where it is sharded.
+
+        The keywords that belong to the head are the model's: a caller's own are refused.
+        """
+        own = {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        for name in (own.keys() | {"bias"}) & keywords.keys():
             raise TypeError(f"FusedLMHead: {method} got {name}, expected none: it is the model's")
-        return weight, own
+
+        def run(hidden: Tensor) -> Any:
+            weight, bias = head_of(self.model)
+            return operator(hidden, weight, *arguments, bias=bias, **own, **keywords)
+
+        head, holder = self.model.get_output_embeddings(), self._holder()
+        if _sharded(head):
+            return _through(head, run, hidden)
+        apart = type(getattr(head, "weight", None)).__name__ == "DTensor"
+        return _through(holder, run, hidden) if apart and _sharded(holder) else run(hidden)
+
+    def _holder(self) -> Any:
+        """The outermost module around the model that FSDP2 shards, or the model."""
+        chain = _causal_model(self.wrapped)
+        return next(filter(_sharded, chain), chain[-1])
 
     @torch.no_grad()
     def _verify(self) -> None:
         """Raises ValueError where the logits are not this head's of the last hidden states."""
-        weight, bias = head_of(self.model)
-        ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+        ids = torch.arange(8, device=self.model.device)[None] % self.model.config.vocab_size
         training = self.model.training
         self.model.eval()
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits.float()  # [1, 8, V]
+            logits = self._holder()(input_ids=ids, use_cache=False).logits.float()  # [1, 8, V]
             hidden = self.hidden(input_ids=ids, use_cache=False)
+            z = self._use("verify", {}, _logits, hidden)
         finally:
             self.model.train(training)
-        z = nn.functional.linear(hidden, weight, bias).float() * self.logit_scale
-        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-        limit = VERIFIED_TO if weight.dtype == torch.float32 else 100 * VERIFIED_TO
+        limit = VERIFIED_TO if hidden.dtype == torch.float32 else 100 * VERIFIED_TO
         error = float((z - logits).abs().max()) if z.shape == logits.shape else float("inf")
         if not error <= limit * float(logits.abs().max()):
             raise ValueError(f"FusedLMHead: model is of the family {self.model.config.model_type!r}"
@@ -99,8 +124,35 @@ class FusedLMHead:
                              f"differ by {error:.3g}")
 
 
-def _causal_model(model: Any) -> Any:
-    """The transformers model inside its wrappers."""
+def _logits(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None,
+            logit_scale: float) -> Tensor:
+    """What the model's own head gives, in fp32."""
+    z = nn.functional.linear(hidden, weight, bias).float() * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _sharded(module: Any) -> bool:
+    """Whether FSDP2 has sharded parameters of the module itself: its hooks gather them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _through(module: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Calls the module with another forward: its hooks run as ever."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(*args, **kwargs)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _causal_model(model: Any) -> list[Any]:
+    """The wrappers around a transformers model, outermost first, and the model at the end."""
+    chain = [model]
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
@@ -110,13 +162,14 @@ def _causal_model(model: Any) -> Any:
             model = model.get_base_model()
         else:
             break
+        chain.append(model)
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
         raise TypeError(f"FusedLMHead: model is {type(model).__name__}, expected a transformers "
                         "model for causal language modelling")
     if model.get_output_embeddings() is None:
         raise ValueError(f"FusedLMHead: model is {type(model).__name__} without an output head, "
                          "expected a ...ForCausalLM")
-    return model
+    return chain
 
 
 def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +187,8 @@ def _refuse(head: Any, why: str) -> ValueError:
 
 
 def _plain(head: Any) -> tuple[Tensor, Tensor | None]:
-    if type(head) is not nn.Linear:
+    kind = type(head).__bases__[-1] if _sharded(head) else type(head)  # FSDP2 makes a subclass
+    if kind is not nn.Linear:
         raise _refuse(head, "what it computes, a quantised product perhaps, is not known here; "
                             "leave the head out of the quantisation (skip_modules)")
     weight = head.weight
@@ -142,14 +196,16 @@ def _plain(head: Any) -> tuple[Tensor, Tensor | None]:
         raise _refuse(head, "its weight is partitioned by DeepSpeed; gather it around the call "
                             "(deepspeed.zero.GatheredParameters)")
     if type(weight.data).__name__ == "DTensor":
-        raise _refuse(head, "its weight is a sharded DTensor; unshard the module that holds it for "
-                            "the call")
+        raise _refuse(head, "its weight is a sharded DTensor, which the module that holds it "
+                            "gathers: take the states from FusedLMHead.hidden, and first")
     if type(weight.data) is not Tensor or not weight.is_floating_point():
         raise _refuse(head, f"its weight is a {type(weight.data).__name__} of {weight.dtype}, a "
                             "quantised one perhaps")
     if weight.dtype.itemsize < 2 or weight.is_meta:
         raise _refuse(head, f"its weight is {weight.dtype} on {weight.device}")
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    if not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks) or (
+            "forward" in vars(head) and not _sharded(head)):
         raise _refuse(head, "it has forward hooks, or a forward of its own, which would not run")
     return weight, head.bias
 
