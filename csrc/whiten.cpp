@@ -1,6 +1,5 @@
-#include <cmath>
+#include "whiten.h"
 
-#include "common.h"
 #include "kernels.h"
 
 namespace tppo {
@@ -8,11 +7,6 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // tokens whose two passes stay in the first-level cache
 constexpr int kLanes = 16;        // independent sums: fp addition is not reordered by the compiler
-constexpr double kTiny = 1e-6;    // spread below this share of max|x| is rounding, not signal
-
-struct Moments {
-  double n = 0, mean = 0, m2 = 0, largest = 0;
-};
 
 // Moves the valid values of a block together; returns how many there are.
 int64_t compact(const float* x, const uint8_t* mask, int64_t n, float* values) {
@@ -66,18 +60,11 @@ Moments block_moments(const float* x, const uint8_t* mask, int64_t n) {
   return {double(n), mean, sum_of_squares(x, n, mean), largest};
 }
 
-// Chan, Golub, LeVeque 1979.
-Moments merge(const Moments& a, const Moments& b) {
-  if (a.n == 0 || b.n == 0) return a.n == 0 ? b : a;
-  const double n = a.n + b.n, gap = b.mean - a.mean;
-  return {n, a.mean + gap * b.n / n, a.m2 + b.m2 + gap * gap * a.n * b.n / n,
-          std::max(a.largest, b.largest)};
-}
-
-TPPO_CLONES void apply(const float* x, const uint8_t* mask, int64_t n, float mean, float scale,
-                       float rest, float* out) {
+TPPO_CLONES void apply(const float* x, const uint8_t* mask, int64_t n, const Whitening& by,
+                       float* out) {
+  const Whitening how = by;  // a copy, which `out` cannot overwrite
   for (int64_t i = 0; i < n; ++i) {
-    const float y = (x[i] - mean) * scale + rest;
+    const float y = whitened(x[i], how);
     out[i] = !mask || mask[i] ? y : 0.f;
   }
 }
@@ -98,18 +85,12 @@ void whiten_stats(const float* x, const uint8_t* mask, int64_t n, double* moment
   moments[0] = all.n, moments[1] = all.mean, moments[2] = all.m2, moments[3] = all.largest;
 }
 
-// (x - mean) * rsqrt(var + eps), and the mean again where it stays; the mean travels in two floats.
 void whiten_fwd(const float* x, const uint8_t* mask, int64_t n, const double* moments, double eps,
                 bool unbiased, bool shift_mean, float* out, int threads) {
-  const double tokens = moments[0], mean = moments[1];
-  const double var = moments[2] / std::max(1.0, tokens - unbiased);
-  const double tiny = kTiny * moments[3];
-  const double scale = tokens < 2 || var <= tiny * tiny ? 0.0 : 1.0 / std::sqrt(var + eps);
-  const float high = float(mean);
-  const float rest = float((shift_mean ? 0.0 : mean) - (mean - double(high)) * scale);
+  const Whitening by =
+      whitening({moments[0], moments[1], moments[2], moments[3]}, eps, unbiased, shift_mean);
   parallel_for(n, 64 * kBlock, threads, [=](int64_t first, int64_t last) {
-    apply(x + first, mask ? mask + first : nullptr, last - first, high, float(scale), rest,
-          out + first);
+    apply(x + first, mask ? mask + first : nullptr, last - first, by, out + first);
   });
 }
 

@@ -187,6 +187,18 @@ def linear_ppo_loss_varied(i, dtype):
                 ratio="token" if i % 3 else "sequence")
 
 
+def token_advantages_launches():
+    x, cu_seqlens = torch.randn(9, 24), torch.arange(10, dtype=torch.int32) * 24
+    tk.token_advantages(x.bfloat16(), x, x > 0, train_mask=x > 1, logprobs=x, ref_logprobs=x,
+                        kl_coef=0.1)
+    tk.token_advantages(x.flatten(), x.flatten(), cu_seqlens=cu_seqlens)
+
+
+def token_advantages_varied(i, dtype):
+    x = torch.randn(1 + i % 3, 1 + 131 * i).to(dtype)
+    tk.token_advantages(x, x, x > 0, gamma=1 - i / 100, lam=i / 100)
+
+
 ROW_KERNELS = ("_linear_logprobs_", "_token_logprobs_")  # of which several operators are made
 LAUNCHES, VARIED = ({name.removesuffix(end): function for name, function in list(globals().items())
                      if name.endswith(end)} for end in ("_launches", "_varied"))
@@ -285,6 +297,7 @@ def test_triton_compiles_without_spills(op, arch, compile_for, tmp_path):
     assert launched
     for name, kernels in launched.items():
         own = ROW_KERNELS if op.startswith("linear_") else f"_{op}_"
+        own = ("_gae_", "_whiten_") if op == "token_advantages" else own  # their composition
         assert name.startswith(own) and name.endswith("_kernel"), name
         for kernel in kernels:
             assert kernel.metadata.target.arch == arch

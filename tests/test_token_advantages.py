@@ -2,6 +2,7 @@
 
 import itertools
 
+import _emulated
 import pytest
 import torch
 from _matrix import third
@@ -255,6 +256,100 @@ def test_poison(backend, poison):
             assert all(not x[~mask].any() for x in run(poison)[:3])
 
 
+# (B, T) and how the kernel walks it: (a block a sequence, parts); a block takes 2,048 at once
+WALKS = [((9, 7), (False, 1)), ((20, 300), (False, 1)), ((5, 65), (True, 1)),
+         ((2, 2500), (True, 1)), ((1, 4300), (True, 2)), ((1, 1), (True, 1)),
+         ((0, 5), (True, 1)), ((3, 0), (True, 1))]
+EMULATED = [(walk, DTYPES[i % 3], kind, ("", "rows", "columns")[i // 3 % 3])
+            for i, (walk, kind) in enumerate(third(itertools.product(WALKS, MASKS), seed=4))]
+
+
+def test_cuda_kernels_emulated(monkeypatch):
+    """The kernels' own source on the CPU, thread by thread, through their host code."""
+    _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    from tppo_kernels.ops.gae import _cuda as walk
+
+    for case, (((B, T), plan), dtype, kind, layout) in enumerate(EMULATED):
+        monkeypatch.setattr(walk, "plan", lambda *_, plan=plan: plan)
+        *tensors, mask = batch(B, T, case, dtype, kind)
+        train = None if case % 2 else torch.rand(B, T) < 0.8
+        train = train if train is None or mask is None else train & mask
+        options = {"kl_coef": 0.1, "kl_estimator": ESTIMATORS[case % 6], "gamma": 0.99,
+                   "lam": torch.rand(B), "value_lam": (None, 0.5)[case // 2 % 2],
+                   "bootstrap": torch.randn(B).to(dtype), "unbiased": bool(case % 4 < 2),
+                   "normalize": case % 5 > 0}
+
+        def run(*inputs, mask=mask, train=train, options=options):
+            return tk.token_advantages(*inputs[:2], mask, train_mask=train, logprobs=inputs[2],
+                                       ref_logprobs=inputs[3], **options)
+
+        exact = run(*(x.double() for x in tensors))
+        eager = _emulated.undone(monkeypatch, "token_advantages", lambda: run(*tensors))  # noqa: B023
+        if layout == "rows":
+            tensors = [torch.nn.functional.pad(x, (3, 2))[:, 3:3 + T] for x in tensors]
+        elif layout == "columns":
+            tensors = [strided(x) for x in tensors]
+            mask, train = (x if x is None else strided(x) for x in (mask, train))
+        out = run(*tensors, mask=mask, train=train)
+        for name in ("advantages", "returns", "rewards"):
+            assert_accurate(getattr(out, name), getattr(exact, name), getattr(eager, name),
+                            floor=SEQUENTIAL_FLOOR, name=f"{name} of {EMULATED[case]}")
+        assert int(out.stats.n) == int(exact.stats.n) and out.stats.n.dtype == torch.int64
+        for name, a, e in zip(out.stats._fields[1:], out.stats[1:], exact.stats[1:], strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_cuda_kernels_emulated_packed_poisoned_and_in_a_group(monkeypatch):
+    """Poison changes no bit; moments that a group merged whiten as the process's own do."""
+    _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    from tppo_kernels.ops.gae import _cuda as walk
+
+    lengths = [5, 0, 300, 1, 2050, 0, 3]
+    *tensors, mask = batch(7, 2050)
+    cu = pack(mask, lengths)[1]
+    *tensors, mask = (pack(x, lengths)[0] for x in (*tensors, mask))
+    train, args = mask & (torch.rand(len(mask)) < 0.7), [torch.rand(7) for _ in range(3)]
+    alive = torch.stack([part.any() for part in mask.split(lengths)])
+    for plan in ((False, 1), (True, 2)):
+        monkeypatch.setattr(walk, "plan", lambda *_, plan=plan: plan)
+
+        def run(fill, dtype=torch.float32, normalize=True):
+            r, v, lp, ref = (poisoned(x, mask, fill).to(dtype) for x in tensors)
+            lam, value_lam, bootstrap = (poisoned(x, alive, fill).to(dtype) for x in args)
+            return tk.token_advantages(
+                r, v, mask, train_mask=train, logprobs=lp, ref_logprobs=ref, kl_coef=0.2,
+                kl_estimator="k3", lam=lam, value_lam=value_lam, bootstrap=bootstrap,
+                cu_seqlens=cu, normalize=normalize)
+
+        clean = run(0.0)
+        for a, e in zip(clean[:3], run(0.0, torch.float64)[:3], strict=True):
+            assert_accurate(a, e, floor=SEQUENTIAL_FLOOR)
+        for poison in POISONS:
+            assert_same_bits(run(poison), clean)
+        raw = run(0.0, normalize=False).advantages
+        moments = torch.ops.tppo_kernels.whiten_stats(raw, train)
+        apart = torch.ops.tppo_kernels.token_advantages_whiten(raw, train, moments, True)
+        torch.testing.assert_close(apart, clean.advantages, rtol=0, atol=1e-6)
+
+
+def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):
+    """Statistics of more tasks than blocks; advantages that differ by rounding alone give 0."""
+    backend = _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    from tppo_kernels.ops.gae import _cuda as walk
+
+    monkeypatch.setattr(backend, "BLOCKS", 3)
+    for plan in ((False, 1), (True, 1)):
+        monkeypatch.setattr(walk, "plan", lambda *_, plan=plan: plan)
+        rewards, values, _, _, mask = batch(50, 5)
+        out, exact = tk.token_advantages(rewards, values, mask), tk.token_advantages(
+            rewards.double(), values.double(), mask)
+        assert_accurate(out.advantages, exact.advantages, floor=SEQUENTIAL_FLOOR)
+        torch.testing.assert_close(torch.stack(out.stats[1:]).double(),
+                                   torch.stack(exact.stats[1:]), rtol=1e-5, atol=1e-5)
+        same = tk.token_advantages(torch.full((50, 5), 0.1), torch.zeros(50, 5), lam=0.0, gamma=0.0)
+        assert not same.advantages.any() and same.stats.advantage_std < 1e-7
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5)])
 def test_empty_is_zero_never_nan(backend, shape):
@@ -325,9 +420,9 @@ def test_opcheck(packed):
     raw = torch.ops.tppo_kernels.token_advantages_fwd.default
     scalars = (torch.tensor(0.1), torch.tensor(0.9), torch.tensor([0.9, 0.5, 1.0]))
     torch.library.opcheck(raw, (*tensors, *scalars, torch.tensor(0.7), torch.randn(3), cu, "k3",
-                                True))
+                                True, True))
     torch.library.opcheck(raw, (*tensors[:2], None, None, None, None, *scalars, None, None, cu,
-                                "k1", False))
+                                "k1", False, False))
 
 
 def test_compiles_as_one_graph_and_exports():

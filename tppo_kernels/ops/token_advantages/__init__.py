@@ -14,9 +14,9 @@ from ..._sequence import KL_ESTIMATORS, alive, compute_dtype
 from ..whiten import check_group, over_group
 from . import reference
 
-_op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "reference"))
+_op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
-NBYTES_PER_TOKEN = 29  # gae's 17, two log-probs and the shaped rewards; 37 with whitening
+NBYTES_PER_TOKEN = 29  # gae's 17, two log-probs and the shaped rewards; whitening: 8 more
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -50,7 +50,8 @@ class TokenAdvantages(NamedTuple):
 
 
 def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma,
-                  lam, value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased) -> None:
+                  lam, value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased,
+                  whitened) -> None:
     offsets("token_advantages", cu_seqlens, token_rewards.shape[0])
     seen = partial(alive, token_rewards, mask, cu_seqlens)
     values_between("token_advantages", "lam", lam, 0.0, 1.0, seen)
@@ -62,18 +63,20 @@ def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprob
 
 
 def _fake(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma, lam,
-          value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased):
+          value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased, whitened):
     dtype = compute_dtype(token_rewards, values, logprobs, ref_logprobs)
     tokens = [token_rewards.new_empty(token_rewards.shape, dtype=dtype) for _ in range(3)]
-    return (*tokens, token_rewards.new_empty(8, dtype=torch.float64),
+    return (*tokens, token_rewards.new_empty(7, dtype=dtype),
+            token_rewards.new_empty((), dtype=torch.int64),
             token_rewards.new_empty(4, dtype=torch.float64))
 
 
 _fwd = _op.define(
     "token_advantages_fwd(Tensor token_rewards, Tensor values, Tensor? mask, Tensor? train_mask,"
     " Tensor? logprobs, Tensor? ref_logprobs, Tensor kl_coef, Tensor gamma, Tensor lam,"
-    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens, str kl_estimator, bool unbiased)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
+    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens, str kl_estimator, bool unbiased,"
+    " bool whitened) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.fwd, _fake, _check_values)
 _whiten = _op.define(
     "token_advantages_whiten(Tensor advantages, Tensor? trained, Tensor moments, bool unbiased)"
     " -> Tensor", reference.whiten,
@@ -126,14 +129,14 @@ def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None 
     lam_rows = check.per_sequence("lam", lam, low=0.0, high=1.0)
     value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
     check_group(check, group)
-    with torch.no_grad():
-        advantages, returns, rewards, stats, moments = _fwd(
-            token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, discount,
-            lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased)
-        if normalize:
-            trained = mask if train_mask is None else train_mask
-            advantages = _whiten(advantages, trained, over_group(moments, group), unbiased)
-        _, kl, reward, advantage, back, *stds = stats.to(rewards.dtype).unbind()
-        return TokenAdvantages(advantages, returns, rewards, AdvantageStats(
-            n=stats[0].long(), kl_mean=kl, reward_mean=reward, reward_std=stds[0],
-            advantage_mean=advantage, advantage_std=stds[1], return_mean=back, return_std=stds[2]))
+    together = normalize and group is None
+    advantages, returns, rewards, stats, n, moments = _fwd(
+        token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, discount,
+        lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased, together)
+    if normalize and not together:
+        trained = mask if train_mask is None else train_mask
+        advantages = _whiten(advantages, trained, over_group(moments, group), unbiased)
+    kl, reward, advantage, back, *stds = stats.unbind()
+    return TokenAdvantages(advantages, returns, rewards, AdvantageStats(
+        n=n, kl_mean=kl, reward_mean=reward, reward_std=stds[0], advantage_mean=advantage,
+        advantage_std=stds[1], return_mean=back, return_std=stds[2]))

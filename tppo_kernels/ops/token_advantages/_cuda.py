@@ -1,17 +1,77 @@
-"""`token_advantages` on an NVIDIA GPU: the compiled walk of `gae` between vectorised passes."""
+"""`token_advantages` on an NVIDIA GPU: two launches, see csrc/token_advantages.cu.
+
+The first reads and writes 29 B a token, the second whitens in place, 8 B a token and the masks, and
+writes the statistics. Where a process group merges moments, whitening is a third, behind it.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..gae._cuda import fwd as gae
-from ..whiten.reference import stats
-from ._cpp import supports
-from .reference import compose, whiten
+import tppo_kernels._C as _C
+
+from ..._launch import current_stream, launching_on
+from ..gae._cuda import Arguments, column, dense, mask_rows, rows
+from .reference import refuse_fp64 as supports
 
 __all__ = ["fwd", "supports", "whiten"]
 
+ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "k1+": 4, "k3+": 5}  # as in csrc/ppo_loss.h
+BLOCKS = 1024  # of the first launch at most, each with its statistics; the same on every GPU
 
-def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+
+def _blocks(batch: int, wide: bool, parts: int) -> int:
+    """Of the first launch: they loop over the parts of sequences."""
+    return min(BLOCKS, batch * parts if wide else -(-batch // 8))
+
+
+def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: Tensor | None,
+        logprobs: Tensor | None, ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor,
+        lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
+        cu_seqlens: Tensor | None, kl_estimator: str, unbiased: bool,
+        whitened: bool) -> tuple[Tensor, ...]:
     """See `reference.compose`."""
-    return compose(gae, stats, *args)
+    device, n = token_rewards.device, token_rewards.numel()
+    advantages, returns, rewards = (torch.empty(token_rewards.shape, device=device)
+                                    for _ in range(3))
+    if n == 0:
+        return (advantages, returns, rewards, advantages.new_zeros(7),
+                torch.zeros((), dtype=torch.int64, device=device),
+                advantages.new_zeros(4, dtype=torch.float64))
+    stats = torch.empty(7, device=device)
+    count = torch.empty((), dtype=torch.int64, device=device)
+    moments = torch.empty(4, dtype=torch.float64, device=device)
+    mask, train_mask = (None if x is None else x.contiguous() for x in (mask, train_mask))
+    with launching_on(token_rewards):
+        given = Arguments(token_rewards, values, mask, gamma, lam, value_lam, bootstrap,
+                          cu_seqlens)
+        logprobs, ref_logprobs = dense(logprobs), dense(ref_logprobs)
+        coef, described_coef = column(kl_coef)
+        blocks = _blocks(given.batch, given.wide, given.parts)
+        partials = torch.empty(5 * 4 * blocks, dtype=torch.float64, device=device)
+        stream = current_stream(token_rewards)
+        _C.token_advantages_fwd_cuda(
+            given.described, rows(logprobs), rows(ref_logprobs), mask_rows(train_mask),
+            described_coef, ESTIMATORS[kl_estimator], given.wide, given.parts, blocks, given.maps,
+            partials.data_ptr(), advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr(),
+            stream)
+        _C.token_advantages_whiten_cuda(
+            advantages.data_ptr(), mask_rows(mask)[0], mask_rows(train_mask)[0],
+            n if whitened else 0, unbiased, partials.data_ptr(), blocks, stats.data_ptr(),
+            count.data_ptr(), moments.data_ptr(), advantages.data_ptr(), stream)
+    return advantages, returns, rewards, stats, count, moments
+
+
+def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
+    """See `reference.whiten`."""
+    out = torch.empty(advantages.shape, device=advantages.device)
+    if advantages.numel():
+        advantages, moments = advantages.contiguous(), moments.contiguous()
+        trained = None if trained is None else trained.contiguous()
+        with launching_on(advantages):
+            _C.token_advantages_whiten_cuda(
+                advantages.data_ptr(), mask_rows(trained)[0], 0, advantages.numel(),
+                unbiased, moments.data_ptr(), 1, 0, 0, 0, out.data_ptr(),
+                current_stream(advantages))
+    return out

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..._native import FP64
 from ..._sequence import compute_dtype, kl, on, select
 from ..gae.reference import fwd as gae_reference
 from ..whiten.reference import fwd as whiten_reference
@@ -15,16 +16,24 @@ from ..whiten.reference import stats as moments_reference
 EPS = 1e-8  # of `whiten`
 
 
-def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Tensor],
-            token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: Tensor | None,
-            logprobs: Tensor | None, ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor,
-            lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
-            cu_seqlens: Tensor | None, kl_estimator: str,
-            unbiased: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(raw advantages, returns, rewards, statistics [8], moments of what is trained [4]).
+def refuse_fp64(tokens: Tensor, *rest: object) -> str | None:
+    """Why the compiled backends refuse arguments of `fwd` (values, log-probs: 1, 4, 5) or of
+    `whiten`, or None."""
+    given = [x for x in (tokens, *rest[:1], *rest[3:5]) if isinstance(x, Tensor)]
+    return FP64 if compute_dtype(*given) == torch.float64 else None
 
-    statistics, over `mask`: n, mean of the KL, means of rewards, raw advantages and returns, their
-    standard deviations. fp64, as the moments.
+
+def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Tensor],
+            whiten: Callable[..., Tensor], token_rewards: Tensor, values: Tensor,
+            mask: Tensor | None, train_mask: Tensor | None, logprobs: Tensor | None,
+            ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor, lam: Tensor,
+            value_lam: Tensor | None, bootstrap: Tensor | None, cu_seqlens: Tensor | None,
+            kl_estimator: str, unbiased: bool, whitened: bool) -> tuple[Tensor, ...]:
+    """(advantages, returns, rewards, statistics [7], n, moments of what is trained [4]).
+
+    statistics, over `mask`: mean of the KL, means of rewards, raw advantages and returns, their
+    standard deviations; n: its tokens, int64. moments: (n, mean, M2, max) in fp64. advantages: raw,
+    or `whitened` by those moments.
     """
     dtype = compute_dtype(token_rewards, values, logprobs, ref_logprobs)
     rewards = select(token_rewards, mask, dtype)  # [B, T] or [N]
@@ -38,18 +47,22 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Te
     advantages, returns = gae(rewards, values.to(dtype), mask, gamma, lam, value_lam, bootstrap,
                               cu_seqlens)
     parts = torch.stack([moments(x, mask) for x in (rewards, advantages, returns)])  # [3, 4]
-    n = parts[:1, 0]  # [1]
+    n = parts[0, 0]
     std = torch.sqrt(parts[:, 2] / (n - int(unbiased)).clamp(min=1))  # [3]
-    stats = torch.cat([n, kl_mean[None], parts[:, 1], std])
+    stats = torch.cat([kl_mean[None], parts[:, 1], std]).to(dtype)
     if train_mask is None:
-        return advantages, returns, rewards, stats, parts[1].clone()
-    trained = train_mask if mask is None else train_mask & mask
-    return advantages, returns, rewards, stats, moments(advantages, trained)
+        trained, of_trained = mask, parts[1].clone()
+    else:
+        trained = train_mask if mask is None else train_mask & mask
+        of_trained = moments(advantages, trained)
+    if whitened:
+        advantages = whiten(advantages, trained, of_trained, unbiased)
+    return advantages, returns, rewards, stats, n.long(), of_trained
 
 
-def fwd(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fwd(*args) -> tuple[Tensor, ...]:
     """`compose` over the references of `gae` and `whiten`."""
-    return compose(gae_reference, moments_reference, *args)
+    return compose(gae_reference, moments_reference, whiten, *args)
 
 
 def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
