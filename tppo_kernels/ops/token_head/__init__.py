@@ -24,6 +24,17 @@ def sample_inputs() -> tuple[tuple, dict]:
     return (hidden, weight, bias[:, 0], torch.rand(3, 17, generator=g) < 0.7), {}
 
 
+def nbytes(hidden: Tensor, weight: Tensor) -> int:
+    """Bytes that forward and backward must move when every row is valid.
+
+    hidden twice and its gradient; per row and output the fp32 result and its gradient; weight in
+    each pass and its gradient.
+    """
+    rows = hidden.numel() // hidden.shape[-1]
+    return (3 * hidden.numel() * hidden.element_size() + 8 * rows * weight.shape[0]
+            + 3 * weight.numel() * weight.element_size())
+
+
 def _fake_fwd(hidden, weight, bias, mask):
     return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]),
                             dtype=reference.result_dtype(hidden, weight, bias))
