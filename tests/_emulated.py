@@ -16,6 +16,7 @@ import pytest
 from tppo_kernels._op import OPS, missing
 
 ROOT = Path(__file__).parent.parent
+WALKS = ("gae", "token_advantages")  # compiled together, once
 
 
 @functools.cache
@@ -46,12 +47,15 @@ def extension(*names):
     return module
 
 
-def on_the_cpu(monkeypatch, op):
-    """Makes "cuda" a backend of `op` for CPU tensors until the test ends; its `_cuda` module."""
+def on_the_cpu(monkeypatch, op, *names):
+    """Makes "cuda" a backend of `op` for CPU tensors until the test ends; its `_cuda` module.
+
+    names: of the sources in csrc that it needs.
+    """
     if missing("cpp") or importlib.util.find_spec("pybind11") is None:
         pytest.skip("needs the compiled part, a C++ compiler and pybind11")
     backend = importlib.import_module(f"tppo_kernels.ops.{op}._cuda")
-    monkeypatch.setattr(backend, "_C", extension("gae"))
+    monkeypatch.setattr(backend, "_C", extension(*names or WALKS))
     monkeypatch.setitem(OPS[op].order, "cpu", ("cuda", "reference"))
     monkeypatch.setattr("tppo_kernels._op.missing", lambda backend: None)
     return backend
