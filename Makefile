@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench check clean
+.PHONY: help demo test test-full lint bench check gpu-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -38,6 +38,9 @@ lint: .venv/dev
 
 bench: .venv/dev  ## the operators against eager and compiled PyTorch on this machine
 	$(BIN)/python -m pytest bench
+
+gpu-check:  ## on a machine with an NVIDIA GPU, no network: build in place, test, train, measure (9 minutes)
+	$(PYTHON) bench/gpu_check.py
 
 check: .venv/train  ## the demo at several seeds, held to what it promises (about 6 minutes each)
 	for seed in $(SEEDS); do \

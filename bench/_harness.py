@@ -34,7 +34,7 @@ class RedGate(AssertionError):
 class Case:
     """One operator at one shape. `make(seed)` gives the inputs; `exact` and `eager` judge the rest.
 
-    exact: run on the inputs in fp64, on the CPU. eager: plain PyTorch as users write it, in fp32.
+    exact: run on the inputs in fp64. eager: plain PyTorch as users write it, in fp32.
     """
 
     op: str
@@ -69,15 +69,13 @@ class Row:
 
 
 def as_double(x: Any) -> Any:
-    """A tensor on the CPU, floating ones in fp64."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
+    """A floating tensor in fp64, without its graph; anything else as it is."""
+    return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def gate(case: Case, device: str) -> None:
+def gate(case: Case, device: str, inputs: tuple[Any, ...] | None = None) -> None:
     """Raises `RedGate` naming the contender whose results leave the accuracy policy."""
-    inputs = place(case.make(0), device)
+    inputs = place(case.make(0), device) if inputs is None else inputs
     with _grad(case):
         exact = case.exact(*(as_double(x) for x in inputs))
         eager = case.eager(*inputs)
@@ -85,7 +83,7 @@ def gate(case: Case, device: str) -> None:
             results = function(*inputs)
             for i, (a, x, e) in enumerate(zip(results, exact, eager, strict=True)):
                 try:
-                    assert_accurate(a.detach().cpu(), x.detach(), e.detach().cpu().to(a.dtype),
+                    assert_accurate(a.detach(), x.detach(), e.detach().to(a.dtype),
                                     floor=case.floor, name=f"result {i}")
                 except AssertionError as error:
                     raise RedGate(f"red gate, no number: {name} of {case.op} {case.shape}: "
@@ -98,9 +96,10 @@ def run(case: Case, device: str = "cpu", *, rounds: int = 15,
 
     `round_robin(one_round, rounds)` may take over the loop (pytest-benchmark does).
     """
-    gate(case, device)
-    copies = 1 if device == "cpu" else max(2, int(2e8 // max(1, case.nbytes)) + 1)  # L2-cold
-    inputs = [place(case.make(seed), device) for seed in range(copies)]
+    given = place(case.make(0), device)
+    gate(case, device, given)
+    copies = 1 if device == "cpu" else min(64, int(2e8 // max(1, case.nbytes)) + 2)  # L2-cold
+    inputs = [given, *(place(given, device) for _ in range(copies - 1))]
     walls: dict[str, list[float]] = {name: [] for name in case.contenders}
     count = 0
 
@@ -144,9 +143,9 @@ def _grad(case: Case) -> Any:
 
 
 def place(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    """The inputs on a device; a leaf that wants its gradient stays one."""
-    return tuple(x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor)
-                 else x for x in inputs)
+    """The inputs copied to a device; a leaf that wants its gradient stays one."""
+    return tuple(x.detach().to(device, copy=True).requires_grad_(x.requires_grad)
+                 if isinstance(x, Tensor) else x for x in inputs)
 
 
 def wall_us(function: Function, inputs: tuple[Any, ...], device: str) -> float:
@@ -162,7 +161,10 @@ def wall_us(function: Function, inputs: tuple[Any, ...], device: str) -> float:
 
 def device_us(function: Function, inputs: list[tuple[Any, ...]], replays: int = 20) -> float:
     """A call in a replayed CUDA graph that goes through all copies of the inputs, so that the L2
-    cache is cold and the host is out of the way."""
+    cache is cold and the host is out of the way. Slow functions go through fewer, fewer times."""
+    slow = wall_us(function, inputs[0], "cuda") / 1e6
+    inputs = inputs[:max(2, int(0.2 / slow))]
+    replays = max(3, min(replays, int(0.5 / slow / len(inputs))))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -211,9 +213,15 @@ _copies: dict[str, float] = {}
 def copy_gb_s(device: str, nbytes: int = 1 << 28) -> float:
     """The bandwidth of a large copy in this process, read and written bytes counted; once."""
     if device not in _copies:
+        nbytes = nbytes if device == "cpu" else 8 * nbytes
         source = torch.ones(nbytes // 4, device=device)
         target = torch.empty_like(source)
-        best = min(wall_us(lambda: (target.copy_(source),), (), device) for _ in range(10))
+
+        def copy() -> tuple[Tensor]:
+            return (target.copy_(source),)
+
+        best = (min(wall_us(copy, (), device) for _ in range(10)) if device == "cpu"
+                else device_us(copy, [()]))
         _copies[device] = 2 * nbytes / best / 1e3
     return _copies[device]
 

@@ -1,0 +1,109 @@
+"""`python bench/report.py FILE.json`: results as FILE.md (tables) and FILE.svg (a roofline)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 420, 70, 370, 30
+COLOURS = ("#1b6ca8", "#c0392b", "#27815b", "#8e44ad", "#b9770e", "#34495e", "#d35400", "#16a085")
+
+
+def markdown(results: dict[str, Any], plot: str | None) -> str:
+    """The report: the machine, a table of operators, a table of whole steps, the checks."""
+    machine = results["machine"]
+    where = machine.get("gpu") or machine["cpu"]
+    lines = [f"# Measured on {where}", "",
+             f"torch {machine['torch']}, Python {machine['python']}, copy bandwidth "
+             f"{machine['copy_gb_s']:,.0f} GB/s in the same session, {machine['time']}.", ""]
+    rows: list[Row] = results.get("rows", [])
+    if rows:
+        lines += _table(("operator", "shape", "implementation", "device us", "call us", "GB/s",
+                         "% of copy", "peak MB", "speed-up of op over it"),
+                        [_cells(row, rows) for row in rows])
+    if plot:
+        lines += ["", f"![bytes moved against bandwidth reached]({plot})"]
+    steps: list[Row] = results.get("steps", [])
+    if steps:
+        keys = [k for k in steps[0] if k != "device"]
+        lines += ["", "## A PPO step", "", *_table(keys, [[_text(s[k]) for k in keys]
+                                                          for s in steps])]
+    checks: list[Row] = results.get("checks", [])
+    if checks:
+        lines += ["", "## Checks", "", *_table(
+            ("part", "state", "seconds", "what it said"),
+            [[c["name"], c["state"], f"{c['seconds']:.0f}", "; ".join(c["said"])] for c in checks])]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, rows: list[Row]) -> list[str]:
+    op = next((r for r in rows if (r["op"], r["shape"], r["implementation"])
+               == (row["op"], row["shape"], "op")), None)
+    over = op["speed_up"].get(row["implementation"]) if op else None
+    return [row["op"], row["shape"], row["implementation"],
+            "-" if row["device_us"] is None else f"{row['device_us']:,.1f}",
+            f"{row['wall_us']:,.1f}", f"{row['gb_s']:,.1f}", f"{row['percent_of_copy']:.0f}",
+            f"{row['peak_mb']:,.1f}", "-" if over is None else f"{over:.2f}"]
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _table(head: Any, body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def roofline(results: dict[str, Any]) -> str | None:
+    """An SVG: bytes moved (x) against bandwidth reached (y) of "op"; the copy is the roof."""
+    points = [(r["gb_s"] * r["median_us"] * 1e3, r["gb_s"], r["op"], r["shape"])
+              for r in results.get("rows", []) if r["implementation"] == "op" and r["gb_s"] > 0]
+    if not points:
+        return None
+    roof = results["machine"]["copy_gb_s"]
+    x_low, x_high = (f(math.log10(p[0]) for p in points) for f in (min, max))
+    y_low = min(math.log10(p[1]) for p in points)
+    y_high = max(math.log10(roof), *(math.log10(p[1]) for p in points))
+
+    def at(nbytes: float, gb_s: float) -> tuple[float, float]:
+        x = (math.log10(nbytes) - x_low) / max(x_high - x_low, 1e-9)
+        y = (math.log10(gb_s) - y_low) / max(y_high - y_low, 1e-9)
+        return LEFT + 20 + x * (WIDTH - LEFT - 200), BOTTOM - 20 - y * (BOTTOM - TOP - 40)
+
+    colours = {op: COLOURS[i % len(COLOURS)] for i, op in enumerate(sorted({p[2] for p in points}))}
+    roof_y = at(10 ** x_low, roof)[1]
+    parts = [f'<line x1="{LEFT}" y1="{roof_y:.1f}" x2="{WIDTH - 160}" y2="{roof_y:.1f}" '
+             'stroke="#333" stroke-dasharray="6 4"/>',
+             f'<text x="{LEFT + 4}" y="{roof_y - 5:.1f}">copy: {roof:,.0f} GB/s</text>',
+             f'<text x="{LEFT}" y="{HEIGHT - 15}">bytes moved, {10 ** x_low:.1e} to '
+             f'{10 ** x_high:.1e}; GB/s reached, {10 ** y_low:,.2g} to {10 ** y_high:,.4g}; '
+             'both logarithmic</text>']
+    for nbytes, gb_s, op, shape in points:
+        x, y = at(nbytes, gb_s)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colours[op]}">'
+                     f"<title>{op} {shape}: {gb_s:,.1f} GB/s</title></circle>")
+    parts += [f'<text x="{WIDTH - 150}" y="{TOP + 18 * i + 10}" fill="{colour}">{op}</text>'
+              for i, (op, colour) in enumerate(colours.items())]
+    frame = f'<path d="M{LEFT} {TOP}V{BOTTOM}H{WIDTH - 160}" fill="none" stroke="#333"/>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            f'font-family="sans-serif" font-size="13">{frame}{"".join(parts)}</svg>\n')
+
+
+def write(source: Path) -> Path:
+    """Renders a file of results beside it; returns the report's path."""
+    results = json.loads(source.read_text())
+    plot = roofline(results)
+    if plot:
+        source.with_suffix(".svg").write_text(plot)
+    target = source.with_suffix(".md")
+    target.write_text(markdown(results, source.with_suffix(".svg").name if plot else None))
+    return target
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"written: {write(Path(name))}")
