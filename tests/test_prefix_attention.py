@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tests._matrix import third
-from tppo_kernels import _varlen
+from tppo_kernels import __main__, _varlen
 from tppo_kernels._op import missing
 from tppo_kernels.ops import prefix_attention as op
 from tppo_kernels.testing import DTYPES, assert_accurate, assert_same_bits, count_graphs, strided
@@ -663,6 +663,21 @@ def test_gpu_backends_refuse_with_the_reason():
     order = op._op.order["cuda"]
     assert order == ("flash", "flash_attn", "efficient", "reference")
     assert missing("flash_attn") is None or "tppo-kernels[flash-attn]" in missing("flash_attn")
+
+
+def test_a_backend_that_takes_no_fp32_fails_no_self_test(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "_op", SimpleNamespace(
+        OPS={"prefix_attention": op._op}, missing=missing))
+    assert __main__.self_test() == [] and "flash      ok" in capsys.readouterr().out
+    made = op.sample_inputs
+
+    def narrow():
+        q, k, v, layout = made()[0]
+        return (q, k, v[..., :5], layout), {}
+
+    monkeypatch.setattr(op, "sample_inputs", narrow)
+    assert __main__.self_test() == []
+    assert "flash      not run: BackendError" in capsys.readouterr().out
 
 
 @settings(deadline=None, max_examples=15)
