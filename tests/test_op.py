@@ -7,9 +7,11 @@ import textwrap
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels import _op
+from tppo_kernels import _eager, _op
 
 
 @pytest.fixture
@@ -62,6 +64,12 @@ def test_forcing_a_backend_that_cannot_run_raises_with_the_reason(inputs):
     with pytest.raises(ValueError, match="backend is 'opencl', expected one of reference"):
         with tk.use_backend("opencl"):
             pass
+
+
+def test_triton_on_a_cpu_wants_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with tk.use_backend("triton"), pytest.raises(tk.BackendError, match="TRITON_INTERPRET=1"):
+        tk.whiten(torch.randn(3))
 
 
 def test_forcing_ends_with_the_block_and_nests(inputs):
@@ -136,3 +144,61 @@ def test_raw_ops_exist_and_are_functional():
                 schema = getattr(torch.ops.tppo_kernels, raw).default._schema
                 assert not schema.is_mutable
                 assert all(r.alias_info is None for r in schema.returns)
+
+
+class Watch(TorchDispatchMode):
+    """Notes what the dispatcher is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_raw_op_that_a_plain_call_goes_past(inputs):
+    plain = tk.gae(*inputs)
+    with Watch() as watch:
+        watched = tk.gae(*inputs)
+    assert "tppo_kernels.gae_fwd.default" in watch.seen
+    assert torch.equal(plain.advantages, watched.advantages)
+
+
+def test_fake_tensors_stay_fake_and_leave_no_constant_behind(inputs):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(tk.gae(*inputs, gamma=0.123).advantages, FakeTensor)
+    assert 0.123 not in _eager._CONSTANTS
+    assert type(tk.gae(*inputs, gamma=0.123).advantages) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_subclass_and_a_trace_go_through_the_dispatcher(inputs):
+    class Mine(torch.Tensor):
+        pass
+
+    args = (*inputs, None)
+    assert _eager.plain_device(args) == "cpu"
+    assert _eager.plain_device((inputs[0].as_subclass(Mine), inputs[1])) is None
+    assert _eager.plain_device((torch.nn.Parameter(inputs[0]), None, 1, "x")) == "cpu"
+    traced = torch.jit.trace(lambda r, v: tuple(tk.gae(r, v)), inputs)
+    assert "tppo_kernels::gae_fwd" in str(traced.graph)
+
+
+def test_a_constant_first_met_in_inference_mode_can_be_saved_later():
+    logits, targets = torch.randn(2, 5, requires_grad=True), torch.tensor([0, 1])
+    with torch.inference_mode():
+        tk.token_logprobs(logits.detach().clone(), targets, temperature=0.4567)
+    tk.token_logprobs(logits, targets, temperature=0.4567).logprobs.sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_a_plain_call_records_nothing_for_inputs_that_want_gradients(inputs):
+    rewards, values = (x.requires_grad_() for x in inputs)
+    with tk.use_backend("reference"):
+        assert not tk.gae(rewards, values).advantages.requires_grad
+    assert torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="gamma holds|lam holds"):
+        tk.gae(rewards, values, lam=torch.tensor(2.0))
+    assert torch.is_grad_enabled()

@@ -26,16 +26,17 @@ BOOL = (torch.bool,)
 FP32_MAX = torch.finfo(torch.float32).max
 
 
-_PARSED: dict[str, list[tuple[tuple[str, ...], bool]]] = {}
+_PARSED: dict[str, list[tuple[str, tuple[str, ...], bool]]] = {}
 
 
-def _alternatives(shape: str) -> list[tuple[tuple[str, ...], bool]]:
-    """The letters of each alternative, and whether they bind sizes; a shape is parsed once."""
+def _alternatives(shape: str) -> list[tuple[str, tuple[str, ...], bool]]:
+    """(text, letters, whether all of them bind a size) of each; a shape is parsed once."""
     parsed = _PARSED.get(shape)
     if parsed is None:
-        split = [tuple(words.split()) for words in shape.split("|")]
+        split = [(words.strip(), tuple(words.split())) for words in shape.split("|")]
         parsed = _PARSED[shape] = [
-            (letters, all(x.isalpha() or x == "..." for x in letters)) for letters in split]
+            (text, letters, all(x.isalpha() or x == "..." for x in letters))
+            for text, letters in split]
     return parsed
 
 
@@ -71,9 +72,9 @@ class Check:
         sizes = value.shape
         if sizes == self.seen.get(shape):
             return
-        for letters, plain in _alternatives(shape):
-            if self._bind(name, sizes, letters, plain):
-                self.seen[shape] = sizes
+        for text, letters, plain in _alternatives(shape):
+            if sizes == self.seen.get(text) or self._bind(name, sizes, letters, plain):
+                self.seen[text] = sizes
                 return
         raise ValueError(f"{self.op}: {name} has shape {list(sizes)}, expected "
                          f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
