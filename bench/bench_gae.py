@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _harness import Case
+from _harness import Case, Function
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -33,14 +33,22 @@ def op(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(tk.gae(rewards, values, mask, gamma=GAMMA, lam=LAM))  # type: ignore[return-value]
 
 
-def case(batch: int, tokens: int, smoke: bool) -> Case:
+def on_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What runs on a GPU without the compiled part."""
+    with tk.use_backend("triton"):
+        return op(*inputs)
+
+
+def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
     """One shape; a quarter of the tokens are masked."""
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(seed)
         rewards, values = torch.randn(2, batch, tokens, generator=g)
         return rewards, values, torch.rand(batch, tokens, generator=g) < 0.75
 
-    contenders = {"op": op, "loop": loop}
+    contenders: dict[str, Function] = {"op": op, "loop": loop}
+    if device == "cuda":
+        contenders["triton"] = on_triton
     if not smoke and tokens <= 128:  # it unrolls the loop: at 2,048 steps it compiles for an hour
         contenders["compiled"] = torch.compile(loop)
     return Case("gae", f"{batch} x {tokens}", NBYTES_PER_TOKEN * batch * tokens, make, loop, loop,
@@ -52,5 +60,5 @@ def test_gae(measure, device, smoke, index):
     shapes = [(3, 17)] if smoke else SHAPES[device]
     if index >= len(shapes):
         pytest.skip("fewer shapes on this device")
-    measured = measure(case(*shapes[index], smoke))
+    measured = measure(case(*shapes[index], smoke, device))
     assert smoke or measured["op"].speed_up["loop"] > 1

@@ -12,7 +12,7 @@ from tppo_kernels._op import OPS
 
 ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "prefix_attention", "step",
-          "token_head", "token_logprobs"}
+          "token_advantages", "token_head", "token_logprobs"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
                 "rows.py", "lm_head.py", "_losses.py", "_triton_losses.py", "_launch.py",
@@ -20,7 +20,7 @@ KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
-SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_matrix.py", "_processes.py",
+SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py", "_processes.py",
                 "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
                 "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py", "test_prefix.py", "test_lm_head.py",
                 "test_aot.py", "test_host_cost.py", "test_gpu_check.py", "_emulated.py"}
