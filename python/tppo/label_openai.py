@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -49,7 +49,7 @@ class Dropped:
 
 def label(
     items: Iterable[LabelItem], config: EndpointConfig, cache: Path, total: int | None = None
-) -> Iterator[Label | Dropped]:
+) -> Generator[Label | Dropped, None, None]:
     """Label every item, from the cache where it holds the answer, else from the endpoint.
 
     Results come in the order of the items, which are read as they are needed: at most
@@ -100,18 +100,23 @@ class _Live:
 
 def _results(
     live: _Live, items: Iterable[LabelItem], total: int | None
-) -> Iterator[Label | Dropped]:
-    """Let the questions run while the next result is waited for."""
+) -> Generator[Label | Dropped, None, None]:
+    """The results as they are needed, of questions that run in a thread of their own: there they
+    meet no other event loop (notebooks) and no Ctrl-C."""
     loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="labelling", daemon=True)
+    thread.start()
     count = 0
     with status(f"labelling by {live.config.model}", total) as bar:
         results = _answers(live, items, bar)
         try:
-            while (result := _step(loop, anext(results, None))) is not None:
+            while (result := _wait(loop, _next(results))) is not None:
                 count += 1
                 yield result
         finally:
-            _step(loop, _close(live, results))
+            _wait(loop, _close(live, results))
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
             loop.close()
             if live.spent.replies:
                 say(f"labelling: {live.spent.replies} replies, {live.spent.text(live.seconds())}")
@@ -121,19 +126,17 @@ def _results(
         raise EndpointError(live.without_key(live.fatal))
 
 
-def _step(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[T]) -> T:
-    """Run until it is there; in a thread where an event loop runs already (notebooks)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return loop.run_until_complete(awaitable)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(loop.run_until_complete, awaitable).result()
+def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+async def _next(results: AsyncGenerator[Label | Dropped, None]) -> Label | Dropped | None:
+    return await anext(results, None)
 
 
 async def _answers(
     live: _Live, items: Iterable[LabelItem], bar: Bar
-) -> AsyncIterator[Label | Dropped]:
+) -> AsyncGenerator[Label | Dropped, None]:
     """The results in order, until an error that concerns the endpoint as a whole."""
     free = asyncio.Semaphore(live.config.concurrency)
     held = live.held
@@ -206,13 +209,13 @@ async def _asked(
         del live.asked[key]
 
 
-async def _close(live: _Live, results: AsyncIterator[Label | Dropped]) -> None:
+async def _close(live: _Live, results: AsyncGenerator[Label | Dropped, None]) -> None:
     """Give up what still waits (after Ctrl-C the next result too), and the connections."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
     await asyncio.gather(*left, *(future for _, future in live.held), return_exceptions=True)
-    await results.aclose()  # type: ignore[attr-defined]
+    await results.aclose()
     if live.client is not None:
         await live.client.close()
 
@@ -295,8 +298,11 @@ async def _send(
         body = json.loads(reply.content)
     except openai.APITimeoutError:
         reason = f"no answer within {config.timeout_s:g} s, {config.max_retries + 1} times"
-    except openai.APIConnectionError:
-        reason = live.fatal = f"{config.base_url} cannot be reached"
+    except openai.APIConnectionError as error:
+        if "Connect" in type(error.__cause__).__name__:  # httpx, or whatever openai is built on
+            reason = live.fatal = f"{config.base_url} cannot be reached"
+        else:
+            reason = f"the connection broke off, {config.max_retries + 1} times"
     except openai.APIStatusError as error:
         reason = f"HTTP {error.status_code} from {config.base_url}"
         if error.status_code in (401, 403):

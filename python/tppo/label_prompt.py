@@ -163,12 +163,14 @@ class BadAnswer(ValueError):
 def prompt(item: LabelItem, template: Template = "words") -> str:
     """The message of one item: for words and answer, or for the answer alone.
 
-    Its texts stand in a JSON object whose angle brackets are escaped: no history can close the
-    object, or hold a tag of the answer.
+    Its texts stand in a JSON object; escaped in them are angle brackets, and square ones before a
+    letter or a slash: no history can close the object, hold a tag of the answer, or speak for
+    somebody else by the marks of a chat template (<|im_end|>, [INST]).
     """
     queries = [line for line in item.response.split("\n") if line.strip()]
     slots = {"history": item.history, "true_queries": item.targets, "returned_queries": queries}
     data = json.dumps(slots, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    data = re.sub(r"\[(?=[A-Za-z/])", r"\\u005b", data)  # JSON's own are before no such thing
     return PROMPTS[template].format(data=data, words_tag=WORDS_TAG, sentence_tag=SENTENCE_TAG)
 
 

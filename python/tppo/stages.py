@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 
@@ -136,7 +137,11 @@ def generate(run: Run) -> None:
 def label_answers(run: Run) -> None:
     """Word and answer labels, by the rule or by an endpoint."""
     train, config = run.path("data/train.jsonl"), run.config.label
-    with run.stage("label") as out, LineIndex(train, session_of) as sessions:
+    with (
+        run.stage("label") as out,
+        LineIndex(train, session_of) as sessions,
+        ExitStack() as open_until_then,
+    ):
         counts: Counter[str] = Counter()
         labels: Iterable[Label]
         if config.labeller == "rule":
@@ -147,6 +152,7 @@ def label_answers(run: Run) -> None:
         else:
             answers = sum(1 for _ in read_lines(run.path("generate/answers.jsonl")))
             found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
+            open_until_then.enter_context(closing(found))  # no question stays open after an error
             labels = (each for each in found if isinstance(each, Label))
         write_labels(out / "labels.jsonl", _counted(labels, counts))
         if not counts["labels"]:
