@@ -30,7 +30,7 @@ from tppo.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
 PAD, EOS = 0, 1
 CENTRE = {"cpu": (1024, 24, 8), "cuda": (2048, 24, 8)}  # P, R, G
 AXES = {"P": (256, 1024, 2048, 4096), "R": (8, 24, 64), "G": (1, 4, 8, 16)}
-GROUPS = {"cpu": 2, "cuda": 8}
+GROUPS = {"cpu": 1, "cuda": 8}
 MODELS = {
     "demo": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
