@@ -77,16 +77,19 @@ def part_of(tiles, part, parts):
 
 
 @triton.jit
-def lanes(U: tl.constexpr, L: tl.constexpr, G: tl.constexpr):
-    """Where in a tile its groups [U, L, 1] and its columns [U, L, G] stand."""
-    group = (tl.arange(0, U)[:, None, None] * L + tl.arange(0, L)[None, :, None]) * G
-    return group, group + tl.arange(0, G)[None, None, :]
+def tile_offsets(U: tl.constexpr, LG: tl.constexpr, G: tl.constexpr):
+    """The columns of a tile [U, L G], and the first of the group of each: masks by whole groups.
+
+    Two sizes, because the compiler lays threads along the one whose numbers lie together.
+    """
+    offsets = tl.arange(0, U)[:, None] * LG + tl.arange(0, LG)[None, :]
+    return offsets, offsets // G * G
 
 
 @triton.jit
 def row_edge(lead, body, V, part, L: tl.constexpr, G: tl.constexpr):
-    """(columns outside the whole groups, which of them there are); the first part takes them."""
-    lane = tl.arange(0, L)[None, :, None]  # [1, L, 1]
+    """(columns [L] outside the whole groups, which there are); the first part takes them."""
+    lane = tl.arange(0, L)
     column = tl.where(lane < G, lane, lead + body + lane - G)
     end = tl.where(lane < G, tl.minimum(lead, V), V)
     return column, (lane < 2 * G) & (column < end) & (part == 0)

@@ -1,10 +1,10 @@
 """`token_head` in Triton: hidden is read once forward, once backward, its gradient written once.
 
-Tiles [U, L, G]: U rows, L lanes, one a thread, each with G columns of 16 bytes of the wider of
-hidden and weight. Forward, a program takes U rows whole, its sums stay in the lanes until the rows
-end, and weight comes from the caches. Backward, a program takes L G columns of every P-th group of
-U rows: weight and the sums of its gradient stay in registers, and a second launch adds up the P
-parts in their order.
+Tiles [U, L G]: U rows, L lanes, one a thread, each with G columns: 16 bytes of hidden, forward of
+the wider of hidden and weight. Forward, a program takes U rows whole, its sums stay in the lanes
+until the rows end, and weight comes from the caches. Backward, a program takes L G columns of every
+P-th group of U rows: weight and the sums of its gradient stay in registers, and a second launch
+adds up the P parts in their order.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def supports(*args: object) -> str | None:
 
 
 @triton.jit
-def _columns(start, D, L: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr):
-    """(columns [1, L, G], which of them there are: by whole groups where D is a multiple of G)."""
-    group = start + tl.arange(0, L)[None, :, None] * G
-    column = group + tl.arange(0, G)[None, None, :]
+def _columns(start, D, LG: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr):
+    """(columns [L G], which of them there are: by whole groups where D is a multiple of G)."""
+    column = start + tl.arange(0, LG)
     if ALIGNED:
-        live = group < D
+        live = column // G * G < D
     else:
         live = column < D
     return column, live
@@ -76,13 +75,13 @@ def _token_head_fwd_kernel(x_ptr, w_ptr, bias_ptr, mask_ptr, out_ptr, inner,
     for _ in tl.static_range(K):
         sums = sums + (tl.zeros([U, L], tl.float32),)
     for start in range(0, D, L * G):
-        column, live = _columns(start, D, L, G, ALIGNED)
-        x = tl.load(x_ptr + off[:, None, None] + column, mask=valid[:, None, None] & live,
-                    other=0.0, eviction_policy="evict_first").to(tl.float32)  # [U, L, G]
+        column, live = _columns(start, D, L * G, G, ALIGNED)
+        x = tl.load(x_ptr + off[:, None] + column[None, :], mask=valid[:, None] & live[None, :],
+                    other=0.0, eviction_policy="evict_first").to(tl.float32)  # [U, L G]
         new = ()
         for k in tl.static_range(K):
-            w = tl.load(w_ptr + k * D + column, mask=live, other=0.0).to(tl.float32)  # [1, L, G]
-            new = new + (sums[k] + tl.sum(x * w, 2),)
+            w = tl.load(w_ptr + k * D + column, mask=live, other=0.0).to(tl.float32)  # [L G]
+            new = new + (sums[k] + tl.sum(tl.reshape(x * w[None, :], [U, L, G]), 2),)
         sums = new
     for k in tl.static_range(K):
         out = tl.sum(sums[k], 1)  # [U]
@@ -100,41 +99,41 @@ def _token_head_bwd_kernel(g_ptr, x_ptr, w_ptr, mask_ptr, dx_ptr, part_ptr, inne
     part = tl.program_id(0)
     if ALIGNED:
         D = D // G * G
-    column, live = _columns(tl.program_id(1) * (L * G), D, L, G, ALIGNED)
+    column, live = _columns(tl.program_id(1) * (L * G), D, L * G, G, ALIGNED)
     weight = ()
     sums = ()
     bias_sums = ()
     for k in tl.static_range(K):
         weight = weight + (tl.load(w_ptr + k * D + column, mask=live, other=0.0).to(tl.float32),)
-        sums = sums + (tl.zeros([L, G], tl.float32),)
+        sums = sums + (tl.zeros([L * G], tl.float32),)
         bias_sums = bias_sums + (tl.zeros([U], tl.float32),)
     for first in range(part * U, N, tl.num_programs(0) * U):
         row, valid, off = _row_group(first, mask_ptr, inner, stride_outer, stride_inner, N, U, G,
                                      ALIGNED)
         if part_ptr is not None:
-            x = tl.load(x_ptr + off[:, None, None] + column, mask=valid[:, None, None] & live,
-                        other=0.0, eviction_policy="evict_first").to(tl.float32)  # [U, L, G]
-        dx = tl.zeros([U, L, G], tl.float32)
+            x = tl.load(x_ptr + off[:, None] + column[None, :], mask=valid[:, None] & live[None, :],
+                        other=0.0, eviction_policy="evict_first").to(tl.float32)  # [U, L G]
+        dx = tl.zeros([U, L * G], tl.float32)
         new = ()
         new_bias = ()
         for k in tl.static_range(K):
             g = tl.load(g_ptr + row.to(tl.int64) * K + k, mask=valid, other=0.0)  # [U]
             g = g.to(tl.float32)
-            dx += g[:, None, None] * weight[k]
+            dx += g[:, None] * weight[k][None, :]
             if part_ptr is not None:
-                new = new + (sums[k] + tl.sum(g[:, None, None] * x, 0),)
+                new = new + (sums[k] + tl.sum(g[:, None] * x, 0),)
                 new_bias = new_bias + (bias_sums[k] + g,)
         if part_ptr is not None:
             sums = new
             bias_sums = new_bias
         if dx_ptr is not None:
             dx_off = row.to(tl.int64) * D
-            tl.store(dx_ptr + dx_off[:, None, None] + column, dx,
-                     mask=(row < N)[:, None, None] & live)
+            tl.store(dx_ptr + dx_off[:, None] + column[None, :], dx,
+                     mask=(row < N)[:, None] & live[None, :])
     if part_ptr is not None:
         part_off = part.to(tl.int64) * (K * D + K)
         for k in tl.static_range(K):
-            tl.store(part_ptr + part_off + k * D + column, sums[k][None, :, :], mask=live)
+            tl.store(part_ptr + part_off + k * D + column, sums[k], mask=live)
             if tl.program_id(1) == 0:
                 tl.store(part_ptr + part_off + K * D + k, tl.sum(bias_sums[k], 0))
 
@@ -167,16 +166,18 @@ class _Call(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, mask: Tensor | None, size: int) -> _Call:
-        """Groups are 16 bytes of numbers of `size` bytes; aligned where all rows of both are."""
+        """Groups are 16 bytes of numbers of `size` bytes; of one number where rows of hidden or
+        weight begin elsewhere than at multiples of 16 bytes."""
         x, inner, outer, stride = row_layout(hidden)
         weight = weight.contiguous()
         K, D = weight.shape
         group = 16 // size
         aligned = not (D % group or outer % group or stride % group or x.data_ptr() % 16
                        or weight.data_ptr() % 16)
+        group, flight = (group, 32 // group) if aligned else (1, 16)
         return _Call(x, weight, None if mask is None else mask.contiguous(),
                      (inner, outer, stride, hidden.numel() // D, D),
-                     {"K": K, "ALIGNED": aligned, "U": (32 if K <= 4 else 16) // group,
+                     {"K": K, "ALIGNED": aligned, "U": flight if K <= 4 else flight // 2,
                       "L": 32 * WARPS, "G": group})
 
 

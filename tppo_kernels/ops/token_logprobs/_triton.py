@@ -1,6 +1,6 @@
 """`token_logprobs` in Triton: one read of the logits forward; one read and one write backward.
 
-A program walks a row, or its part of one where rows are few, in tiles [U, L, G]: L lanes, one a
+A program walks a row, or its part of one where rows are few, in tiles [U, L G]: L lanes, one a
 thread, each with U loads of G columns, 16 bytes, in flight. Maxima and sums stay in the lane until
 the row ends: the loop has no barrier, no shuffle and one exponential a column (about 10.5
 instructions; at its memory speed an H200 has room for 16). Rows may begin anywhere: groups are
@@ -27,11 +27,11 @@ from ..._triton_rows import (
     aligned,
     capped,
     capped_exactly,
-    lanes,
     part_of,
     row_body,
     row_edge,
     row_scaling,
+    tile_offsets,
 )
 
 WARPS = 4  # small programs: 8 to 12 an SM, of which some load while others add up
@@ -153,22 +153,24 @@ def _token_logprobs_fwd_kernel(
     live = tl.maximum(tl.minimum(columns - lead, body), 0)  # columns of the body that count
     first, last = part_of(tl.cdiv(live, TILE), part, parts)
     whole = tl.minimum(last, live // TILE)
-    group, offsets = lanes(U, L, G)
+    offsets, group = tile_offsets(U, L * G, G)
+    column = tl.reshape(offsets, [U, L, G])
 
     m = tl.full([L], LOWEST, tl.float32)
     s = tl.zeros([L], tl.float32)
     w = tl.zeros([L], tl.float32)
     for tile in range(first, whole):
         x = tl.load(x_ptr + body_off + tile * TILE + offsets, eviction_policy="evict_first")
-        m, s, w = _fold(m, s, w, x, None, sign32, pre32, c, CAPPED)
+        m, s, w = _fold(m, s, w, tl.reshape(x, [U, L, G]), None, sign32, pre32, c, CAPPED)
     for tile in range(tl.maximum(first, whole), last):  # one at most; a mask by whole groups
         x = tl.load(x_ptr + body_off + tile * TILE + offsets, eviction_policy="evict_first",
                     mask=tile * TILE + group < live, other=0.0)
-        m, s, w = _fold(m, s, w, x, tile * TILE + offsets < live, sign32, pre32, c, CAPPED)
-    column, alive = row_edge(lead, body, V, part, L, G)
-    alive = alive & (column < columns)
-    x = tl.load(x_ptr + x_off + column, mask=alive, other=0.0)
-    m, s, w = _fold(m, s, w, x, alive, sign32, pre32, c, CAPPED)
+        m, s, w = _fold(m, s, w, tl.reshape(x, [U, L, G]), tile * TILE + column < live, sign32,
+                        pre32, c, CAPPED)
+    edge, alive = row_edge(lead, body, V, part, L, G)
+    alive = alive & (edge < columns)
+    x = tl.load(x_ptr + x_off + edge, mask=alive, other=0.0)
+    m, s, w = _fold(m, s, w, x[None, :, None], alive[None, :, None], sign32, pre32, c, CAPPED)
 
     m, s, w = _merge(m, s, w, pre32, c, CAPPED)
     if part_ptr is None:
@@ -243,13 +245,13 @@ def _clear(dx_ptr, dx_off, V, part, parts, U: tl.constexpr, L: tl.constexpr, G: 
     TILE: tl.constexpr = U * L * G
     body_off, lead, body = row_body(dx_off, V, G)
     first, last = part_of(tl.cdiv(body, TILE), part, parts)
-    group, offsets = lanes(U, L, G)
-    zeros = tl.zeros([U, L, G], tl.float32).to(dx_ptr.dtype.element_ty)
+    offsets, group = tile_offsets(U, L * G, G)
+    zeros = tl.zeros([U, L * G], tl.float32).to(dx_ptr.dtype.element_ty)
     for tile in range(first, last):
         tl.store(dx_ptr + body_off + tile * TILE + offsets, zeros,
                  mask=tile * TILE + group < body)
-    column, there = row_edge(lead, body, V, part, L, G)
-    tl.store(dx_ptr + dx_off + column, tl.zeros([1, L, 1], tl.float32), mask=there)
+    edge, there = row_edge(lead, body, V, part, L, G)
+    tl.store(dx_ptr + dx_off + edge, tl.zeros([L], tl.float32), mask=there)
 
 
 @triton.jit(do_not_specialize=("g_logprob_ptr", "g_entropy_ptr", "stride_lp", "stride_ent",
@@ -285,7 +287,7 @@ def _token_logprobs_bwd_kernel(
         x_body_off = (x_off + G - 1) // G * G
     first, last = part_of(tl.cdiv(body, TILE), part, parts)
     whole = tl.minimum(last, tl.maximum(tl.minimum(columns - lead, body), 0) // TILE)
-    group, offsets = lanes(U, L, G)
+    offsets, group = tile_offsets(U, L * G, G)
     for tile in range(first, whole):
         start = tile * TILE
         x = tl.load(x_ptr + x_body_off + start + offsets, eviction_policy="evict_first")
@@ -300,10 +302,10 @@ def _token_logprobs_bwd_kernel(
                        entropy, top, log_sum, CAPPED)
         dx = tl.where(start + offsets < columns - lead, dx, 0.0)
         tl.store(dx_ptr + body_off + start + offsets, dx, mask=start + group < body)
-    column, there = row_edge(lead, body, V, part, L, G)
-    x = tl.load(x_ptr + x_off + column, mask=there & (column < columns), other=0.0)
-    dx = _gradient(x, column == target, sign, pre, factor, a, b, entropy, top, log_sum, CAPPED)
-    tl.store(dx_ptr + dx_off + column, tl.where(column < columns, dx, 0.0), mask=there)
+    edge, there = row_edge(lead, body, V, part, L, G)
+    x = tl.load(x_ptr + x_off + edge, mask=there & (edge < columns), other=0.0)
+    dx = _gradient(x, edge == target, sign, pre, factor, a, b, entropy, top, log_sum, CAPPED)
+    tl.store(dx_ptr + dx_off + edge, tl.where(edge < columns, dx, 0.0), mask=there)
 
 
 def supports(*args: object) -> str | None:
