@@ -89,10 +89,16 @@ const char* launch_over(void (*kernel)(Batch, double*), Batch batch, int64_t B, 
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t room = std::min(kMaxBlocks, kBlocksPerSm * processors);
-  void* arguments[] = {&batch, &parts};
-  error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                      dim3(unsigned(std::min(B, room))), dim3(kThreads), arguments,
-                                      0, static_cast<cudaStream_t>(stream));
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(std::min(B, room)));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, batch, parts);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -13,7 +13,7 @@ enum KlEstimator { kK1, kK2, kK3, kAbs, kK1Plus, kK3Plus };
 
 struct PolicyScalars {
   float low, high;  // 1 - clip_low, 1 + clip_high
-  float dual;       // 0: none
+  float dual;       // infinite: none
   float limit, entropy_coef, kl_coef;
 };
 
@@ -64,7 +64,7 @@ TPPO_INLINE Clipped clipped_loss(float ratio, float advantage, float weight,
   const Bits clipped = bits_if(held > free);
   const float higher = pick(clipped, held, free);
   const float ceiling = -s.dual * advantage;
-  const Bits dual = bits_if(s.dual != 0.f) & bits_if(advantage < 0.f) & bits_if(higher > ceiling);
+  const Bits dual = bits_if(advantage < 0.f) & bits_if(higher > ceiling);
   return {times(weight, pick(dual, ceiling, higher)), times(weight, keep(~(clipped | dual), free)),
           clipped & bits_if(ratio < s.low), clipped & bits_if(ratio > s.high), dual};
 }

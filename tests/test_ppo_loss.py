@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+from _loss_cases import ALL_TERMS
+from _loss_cases import policy_eager as eager_loss
+from _loss_cases import policy_run as run
+from _loss_cases import policy_sample as sample
 from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,29 +34,6 @@ _fwd = torch.ops.tppo_kernels.ppo_loss_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
 RATIOS = ("token", "sequence")
-ALL_TERMS = {"dual_clip": 1.5, "entropy_coef": 0.1, "kl_coef": 0.3, "kl_estimator": "k3"}
-
-
-def sample(batch, tokens, dtype=torch.float32, seed=0, spread=0.4):
-    """Tensor arguments of a call, all [B, T]; the ratios lie on both sides of the clip edges."""
-    g = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(batch, tokens, generator=g)
-    x = {"logprobs": old + spread * torch.randn(batch, tokens, generator=g), "old_logprobs": old,
-         "advantages": torch.randn(batch, tokens, generator=g),
-         "entropy": torch.rand(batch, tokens, generator=g),
-         "ref_logprobs": old + 0.3 * torch.randn(batch, tokens, generator=g),
-         "weights": (2 * torch.rand(batch, tokens, generator=g) - 0.4).clamp(min=0)}
-    return {name: value.to(dtype) for name, value in x.items()}
-
-
-def run(x, mask=None, scale=1.0, **options):
-    """(loss, gradient of logprobs, gradient of entropy or None, metrics)."""
-    x = dict(x)
-    leaves = [x[name].detach().requires_grad_() for name in ("logprobs", "entropy") if name in x]
-    x.update(zip(("logprobs", "entropy"), leaves, strict=False))
-    out = tk.ppo_loss(mask=mask, **x, **options)
-    grads = torch.autograd.grad(out.loss * scale, leaves)
-    return out.loss.detach(), grads[0], grads[1] if len(grads) > 1 else None, out.metrics
 
 
 def textbook(x, mask, *, clip_low=0.2, clip_high=0.2, dual_clip=None, ratio="token",
@@ -180,22 +161,6 @@ def test_accuracy(dtype, tokens, kind, layout, ratio):
     for name, a, e, p in zip(("loss", "dlogprobs", "dentropy"), actual, exact, eager, strict=False):
         assert_accurate(a, e, p, name=name)
     assert actual[0].dtype == torch.float32 and actual[1].dtype == actual[2].dtype == dtype
-
-
-def eager_loss(x, mask, ratio):
-    """What a user would write without this operator, in the inputs' dtype."""
-    lp, h = x["logprobs"].clone().requires_grad_(), x["entropy"].clone().requires_grad_()
-    valid = torch.ones_like(lp) if mask is None else mask.to(lp.dtype)
-    d = (lp - x["old_logprobs"]) * valid
-    if ratio == "sequence":
-        d = (d.sum(1) / valid.sum(1).clamp(min=1))[:, None]
-    r, a = d.exp(), x["advantages"]
-    term = torch.max(-a * r, -a * r.clamp(0.8, 1.2))
-    term = torch.where(a < 0, torch.min(term, -1.5 * a), term) * x["weights"]
-    k = lp - x["ref_logprobs"]
-    term = term - 0.1 * h + 0.3 * (torch.exp(-k) - 1 + k)
-    loss = (term * valid).sum() / valid.sum().clamp(min=1)
-    return loss.detach(), *torch.autograd.grad(loss, (lp, h))
 
 
 @pytest.mark.parametrize("poison", POISONS)

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from _loss_cases import critic_eager
+from _loss_cases import critic_run as run
+from _loss_cases import critic_sample as sample
 from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,23 +32,6 @@ _bwd = torch.ops.tppo_kernels.value_loss_bwd.default
 _fwd = torch.ops.tppo_kernels.value_loss_fwd.default
 
 SIZES = (1, 7, 63, 64, 65, 1000)
-
-
-def sample(batch, tokens, dtype=torch.float32, seed=0):
-    """Values, returns and old values [B, T]; about half of the values lie beyond a clip of 0.2."""
-    g = torch.Generator().manual_seed(seed)
-    old = torch.randn(batch, tokens, generator=g)
-    x = {"values": old + 0.3 * torch.randn(batch, tokens, generator=g),
-         "returns": 1 + 2 * torch.randn(batch, tokens, generator=g), "old_values": old}
-    return {name: value.to(dtype) for name, value in x.items()}
-
-
-def run(x, mask=None, scale=1.0, **options):
-    """(loss, gradient of values, metrics)."""
-    leaf = x["values"].detach().requires_grad_()
-    out = tk.value_loss(**{**x, "values": leaf}, mask=mask, **options)
-    gradient, = torch.autograd.grad(out.loss * scale, leaf)
-    return out.loss.detach(), gradient, out.metrics
 
 
 def textbook(x, mask, clip, reduction):
@@ -124,12 +110,7 @@ def test_accuracy(dtype, tokens, kind, layout):
     given_x = {k: strided(v) for k, v in x.items()} if layout == "strided" else x
     actual = run(given_x, mask, clip=0.2)
     exact = run({k: v.double() for k, v in x.items()}, mask, clip=0.2)
-    v = x["values"].clone().requires_grad_()
-    valid = torch.ones_like(v) if mask is None else mask.to(dtype)
-    held = x["old_values"] + (v - x["old_values"]).clamp(-0.2, 0.2)
-    term = 0.5 * torch.max((v - x["returns"]) ** 2, (held - x["returns"]) ** 2)
-    loss = (term * valid).sum() / valid.sum().clamp(min=1)
-    eager = (loss.detach(), *torch.autograd.grad(loss, v))
+    eager = critic_eager(x, mask)
     assert_accurate(actual[0], exact[0], eager[0], name="loss")
     assert_accurate(actual[1], exact[1], eager[1], name="dvalues")
     assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype

@@ -54,6 +54,7 @@ constexpr size_t kStack = 1 << 17;
 struct Warp {
   uint64_t slots[2][kWarp];
   int64_t arrived;
+  int idle;  // turns since a lane got on
 };
 
 struct Fibre {
@@ -92,25 +93,35 @@ inline void resume(int index) {
   setcontext(&fibre.start);
 }
 
-// On to the next thread that has not ended.
+// On to another thread that has not ended: of the same warp while that gets on, so that a warp runs
+// ahead of the others as far as barriers let it.
 inline void yield() {
-  if (++idle > 2 * threads) fail("threads wait for one another without end");
+  if (++idle > 4 * threads) fail("threads wait for one another without end");
   if (_setjmp(fibres[current].at)) return;
   int next = current;
+  Warp& warp = warps[current / kWarp];
+  if (++warp.idle > kWarp) {
+    warp.idle = 0;
+    next = (current / kWarp + 1) * kWarp - 1;  // the next warp's first lane comes behind it
+  }
   do next = (next + 1) % threads;
   while (fibres[next].done);
+  if (next / kWarp != current / kWarp && warp.idle) {  // behind the last lane: the first again
+    next = current / kWarp * kWarp;
+    while (fibres[next].done) ++next;
+  }
   resume(next);
 }
 
 template <class Ready>
 void wait(const Ready& ready) {
-  idle = 0;  // this arrival was progress
+  idle = warps[current / kWarp].idle = 0;  // this arrival was progress
   while (!ready()) yield();
 }
 
 // Runs the threads of one block to their ends.
 inline void run_block() {
-  for (Warp& warp : warps) warp.arrived = 0;
+  for (Warp& warp : warps) warp.arrived = warp.idle = 0;
   at_barrier = idle = 0;
   for (Fibre& fibre : fibres) {
     fibre.shuffles = fibre.barriers = 0;
@@ -166,6 +177,22 @@ inline void __syncthreads() {
   emulated::wait([turn] { return emulated::at_barrier >= emulated::threads * (turn + 1); });
 }
 
+// Whether x is not 0 in any thread of the block.
+inline int __syncthreads_or(int x) {
+  static int any;
+  __syncthreads();
+  if (threadIdx.x == 0) any = 0;
+  __syncthreads();
+  if (x) any = 1;
+  __syncthreads();
+  return any;
+}
+
+template <class T>
+T __ldcg(const T* x) {
+  return *x;
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T x, int lane) {
   return emulated::exchange(mask, x, lane % 32);
@@ -187,11 +214,32 @@ enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+constexpr int cudaLaunchAttributeCooperative = 1, cudaDevAttrMultiProcessorCount = 2;
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int cooperative;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+// A small GPU, so that its blocks must take several pieces of work each.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 2;
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -25,6 +25,7 @@ from . import reference
 __all__ = ["Call", "bwd", "fwd", "supports"]
 
 METRICS = 11
+NO_DUAL_CLIP = float("inf")
 
 
 class Call:
@@ -41,8 +42,9 @@ class Call:
         columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
         batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
         alive: list[Tensor | None] = []
-        scalars = [scalar_tuple(pair(x), alive) for x in (
-            clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef)]
+        scalars = [scalar_tuple(x, alive) for x in (
+            pair(clip_low), pair(clip_high), pair(dual_clip, NO_DUAL_CLIP), pair(max_log_ratio),
+            pair(entropy_coef), pair(kl_coef))]
 
         def empty(size) -> Tensor:
             return torch.empty(size, dtype=torch.float32, device=logprobs.device)

@@ -38,6 +38,7 @@ from . import reference
 
 __all__ = ["bwd", "fwd", "supports"]
 
+NO_DUAL_CLIP = float("inf")
 METRICS, SUMS = 11, 13  # loss, the metrics in their order, sequences with a valid token
 _KL_CLAMP = tl.constexpr(KL_CLAMP)
 
@@ -70,13 +71,13 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _clipped(ratio, advantage, weight, low, high, dual):
-    """w l, w dl/dd, and where it was clipped low, high and by the dual clip; dual 0 is none."""
+    """w l, w dl/dd, and where it was clipped low, high and by the dual clip (inf: none)."""
     free = -advantage * ratio
     held = -advantage * _clamp(ratio, low, high)
     clipped = held > free
     loss = tl.where(clipped, held, free)
     ceiling = -dual * advantage
-    is_dual = (dual != 0.0) & (advantage < 0.0) & (loss > ceiling)
+    is_dual = (advantage < 0.0) & (loss > ceiling)
     slope = tl.where(clipped | is_dual, 0.0, free)
     return (times(weight, tl.where(is_dual, ceiling, loss)), times(weight, slope),
             clipped & (ratio < low), clipped & (ratio > high), is_dual)
@@ -124,7 +125,7 @@ def _finish(parts_ptr, loss_ptr, metrics_ptr, scale_ptr, count, length, lacking,
     scale = scale_of(total(parts_ptr, 1, PROGRAMS), total(parts_ptr, 12, PROGRAMS), count, length,
                      COUNT_OF)
     loss = (scale.to(tl.float64) * total(parts_ptr, 0, PROGRAMS)).to(tl.float32)
-    tl.store(loss_ptr, tl.where(lacking, float("nan"), loss))
+    tl.store(loss_ptr, tl.where(lacking == 0.0, loss, float("nan")))
     tl.store(scale_ptr, scale)
     for k in tl.static_range(1, 11):
         tl.store(metrics_ptr + k - 1, total(parts_ptr, k, PROGRAMS).to(tl.float32))
@@ -267,8 +268,11 @@ def _ppo_loss_fwd_kernel(
     leave(parts_ptr, 11, tl.max(sums[11], 0), PROGRAMS)
     leave(parts_ptr, 12, live, PROGRAMS)
     if is_last(ticket_ptr):
-        lacking = ((entropy_ptr is None) & (numbers[4] != 0.0)) | (
-            (ref_ptr is None) & (numbers[5] != 0.0))
+        lacking = tl.full([], 0.0, tl.float32)  # what a coefficient asks for without its tensor
+        if entropy_ptr is None:
+            lacking += tl.abs(lacking + numbers[4])
+        if ref_ptr is None:
+            lacking += tl.abs(lacking + numbers[5])
         _finish(parts_ptr, loss_ptr, metrics_ptr, scale_ptr, (count, count_ptr),
                 (length, length_ptr), lacking, COUNT_OF, PROGRAMS)
 
@@ -298,8 +302,8 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
     share = share_of(reduction, num_tokens, num_sequences, norm_length, logprobs)
     columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
     batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
-    numbers = [pair(x) for x in (clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef,
-                                 kl_coef, share.denominator, share.length)]
+    numbers = [pair(clip_low), pair(clip_high), pair(dual_clip, NO_DUAL_CLIP), *(pair(x) for x in (
+        max_log_ratio, entropy_coef, kl_coef, share.denominator, share.length))]
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
     loss, metrics, scale = empty(()), empty(METRICS), empty(())
     dlogprobs = empty(logprobs.shape if grad_logprobs else 0)

@@ -1,0 +1,117 @@
+"""`ppo_loss` in Triton against fp64, interpreted."""
+
+import itertools
+
+import pytest
+import torch
+from _loss_cases import (
+    ALL_TERMS,
+    check_layouts,
+    check_mixed_dtypes_and_nan,
+    check_packed,
+    check_poison,
+    flat,
+    hold_to_fp64,
+    policy_run,
+    policy_sample,
+    reference,
+)
+from _matrix import third
+
+import tppo_kernels as tk
+from tppo_kernels import _triton_losses
+from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS
+from tppo_kernels.ops.ppo_loss import _triton
+from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
+
+VARIANTS = list(itertools.product(("token", "sequence"), REDUCTIONS, KL_ESTIMATORS))
+SHAPES = (1, 7, 63, 64, 65, 300)
+CASES = third(third(itertools.product(SHAPES, MASKS, (False, True))))
+CASES = [(DTYPES[i % 3], *case, VARIANTS[7 * i % len(VARIANTS)]) for i, case in enumerate(CASES)]
+
+
+def options_of(variant):
+    ratio, reduction, estimator = variant
+    return {**ALL_TERMS, "ratio": ratio, "reduction": reduction, "kl_estimator": estimator}
+
+
+def test_accuracy_over_dtypes_shapes_masks_strides(triton):
+    check_layouts(policy_run, policy_sample, CASES, options_of)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_every_estimator(triton, estimator):
+    x = policy_sample(2, 40, seed=1, spread=3.0)  # on both sides of every clip and clamp
+    hold_to_fp64(policy_run, x, None, max_log_ratio=4.0, kl_coef=0.5, kl_estimator=estimator)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_packed(triton, ratio):
+    options = {**ALL_TERMS, "ratio": ratio, "reduction": "seq-mean-token-mean"}
+    check_packed(policy_run, policy_sample, options, ("advantages", "weights"))
+    check_packed(policy_run, policy_sample, {**ALL_TERMS, "ratio": ratio})
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_poison(triton, poison):
+    for ratio in ("token", "sequence"):
+        check_poison(policy_run, policy_sample, poison, {**ALL_TERMS, "ratio": ratio},
+                     ("advantages", "weights") if ratio == "sequence" else ())
+
+
+def test_mixed_dtypes_and_nan(triton):
+    for name in ("logprobs", "advantages", "ref_logprobs"):
+        check_mixed_dtypes_and_nan(policy_run, policy_sample, ALL_TERMS, name)
+
+
+def test_extremes(triton):
+    """Ratios infinite, 0 and at the clamp; NaN where a coefficient has no term."""
+    x = {"logprobs": torch.tensor([[0.0, -300.0, 80.0, -1.0]]), "old_logprobs": torch.tensor(
+        [[-300.0, 0.0, 0.0, -1.0]]), "advantages": torch.tensor([[1.0, 1.0, -1.0, 1.0]])}
+    for limit in (20.0, 100.0, float("inf")):
+        hold_to_fp64(policy_run, x, None, max_log_ratio=limit, reduction="token-sum")
+    raw = [x["logprobs"], None, x["old_logprobs"], x["advantages"], *[None] * 3]
+    numbers = [torch.tensor(v) for v in (0.2, 0.2)], [torch.tensor(v) for v in (20.0, 0.5, 0.0)]
+    loss = _triton.fwd(*raw, *numbers[0], None, *numbers[1], *[None] * 4, "token", "k2",
+                       "token-mean", False, False)[0]
+    assert loss.isnan()
+
+
+def test_more_sequences_than_programs(triton, monkeypatch):
+    """Each program then takes several sequences, and the last to end adds up all."""
+    monkeypatch.setattr(_triton, "PROGRAMS", 4)
+    for reduction in ("token-mean", "seq-mean-token-mean"):
+        hold_to_fp64(policy_run, policy_sample(11, 9, seed=4), sample_mask("row", 11, 9),
+                     **{**ALL_TERMS, "reduction": reduction})
+    hold_to_fp64(policy_run, policy_sample(3, 1100, seed=4), None, **ALL_TERMS)
+
+
+def test_numbers_by_pointer(triton, scalars_on_a_gpu, monkeypatch):
+    x, mask = policy_sample(3, 9), sample_mask("row", 3, 9)
+    options = {**ALL_TERMS, "reduction": "seq-mean-token-sum-norm", "num_sequences": 5,
+               "norm_length": 7}
+    expected = policy_run(x, mask, **options)
+    monkeypatch.setattr("tppo_kernels._losses.scalar", lambda x: (0.0, x.to(torch.float32)))
+    torch.testing.assert_close(flat(policy_run(x, mask, **options)), flat(expected))
+
+
+def test_only_what_is_asked_for(triton):
+    """Entropy's gradient alone; nothing at all without autograd; empty batches."""
+    x = policy_sample(2, 3)
+    entropy = x.pop("entropy").half().requires_grad_()
+    tk.ppo_loss(**x, entropy=entropy, entropy_coef=0.5).loss.backward()
+    torch.testing.assert_close(entropy.grad, torch.full((2, 3), -0.5 / 6).half())
+    alone = tk.ppo_loss(**x)
+    assert_same_bits(alone.loss, reference(tk.ppo_loss, **x).loss)
+    for shape in ((0, 5), (3, 0)):
+        assert not policy_run(policy_sample(*shape), **ALL_TERMS)[0]
+
+
+def test_ticket_is_put_back(triton, monkeypatch):
+    """On a GPU one ticket serves a stream: it must be 0 again behind every launch."""
+    ticket = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(_triton, "ticket", lambda like: ticket)
+    first = policy_run(policy_sample(9, 9))
+    assert not ticket.any()
+    assert_same_bits(tuple(policy_run(policy_sample(9, 9))), tuple(first))
+    assert _triton_losses.ticket(first[0]) is not _triton_losses.ticket(first[0])
