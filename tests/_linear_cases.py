@@ -1,8 +1,10 @@
 """What tests of the linear operators share: inputs, logits in fp64, a GPU's products on a CPU."""
 
 import contextlib
+import weakref
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels import _linear
@@ -102,3 +104,51 @@ def halves():
     finally:
         _linear.takes_halves = on_a_gpu
         library._destroy()
+
+
+class Planned(TorchDispatchMode):
+    """The products and the most bytes at once of what runs inside, on tensors without memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = self.peak = 0
+        self.flops, self.factors = 0, set()
+        self._alive = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            self.factors |= {a.dtype, b.dtype}
+        if function is torch.ops.aten.addmm.dtype_out:  # has no form for these tensors
+            return kwargs["out"]
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self._alive:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        key = storage._cdata
+        self._alive[key] = storage.nbytes()
+        self.nbytes += storage.nbytes()
+        self.peak = max(self.peak, self.nbytes)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key):
+        self.nbytes -= self._alive.pop(key)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Steps whose host code takes tensors of the device "meta"; their launches do nothing."""
+    from triton.runtime.jit import JITFunction
+
+    from tppo_kernels.ops.linear_logprobs import _triton
+    from tppo_kernels.ops.token_logprobs import _triton as token
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(_linear, "takes_halves", lambda *args: True)
+    monkeypatch.setattr(token, "aligned", lambda x: (x, 0))
+    for module in (_triton, token):
+        monkeypatch.setattr(module, "launching_on", lambda x: contextlib.nullcontext())
+    return _triton.STEPS

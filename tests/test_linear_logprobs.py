@@ -11,11 +11,14 @@ from _linear_cases import (
     LIMIT,
     ROWS,
     SHAPED,
+    Planned,
+    as_on_a_gpu,
     assert_close,
     choose,
     distance,
     double,
     grads,
+    halves,
     sample,
     textbook,
 )
@@ -372,6 +375,94 @@ def test_flops_of_the_regimes(regime, wanted):
     with FlopCounterMode(display=False) as counted:
         kernel(regime, "cpp", wanted=wanted)
     assert counted.get_total_flops() == flops(N, V, D, regime=regime)
+
+
+REAL = 16_384, 151_936, 4096
+
+
+def real_inputs(n, v, d, dtype=torch.bfloat16):
+    """(hidden, weight, targets), without memory."""
+    hidden, weight = (torch.empty(size, d, device="meta", dtype=dtype) for size in (n, v))
+    return hidden, weight, torch.empty(n, device="meta", dtype=torch.int64)
+
+
+@pytest.mark.parametrize("budget", (1 << 30, 8 << 30))
+@pytest.mark.parametrize("regime, times", (("none", 2), ("store", 6), ("recompute", 8),
+                                           ("frozen", 4)))
+def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, budget):
+    """No factor is cast up; at most the budget, dW, what is kept and what is returned."""
+    pytest.importorskip("triton")
+    steps = as_on_a_gpu(monkeypatch)
+    n, v, d = REAL
+    hidden, weight, targets = real_inputs(n, v, d)
+    one = torch.tensor(1.0)
+    arguments = (hidden, weight, targets, None, None, None, one, None, one, None, None, budget,
+                 None)
+    with Planned() as plan:
+        inputs = [x.detach() for x in (hidden, weight, targets)]
+        given = plan.nbytes
+        out = reference.fwd(*arguments, regime, steps=steps)
+        kept = {"store": 2 * n * v, "frozen": 2 * n * d}.get(regime, 0)
+        returned = 0
+        if regime in ("store", "recompute"):
+            grads = reference.bwd(out[0], out[1], *arguments, *out[2:], True, True, False,
+                                  steps=steps)
+            returned = 4 * v * d + sum(g.numel() * g.element_size() for g in grads)
+        elif regime == "frozen":
+            returned = 2 * reference.frozen(out[0], out[3], None, None, None).numel()
+    assert inputs and plan.flops == flops(n, v, d, regime=regime, backward=times > 2)
+    assert plan.flops == times * n * v * d
+    assert plan.factors == {torch.bfloat16}
+    assert plan.peak - given <= budget + kept + returned + 0.02 * budget
+
+
+def test_chunks_of_a_gpu():
+    """6 bytes a logit: 1,395 rows of 128,256 in 1 GiB; the same in every process of a group."""
+    def rows(logits, gradient, columns=None, budget=1 << 30, v=128_256, aligned=True):
+        problem = _linear.Problem(*real_inputs(16_384, v, 8), None, None, None, torch.tensor(1.0),
+                                  None, None, budget, None, aligned)
+        problem.products.factors = torch.bfloat16
+        problem.shard = problem.shard._replace(columns=v if columns is None else columns)
+        x, dx = problem.rooms(logits, gradient)
+        nbytes = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in (x, dx)}.values())
+        assert nbytes <= budget
+        assert not aligned or all(t.stride(0) % 8 == 0 for t in (x, dx) if t.dim() == 2)
+        return problem.chunk_rows
+
+    assert rows(True, True) == math.ceil(16_384 / math.ceil(16_384 / 1395))
+    assert rows(True, True, budget=8 << 30) >= 2450  # where fp32 dW costs at most 10 %
+    assert rows(False, True) >= 2 * rows(True, False)
+    assert rows(True, True, columns=3) == rows(True, True)
+    assert rows(True, True, v=151_643) == rows(True, True, v=151_648)
+
+
+ROUNDED = third(itertools.product((torch.bfloat16, torch.float16), (0.15, 1.0, 6.0),
+                                  ("store", "recompute", 100_000, "frozen"),
+                                  ("logprobs", "entropy"), (None, 3.0)), 5)
+
+
+@pytest.mark.parametrize("dtype, spread, memory, part, softcap", ROUNDED)
+def test_the_roundings_of_a_gpu(dtype, spread, memory, part, softcap):
+    """Gradients by logits in the inputs' dtype, products of them in fp32: as on a GPU."""
+    hidden, weight, targets, _ = sample(2, 60, d=48, v=700, dtype=dtype, spread=spread)
+    targets[0] = (hidden[0].float() @ weight.float().T).argmax(-1)
+    frozen = memory == "frozen"
+    options = {"part": "logprobs" if frozen else part, "softcap": softcap, "frozen": frozen}
+    more = {"entropy_grad": False} if frozen else {"memory": memory}
+    with halves(), tk.use_backend("reference"):
+        actual = grads(tk.linear_logprobs, hidden, weight, targets, **options, **more)
+    assert_close(actual, grads(textbook, *double(hidden, weight, targets), **options), dtype,
+                 top=30)
+
+
+@pytest.mark.parametrize("v, d", ((1, 64), (7, 8192), (32_000, 64), (128_256, 64), (151_643, 64),
+                                  (151_936, 64), (262_144, 64), (1000, 8192)))
+def test_real_vocabularies(v, d):
+    hidden, weight, targets, _ = sample(1, 3, d=d, v=v, dtype=torch.bfloat16, spread=2.0)
+    targets[0, 0] = v - 1
+    for memory in ("store", "recompute"):
+        actual = grads(tk.linear_logprobs, hidden, weight, targets, memory=memory)
+        assert_close(actual, grads(textbook, *double(hidden, weight, targets)), torch.bfloat16)
 
 
 def regime_of(monkeypatch, *args, **kwargs):

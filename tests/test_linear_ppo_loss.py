@@ -4,10 +4,20 @@ import itertools
 
 import pytest
 import torch
-from _linear_cases import LIMIT, ROWS, SHAPED, choose, distance, sample
+from _linear_cases import (
+    LIMIT,
+    ROWS,
+    SHAPED,
+    Planned,
+    as_on_a_gpu,
+    choose,
+    distance,
+    halves,
+    sample,
+)
 from _linear_cases import textbook as textbook_logprobs
 from _matrix import third
-from test_linear_logprobs import STEPS, Largest
+from test_linear_logprobs import REAL, STEPS, Largest, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
@@ -312,6 +322,42 @@ def test_flops(ratio, wanted, times):
     with FlopCounterMode(display=False) as counted:
         kernel("cpp", ratio, wanted)
     assert counted.get_total_flops() == times * N * V * D
+
+
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+@pytest.mark.parametrize("wanted, times", (((True, True, False), 6), ((True, False, False), 4)))
+def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, ratio, wanted, times):
+    """No factor is cast up; at most the budget, dW and what is returned, and for sequences kept."""
+    pytest.importorskip("triton")
+    steps = as_on_a_gpu(monkeypatch)
+    (n, v, d), budget = REAL, 1 << 30
+    hidden, weight, targets = real_inputs(n, v, d)
+    old = torch.empty(1, n, device="meta")
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    with Planned() as plan:
+        inputs = [x.detach() for x in (hidden, weight, targets)]
+        given = plan.nbytes
+        out = reference.fwd(
+            hidden[None], weight, targets[None], None, None, None, one, None, one, None, None,
+            budget, None, old, old, None, None, one * 0.2, one * 0.2, None, one * 20, one * 0.1,
+            zero, None, None, None, None, ratio, "k2", "token-mean", True, *wanted, steps=steps)
+        returned = sum(x.numel() * x.element_size() for x in out[4:]) + 4 * v * d * wanted[1]
+    assert inputs and plan.flops == times * n * v * d and plan.factors == {torch.bfloat16}
+    kept = 2 * n * v if ratio == "sequence" else 0
+    assert plan.peak - given <= budget + kept + 2 * returned + 0.02 * budget
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+@pytest.mark.parametrize("learns", (("hidden", "weight"), ("hidden",)))
+def test_the_roundings_of_a_gpu(dtype, ratio, learns):
+    """As `test_linear_logprobs.py` has them; fp16 keeps slopes of 1e-6 and a scaler's 65,536."""
+    x, mask = batch(40, 3, dtype=dtype, v=700), sample_mask("row", 3, 40)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    options = {"learns": learns, "scale": 2.0 ** 16, "ratio": ratio, "num_tokens": 10 ** 6, **TERMS}
+    with halves(), tk.use_backend("reference"):
+        actual = run(tk.linear_ppo_loss, x, mask, **options)
+    assert_close(actual, run(textbook, exact, mask, **options), dtype)
 
 
 def test_nothing_of_size_v_is_kept():

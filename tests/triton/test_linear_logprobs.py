@@ -34,10 +34,9 @@ def products_of_a_gpu():
 @pytest.fixture
 def small(monkeypatch):
     """Blocks and tiles of 256 columns, so that few columns are several."""
-    for module in (_triton, token):
-        monkeypatch.setattr(module, "WARPS", 1)
-        monkeypatch.setattr(module, "UNROLL", 2)
-    monkeypatch.setattr(_triton, "BLOCK_WARPS", 1)
+    monkeypatch.setattr(token, "WARPS", 1)
+    monkeypatch.setattr(token, "UNROLL", 2)
+    monkeypatch.setattr(_triton, "TILE", 256)
     monkeypatch.setattr(reference, "KEPT_BLOCK", 256)
 
 

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from ..._launch import launching_on, scalar
 from ..._native import FP64
-from ..._triton_rows import LOG2E, capped, capped_exactly, lanes, part_of, row_scaling
+from ..._triton_rows import LOG2E, capped, capped_exactly, part_of, row_scaling
 from ..token_logprobs import _triton as token
 from ..token_logprobs._triton import DEAD, LOWEST, NEG_INF, _gradient, _row_gradients
 from . import reference
 from .reference import Scale, Stats
 
-WARPS = 4
-UNROLL = 4  # groups of 16 bytes a thread in flight
-BLOCK_WARPS = 8  # where a tile is a block of kept exponentials: 16 columns a thread
+TILE, WARPS = 2048, 4  # of a gradient by logits: 16 columns a thread, 64 bytes in flight
+BLOCK_WARPS = 8  # where a tile is a block of 4096 kept exponentials: as many a thread
+UNROLL = 4  # 16-byte loads in which such a tile is read
 
 _SCALING = ("temperature_ptr", "stride_t", "softcap_ptr", "scale_ptr")
 
@@ -39,7 +39,7 @@ def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
     v = x.to(tl.float32) * sign
     if live is not None:
         v = tl.where(live, v, NEG_INF)
-    most = tl.maximum(tl.max(tl.max(tl.max(v, 2), 1), 0), LOWEST)
+    most = tl.maximum(tl.max(tl.max(v, 0), 0), LOWEST)
     new = tl.maximum(m, most)
     if CAPPED:
         u = capped(v, pre)
@@ -57,8 +57,8 @@ def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
     e = tl.exp2(d)
     shift = tl.maximum(shift, DEAD)
     of_tile = tl.maximum((u_most - u_new) * c, DEAD)
-    s_tile = tl.sum(tl.sum(e, 2), 0)  # [L]
-    w_tile = tl.sum(tl.sum(e * tl.maximum(d, DEAD), 2), 0)
+    s_tile = tl.sum(e, 0)  # [L]
+    w_tile = tl.sum(e * tl.maximum(d, DEAD), 0)
     w = tl.exp2(shift) * (w + s * shift) + tl.exp2(of_tile) * (w_tile + s_tile * of_tile)
     s = tl.exp2(shift) * s + tl.exp2(of_tile) * s_tile
     return e, u_most, new, s, w
@@ -70,10 +70,13 @@ def _linear_logprobs_keep_kernel(
         x_ptr, stride_x: tl.int64, target_ptr, e_ptr, stats_ptr, temperature: tl.float64,
         temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr,
         columns, rows: tl.int64, SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
-        U: tl.constexpr, L: tl.constexpr, G: tl.constexpr):
-    """Statistics [4 + blocks, rows] and exponentials of a row; a tile is a block."""
+        U: tl.constexpr, L: tl.constexpr):
+    """Statistics [4 + blocks, rows] and exponentials of a row; a tile [U, L] is a block.
+
+    Sums stay in L columns until the row ends: only a tile's maximum needs all threads.
+    """
     row = tl.program_id(0).to(tl.int64)
-    TILE: tl.constexpr = U * L * G
+    TILE: tl.constexpr = U * L
     sign, pre, factor, _ = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                        softcap_ptr, scale, scale_ptr, CAPPED)
     sign32 = sign.to(tl.float32)
@@ -84,7 +87,7 @@ def _linear_logprobs_keep_kernel(
     if ALIGNED:
         e_row = tl.multiple_of(e_row, 16)
     shift_ptr = stats_ptr + 4 * rows + row
-    _, offsets = lanes(U, L, G)
+    offsets = tl.arange(0, U)[:, None] * L + tl.arange(0, L)[None, :]
 
     m = tl.full([], LOWEST, tl.float32)
     s = tl.zeros([L], tl.float32)
@@ -131,11 +134,9 @@ def _linear_logprobs_gradient_kernel(
         x_ptr, stride_x: tl.int64, dx_ptr, stride_dx: tl.int64, g_logprob_ptr, stride_lp,
         g_entropy_ptr, stride_ent, target_ptr, entropy_ptr, top_ptr, log_sum_ptr,
         temperature: tl.float64, temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr,
-        scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr, U: tl.constexpr,
-        L: tl.constexpr, G: tl.constexpr):
+        scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr, TILE: tl.constexpr):
     """dx of the logits x, in its own dtype; it may take their place."""
     row = tl.program_id(0).to(tl.int64)
-    TILE: tl.constexpr = U * L * G
     sign, pre, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                            softcap_ptr, scale, scale_ptr, CAPPED)
     sign, pre, factor = sign.to(tl.float32), pre.to(tl.float32), factor.to(tl.float32)
@@ -147,7 +148,7 @@ def _linear_logprobs_gradient_kernel(
     target = tl.load(target_ptr + row).to(tl.int64)
     x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
-    _, offsets = lanes(U, L, G)
+    offsets = tl.arange(0, TILE)
     first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
     whole = tl.minimum(last, columns // TILE)
     for tile in range(first, whole):
@@ -189,11 +190,9 @@ def _linear_logprobs_kept_kernel(
         target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, shift_ptr,
         stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
         softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr, columns, parts,
-        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr,
-        L: tl.constexpr, G: tl.constexpr):
+        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
     """dx from kept exponentials; at the target from its logprob, because 1 - p is a difference."""
     row = tl.program_id(0).to(tl.int64)
-    TILE: tl.constexpr = U * L * G  # a block of columns
     _, _, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                       softcap_ptr, scale, scale_ptr, CAPPED)
     back = (1.0 / factor).to(tl.float32)
@@ -216,7 +215,7 @@ def _linear_logprobs_kept_kernel(
     if ALIGNED:
         e_row = tl.multiple_of(e_row, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
-    _, offsets = lanes(U, L, G)
+    offsets = tl.arange(0, TILE)
     first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
     whole = tl.minimum(last, columns // TILE)
     for tile in range(first, whole):
@@ -257,11 +256,8 @@ def _slopes(*slopes: Tensor | None) -> list:
 
 def _by_block(e: Tensor, columns: int) -> dict:
     """What a kernel whose tile is a block of kept exponentials e is compiled for."""
-    lanes, group = 32 * BLOCK_WARPS, 16 // e.element_size()
     return {"SCALE": reference.FP16_SCALE if e.dtype == torch.float16 else 1.0,
-            "ALIGNED": columns * e.element_size() % 16 == 0,
-            "U": reference.KEPT_BLOCK // (lanes * group), "L": lanes, "G": group,
-            "num_warps": BLOCK_WARPS}
+            "ALIGNED": columns * e.element_size() % 16 == 0, "num_warps": BLOCK_WARPS}
 
 
 def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
@@ -271,12 +267,11 @@ def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
 def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
     count, columns = x.shape
     stats = x.new_empty(4 + reference.blocks_of(columns, torch.device("cuda")), count)
-    shape = _by_block(out, columns)
-    shape.update(G=4, U=reference.KEPT_BLOCK // (shape["L"] * 4))  # of the logits
     with launching_on(x):
         _linear_logprobs_keep_kernel[(count,)](
             x, x.stride(0), targets, out, stats, *_scaling(scale), columns, count,
-            CAPPED=scale.softcap is not None, **shape)
+            CAPPED=scale.softcap is not None, U=UNROLL, L=reference.KEPT_BLOCK // UNROLL,
+            **_by_block(out, columns))
     return Stats.of(stats, 0, count)
 
 
@@ -289,12 +284,12 @@ def _gradient_of_logits(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: 
                         targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
                         out: Tensor) -> None:
     count, columns = x.shape
-    parts = token._parts(count, columns, UNROLL * 32 * WARPS * 4)
+    parts = token._parts(count, columns, TILE)
     with launching_on(x):
         _linear_logprobs_gradient_kernel[(count, parts)](
             x, x.stride(0), out, out.stride(0), *_slopes(g_logprobs, g_entropy),
             _owned(targets, owned), *stats[1:4], *_scaling(scale), columns, parts,
-            CAPPED=scale.softcap is not None, U=UNROLL, L=32 * WARPS, G=4, num_warps=WARPS)
+            CAPPED=scale.softcap is not None, TILE=TILE, num_warps=WARPS)
 
 
 def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
@@ -307,7 +302,7 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
         _linear_logprobs_kept_kernel[(count, parts)](
             e, out, out.stride(0), *_slopes(g_logprobs, g_entropy), _owned(targets, owned),
             *stats, stats.shifts.stride(0), *_scaling(scale), columns, parts,
-            CAPPED=scale.softcap is not None, **_by_block(e, columns))
+            CAPPED=scale.softcap is not None, TILE=reference.KEPT_BLOCK, **_by_block(e, columns))
 
 
 STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,

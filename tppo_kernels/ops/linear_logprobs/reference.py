@@ -245,7 +245,9 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         stats, kept = kept_of(head, m, regime)
         in_place = regime == "store" and kept.dtype == problem.dtype and not steps.aligned
         room, room_dx = problem.rooms(not in_place, regime == "frozen")
-        frozen = Gradients(problem, regime == "frozen", False, False)
+        frozen = Gradients(problem, False, False, False)
+        if regime == "frozen":
+            frozen.hidden = kept[:problem.selection.count]
         for chunk in problem.chunks():
             here = slice(chunk.first, chunk.last)
             x = problem.logits(chunk.h, kept[here] if in_place
@@ -254,8 +256,6 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
             row.put(stats, chunk.first, chunk.last)
             if regime == "frozen":
                 head.add_gradient(frozen, chunk, row, (torch.ones_like(row.top), None), x, room_dx)
-        if frozen.hidden is not None:
-            kept[:problem.selection.count] = frozen.hidden
         put = problem.selection.put
         return (put(stats[0]).reshape(targets.shape), put(stats[1]).reshape(targets.shape), stats,
                 kept)
@@ -306,6 +306,7 @@ def bwd(g_logprobs: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, wei
             row = Stats.of(stats, chunk.first, chunk.last)
             x = kept[here] if stored else problem.logits(chunk.h, room[:chunk.last - chunk.first])
             head.add_gradient(gradients, chunk, row, g, x, room_dx, kept=stored)
+        x = room = room_dx = hidden.new_empty(0)  # before the results are copied
         dhidden, dweight, dbias = gradients.results()
         if grad_hidden:
             dhidden = problem.selection.put(dhidden).reshape(hidden.shape)
@@ -316,6 +317,7 @@ def frozen(g_logprobs: Tensor, kept: Tensor, mask: Tensor | None, rows: Tensor |
            capacity: int | None) -> Tensor:
     """The gradient of hidden from dlogprob/dhidden [M, D], in its dtype."""  # [..., D]
     selection = Selection(g_logprobs.numel(), mask, rows, capacity, kept.device)
-    g = selection.take(g_logprobs.reshape(-1)).to(kept.dtype)
-    dhidden = g[:, None] * kept[:selection.count]
+    g = selection.take(g_logprobs.reshape(-1))[:, None]
+    kept = kept[:selection.count]
+    dhidden = torch.mul(g, kept, out=torch.empty_like(kept))  # rounded once, after the product
     return selection.put(dhidden).reshape(*g_logprobs.shape, kept.shape[1])
