@@ -1,6 +1,7 @@
 """`PrefixLayout` and `shared_prefix`: packed groups in models of transformers equal dense runs."""
 
 import contextlib
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -278,6 +279,27 @@ def test_compiled_and_embedded_and_bf16():
     torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("family", ("llama", "gpt2", "qwen3"))
+def test_bf16_is_as_near_to_fp64_as_dense_bf16(family):
+    """At most twice as far, by the largest error: of the states, and of the worst gradient."""
+    low, batch = tiny(family).bfloat16(), sample([40, 23], [[17, 30, 9, 12], [25, 8, 31]], seed=1)
+    exact = copy.deepcopy(low).double()
+
+    def run(model, states_by):
+        states = states_by(model, batch)
+        return {"states": states.detach().double(),
+                **gradients(model, (states * batch.projection.to(states.dtype)).sum())}
+
+    def errors(actual):
+        by_name = {n: (actual[n].double() - e).abs().max() / e.abs().max()
+                   for n, e in truth.items() if e.abs().max() > 1e-6}
+        return by_name.pop("states"), max(by_name.values())
+
+    truth = run(exact, dense_states)
+    dense, shared = errors(run(low, dense_states)), errors(run(low, states_of))
+    assert all(0 < s <= 2 * d for s, d in zip(shared, dense, strict=True)), (shared, dense)
+
+
 REFUSED = {
     "sliding window of 7": ("mistral", dict(sliding_window=7)),
     "layers of type sliding_attention": ("qwen2", dict(use_sliding_window=True, sliding_window=4,
@@ -374,6 +396,11 @@ def test_layout_by_hand():
     assert states["reward"] == [[12, 0, 0], [13, 14, 15], [21, 22, 0]]
     assert states["bootstrap"] == [12, 15, 22]
     assert "2 prompts, 3 responses, 9 tokens" in repr(layout)
+    assert layout.prompts_first.tolist() == [0, 1, 6, 2, 3, 4, 5, 7, 8]
+    assert layout.cu_segments.tolist() == [0, 2, 3, 6, 7, 9]
+    assert layout.cu_responses.tolist() == [0, 1, 4, 6]
+    assert layout.cu_shared.tolist() == [[0, 4, 6], [0, 2, 3]]
+    assert layout.sizes.tolist() == [3, 2, 3, 4]
 
 
 def test_layout_takes_lists_and_tensors():
@@ -404,6 +431,7 @@ def test_to_another_device():
     assert layout.to("cpu") is layout and layout.to(torch.device("cpu", 0)) is layout
     moved = layout.to("meta")
     assert moved.device.type == moved.response_mask.device.type == "meta"
+    assert moved.sizes.tolist() == layout.sizes.tolist()  # for the host, wherever the rest lies
     assert moved is layout.to("meta") and moved.prompt_lengths == layout.prompt_lengths
     hidden = torch.zeros(layout.n_tokens, 2, device="meta")  # the layout follows the tensors
     assert layout.response_states(hidden).device.type == "meta"
