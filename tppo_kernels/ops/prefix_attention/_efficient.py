@@ -54,9 +54,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     padded[sequence, :, place] = lse.t()
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # no dropout, no random numbers
     dq, dk, dv, _ = _aten._efficient_attention_backward.default(
-        grad[None], q[None], k[None], v[None], None, out.contiguous()[None], call.cu_queries, call.cu_keys,
-        call.longest_query, call.longest_key, padded, 0.0, unused, unused, int(call.causal), False,
-        scale=scale, num_splits_key=1)
+        grad[None], q[None], k[None], v[None], None, out.contiguous()[None], call.cu_queries,
+        call.cu_keys, call.longest_query, call.longest_key, padded, 0.0, unused, unused,
+        int(call.causal), False, scale=scale, num_splits_key=1)
     return dq[0], dk[0].unflatten(1, sizes).sum(2), dv[0].unflatten(1, sizes).sum(2)
 
 
