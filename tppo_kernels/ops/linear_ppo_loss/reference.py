@@ -145,7 +145,7 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
     logprobs, entropy = (selection.put(s).reshape(tokens.mask.shape) for s in stats[:2])
     terms = tokens.terms(logprobs, entropy, formula, cu_seqlens)
     if any(wanted):
-        del room
+        x = room = stats.new_empty(0)  # before the room for gradients is taken
         _, room_dx = problem.rooms(False, True)
         slopes = _in((terms.dlogprobs, terms.dentropy if entropy_grad else None), stats.dtype)
         for chunk in problem.chunks():
