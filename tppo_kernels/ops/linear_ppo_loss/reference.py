@@ -137,7 +137,7 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
     selection = problem.selection
     gradients = Gradients(problem, *wanted, waiting=True)
     stats, kept = linear.kept_of(head, selection.count, "store" if any(wanted) else "none")
-    room, _ = problem.rooms(True, False)
+    room = problem.rooms(True, False)[0]
     for chunk in problem.chunks():
         x = problem.logits(chunk.h, room[:chunk.last - chunk.first])
         row = head.stats(chunk, x, kept[chunk.first:chunk.last] if any(wanted) else None)
@@ -146,7 +146,7 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
     terms = tokens.terms(logprobs, entropy, formula, cu_seqlens)
     if any(wanted):
         x = room = stats.new_empty(0)  # before the room for gradients is taken
-        _, room_dx = problem.rooms(False, True)
+        room_dx = problem.rooms(False, True)[1]
         slopes = _in((terms.dlogprobs, terms.dentropy if entropy_grad else None), stats.dtype)
         for chunk in problem.chunks():
             g = [None if s is None else selection.take(s.reshape(-1), chunk.first, chunk.last)
