@@ -4,7 +4,8 @@ In place, without network, with the Python that runs it: builds the extension fo
 tests/gpu, a part of it again under compute-sanitizer, trains the demo small on the fastest backends
 and again on the reference (the curves must agree within noise), and runs the benchmarks. Writes
 bench/results/<gpu>.json, .md and .svg. Every part has a budget of seconds; one that fails or runs
-out of it makes the exit status 1, one that lacks a package or a tool is skipped, and says so.
+out of it makes the exit status 1 (benchmarks go as far as the time does, and name the rest), one
+that lacks a package or a tool is skipped, and says so.
 
 --smoke goes through the parts on a CPU at tiny sizes, to try this file where there is no GPU.
 """
@@ -110,8 +111,12 @@ class Check:
             said, _ = process.communicate(timeout=left)
             return process.returncode, said
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            said, _ = process.communicate()
+            os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+            try:
+                said, _ = process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                said, _ = process.communicate()
             return None, f"{said}\nstopped after {left:.0f} s"
 
 
@@ -147,6 +152,8 @@ def tests(check: Check, part: Part) -> None:
     if why := lacks("pytest"):
         return part.skip(why)
     choice = ["-k", "test_sample or test_packed"] if check.smoke else []
+    if not lacks("xdist") and not check.smoke:
+        choice = ["-n", "8"]  # most of the time is Triton's compilation
     status, said = check.command(200, sys.executable, "-m", "pytest", "tests/gpu", "-p",
                                  "no:cacheprovider", "-rf", "--durations=3", *choice)
     failed = re.findall(r"^FAILED (.*)$", said, re.MULTILINE)
@@ -234,7 +241,9 @@ def benchmarks(check: Check, part: Part) -> None:
             check.results["machine"] = found["machine"]
             for kind in ("rows", "steps"):
                 check.results[kind] += found.get(kind, [])
-        if status != 0:
+        if status is None:
+            part.said.append(f"{name}: cut short, or not begun: no time was left")
+        elif status != 0:
             part.fail(f"{name}: {tail(said, 4)}")
     part.said.append(f"{len(check.results['rows'])} rows, {len(check.results['steps'])} steps")
 
