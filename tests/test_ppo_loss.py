@@ -2,9 +2,18 @@
 
 import math
 
+import _emulated
 import pytest
 import torch
-from _loss_cases import ALL_TERMS
+from _loss_cases import (
+    ALL_TERMS,
+    check_layouts,
+    check_mixed_dtypes_and_nan,
+    check_packed,
+    check_poison,
+    flat,
+    hold_to_fp64,
+)
 from _loss_cases import policy_eager as eager_loss
 from _loss_cases import policy_run as run
 from _loss_cases import policy_sample as sample
@@ -524,3 +533,56 @@ def test_padding_invariance_and_ratio_one(batch, tokens, more, seed, ratio, redu
     a = torch.where(mask, x["advantages"], 0.0)
     loss = tk.ppo_loss(x["old_logprobs"], x["old_logprobs"], a, mask, ratio=ratio).loss
     torch.testing.assert_close(loss, -a.sum() / mask.sum().clamp(min=1))
+
+
+VARIANTS = [(ratio, reduction, estimator) for ratio in RATIOS for reduction in REDUCTIONS
+            for estimator in KL_ESTIMATORS]
+
+
+def every_variant(variant):
+    return {**ALL_TERMS, **dict(zip(("ratio", "reduction", "kl_estimator"), variant,
+                                    strict=True))}
+
+
+def check_compiled(shapes):
+    cases = [(DTYPES[i % 3], t, MASKS[i % len(MASKS)], i % 2 == 1, variant)
+             for i, (variant, t) in enumerate(zip(VARIANTS, 8 * shapes, strict=False))]
+    check_layouts(run, sample, cases, every_variant)
+    for ratio in RATIOS:
+        options = {**ALL_TERMS, "ratio": ratio, "reduction": "seq-mean-token-mean"}
+        check_packed(run, sample, options, ("advantages", "weights"))
+        for poison in POISONS:
+            check_poison(run, sample, poison, options, ("advantages", "weights"))
+    check_mixed_dtypes_and_nan(run, sample, ALL_TERMS, "logprobs")
+    check_mixed_dtypes_and_nan(run, sample, ALL_TERMS, "advantages")
+    extreme = {"logprobs": torch.tensor([[0.0, -300.0, 80.0, -1.0]]), "old_logprobs": torch.tensor(
+        [[-300.0, 0.0, 0.0, -1.0]]), "advantages": torch.tensor([[1.0, 1.0, -1.0, 1.0]])}
+    for limit in (20.0, 100.0, math.inf):
+        hold_to_fp64(run, extreme, None, max_log_ratio=limit, reduction="token-sum")
+
+
+def test_cpp_holds_to_the_formula_of_the_reference():
+    """Two writings of one formula would drift (Liger#1082, trl#7063); blocks are of 256 tokens."""
+    with tk.use_backend("cpp"):
+        check_compiled((1, 255, 256, 257, 700, 1000, 24, 64))
+
+
+def test_cpp_does_not_depend_on_threads():
+    x, mask, before = sample(40, 3000), sample_mask("interior", 40, 3000), torch.get_num_threads()
+    options = {**ALL_TERMS, "ratio": "sequence"}
+    with tk.use_backend("cpp"):
+        try:
+            torch.set_num_threads(1)
+            expected = [run(x, mask, **o) for o in (ALL_TERMS, options)]
+            torch.set_num_threads(3)
+            assert_same_bits(*(tuple(flat(r)) for r in (run(x, mask, **ALL_TERMS), expected[0])))
+            assert_same_bits(*(tuple(flat(r)) for r in (run(x, mask, **options), expected[1])))
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_cuda_kernel_emulated(monkeypatch):
+    """csrc/ppo_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
+    _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
+    check_compiled((1, 255, 256, 257, 1030, 24, 64))
+    hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), **ALL_TERMS)

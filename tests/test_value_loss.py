@@ -2,9 +2,17 @@
 
 import math
 
+import _emulated
 import pytest
 import torch
-from _loss_cases import critic_eager
+from _loss_cases import (
+    check_layouts,
+    check_mixed_dtypes_and_nan,
+    check_packed,
+    check_poison,
+    critic_eager,
+    hold_to_fp64,
+)
 from _loss_cases import critic_run as run
 from _loss_cases import critic_sample as sample
 from _matrix import third
@@ -338,3 +346,28 @@ def test_padding_and_shift_invariance(batch, tokens, more, seed, clip):
     x = {k: v.double() for k, v in x.items()}
     torch.testing.assert_close(run({k: v + 5 for k, v in x.items()}, mask, clip=clip)[:2],
                                run(x, mask, clip=clip)[:2], rtol=1e-9, atol=1e-9)
+
+
+def check_compiled(shapes):
+    cases = [(DTYPES[i % 3], t, MASKS[i % len(MASKS)], i % 2 == 1,
+              (REDUCTIONS[i % 5], (None, 0.2, 0.0)[i % 3])) for i, t in enumerate(3 * shapes)]
+    check_layouts(run, sample, cases, lambda v: {"reduction": v[0], "clip": v[1]})
+    for reduction in REDUCTIONS:
+        check_packed(run, sample, {"clip": 0.2, "reduction": reduction, "norm_length": 70})
+    for poison in POISONS:
+        check_poison(run, sample, poison, {"clip": 0.2})
+    check_mixed_dtypes_and_nan(run, sample, {"clip": 0.2}, "values")
+    hold_to_fp64(run, {k: v + 1000 for k, v in sample(4, 50).items()}, None, clip=0.2)
+
+
+def test_cpp_holds_to_the_formula_of_the_reference():
+    """Two writings of one formula would drift (Liger#1082, trl#7063); blocks are of 256 tokens."""
+    with tk.use_backend("cpp"):
+        check_compiled((1, 255, 256, 257, 700, 1000, 24, 64))
+
+
+def test_cuda_kernel_emulated(monkeypatch):
+    """csrc/value_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
+    _emulated.on_the_cpu(monkeypatch, "value_loss", "loss", "ppo_loss", "value_loss")
+    check_compiled((1, 255, 256, 257, 1030, 24, 64))
+    hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), clip=0.2)
