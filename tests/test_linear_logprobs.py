@@ -691,6 +691,7 @@ def test_valid_rows():
 
 
 SHARDS = {"plain": {}, "shaped": {**SHAPED, "valid_vocab": 150}, "dead": {"valid_vocab": 90},
+          "chunks": {"valid_vocab": 120, "memory": 4000},  # more columns here than there
           "recompute": {"memory": "recompute", **SHAPED}, "bf16": {"dtype": torch.bfloat16},
           "frozen": {"entropy_grad": False, "frozen": True, "part": "logprobs"}}
 
