@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,11 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "data/train.jsonl", "data/heldout.jsonl", "sft/model", "map/lengths.json",
             "train-rm/model", "train-rm/report.json",
         ),
-        ("generate", "label", "ppo", "prefix"),
+        ("generate", "label.sentence_threshold", "ppo", "prefix"),
     ),
     "eval": (
         ("data/train.jsonl", "data/test.jsonl", "sft/model", "train/model", "train/report.json"),
-        ("sft", "generate", "label", "eval", "prefix"),
+        ("sft", "generate", "label.sentence_threshold", "eval", "prefix"),
     ),
     "heat": (
         (
@@ -140,7 +141,7 @@ class Run:
         return inputs + [self.path(relative) for relative in STAGES[stage][0]]
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        return {name: getattr(self.config, name) for name in STAGES[stage][1]}
+        return {name: attrgetter(name)(self.config) for name in STAGES[stage][1]}
 
     def sessions(self, split: str) -> list[Session]:
         return read_sessions(self.path(f"data/{split}.jsonl"))
