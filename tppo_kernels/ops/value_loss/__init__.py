@@ -16,6 +16,9 @@ from . import reference
 
 _op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
+# values, returns and old values in fp32, the mask; the derivative written, read and scaled
+NBYTES_PER_TOKEN = 25
+
 
 def sample_inputs() -> tuple[tuple, dict]:
     """Arguments of a small call, in fp64: for the self-test."""
