@@ -333,14 +333,14 @@ def test_cuda_kernels_emulated_packed_poisoned_and_in_a_group(monkeypatch):
 
 
 def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):
-    """Statistics of more tasks than blocks; advantages that differ by rounding alone give 0."""
+    """More tasks than blocks, more blocks than threads; advantages that differ by rounding alone give 0."""
     backend = _emulated.on_the_cpu(monkeypatch, "token_advantages")
     from tppo_kernels.ops.gae import _cuda as walk
 
-    monkeypatch.setattr(backend, "BLOCKS", 3)
-    for plan in ((False, 1), (True, 1)):
+    for plan, blocks, B in (((False, 1), 3, 50), ((True, 1), 3, 50), ((True, 1), 1024, 300)):
+        monkeypatch.setattr(backend, "BLOCKS", blocks)
         monkeypatch.setattr(walk, "plan", lambda *_, plan=plan: plan)
-        rewards, values, _, _, mask = batch(50, 5)
+        rewards, values, _, _, mask = batch(B, 5)
         out, exact = tk.token_advantages(rewards, values, mask), tk.token_advantages(
             rewards.double(), values.double(), mask)
         assert_accurate(out.advantages, exact.advantages, floor=SEQUENTIAL_FLOOR)
