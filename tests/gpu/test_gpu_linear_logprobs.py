@@ -45,9 +45,8 @@ def test_every_regime_against_fp64(op, backend):
         more = {"frozen": True, "part": "logprobs"} if memory == "frozen" else {}
         exact = grads(textbook, *double(hidden, weight, targets), mask, **options, **more)
         assert_close(actual, exact, dtype)
-        assert_same_bits([x for x in on_device(hidden, weight, targets, mask, memory, **options,
-                                               **chosen) if x is not None],
-                         [x for x in actual if x is not None])
+        again = on_device(hidden, weight, targets, mask, memory, **options, **chosen)
+        assert_same_bits(tuple(again[:3]), tuple(actual[:3]))
 
 
 @pytest.mark.parametrize("op, backend", pairs(["linear_ppo_loss"]))
@@ -60,9 +59,7 @@ def test_the_loss_equals_the_two_operators(op, backend, dtype, ratio):
     advantages = torch.randn(3, 50)
     terms = {"ratio": ratio, "dual_clip": 1.5, "entropy_coef": 0.1}
 
-    def run(device, operator):
-        given = [x.to(device) for x in (hidden, weight, targets, old, advantages, mask)]
-        given = given if device == DEVICE else double(*given)
+    def run(given, operator):
         leaves = [x.requires_grad_() for x in given[:2]]
         loss = operator(*given)
         return [x.cpu() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))]
@@ -71,9 +68,10 @@ def test_the_loss_equals_the_two_operators(op, backend, dtype, ratio):
         logprobs, entropy = textbook(h, w, targets, mask)
         return tk.ppo_loss(logprobs, old, advantages, mask, entropy=entropy, **terms).loss
 
-    actual = run(DEVICE, lambda *x: tk.linear_ppo_loss(*x, **terms).loss)
+    given = hidden, weight, targets, old, advantages, mask
+    actual = run(there(*given), lambda *x: tk.linear_ppo_loss(*x, **terms).loss)
     with tk.use_backend("reference"):
-        exact = run("cpu", two_calls)
+        exact = run(double(*given), two_calls)
     assert_close([*actual[:1] * 2, *actual[1:]], [*exact[:1] * 2, *exact[1:]], dtype)
 
 
