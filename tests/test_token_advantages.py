@@ -333,7 +333,7 @@ def test_cuda_kernels_emulated_packed_poisoned_and_in_a_group(monkeypatch):
 
 
 def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):
-    """More tasks than blocks, more blocks than threads; advantages that differ by rounding alone give 0."""
+    """More tasks than blocks, more blocks than threads; no variance but rounding gives 0."""
     backend = _emulated.on_the_cpu(monkeypatch, "token_advantages")
     from tppo_kernels.ops.gae import _cuda as walk
 
