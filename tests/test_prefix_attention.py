@@ -618,6 +618,22 @@ def test_gpu_backends_call_their_kernels_as_they_want_it(on_gpu, prompts, respon
     assert torch.is_deterministic_algorithms_warn_only_enabled()  # as it was: see conftest.py
 
 
+@pytest.mark.parametrize("before", ((False, False), (True, False), (True, True)))
+def test_the_flag_of_determinism_is_as_it_was(before):
+    from tppo_kernels.ops.prefix_attention._flash import _deterministic
+
+    def flags():
+        return (torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled())
+
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with pytest.raises(ZeroDivisionError), _deterministic():
+        assert flags() == (True, False)
+        assert torch.utils.deterministic.fill_uninitialized_memory == before[0]
+        1 / 0  # noqa: B018
+    assert flags() == before and torch.utils.deterministic.fill_uninitialized_memory
+
+
 def misaligned(x):
     """The same values at an address that no vector load can read."""
     wide = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)

@@ -211,8 +211,10 @@ _flag = threading.Lock()
 def _deterministic() -> Iterator[None]:
     """Inside, dq is summed in a fixed order; by default its blocks are added as they come.
 
-    The kernels have no argument for it and read a flag of the process, which another thread that
-    starts a kernel at this very moment reads too.
+    The kernels have no argument for it and read a flag of the process. Another thread that starts a
+    kernel at this very moment reads it too, and raises where that kernel (cuBLAS without
+    CUBLAS_WORKSPACE_CONFIG) has no deterministic form: in a process whose threads share the GPU
+    force the backend flash_attn, which takes an argument, or set the flag for all.
     """
     with _flag:
         was = torch.are_deterministic_algorithms_enabled()
