@@ -151,7 +151,7 @@ struct HeadInputs {
 const char* token_head_fwd_cuda(const HeadInputs& in, float* out, void* stream);
 
 // grad: [N, K]. dx [N, D], dweight, dbias in the dtypes of their tensors, or null. room: fp32
-// [parts, K D + K], or null where only dx is wanted.
+// [parts, K D + 2 K], or null where only dx is wanted.
 const char* token_head_bwd_cuda(const HeadInputs& in, const float* grad, int parts, void* dx,
                                 void* dweight, void* dbias, float* room, void* stream);
 

@@ -62,7 +62,8 @@ struct RowsInFlight {
 
 // A warp takes kRows rows; weight comes from the L1 cache, once for all of them.
 template <int kDtype, int kWeight, int K>
-__global__ void __launch_bounds__(kFwdThreads) token_head_fwd_kernel(HeadInputs in, float* out) {
+__global__ void __launch_bounds__(kFwdThreads, K == 1 ? 3 : 1)
+    token_head_fwd_kernel(HeadInputs in, float* out) {
   constexpr int kColumns = kHeadColumns<kDtype>;
   const int lane = threadIdx.x % kWarp;
   const int64_t first =
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(kFwdThreads) token_head_fwd_kernel(HeadInputs 
 }
 
 // A block takes kBwdThreads groups of columns of every `parts`-th kRows rows. Weight and the sums
-// of its gradient stay in registers. parts_out [parts, K D + K] or null; dx or null.
+// of its gradient stay in registers; that of bias, which may cancel, is added up in fp64 and left in
+// two parts. parts_out [parts, K D + 2 K] or null; dx or null.
 template <int kDtype, int K>
 __global__ void __launch_bounds__(kBwdThreads)
     token_head_bwd_kernel(HeadInputs in, const float* grad, int parts, void* dx,
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kBwdThreads)
   constexpr int kColumns = kHeadColumns<kDtype>;
   const int part = blockIdx.x % parts;
   const int64_t d = (int64_t(blockIdx.x / parts) * kBwdThreads + threadIdx.x) * kColumns;
-  float weight[K][kColumns], sums[K][kColumns] = {}, bias[K] = {};
+  float weight[K][kColumns], sums[K][kColumns] = {};
+  double bias[K] = {};
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(kBwdThreads)
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const float g = rows.valid[r] ? grad[(first + r) * K + k] : 0.f;
-        bias[k] += g;
+        if (d == 0) bias[k] += g;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           out[j] += g * weight[k][j];
@@ -136,13 +139,16 @@ __global__ void __launch_bounds__(kBwdThreads)
     }
   }
   if (!parts_out) return;
-  float* mine = parts_out + part * (K * in.D + K);
+  float* mine = parts_out + part * (K * in.D + 2 * K);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j)
       if (d < in.D) mine[k * in.D + d + j] = sums[k][j];
-    if (d == 0) mine[K * in.D + k] = bias[k];
+    if (d == 0) {
+      mine[K * in.D + k] = float(bias[k]);
+      mine[K * in.D + K + k] = float(bias[k] - float(bias[k]));
+    }
   }
 }
 
@@ -151,19 +157,23 @@ __global__ void __launch_bounds__(kMergeThreads)
     token_head_merge_kernel(HeadInputs in, int parts, const float* parts_in, void* dweight,
                             void* dbias) {
   constexpr int kSlices = kMergeThreads / kWarp;
-  __shared__ float shared[kSlices][kWarp];
+  __shared__ double shared[kSlices][kWarp];
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
   const int64_t count = in.K * in.D, size = count + in.K;
   const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
-  float sum = 0;
+  double sum = 0;
   if (column < size)
-    for (int part = slice; part < parts; part += kSlices) sum += parts_in[part * size + column];
+    for (int part = slice; part < parts; part += kSlices) {
+      const float* mine = parts_in + part * (size + in.K);
+      sum += mine[column];
+      if (column >= count) sum += mine[column + in.K];
+    }
   shared[slice][lane] = sum;
   __syncthreads();
   if (slice || column >= size) return;
   for (int i = 1; i < kSlices; ++i) sum += shared[i][lane];
-  if (column < count && dweight) set_element(dweight, column, in.weight_dtype, sum);
-  if (column >= count && dbias) set_element(dbias, column - count, in.bias_dtype, sum);
+  if (column < count && dweight) set_element(dweight, column, in.weight_dtype, float(sum));
+  if (column >= count && dbias) set_element(dbias, column - count, in.bias_dtype, float(sum));
 }
 
 template <class... Parameters, class... Arguments>

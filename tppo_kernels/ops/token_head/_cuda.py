@@ -1,7 +1,7 @@
 """`token_head` on an NVIDIA GPU through the compiled extension: one launch, backward two.
 
 Memory moved: hidden once a pass, its gradient once, and of weight's gradient the parts that the
-second launch adds up, fp32 [parts, K D + K], mostly in the L2 cache.
+second launch adds up, fp32 [parts, K D + 2 K], mostly in the L2 cache.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
     parts = max(1, min(-(-rows // 4), PROGRAMS // blocks))
     room = None
     if grad_weight or grad_bias:
-        room = hidden.new_empty((parts, K * D + K), dtype=torch.float32)
+        room = hidden.new_empty((parts, K * D + 2 * K), dtype=torch.float32)
     if not grad_hidden and room is None:
         return dx, dw, dbias
     with launching_on(hidden):

@@ -4,7 +4,7 @@ Tiles [U, L G]: U rows, L lanes, one a thread, each with G columns: 16 bytes of 
 the wider of hidden and weight. Forward, a program takes U rows whole, its sums stay in the lanes
 until the rows end, and weight comes from the caches. Backward, a program takes L G columns of every
 P-th group of U rows: weight and the sums of its gradient stay in registers, and a second launch
-adds up the P parts in their order.
+adds up the P parts in their order. The gradient of bias, which may cancel, is summed in fp64.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _token_head_bwd_kernel(g_ptr, x_ptr, w_ptr, mask_ptr, dx_ptr, part_ptr, inne
     for k in tl.static_range(K):
         weight = weight + (tl.load(w_ptr + k * D + column, mask=live, other=0.0).to(tl.float32),)
         sums = sums + (tl.zeros([L * G], tl.float32),)
-        bias_sums = bias_sums + (tl.zeros([U], tl.float32),)
+        bias_sums = bias_sums + (tl.zeros([U], tl.float64),)
     for first in range(part * U, N, tl.num_programs(0) * U):
         row, valid, off = _row_group(first, mask_ptr, inner, stride_outer, stride_inner, N, U, G,
                                      ALIGNED)
@@ -122,7 +122,7 @@ def _token_head_bwd_kernel(g_ptr, x_ptr, w_ptr, mask_ptr, dx_ptr, part_ptr, inne
             dx += g[:, None] * weight[k][None, :]
             if part_ptr is not None:
                 new = new + (sums[k] + tl.sum(g[:, None] * x, 0),)
-                new_bias = new_bias + (bias_sums[k] + g,)
+                new_bias = new_bias + (bias_sums[k] + g.to(tl.float64),)
         if part_ptr is not None:
             sums = new
             bias_sums = new_bias
@@ -131,28 +131,34 @@ def _token_head_bwd_kernel(g_ptr, x_ptr, w_ptr, mask_ptr, dx_ptr, part_ptr, inne
             tl.store(dx_ptr + dx_off[:, None] + column[None, :], dx,
                      mask=(row < N)[:, None] & live[None, :])
     if part_ptr is not None:
-        part_off = part.to(tl.int64) * (K * D + K)
+        part_off = part.to(tl.int64) * (K * D + 2 * K)
         for k in tl.static_range(K):
             tl.store(part_ptr + part_off + k * D + column, sums[k], mask=live)
             if tl.program_id(1) == 0:
-                tl.store(part_ptr + part_off + K * D + k, tl.sum(bias_sums[k], 0))
+                total = tl.sum(bias_sums[k], 0)
+                high = total.to(tl.float32)
+                tl.store(part_ptr + part_off + K * D + k, high)
+                tl.store(part_ptr + part_off + K * D + K + k, (total - high).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=("part_ptr", "dw_ptr", "dbias_ptr", "parts", "count", "size"))
-def _token_head_merge_kernel(part_ptr, dw_ptr, dbias_ptr, parts, count, size, P: tl.constexpr,
+@triton.jit(do_not_specialize=("part_ptr", "dw_ptr", "dbias_ptr", "parts", "count", "K"))
+def _token_head_merge_kernel(part_ptr, dw_ptr, dbias_ptr, parts, count, K, P: tl.constexpr,
                              BLOCK: tl.constexpr):
-    """The sums of all parts: weight's gradient [count], and behind it that of bias."""
+    """The sums of all parts: weight's gradient [count], behind it that of bias in two parts."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([P, BLOCK], tl.float32)
+    of_bias = (column >= count) & (column < count + K)
+    total = tl.zeros([P, BLOCK], tl.float64)
     for first in range(0, parts, P):
         part = first + tl.arange(0, P).to(tl.int64)
-        total += tl.load(part_ptr + part[:, None] * size + column[None, :], other=0.0,
-                         mask=(part < parts)[:, None] & (column < size)[None, :])
-    result = tl.sum(total, 0)
+        here = (part < parts)[:, None]
+        ptr = part_ptr + part[:, None] * (count + 2 * K) + column[None, :]
+        total += tl.load(ptr, mask=here & (column < count + K)[None, :], other=0.0)
+        total += tl.load(ptr + K, mask=here & of_bias[None, :], other=0.0)
+    result = tl.sum(total, 0).to(tl.float32)
     if dw_ptr is not None:
         tl.store(dw_ptr + column, result, mask=column < count)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + column - count, result, mask=(column >= count) & (column < size))
+        tl.store(dbias_ptr + column - count, result, mask=of_bias)
 
 
 class _Call(NamedTuple):
@@ -210,7 +216,7 @@ def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
     blocks = triton.cdiv(D, shape["L"] * shape["G"])
     parts = max(1, min(triton.cdiv(call.place[3], shape["U"]), PROGRAMS // blocks))
     if grad_weight or grad_bias:
-        kept = hidden.new_empty((parts, K * D + K), dtype=torch.float32)
+        kept = hidden.new_empty((parts, K * D + 2 * K), dtype=torch.float32)
     with launching_on(hidden):
         if grad_hidden or kept is not None:
             _token_head_bwd_kernel[(parts, blocks)](
@@ -219,5 +225,5 @@ def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
         if kept is not None:
             _token_head_merge_kernel[(triton.cdiv(K * D + K, 64),)](
                 kept, dw if grad_weight else None, dbias if grad_bias else None, parts, K * D,
-                K * D + K, P=16, BLOCK=64, num_warps=4)
+                K, P=16, BLOCK=64, num_warps=4)
     return dx, dw, dbias
