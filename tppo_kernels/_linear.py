@@ -240,7 +240,8 @@ class Gradients:
         products, live = self.problem.products, self.problem.shard.columns
         if self.hidden is not None:
             group = self.problem.group
-            dh = products.d_hidden(dz, exact=group is not None or fit is not None)
+            dh = products.d_hidden(dz, exact=group is not None or fit is not None
+                                   or self.hidden.dtype != products.factors)
             if group is not None:  # each process has a part of the sum over V
                 dist.all_reduce(dh, group=group)
             self.hidden[chunk.first:chunk.last] = dh if fit is None else dh / fit

@@ -87,7 +87,7 @@ def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, l
         blocks = reference.blocks_of(columns, hidden.device)
         kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden.dtype))
     elif regime == "frozen":
-        kept = hidden.new_empty(m, hidden.shape[-1])
+        kept = hidden.new_empty((m, hidden.shape[-1]), dtype=dtype)
     return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
             hidden.new_empty((4 + blocks, m), dtype=dtype), kept)
 
@@ -109,9 +109,10 @@ _bwd = _op.define(f"linear_logprobs_bwd(Tensor? g_logprobs, Tensor? g_entropy, {
                   " Tensor stats, Tensor kept, bool grad_hidden, bool grad_weight, bool grad_bias)"
                   " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd, registers_autograd=True)
 _frozen = _op.define("linear_logprobs_frozen(Tensor g_logprobs, Tensor kept, Tensor? mask,"
-                     " Tensor? rows, SymInt? capacity) -> Tensor", reference.frozen,
-                     lambda g_logprobs, kept, *_: kept.new_empty(
-                         (*g_logprobs.shape, kept.shape[1])), registers_autograd=True)
+                     " Tensor? rows, SymInt? capacity, ScalarType dtype) -> Tensor",
+                     reference.frozen, lambda g_logprobs, kept, *rest: kept.new_empty(
+                         (*g_logprobs.shape, kept.shape[1]), dtype=rest[-1]),
+                     registers_autograd=True)
 
 
 def savable(x: Tensor | None) -> Tensor | None:
@@ -126,6 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(stats, kept, *([output[1]] if regime == "frozen" else []))
     ctx.set_materialize_grads(False)
     tensors, ctx.rest, ctx.regime = arguments[:9], arguments[9:], regime
+    ctx.dtype = arguments[0].dtype
     if regime == "frozen":
         tensors = [tensors[3], tensors[5]]
     ctx.save_for_backward(*map(savable, tensors), stats, kept)
@@ -138,7 +140,7 @@ def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, *_:
     if g_logprobs is None and (g_entropy is None or ctx.regime == "frozen"):
         return (None,) * 14
     if ctx.regime == "frozen":
-        return (_frozen(g_logprobs, kept, *tensors, ctx.rest[1]), *(None,) * 13)
+        return (_frozen(g_logprobs, kept, *tensors, ctx.rest[1], ctx.dtype), *(None,) * 13)
     grads = _bwd(g_logprobs, g_entropy, *tensors, *ctx.rest, stats, kept, *wanted)
     hidden, weight, bias = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return (hidden, weight, None, None, bias, *(None,) * 9)

@@ -234,8 +234,8 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
     """(logprobs [...], entropy [...], stats, kept); see `tppo_kernels.linear_logprobs`.
 
     stats [4 + blocks, M]: `Stats`. kept: "store": exponentials [M, v], relative to the shift of
-    their block of columns, or without blocks to top; "frozen": dlogprob/dhidden [M, D]; otherwise
-    empty [0].
+    their block of columns, or without blocks to top; "frozen": dlogprob/dhidden [M, D], unrounded;
+    otherwise empty [0].
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
@@ -272,7 +272,7 @@ def kept_of(head: Head, m: int, regime: str) -> tuple[Tensor, Tensor]:
     hidden, columns = problem.hidden, problem.shard.columns
     blocks, kept = 0, hidden.new_empty(0)
     if regime == "frozen":
-        kept = hidden.new_zeros(m, hidden.shape[1])
+        kept = hidden.new_zeros((m, hidden.shape[1]), dtype=problem.dtype)
     elif regime == "store":
         blocks = blocks_of(columns, torch.device("cuda") if head.steps.by_blocks
                            else hidden.device)
@@ -314,10 +314,10 @@ def bwd(g_logprobs: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, wei
 
 
 def frozen(g_logprobs: Tensor, kept: Tensor, mask: Tensor | None, rows: Tensor | None,
-           capacity: int | None) -> Tensor:
-    """The gradient of hidden from dlogprob/dhidden [M, D], in its dtype."""  # [..., D]
+           capacity: int | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of hidden, of that dtype, from dlogprob/dhidden [M, D]."""  # [..., D]
     selection = Selection(g_logprobs.numel(), mask, rows, capacity, kept.device)
     g = selection.take(g_logprobs.reshape(-1))[:, None]
     kept = kept[:selection.count]
-    dhidden = torch.mul(g, kept, out=torch.empty_like(kept))  # rounded once, after the product
+    dhidden = torch.mul(g, kept, out=torch.empty_like(kept, dtype=dtype))
     return selection.put(dhidden).reshape(*g_logprobs.shape, kept.shape[1])
