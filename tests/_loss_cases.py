@@ -1,6 +1,7 @@
 """Cases of `ppo_loss` and `value_loss` that every backend must pass, wherever it runs."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels.testing import (
@@ -149,3 +150,32 @@ def check_mixed_dtypes_and_nan(run, sample, options, name):
     x[name][1, 1] = float("nan")
     loss, gradient = run(x, **options)[:2]
     assert loss.isnan() and gradient[1, 1].isnan() and gradient[0].isfinite().all()
+
+
+class Launching(TorchDispatchMode):
+    """Torch's own operations inside that would be launches on a GPU: not views, not memory."""
+
+    SILENT = ("empty", "empty_like", "detach", "_local_scalar_dense")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.SILENT:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def numbers(*values):
+    """Numbers as raw ops take them."""
+    return [torch.tensor(v, dtype=torch.float64) for v in values]
+
+
+def check_nothing_but_kernels(backend, forward, gradients):
+    """Forward and backward of raw ops on a backend: torch itself launches nothing."""
+    with Launching() as launching:
+        loss, *slopes, _, scale = backend.fwd(*forward)
+        backend.bwd(loss, scale, *slopes, *gradients)
+    assert launching.names == []

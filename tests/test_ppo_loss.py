@@ -9,10 +9,12 @@ from _loss_cases import (
     ALL_TERMS,
     check_layouts,
     check_mixed_dtypes_and_nan,
+    check_nothing_but_kernels,
     check_packed,
     check_poison,
     flat,
     hold_to_fp64,
+    numbers,
 )
 from _loss_cases import policy_eager as eager_loss
 from _loss_cases import policy_run as run
@@ -583,6 +585,17 @@ def test_cpp_does_not_depend_on_threads():
 
 def test_cuda_kernel_emulated(monkeypatch):
     """csrc/ppo_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
-    _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
+    backend = _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
+    x = sample(3, 5, torch.bfloat16)
+    tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
+    check_nothing_but_kernels(backend, [
+        *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
+            0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
+        "seq-mean-token-sum-norm", True, True], (torch.bfloat16, torch.float16))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), **ALL_TERMS)
+    options = {**ALL_TERMS, "reduction": "seq-mean-token-sum-norm", "num_sequences": 5,
+               "norm_length": 7}
+    expected = flat(run(sample(3, 9), **options))
+    monkeypatch.setattr("tppo_kernels._losses.scalar", lambda x: (0.0, x.to(torch.float32)))
+    torch.testing.assert_close(flat(run(sample(3, 9), **options)), expected)  # read by pointer

@@ -8,10 +8,13 @@ import torch
 from _loss_cases import (
     check_layouts,
     check_mixed_dtypes_and_nan,
+    check_nothing_but_kernels,
     check_packed,
     check_poison,
     critic_eager,
+    flat,
     hold_to_fp64,
+    numbers,
 )
 from _loss_cases import critic_run as run
 from _loss_cases import critic_sample as sample
@@ -368,6 +371,14 @@ def test_cpp_holds_to_the_formula_of_the_reference():
 
 def test_cuda_kernel_emulated(monkeypatch):
     """csrc/value_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
-    _emulated.on_the_cpu(monkeypatch, "value_loss", "loss", "ppo_loss", "value_loss")
+    backend = _emulated.on_the_cpu(monkeypatch, "value_loss", "loss", "ppo_loss", "value_loss")
+    x = sample(3, 5, torch.bfloat16)
+    check_nothing_but_kernels(backend, [
+        x["values"], x["returns"], sample_mask("row", 3, 5), x["old_values"], *numbers(0.2), None,
+        None, None, None, "seq-mean-token-mean", True], (torch.bfloat16,))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), clip=0.2)
+    options = {"clip": 0.2, "num_tokens": 20}
+    expected = flat(run(sample(3, 9), **options))
+    monkeypatch.setattr("tppo_kernels._losses.scalar", lambda x: (0.0, x.to(torch.float32)))
+    torch.testing.assert_close(flat(run(sample(3, 9), **options)), expected)  # read by pointer

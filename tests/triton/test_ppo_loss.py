@@ -8,15 +8,19 @@ from _loss_cases import (
     ALL_TERMS,
     check_layouts,
     check_mixed_dtypes_and_nan,
+    check_nothing_but_kernels,
     check_packed,
     check_poison,
     flat,
     hold_to_fp64,
+    numbers,
     policy_run,
     policy_sample,
     reference,
 )
 from _matrix import third
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
 
 import tppo_kernels as tk
 from tppo_kernels import _triton_losses
@@ -115,3 +119,23 @@ def test_ticket_is_put_back(triton, monkeypatch):
     assert not ticket.any()
     assert_same_bits(tuple(policy_run(policy_sample(9, 9))), tuple(first))
     assert _triton_losses.ticket(first[0]) is not _triton_losses.ticket(first[0])
+
+
+def test_two_launches_and_nothing_else(monkeypatch):
+    launches, run = [], InterpretedFunction.run
+
+    def counted(self, *args, **options):
+        launches.append(self.fn.__name__)
+        with _disable_current_modes():  # the interpreter copies arguments
+            return run(self, *args, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(_triton, "ticket", lambda like: ticket)
+    x = policy_sample(3, 5, torch.bfloat16)
+    tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
+    check_nothing_but_kernels(_triton, [
+        *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
+            0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
+        "seq-mean-token-sum-norm", True, True], (torch.bfloat16, torch.float16))
+    assert launches == ["_ppo_loss_fwd_kernel", "_ppo_loss_bwd_kernel"]
