@@ -12,7 +12,7 @@ struct GaeTokens {
 
   struct Raw {
     Group reward, value;
-    unsigned valid;
+    uint32_t valid;
   };
 
   __device__ Raw load(const Span& span, int64_t t) const {
@@ -25,7 +25,7 @@ struct GaeTokens {
     steps.valid = raw.valid;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      const bool valid = raw.valid >> j & 1;
+      const bool valid = has(raw.valid, j);
       steps.reward[j] = valid ? value_of(raw.reward, in.rewards.dtype, j) : 0.f;
       steps.value[j] = valid ? value_of(raw.value, in.values.dtype, j) : 0.f;
     }

@@ -87,21 +87,20 @@ __device__ inline Group load(const Tokens& x, const Span& span, int64_t t) {
   return group;
 }
 
-// Bit j: token t + j lies inside the sequence and is valid. mask: [B, T] or [N], null is all True.
-__device__ inline unsigned load_mask(const Mask& mask, const Span& span, int64_t t) {
-  unsigned bits = 0;
+// Byte j is 1 where token t + j lies inside the sequence and is valid. mask: [B, T] or [N]; null is
+// all True. As loaded, so that nothing waits for it before the next loads are on their way.
+__device__ inline uint32_t load_mask(const Mask& mask, const Span& span, int64_t t) {
   const uint8_t* p = mask.data ? mask.data + span.at(mask.stride) + t : nullptr;
-  if (p && t >= 0 && t + kGroup <= span.n && aligned(p, 4)) {
-    const uint32_t four = *reinterpret_cast<const uint32_t*>(p);
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) bits |= ((four >> (8 * j)) & 1u) << j;
-    return bits;
-  }
+  const bool whole = t >= 0 && t + kGroup <= span.n;
+  if (p && whole && aligned(p, 4)) return *reinterpret_cast<const uint32_t*>(p);
+  uint32_t bytes = 0;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j)
-    if (t + j >= 0 && t + j < span.n && (!p || p[j])) bits |= 1u << j;
-  return bits;
+    if (t + j >= 0 && t + j < span.n && (!p || p[j])) bytes |= 1u << (8 * j);
+  return bytes;
 }
+
+__device__ inline bool has(uint32_t bytes, int j) { return bytes >> (8 * j) & 1; }
 
 __device__ inline void store(float* out, const Span& span, int64_t t, const float* values) {
   float* p = out + span.begin + t;
@@ -148,14 +147,14 @@ __device__ inline GaeCarry apply_maps(const GaeMap* maps, int first, int last, G
 // What a thread knows of kGroup tokens after loading: inputs that the scan needs, 0 where invalid.
 struct Steps {
   float reward[kGroup], value[kGroup];
-  unsigned valid;
+  uint32_t valid;  // as `load_mask`
 };
 
 __device__ inline GaeMap map_of(const Steps& steps, const GaeScale& scale) {
   GaeMap map = gae_identity();
 #pragma unroll
   for (int j = kGroup - 1; j >= 0; --j)
-    if (steps.valid >> j & 1) map = gae_join(gae_map(steps.reward[j], steps.value[j], scale), map);
+    if (has(steps.valid, j)) map = gae_join(gae_map(steps.reward[j], steps.value[j], scale), map);
   return map;
 }
 
@@ -184,7 +183,7 @@ __device__ void emit_round(Source& tokens, const Span& span, int64_t t,
 #pragma unroll
   for (int j = kGroup - 1; j >= 0; --j) {
     results[j] = {0.f, 0.f};
-    if (!(steps.valid >> j & 1)) continue;
+    if (!has(steps.valid, j)) continue;
     results[j] = gae_result(steps.reward[j], steps.value[j], behind, scale);
     behind = gae_apply(gae_map(steps.reward[j], steps.value[j], scale), behind);
   }

@@ -1,7 +1,7 @@
 // token_advantages on a GPU in two launches. The first shapes rewards, walks (gae.cuh) and writes
 // raw advantages, returns and rewards: 29 bytes a token; each block leaves the statistics of its
 // tokens. In the second every block merges those in the same order and whitens a share of the
-// advantages where they lie, 8 bytes a token and the masks; its first block writes the statistics.
+// advantages where they lie, 8 bytes a token and the masks; its first blocks write the statistics.
 // Nothing is atomic: the same call gives the same bits.
 #include "gae.cuh"
 #include "ppo_loss.h"
@@ -17,11 +17,6 @@ struct Tally {
   __device__ void add(float x) {
     sum += x;
     squares += double(x) * x;
-  }
-  // In double a thread's few hundred tokens leave 1e-14 of max|x|^2, far below kTiny^2.
-  __device__ Moments moments(int n, float largest) const {
-    const double mean = sum / at_least_one(n), m2 = squares - sum * mean;
-    return {double(n), mean, m2 < 0 ? 0 : m2, double(largest)};
   }
 };
 
@@ -43,7 +38,7 @@ struct AdvantageTokens {
 
   struct Raw {
     Group reward, value, logprob, ref;
-    unsigned valid, trained;
+    uint32_t valid, trained;
   };
 
   __device__ Raw load(const Span& span, int64_t t) const {
@@ -52,8 +47,8 @@ struct AdvantageTokens {
       raw.logprob = sequence::load(in.logprobs, span, t);
       raw.ref = sequence::load(in.ref_logprobs, span, t);
     }
-    raw.valid = raw.trained = load_mask(in.walk.mask, span, t);
-    if (kEmit && in.train_mask.data) raw.trained &= load_mask(in.train_mask, span, t);
+    raw.valid = load_mask(in.walk.mask, span, t);
+    if (kEmit) raw.trained = load_mask(in.train_mask, span, t);
     return raw;
   }
 
@@ -63,7 +58,7 @@ struct AdvantageTokens {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       steps.reward[j] = steps.value[j] = 0.f;
-      if (!(raw.valid >> j & 1)) continue;
+      if (!has(raw.valid, j)) continue;
       steps.reward[j] = value_of(raw.reward, in.walk.rewards.dtype, j);
       steps.value[j] = value_of(raw.value, in.walk.values.dtype, j);
       if (!in.logprobs.data) continue;
@@ -83,12 +78,12 @@ struct AdvantageTokens {
     for (int j = 0; j < kGroup; ++j) {
       advantage[j] = results[j].advantage;
       back[j] = results[j].returns;
-      if (!(raw.valid >> j & 1)) continue;
+      if (!has(raw.valid, j)) continue;
       ++valid;
       tallies[kRewards].add(steps.reward[j]);
       tallies[kAdvantages].add(advantage[j]);
       tallies[kReturns].add(back[j]);
-      if (!(raw.trained >> j & 1)) continue;
+      if (!has(raw.trained, j)) continue;
       ++trained;
       tallies[kTrained].add(advantage[j]);
       largest = fmaxf(largest, fabsf(advantage[j]));
@@ -99,20 +94,34 @@ struct AdvantageTokens {
   }
 };
 
-// The moments of all threads of the block, for every thread, merged in a fixed order.
-__device__ Moments merge_block(Moments mine) {
-  __shared__ Moments shared[kThreads / kWarp];
-  for (int step = kWarp / 2; step > 0; step /= 2)
-    mine = merge(mine, {__shfl_down_sync(kAll, mine.n, step),
-                        __shfl_down_sync(kAll, mine.mean, step),
-                        __shfl_down_sync(kAll, mine.m2, step),
-                        __shfl_down_sync(kAll, mine.largest, step)});
+// The sum over the block's threads, for every one of them; in a fixed order.
+__device__ double block_sum(double x) {
+  __shared__ double shared[kThreads / kWarp];
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(kAll, x, step);
   __syncthreads();  // who still reads the last result
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();
-  Moments all = shared[0];
-  for (int warp = 1; warp < kThreads / kWarp; ++warp) all = merge(all, shared[warp]);
+  double all = 0;
+  for (double part : shared) all += part;
   return all;
+}
+
+__device__ double block_max(double x) {
+  __shared__ double shared[kThreads / kWarp];
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmax(x, __shfl_down_sync(kAll, x, step));
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  double all = 0;
+  for (double part : shared) all = fmax(all, part);
+  return all;
+}
+
+// From sums over a block's tokens: in double some thousands of them leave 1e-14 of max|x|^2, far
+// below what counts as no variance.
+__device__ Moments moments_of(double n, const Tally& tally, double largest) {
+  const double mean = tally.sum / at_least_one(n), m2 = tally.squares - tally.sum * mean;
+  return {n, mean, m2 < 0 ? 0 : m2, largest};
 }
 
 template <int kWarps, bool kEmit>
@@ -127,36 +136,46 @@ __global__ void __launch_bounds__(kThreads, 2)
        task < in.walk.sequences.B * parts; task += int64_t(gridDim.x) * kTasks)
     walk_task<kWarps, kEmit>(tokens, in.walk, task, parts, maps, shared, turn);
   if constexpr (kEmit) {
+    const double valid = block_sum(tokens.valid), trained = block_sum(tokens.trained);
+    const double largest = block_max(tokens.largest);
 #pragma unroll
     for (int q = 0; q < kQuantities; ++q) {
-      const Moments all = merge_block(tokens.tallies[q].moments(
-          q == kTrained ? tokens.trained : tokens.valid, q == kTrained ? tokens.largest : 0.f));
-      if (threadIdx.x == 0) partials[q * int64_t(gridDim.x) + blockIdx.x] = all;  // [5, blocks]
+      const Tally all{block_sum(tokens.tallies[q].sum), block_sum(tokens.tallies[q].squares)};
+      if (threadIdx.x == q)  // [5, blocks]
+        partials[q * int64_t(gridDim.x) + blockIdx.x] =
+            moments_of(q == kTrained ? trained : valid, all, q == kTrained ? largest : 0);
     }
   }
 }
 
+// The moments of all blocks' tokens: the common mean first, then the spread around it.
 __device__ Moments merge_partials(const Moments* partials, int count) {
-  Moments mine;
-  for (int i = threadIdx.x; i < count; i += kThreads) mine = merge(mine, partials[i]);
-  return merge_block(mine);
+  double n = 0, sum = 0, m2 = 0, largest = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    n += partials[i].n;
+    sum += partials[i].n * partials[i].mean;
+    largest = fmax(largest, partials[i].largest);
+  }
+  n = block_sum(n);
+  const double mean = block_sum(sum) / at_least_one(n);
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const double gap = partials[i].mean - mean;
+    m2 += partials[i].m2 + partials[i].n * gap * gap;
+  }
+  return {n, mean, block_sum(m2), block_max(largest)};
 }
 
-__device__ void write_statistics(const Moments* partials, int count, bool unbiased,
+__device__ void write_statistics(int q, const Moments& all, bool unbiased,
                                  const AdvantageStatistics& out) {
-  for (int q = 0; q < kQuantities; ++q) {
-    const Moments all = merge_partials(partials + q * int64_t(count), count);
-    if (threadIdx.x) continue;
-    if (q == kDivergence) {
-      out.scalars[0] = float(all.mean);
-    } else if (q == kTrained) {
-      out.moments[0] = all.n, out.moments[1] = all.mean;
-      out.moments[2] = all.m2, out.moments[3] = all.largest;
-    } else {
-      out.scalars[1 + q] = float(all.mean);
-      out.scalars[4 + q] = float(sqrt(variance(all, unbiased)));
-      if (q == kRewards) *out.n = int64_t(all.n);
-    }
+  if (q == kDivergence) {
+    out.scalars[0] = float(all.mean);
+  } else if (q == kTrained) {
+    out.moments[0] = all.n, out.moments[1] = all.mean;
+    out.moments[2] = all.m2, out.moments[3] = all.largest;
+  } else {
+    out.scalars[1 + q] = float(all.mean);
+    out.scalars[4 + q] = float(sqrt(variance(all, unbiased)));
+    if (q == kRewards) *out.n = int64_t(all.n);
   }
 }
 
@@ -165,7 +184,10 @@ __device__ void write_statistics(const Moments* partials, int count, bool unbias
 __global__ void __launch_bounds__(kThreads)
     token_advantages_whiten_kernel(WhitenInputs in, const Moments* trained, const Moments* all,
                                    int count, AdvantageStatistics statistics, float* out) {
-  if (all && blockIdx.x == 0) write_statistics(all, count, in.unbiased, statistics);
+  if (all && blockIdx.x < kQuantities) {  // a block for each quantity
+    const Moments mine = merge_partials(all + blockIdx.x * int64_t(count), count);
+    if (threadIdx.x == 0) write_statistics(blockIdx.x, mine, in.unbiased, statistics);
+  }
   if (in.N == 0) return;
   const Whitening by = whitening(merge_partials(trained, count), 1e-8, in.unbiased, true);
   const Span span{0, in.N, 0, true};
@@ -173,12 +195,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t t = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kGroup; t < in.N;
        t += int64_t(gridDim.x) * kThreads * kGroup) {
     const Group group = sequence::load(x, span, t);
-    unsigned valid = load_mask({in.mask, 0}, span, t);
-    if (in.train_mask) valid &= load_mask({in.train_mask, 0}, span, t);
+    const uint32_t valid = load_mask({in.mask, 0}, span, t) & load_mask({in.train_mask, 0}, span, t);
     float result[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      result[j] = valid >> j & 1 ? whitened(value_of(group, kFp32, j), by) : 0.f;
+      result[j] = has(valid, j) ? whitened(value_of(group, kFp32, j), by) : 0.f;
     store(out, span, t, result);
   }
 }
@@ -208,7 +229,7 @@ const char* token_advantages_whiten_cuda(const WhitenInputs& in, const double* p
                                          void* stream) {
   const auto all = reinterpret_cast<const Moments*>(partials);
   const int64_t groups = (in.N + kThreads * kGroup - 1) / (kThreads * kGroup);
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(groups, 1024));
+  const int64_t blocks = std::max<int64_t>(kQuantities, std::min<int64_t>(groups, 1024));
   const bool statistics_too = statistics.scalars != nullptr;
   return launch(token_advantages_whiten_kernel, blocks, stream, in,
                 statistics_too ? all + kTrained * int64_t(count) : all,
