@@ -114,7 +114,7 @@ def test_poison_changes_no_bit(poison):
         assert_same_bits(dirty, clean)
 
 
-@pytest.mark.parametrize("wanted", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)))
 def test_only_what_is_asked_for(wanted):
     hidden, weight, bias, grad = sample((3, 4))
     with tk.use_backend("triton"):
