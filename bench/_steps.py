@@ -11,6 +11,7 @@ class StepRow:
 
     model: str
     device: str
+    groups: int  # prompts of an update
     prompt: int  # P
     response: int  # R
     group: int  # G
@@ -27,10 +28,10 @@ class StepRow:
 
 def step_table(rows: list[StepRow]) -> str:
     """The rows as text."""
-    head = ("model", "P", "R", "G", "prompts", "tokens", "update ms", "over dense", "peak MB",
-            "rollout ms", "over dense", "TRL 1.12 ms", "over TRL")
-    body = [(r.model, str(r.prompt), str(r.response), str(r.group), r.prefix, f"{r.tokens:,}",
-             f"{r.update_ms:,.0f}", f"{r.speed_up:.1f}x", f"{r.peak_mb:,.0f}",
+    head = ("model", "prompts", "P", "R", "G", "prefix", "tokens", "update ms", "over dense",
+            "peak MB", "rollout ms", "over dense", "TRL 1.12 ms", "over TRL")
+    body = [(r.model, str(r.groups), str(r.prompt), str(r.response), str(r.group), r.prefix,
+             f"{r.tokens:,}", f"{r.update_ms:,.0f}", f"{r.speed_up:.1f}x", f"{r.peak_mb:,.0f}",
              f"{r.rollout_ms:,.0f}", f"{r.rollout_speed_up:.1f}x",
              "-" if r.trl_ms is None else f"{r.trl_ms:,.0f}",
              "-" if r.over_trl is None else f"{r.over_trl:.1f}x") for r in rows]

@@ -66,8 +66,9 @@ def _decoder(model: Any) -> Any:
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"shared_prefix: model is {describe(model)}, expected a torch module")
-    found = [m for m in model.modules() if isinstance(m, PreTrainedModel) and not any(
-        isinstance(inner, PreTrainedModel) for inner in m.modules() if inner is not m)]
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if len(found) > 1:
+        found = [m for m in found if sum(isinstance(x, PreTrainedModel) for x in m.modules()) == 1]
     if len(found) != 1:
         raise ValueError(f"shared_prefix: model is {type(model).__name__} and holds "
                          f"{len(found)} transformers decoders, expected one")
