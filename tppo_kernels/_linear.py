@@ -1,9 +1,8 @@
 """The products of the linear operators: chunks of rows, so that no [N, V] tensor comes to be.
 
-All accumulate in fp32. On a GPU two factors of one 16-bit dtype are multiplied as they are, with
-fp32 results where those are logits or sums over chunks. Anything else is computed in the dtype of
-the computation: rows are cast a chunk at a time, the weight a block of the vocabulary at a time,
-so no fp32 copy of it exists either.
+All accumulate in fp32 and give fp32. On a GPU two factors of one 16-bit dtype are multiplied as
+they are. Anything else is computed in the dtype of the computation: rows are cast a chunk at a
+time, the weight a block of the vocabulary at a time, so no fp32 copy of it exists either.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ class Products:
         for here, weight in self._blocks():
             torch.mm(h, weight.T, out=out[:, here])
 
-    def d_hidden(self, dz: Tensor, exact: bool) -> Tensor:
-        """dz @ weight, unrounded if exact."""  # [R, D]
+    def d_hidden(self, dz: Tensor) -> Tensor:
+        """dz @ weight."""  # [R, D]
         new = dz.new_empty if dz.shape[1] else dz.new_zeros
         out = new(dz.shape[0], self.weight.shape[1])
         for i, (here, weight) in enumerate(self._blocks()):
@@ -110,7 +109,11 @@ class Products:
 
 
 class HalfProducts(Products):
-    """Products of 16-bit factors as they are, with fp32 accumulators."""
+    """Products of 16-bit factors as they are; sums and results in fp32.
+
+    A 16-bit result could be added up from parts that cuBLAS has rounded to 16 bits: it may, unless
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is off.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__(weight, torch.float32)
@@ -119,10 +122,8 @@ class HalfProducts(Products):
     def logits(self, h: Tensor, out: Tensor) -> None:
         torch.mm(h, self.weight.T, out_dtype=torch.float32, out=out)
 
-    def d_hidden(self, dz: Tensor, exact: bool) -> Tensor:
-        if exact:
-            return torch.mm(dz, self.weight, out_dtype=torch.float32)
-        return torch.mm(dz, self.weight)
+    def d_hidden(self, dz: Tensor) -> Tensor:
+        return torch.mm(dz, self.weight, out_dtype=torch.float32)
 
     def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
         if first:
@@ -240,8 +241,7 @@ class Gradients:
         products, live = self.problem.products, self.problem.shard.columns
         if self.hidden is not None:
             group = self.problem.group
-            dh = products.d_hidden(dz, exact=group is not None or fit is not None
-                                   or self.hidden.dtype != products.factors)
+            dh = products.d_hidden(dz)
             if group is not None:  # each process has a part of the sum over V
                 dist.all_reduce(dh, group=group)
             self.hidden[chunk.first:chunk.last] = dh if fit is None else dh / fit

@@ -53,6 +53,7 @@ class Selection:
         else:
             self.slots = everything if valid is None else torch.where(valid, everything, n)
         self.count = self.slots.shape[0]
+        self.whole = valid is None and rows is None and capacity is None  # every row, in order
         self.full = device.type == "cpu" and bool((self.slots < n).all())  # every slot has a row
         if valid is not None and (rows is not None or capacity is not None):
             reached = self._scatter(torch.ones_like(self.slots, dtype=torch.bool))
@@ -60,6 +61,8 @@ class Selection:
 
     def take(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Slots first to last of x [N, ...]; 0 in a slot without a row."""  # [R, ...]
+        if self.whole:
+            return x[first:last]
         slots = self.slots[first:last]
         if self.full:
             return x[slots]
