@@ -185,11 +185,11 @@ void bind_whiten(py::module_& m) {
   });
 }
 
-// (B, T, N, offsets, mask, mask_stride), (data, dtype, stride, step), (value, device),
-// (count_of, count, length, by_length): the structs of loss.h.
+// (B, T, N, offsets, mask, mask_stride), (data, dtype, stride, step),
+// (value, device, dtype), (count_of, count, length, by_length): the structs of loss.h.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, Address, Address, int64_t>;
 using ColumnTuple = std::tuple<Address, int, int64_t, int>;
-using ScalarTuple = std::tuple<double, Address>;
+using ScalarTuple = std::tuple<double, Address, int>;
 using ShareTuple = std::tuple<int, ScalarTuple, ScalarTuple, bool>;
 using SlopesTuple = std::tuple<Address, int64_t, int, Address>;
 
@@ -203,7 +203,7 @@ tppo::Column column(const ColumnTuple& x) {
   return {at<void>(data), dtype, stride, step};
 }
 
-tppo::Scalar scalar(const ScalarTuple& x) { return {std::get<0>(x), at<float>(std::get<1>(x))}; }
+tppo::Scalar scalar(const ScalarTuple& x) { return {std::get<0>(x), at<void>(std::get<1>(x)), std::get<2>(x)}; }
 
 tppo::Share share(const ShareTuple& x) {
   const auto& [count_of, count, length, by_length] = x;

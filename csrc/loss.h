@@ -14,13 +14,27 @@ struct Column {
   int step;
 };
 
-// A number, or one fp32 on the device, so that the host need not read it.
+// A number, or one on the device in a type of `Dtype` or of these: the host need not read it, nor
+// a launch convert it.
+enum ScalarType { kFp64 = 3, kInt64, kInt32 };
+
 struct Scalar {
   double value;
-  const float* device;
+  const void* device;
+  int dtype;
 };
 
-TPPO_HD inline double value_of(const Scalar& x) { return x.device ? double(*x.device) : x.value; }
+TPPO_HD inline double value_of(const Scalar& x) {
+  if (!x.device) return x.value;
+  switch (x.dtype) {
+    case kFp64: return *static_cast<const double*>(x.device);
+    case kInt64: return double(*static_cast<const int64_t*>(x.device));
+    case kInt32: return double(*static_cast<const int32_t*>(x.device));
+    case 1: return double(from_bf16(*static_cast<const uint16_t*>(x.device)));
+    case 2: return double(from_fp16(*static_cast<const uint16_t*>(x.device)));
+    default: return double(*static_cast<const float*>(x.device));
+  }
+}
 
 // Padded rows of T, or packed where offsets [B + 1] are given. A batch in which sequences do not
 // matter comes as rows of any one T, the last of them short: N ends it.

@@ -23,33 +23,30 @@ TPPO_CLONES void log_ratios(float limit, Block& x) {
   }
 }
 
-// What `per_token` needs and what the first pass over a sequence sums: d, and which are valid.
+void load(const PolicyBatch& in, const Column& column, int64_t b, const Span& whole, int64_t start,
+          const Block& x, float* out) {
+  const int64_t first = first_of(column, in.layout, b, whole.begin) + (column.step ? start : 0);
+  load_column(column, first, x.count, x.valid, out);
+}
+
+// Which tokens of a block are valid, and their d.
 void load_ratios(const PolicyBatch& in, const PolicyScalars& s, int64_t b, const Span& whole,
                  int64_t start, Block& x) {
-  const Layout& at = in.layout;
-  const uint8_t* mask = mask_of(at, b, whole.begin);
+  const uint8_t* mask = mask_of(in.layout, b, whole.begin);
   x.begin = whole.begin + start;
   x.count = std::min(kBlock, whole.count - start);
   load_mask(mask ? mask + start : nullptr, x.count, x.valid);
-  const auto load = [&](const Column& column, float* out) {
-    const int64_t first = first_of(column, at, b, whole.begin) + (column.step ? start : 0);
-    load_column(column, first, x.count, x.valid, out);
-  };
-  load(in.logprobs, x.logprob);
-  load(in.old_logprobs, x.old);
+  load(in, in.logprobs, b, whole, start, x, x.logprob);
+  load(in, in.old_logprobs, b, whole, start, x, x.old);
   log_ratios(s.limit, x);
 }
 
 void load_rest(const PolicyBatch& in, int64_t b, const Span& whole, int64_t start, Block& x) {
-  const auto load = [&](const Column& column, float* out) {
-    const int64_t first = first_of(column, in.layout, b, whole.begin) + (column.step ? start : 0);
-    load_column(column, first, x.count, x.valid, out);
-  };
-  load(in.advantages, x.advantage);
-  load(in.entropy, x.entropy);
-  load(in.ref_logprobs, x.ref);
+  load(in, in.advantages, b, whole, start, x, x.advantage);
+  load(in, in.entropy, b, whole, start, x, x.entropy);
+  load(in, in.ref_logprobs, b, whole, start, x, x.ref);
   if (in.weights.data)
-    load(in.weights, x.weight);
+    load(in, in.weights, b, whole, start, x, x.weight);
   else
     std::fill(x.weight, x.weight + kBlock, 1.f);
 }
@@ -155,8 +152,10 @@ void sequence(const PolicyBatch& in, const PolicyScalars& s, int64_t b, Block& x
   const float shared = float(slopes / length);
   for (int64_t start = 0; start < whole.count; start += kBlock) {
     load_ratios(in, s, b, whole, start, x);
-    load_rest(in, b, whole, start, x);
-    if (in.ref_logprobs.data) kl_part(in.estimator, x);
+    if (in.ref_logprobs.data) {
+      load(in, in.ref_logprobs, b, whole, start, x, x.ref);
+      kl_part(in.estimator, x);
+    }
     write_gradients(s, float(c), &shared, x, in.dlogprobs, in.dentropy);
   }
 }

@@ -103,7 +103,7 @@ __device__ void first_pass(const PolicyBatch& in, const PolicyScalars& s, const 
 
 // One pass over a token's columns; 33 B a token with all of them and both gradients in fp32. One
 // more over logprobs, old and mask where a sequence's length or mean ratio is asked for, and one
-// more over all but entropy for the gradient of a sequence ratio: from the L2 cache.
+// more over those and ref for the gradient of a sequence ratio: from the L2 cache.
 template <bool kFloats>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     ppo_loss_fwd_kernel(PolicyBatch in, double* parts) {
@@ -153,9 +153,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (!in.sequence_ratio) continue;
     const float slope = float(block_total(slopes, shared) / length);
     for (int64_t t = threadIdx.x; t < whole.count; t += kThreads) {
-      const Token x = load_token<kFloats>(in, first, mask, t, whole.count);
+      const Token x = load_ratio<kFloats>(in, first, mask, t, whole.count);
       const LogRatio ratio = log_ratio(x.logprob, x.old, s.limit);
-      const Kl apart = in.ref_logprobs.data ? kl(in.estimator, x.logprob, x.ref) : Kl{0.f, 0.f};
+      Kl apart{0.f, 0.f};
+      if (in.ref_logprobs.data)
+        apart = kl(in.estimator, x.logprob, read<kFloats>(in.ref_logprobs, first.ref, t));
       write(in, s, x, ratio.clamped, slope, apart.slope, own.c, own.begin + t);
     }
   }

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import scalar
 from ._native import address, refuses_fp64
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
+SCALARS = {**DTYPES, torch.float64: 3, torch.int64: 4, torch.int32: 5}  # ScalarType of csrc/loss.h
 ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
 ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
 
@@ -101,11 +101,16 @@ def arrange(columns: Sequence[Tensor | None], mask: Tensor | None, cu_seqlens: T
                  strides[:-1], steps[:-1])
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether reading a 0-d tensor costs no synchronisation."""
+    return x.is_cpu
+
+
 def pair(x: Tensor | float | None, absent: float = 0.0) -> tuple[float, Tensor | None]:
-    """A scalar as a kernel takes it: a number, and where it lies on a GPU if it does."""
-    if x is None:
-        return absent, None
-    return scalar(x) if isinstance(x, Tensor) else (float(x), None)
+    """A scalar as a kernel takes it: a number, or where it lies on a GPU, in its own type."""
+    if not isinstance(x, Tensor):
+        return absent if x is None else float(x), None
+    return (x.item(), None) if on_host(x) else (0.0, x)
 
 
 def layout_tuple(batch: Batch) -> tuple[int, ...]:
@@ -126,10 +131,13 @@ def share_tuple(share: Share, alive: list) -> tuple:
             scalar_tuple(pair(share.length), alive), share.by_length)
 
 
-def scalar_tuple(x: tuple[float, Tensor | None], alive: list) -> tuple[float, int]:
+def scalar_tuple(x: tuple[float, Tensor | None], alive: list) -> tuple[float, int, int]:
     """The struct Scalar."""
-    alive.append(x[1])
-    return x[0], address(x[1])
+    value, there = x
+    if there is None:
+        return value, 0, 0
+    alive.append(there)
+    return value, there.data_ptr(), SCALARS[there.dtype]
 
 
 def workspace(like: Tensor) -> Tensor:

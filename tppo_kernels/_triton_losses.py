@@ -51,7 +51,7 @@ def number(scalar):
     if scalar[1] is None:
         return scalar[0]
     else:
-        return tl.load(scalar[1])
+        return tl.load(scalar[1]).to(tl.float32)
 
 
 @triton.jit

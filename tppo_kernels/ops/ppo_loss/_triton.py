@@ -2,7 +2,7 @@
 
 Memory moved by forward: every column and the mask once, 33 B a token with all of them and both
 gradients in fp32; logprobs, old and mask once more (from the cache) where a sequence's length or
-mean ratio is asked for, and all but entropy again for the gradient of a sequence ratio.
+mean ratio is asked for, and those and ref again for the gradient of a sequence ratio.
 """
 
 from __future__ import annotations
