@@ -7,6 +7,8 @@ P-th group of U rows: weight and the sums of its gradient stay in registers, and
 adds up the P parts in their order. The gradient of bias, which may cancel, is summed in fp64.
 """
 
+# Kernels grow tuples output by output:
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 from typing import NamedTuple
