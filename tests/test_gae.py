@@ -5,6 +5,7 @@ import itertools
 import _emulated
 import pytest
 import torch
+from _loss_cases import Launching
 from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,6 +223,30 @@ def test_cuda_kernel_emulated_packed_poisoned_and_far_apart(monkeypatch):
             assert_accurate(a, e, floor=SEQUENTIAL_FLOOR)
         for poison in POISONS:
             assert_same_bits(run(poison), run(0.0))
+
+
+def test_cuda_launches_nothing_else_and_reads_scalars_by_pointer(monkeypatch):
+    backend = _emulated.on_the_cpu(monkeypatch, "gae")
+    rewards, values, mask = batch(3, 6)
+    rest = (mask, torch.tensor(0.9), torch.tensor([0.9, 0.5, 1.0]).bfloat16(), torch.tensor(0.7),
+            torch.randn(3).half(), None)
+    half = rewards.bfloat16()
+    with Launching() as launching:
+        expected = backend.fwd(half, values, *rest)
+    assert launching.names == []
+    monkeypatch.setattr(backend, "scalar", lambda x: (0.0, x.to(torch.float32)))
+    assert_same_bits(backend.fwd(half, values, *rest), expected)
+
+
+def test_default_dtype_is_not_asked():
+    """A trainer that builds its model under a bf16 default calls operators there, too."""
+    rewards, values, mask = batch()
+    expected = tk.gae(rewards, values, mask)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert_same_bits(tk.gae(rewards, values, mask), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_cuda_plan_spreads_any_shape_over_the_chip():

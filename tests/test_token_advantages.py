@@ -5,6 +5,7 @@ import itertools
 import _emulated
 import pytest
 import torch
+from _loss_cases import Launching
 from _matrix import third
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -330,6 +331,20 @@ def test_cuda_kernels_emulated_packed_poisoned_and_in_a_group(monkeypatch):
         moments = torch.ops.tppo_kernels.whiten_stats(raw, train)
         apart = torch.ops.tppo_kernels.token_advantages_whiten(raw, train, moments, True)
         torch.testing.assert_close(apart, clean.advantages, rtol=0, atol=1e-6)
+
+
+def test_cuda_launches_nothing_else_and_reads_scalars_by_pointer(monkeypatch):
+    backend = _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    from tppo_kernels.ops.gae import _cuda as walk
+
+    *tensors, mask = batch(3, 6, dtype=torch.bfloat16)
+    arguments = (*tensors[:2], mask, mask, *tensors[2:], torch.tensor(0.1), torch.tensor(0.9),
+                 torch.rand(3), torch.tensor(0.7), torch.randn(3), None, "k3", True, True)
+    with Launching() as launching:
+        expected = backend.fwd(*arguments)
+    assert launching.names == []
+    monkeypatch.setattr(walk, "scalar", lambda x: (0.0, x.to(torch.float32)))
+    assert_same_bits(backend.fwd(*arguments), expected)
 
 
 def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):

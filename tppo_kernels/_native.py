@@ -23,5 +23,5 @@ def address(x: Tensor | None) -> int:
 
 def per_sequence(x: Tensor | None, batch: int, like: Tensor) -> Tensor:
     """A 0-d or [B] argument, or zeros, as a dense fp32 [B] on the device of `like`."""
-    zeros = torch.zeros(batch, device=like.device)
+    zeros = torch.zeros(batch, dtype=torch.float32, device=like.device)
     return zeros if x is None else (zeros + x.detach().to(torch.float32)).contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor
 import tppo_kernels._C as _C
 
 from ..._launch import current_stream, launching_on, scalar
+from ..._native import address
 from ._cpp import supports
 
 __all__ = ["fwd", "supports"]
@@ -72,11 +73,11 @@ class Arguments:
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         pairs = [column(x) for x in (gamma, lam, lam if value_lam is None else value_lam,
                                      bootstrap)]
-        maps = rewards.new_empty(4 * self.batch * self.parts if self.parts > 1 else 0,
-                                 dtype=torch.float32)
+        maps = None if self.parts == 1 else torch.empty(
+            4 * self.batch * self.parts, dtype=torch.float32, device=rewards.device)
         self.alive = (tokens, offsets, pairs, maps)
-        self.maps = maps.data_ptr()
-        self.described = (0 if offsets is None else offsets.data_ptr(), self.batch,
+        self.maps = address(maps)
+        self.described = (address(offsets), self.batch,
                           rewards.shape[-1], rows(tokens[0]), rows(tokens[1]),
                           mask_rows(tokens[2]), *(description for _, description in pairs))
 
@@ -85,7 +86,7 @@ def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam
         value_lam: Tensor | None, bootstrap: Tensor | None,
         cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """(advantages, returns), fp32, of padded [B, T] or packed [N] inputs."""
-    advantages = torch.empty(rewards.shape, device=rewards.device)
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel():
         with launching_on(rewards):

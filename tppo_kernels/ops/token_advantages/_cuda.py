@@ -33,13 +33,13 @@ def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: 
         whitened: bool) -> tuple[Tensor, ...]:
     """See `reference.compose`."""
     device, n = token_rewards.device, token_rewards.numel()
-    advantages, returns, rewards = (torch.empty(token_rewards.shape, device=device)
-                                    for _ in range(3))
+    advantages, returns, rewards = (
+        torch.empty(token_rewards.shape, dtype=torch.float32, device=device) for _ in range(3))
     if n == 0:
         return (advantages, returns, rewards, advantages.new_zeros(7),
                 torch.zeros((), dtype=torch.int64, device=device),
                 advantages.new_zeros(4, dtype=torch.float64))
-    stats = torch.empty(7, device=device)
+    stats = torch.empty(7, dtype=torch.float32, device=device)
     count = torch.empty((), dtype=torch.int64, device=device)
     moments = torch.empty(4, dtype=torch.float64, device=device)
     mask, train_mask = (None if x is None else x.contiguous() for x in (mask, train_mask))
@@ -65,7 +65,7 @@ def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: 
 
 def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
     """See `reference.whiten`."""
-    out = torch.empty(advantages.shape, device=advantages.device)
+    out = torch.empty(advantages.shape, dtype=torch.float32, device=advantages.device)
     if advantages.numel():
         advantages, moments = advantages.contiguous(), moments.contiguous()
         trained = None if trained is None else trained.contiguous()

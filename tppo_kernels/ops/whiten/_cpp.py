@@ -28,7 +28,7 @@ def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: 
         shift_mean: bool) -> Tensor:
     """(x - mean) * rsqrt(var + eps), fp32, 0 where masked."""
     values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=torch.float32)
     _C.whiten_fwd(values.data_ptr(), address(valid), x.numel(), moments.contiguous().data_ptr(),
                   float(eps), unbiased, shift_mean, out.data_ptr(), torch.get_num_threads())
     return out
