@@ -203,7 +203,10 @@ tppo::Column column(const ColumnTuple& x) {
   return {at<void>(data), dtype, stride, step};
 }
 
-tppo::Scalar scalar(const ScalarTuple& x) { return {std::get<0>(x), at<void>(std::get<1>(x)), std::get<2>(x)}; }
+tppo::Scalar scalar(const ScalarTuple& x) {
+  const auto [value, device, dtype] = x;
+  return {value, at<void>(device), dtype};
+}
 
 tppo::Share share(const ShareTuple& x) {
   const auto& [count_of, count, length, by_length] = x;
