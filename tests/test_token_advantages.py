@@ -365,6 +365,15 @@ def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):
         assert not same.advantages.any() and same.stats.advantage_std < 1e-7
 
 
+def test_cuda_whitening_emulated_of_more_tokens_than_threads(monkeypatch):
+    backend = _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    x = torch.randn(1_050_001) + 3  # a turn of all threads takes 2^20
+    trained = torch.rand(len(x)) < 0.7
+    moments = torch.ops.tppo_kernels.whiten_stats(x, trained)
+    actual = backend.whiten(x, trained, moments, False)
+    assert_accurate(actual, tk.whiten(x.double(), trained, unbiased=False), floor=SEQUENTIAL_FLOOR)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5)])
 def test_empty_is_zero_never_nan(backend, shape):
