@@ -570,9 +570,11 @@ def test_cpp_holds_to_the_formula_of_the_reference():
 
 
 def test_cpp_does_not_depend_on_threads():
-    x, mask, before = sample(40, 3000), sample_mask("interior", 40, 3000), torch.get_num_threads()
+    x, mask = sample(200, 3000), sample_mask("interior", 200, 3000)  # rows of 4,096 tokens
+    before = torch.get_num_threads()
     options = {**ALL_TERMS, "ratio": "sequence"}
     with tk.use_backend("cpp"):
+        hold_to_fp64(run, x, mask, **ALL_TERMS)
         try:
             torch.set_num_threads(1)
             expected = [run(x, mask, **o) for o in (ALL_TERMS, options)]
