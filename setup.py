@@ -63,7 +63,7 @@ def extension():
             targets += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
             for source in sorted(Path("csrc").glob("*.cu")):
                 target = str(Path(self.build_temp, f"{source.name}.o"))
-                self.spawn([nvcc, "-c", str(source), "-o", target, "-O3", "-std=c++17", "-lineinfo",
+                self.spawn([nvcc, "-c", str(source), "-o", target, "-O3", "-std=c++17",
                             "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets])
                 ext.extra_objects.append(target)
             ext.include_dirs.append(str(root / "include"))

@@ -68,8 +68,9 @@ def wheel(tree: Path, **env: str) -> tuple[Path, str]:
 def test_the_sdist_holds_every_source_and_nothing_else(sdist):
     with tarfile.open(sdist) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
+    kinds = (".py", ".cpp", ".cu", ".cuh", ".h")
     sources = [p.relative_to(ROOT).as_posix() for folder in ("tppo_kernels", "csrc", "python/tppo")
-               for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".h")]
+               for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
     assert not [s for s in sources if s not in names]
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
     assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith("tests")]
