@@ -386,15 +386,16 @@ def real_inputs(n, v, d, dtype=torch.bfloat16):
     return hidden, weight, torch.empty(n, device="meta", dtype=torch.int64)
 
 
-@pytest.mark.parametrize("budget", (1 << 30, 8 << 30))
+@pytest.mark.parametrize("budget, dtype", ((1 << 30, torch.bfloat16), (8 << 30, torch.bfloat16),
+                                           (1 << 30, torch.float16)))
 @pytest.mark.parametrize("regime, times", (("none", 2), ("store", 6), ("recompute", 8),
                                            ("frozen", 4)))
-def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, budget):
+def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, budget, dtype):
     """No factor is cast up; at most the budget, dW, what is kept and what is returned."""
     pytest.importorskip("triton")
     steps = as_on_a_gpu(monkeypatch)
     n, v, d = REAL
-    hidden, weight, targets = real_inputs(n, v, d)
+    hidden, weight, targets = real_inputs(n, v, d, dtype)
     one = torch.tensor(1.0)
     arguments = (hidden, weight, targets, None, None, None, one, None, one, None, None, budget,
                  None)
@@ -409,12 +410,37 @@ def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, b
                                   steps=steps)
             returned = 4 * v * d + sum(g.numel() * g.element_size() for g in grads)
         elif regime == "frozen":
-            returned = 2 * reference.frozen(out[0], out[3], None, None, None,
-                                                  torch.bfloat16).numel()
+            returned = 2 * reference.frozen(out[0], out[3], None, None, None, dtype).numel()
     assert inputs and plan.flops == flops(n, v, d, regime=regime, backward=times > 2)
     assert plan.flops == times * n * v * d
-    assert plan.factors == {torch.bfloat16}
+    assert plan.factors == {dtype}
     assert plan.peak - given <= budget + kept + returned + 0.02 * budget
+
+
+@pytest.mark.parametrize("dtype, head_dtype", (*((x, x) for x in DTYPES),
+                                               (torch.bfloat16, torch.float32)))
+@pytest.mark.parametrize("regime", ("none", "store", "recompute", "frozen"))
+@pytest.mark.parametrize("by_triton", (True, False))
+def test_scalars_on_a_cpu_and_tensors_on_a_gpu(monkeypatch, dtype, head_dtype, regime, by_triton):
+    """Every argument, and nothing but 0-d tensors crosses from the CPU."""
+    pytest.importorskip("triton")
+    on_triton = as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(_linear, "takes_halves", lambda h, w: h.dtype == w.dtype != torch.float32)
+    n, v, d = 60, 5001, 16
+    hidden, _, targets = real_inputs(n, v, d, dtype)
+    _, weight, _ = real_inputs(n, v, d, head_dtype)
+    mask, rows = targets > 0, targets[:20]
+    for chosen, capacity in ((None, None), (rows, None), (None, 30)):
+        for heat in (torch.tensor(0.7), torch.empty(n, device="meta")):
+            arguments = (hidden, weight, targets, mask, weight[:, 0], chosen, heat,
+                         torch.tensor(30.0), torch.tensor(0.5), v - 1, capacity, 10 ** 6, None)
+            steps = on_triton if by_triton else reference.TORCH
+            with Planned():  # it stands in for addmm
+                out = reference.fwd(*arguments, regime, steps=steps)
+                if regime == "frozen":
+                    reference.frozen(out[0], out[3], mask, chosen, capacity, dtype)
+                elif regime != "none":
+                    reference.bwd(*out[:2], *arguments, *out[2:], True, True, True, steps=steps)
 
 
 def test_chunks_of_a_gpu():

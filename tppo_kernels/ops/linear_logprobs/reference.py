@@ -211,7 +211,8 @@ class Head:
         if self.problem.products.factors != torch.float16:
             return None
         bound = sum(w * g.abs() for w, g in zip((1, 4), slopes, strict=True) if g is not None)
-        bound = bound * scale.factor().reshape(-1).abs()
+        factor = scale.factor().abs()
+        bound = bound * (factor[:, 0] if factor.dim() else factor)
         top = torch.where(bound.isfinite(), bound, 0).amax()
         return torch.exp2((FIT_BITS - torch.log2(top).ceil()).clamp(-100, 100))
 
