@@ -2,9 +2,9 @@
 //
 // With X_t = V_t + lam A_t the two lines of the textbook are
 //     A_t = r_t + gamma X_{t+1} - V_t        X_t = V_t + lam (r_t - V_t) + gamma lam X_{t+1}
-// and X behind the last token is the bootstrap. So a token is an affine map of the number behind it,
-// a masked token the identity, and a stretch of tokens the composition of their maps, which is
-// associative: what a parallel scan needs. returns = r_t + gamma Y_{t+1}, Y_t as X_t at value_lam.
+// and X behind the last token is the bootstrap. So a token is an affine map of the number behind
+// it, a masked token the identity, and a stretch of tokens the composition of their maps, which is
+// associative: what a parallel scan needs. returns = r_t + gamma Y_{t+1}, Y as X at value_lam.
 #pragma once
 #include "common.h"
 

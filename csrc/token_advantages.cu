@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t t = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kGroup; t < in.N;
        t += int64_t(gridDim.x) * kThreads * kGroup) {
     const Group group = sequence::load(x, span, t);
-    const uint32_t valid = load_mask({in.mask, 0}, span, t) & load_mask({in.train_mask, 0}, span, t);
+    const uint32_t valid =
+        load_mask({in.mask, 0}, span, t) & load_mask({in.train_mask, 0}, span, t);
     float result[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
