@@ -89,8 +89,8 @@ TPPO_HD inline double scale_of(const Share& share, double tokens, double sequenc
   return 1.0 / (count * length);
 }
 
-// A condition as all ones or no bit: a choice made on bits is never compiled to a branch, and a loop
-// with a branch is not vectorised.
+// A condition as all ones or no bit. A choice made on bits is never compiled to a branch, and a
+// loop with a branch is not vectorised.
 using Bits = uint32_t;
 
 TPPO_INLINE Bits bits_if(bool condition) { return 0u - Bits(condition); }

@@ -9,8 +9,8 @@ struct Token {
   float value, target, old;
 };
 
-// One pass over a token's columns: 17 B a token with old values, mask and gradient in fp32; one more
-// over the mask where a sequence's length is asked for.
+// One pass over a token's columns: 17 B a token with old values, mask and gradient in fp32; one
+// more over the mask where a sequence's length is asked for.
 template <bool kFloats>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     value_loss_fwd_kernel(ValueBatch in, double* parts) {
