@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tppo_kernels as tk
 from tppo_kernels import _linear
 from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS
+from tppo_kernels.ops.linear_logprobs import reference as linear
 from tppo_kernels.ops.linear_ppo_loss import reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -345,6 +346,29 @@ def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, ratio, wanted, t
     assert inputs and plan.flops == times * n * v * d and plan.factors == {torch.bfloat16}
     kept = 2 * n * v if ratio == "sequence" else 0
     assert plan.peak - given <= budget + kept + 2 * returned + 0.02 * budget
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+@pytest.mark.parametrize("by_triton", (True, False))
+def test_scalars_on_a_cpu_and_tensors_on_a_gpu(monkeypatch, dtype, ratio, by_triton):
+    """Every argument, and nothing but 0-d tensors crosses from the CPU."""
+    pytest.importorskip("triton")
+    on_triton = as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(_linear, "takes_halves", lambda h, w: h.dtype != torch.float32)
+    b, t, v, d = 3, 20, 5001, 16
+    hidden, weight, targets = real_inputs(b * t, v, d, dtype)
+    hidden, targets = hidden.reshape(b, t, d), targets.reshape(b, t)
+    token, mask = torch.empty(b, t, device="meta"), targets > 0
+    half = torch.tensor(0.5)
+    for reduction, capacity in itertools.product(REDUCTIONS, (None, 30)):
+        with Planned():  # it stands in for addmm
+            out = reference.fwd(
+                hidden, weight, targets, mask, weight[:, 0], None, half, half, half, v - 1,
+                capacity, 10 ** 6, None, token, token[:, 0], token, token, half, half, half + 1,
+                half * 40, half, half, half * 9, half * 9, half * 9, None, ratio, "k3", reduction,
+                True, True, True, True, steps=on_triton if by_triton else linear.TORCH)
+            reference.bwd(torch.empty((), device="meta"), *out[4:], targets, mask, None, capacity)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
