@@ -301,6 +301,27 @@ def test_fsdp2_gathers_the_head_by_its_own_hooks(both_ranks, name):
                 assert error <= 1e-3 * torch.from_numpy(g).norm() + 1e-5, (key, step)
 
 
+def test_mixed_precision_of_fsdp2(tmp_path):
+    """The states keep the dtype in which the head is gathered: products are of one dtype."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh, model = dist.device_mesh.init_device_mesh("cpu", (1,)), tiny("llama")
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32))
+        head, (ids, targets, mask) = tk.FusedLMHead(model), rows()
+        hidden = head.hidden(input_ids=ids, use_cache=False)
+        assert hidden.dtype == torch.bfloat16
+        out = head(hidden, targets, mask)
+        assert out.logprobs.dtype == torch.float32
+        out.logprobs.sum().backward()
+        assert model.lm_head.weight.grad.dtype == torch.float32
+        assert model.lm_head.weight.grad.full_tensor().any()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_shard_that_nothing_has_gathered_is_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard

@@ -62,11 +62,18 @@ class FusedLMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """The states that the head reads, after the final norm, for the inputs of the model."""
+        own = []
+
         def states(**inputs: Any) -> Tensor:
-            return self.model.base_model(**inputs).last_hidden_state  # [B, L, D]
+            hidden = self.model.base_model(**inputs).last_hidden_state  # [B, L, D]
+            own.append(hidden.dtype)
+            return hidden
 
         holder = self._holder()
-        return _through(holder, states, **inputs) if _sharded(holder) else states(**inputs)
+        if not _sharded(holder):
+            return states(**inputs)
+        hidden = _through(holder, states, **inputs)
+        return hidden.to(own[0])  # an output_dtype of FSDP2 is meant for logits
 
     def __call__(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None,
                  **keywords: Any) -> LinearLogprobs:
