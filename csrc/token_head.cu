@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kFwdThreads, K == 1 ? 3 : 1)
 }
 
 // A block takes kBwdThreads groups of columns of every `parts`-th kRows rows. Weight and the sums
-// of its gradient stay in registers; that of bias, which may cancel, is added up in fp64 and left in
-// two parts. parts_out [parts, K D + 2 K] or null; dx or null.
+// of its gradient stay in registers; that of bias, which may cancel, is added up in fp64 and left
+// in two parts. parts_out [parts, K D + 2 K] or null; dx or null.
 template <int kDtype, int K>
 __global__ void __launch_bounds__(kBwdThreads)
     token_head_bwd_kernel(HeadInputs in, const float* grad, int parts, void* dx,

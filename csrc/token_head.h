@@ -1,5 +1,5 @@
-// Arithmetic of token_head that the CUDA kernels and the tests on the CPU share: 16 bytes of numbers
-// as fp32 and back.
+// Arithmetic of token_head that the CUDA kernels and the tests on the CPU share: 16 bytes of
+// numbers as fp32 and back.
 #pragma once
 #include "kernels.h"
 #include "token_logprobs.h"
