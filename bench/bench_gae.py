@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from _harness import Case, Function
@@ -39,14 +41,29 @@ def on_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return op(*inputs)
 
 
+def torchrl(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """TorchRL's vectorised estimator; it has no mask, but an episode ends where `done` says so."""
+    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+
+    ended = torch.zeros_like(mask[:, :1])
+    done = mask & ~torch.cat([mask[:, 1:], ended], 1)
+    behind = torch.cat([values[:, 1:], values.new_zeros(values.shape[0], 1)], 1)
+    advantages, returns = vec_generalized_advantage_estimate(
+        GAMMA, LAM, *(x[..., None] for x in (values, behind, rewards, done, done)))
+    return tuple(torch.where(mask, x[..., 0], 0) for x in (advantages, returns))  # type: ignore
+
+
 def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
-    """One shape; a quarter of the tokens are masked."""
+    """One shape; responses of half to all of T tokens, right-padded as trainers have them."""
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(seed)
         rewards, values = torch.randn(2, batch, tokens, generator=g)
-        return rewards, values, torch.rand(batch, tokens, generator=g) < 0.75
+        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), generator=g)
+        return rewards, values, torch.arange(tokens) < lengths
 
     contenders: dict[str, Function] = {"op": op, "loop": loop}
+    if importlib.util.find_spec("torchrl"):
+        contenders["torchrl"] = torchrl
     if device == "cuda":
         contenders["triton"] = on_triton
     if not smoke and tokens <= 128:  # it unrolls the loop: at 2,048 steps it compiles for an hour
