@@ -23,7 +23,8 @@ WALKS = ("gae", "token_advantages")  # compiled together, once
 def extension(*names):
     """An extension module whose CUDA functions of csrc/<name>.cu run on the CPU.
 
-    The others in it are bound to nothing: calling them ends the process.
+    The others in it are bound to nothing: calling them ends the process. Each has a package name of
+    its own, because pybind11 gives a module that it has made once to whoever asks by that name.
     """
     import pybind11
 
@@ -35,7 +36,7 @@ def extension(*names):
              f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", target], cwd=ROOT,
                    check=True)
-    spec = importlib.util.spec_from_file_location("_C", target)
+    spec = importlib.util.spec_from_file_location(f"{'_'.join(names)}._C", target)
     before = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
     try:

@@ -1,30 +1,47 @@
 """Real processes over gloo, for what a process group computes."""
 
 import multiprocessing as mp
-import socket
+import queue as queues
+import tempfile
+import time
+from pathlib import Path
 
 
 def two_processes(worker, timeout):
-    """{rank: results} of `worker(rank, port, queue)` in two processes; each is ended if it hangs.
+    """{rank: results} of `worker(rank, meeting, queue)` in two processes, none of which is left.
 
-    timeout: seconds to wait for the results of one process.
+    meeting: the init_method of the process group, a file, because a free port may be taken before
+    it is used. timeout: seconds to wait for all results; a process that fails ends the wait.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=timeout) for _ in processes)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        processes = [context.Process(target=worker, args=(rank, meeting, queue))
+                     for rank in range(2)]
         for process in processes:
-            process.join(timeout=20)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            process.join(timeout=10)
+            process.start()
+        try:
+            results = _results(queue, processes, time.monotonic() + timeout)
+            for process in processes:
+                process.join(timeout=20)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()
+                process.join(timeout=10)
     assert [process.exitcode for process in processes] == [0, 0]
+    return results
+
+
+def _results(queue, processes, end):
+    results = {}
+    while len(results) < len(processes):
+        try:
+            rank, result = queue.get(timeout=1)
+            results[rank] = result
+        except queues.Empty:
+            codes = [process.exitcode for process in processes]
+            assert not any(codes), f"a process ended with {codes}; its error is on stderr"
+            assert time.monotonic() < end, f"no results in time; exit codes so far: {codes}"
     return results

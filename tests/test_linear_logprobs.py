@@ -733,9 +733,9 @@ def shard_inputs(name):
     return (hidden, weight, targets, sample_mask("interior", 2, 30)), options
 
 
-def worker(rank, port, queue):
+def worker(rank, meeting, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2,
                             timeout=timedelta(seconds=60))
     results, half = {}, slice(rank * 95, rank * 95 + 95)
     for name, backend in itertools.product(SHARDS, STEPS):

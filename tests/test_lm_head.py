@@ -271,10 +271,10 @@ def sharded_steps(name, mesh=None, rank=None):
     return results
 
 
-def sharded_worker(rank, port, queue):
+def sharded_worker(rank, meeting, queue):
     import torch.distributed as dist
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     queue.put((rank, {name: sharded_steps(name, mesh, rank) for name in SHARDINGS}))
     dist.barrier()

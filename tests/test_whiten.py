@@ -232,9 +232,9 @@ def inputs_of(rank, lengths):
     return torch.where(mask, x, float("nan")), mask
 
 
-def worker(rank, port, queue):
+def worker(rank, meeting, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2,
                             timeout=timedelta(seconds=150))
     results = {}
     for name, lengths in PARTS.items():
