@@ -66,7 +66,7 @@ def test_no_file_is_unlisted():
         if parts[:2] == ["tests", "gpu"]:
             assert parts[2] in GPU_TESTS | {f"test_gpu_{n}.py" for n in names}, file
         if parts[:2] == ["tests", "triton"]:
-            assert parts[2] in TRITON_TESTS | {f"test_{n}.py" for n in names}, file
+            assert parts[2] in TRITON_TESTS | {f"test_triton_{n}.py" for n in names}, file
         if parts[0] == "bench" and parts[-1].startswith("bench_"):
             assert parts[1] in {f"bench_{n}.py" for n in BENCHED}, file
 

@@ -513,7 +513,7 @@ def test_items_are_read_as_they_are_needed(tmp_path, monkeypatch):
             yield item(n, response=f"red hat {n % 40}")
 
     def reply(request, number):
-        if number == 1:
+        if slots(request)["returned_queries"] == ["red hat 0"]:
             first.wait(20)
         if len(server.requests) == 9:
             first.set()
