@@ -12,7 +12,7 @@ from tppo_kernels._op import OPS
 
 ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_attention", "step",
-          "token_advantages", "token_head", "token_logprobs", "value_loss"}
+          "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
                 "rows.py", "lm_head.py", "_losses.py", "_triton_losses.py", "_launch.py",

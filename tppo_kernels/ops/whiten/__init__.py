@@ -15,6 +15,8 @@ from . import reference
 
 _op = Op("whiten", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
+NBYTES_PER_TOKEN = 14  # x and the mask twice, the result: moments first, then whitening
+
 
 def sample_inputs() -> tuple[tuple, dict]:
     """Arguments of a small call, in fp64: for the self-test."""
