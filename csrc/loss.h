@@ -116,7 +116,7 @@ TPPO_INLINE float clamp_to(float x, float low, float high) {  // NaN stays NaN
 // loops over them have neither branches nor ends.
 constexpr int64_t kBlock = 256;       // tokens: all columns of a block stay in the L1 cache
 constexpr int64_t kGroups = 256;      // parts of a batch, summed in order whatever thread had them
-constexpr int64_t kGrain = 16 << 10;  // tokens that are worth a thread
+constexpr int64_t kGrain = 64 << 10;  // tokens that are worth a thread: about 0.2 ms
 
 void load_mask(const uint8_t* mask, int64_t count, Bits* valid);
 void load_column(const Column& x, int64_t first, int64_t count, const Bits* valid, float* out);
