@@ -109,7 +109,7 @@ class Plain(torch.autograd.Function):
         return result
 
 
-def compare(public, plain, rounds=300, calls=10):
+def compare(public, plain, rounds=3000, calls=10):
     """The cheapest round of each, in microseconds a call; more rounds only where they decide."""
     best = [float("inf"), float("inf")]
     for count in range(rounds):
