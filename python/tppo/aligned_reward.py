@@ -22,7 +22,7 @@ import tppo_kernels as tk
 from tppo.batch import Batch, pad_rows
 from tppo.config import RewardModelConfig
 from tppo.models import RewardModel, load_reward_model
-from tppo.progress import say
+from tppo.progress import say, say_once
 from tppo.tokenizer import decode, token_offsets
 
 QUESTION, ANSWER = "question: ", ". \n\n answer: "
@@ -82,9 +82,9 @@ class OwnTokens(nn.Module):
         prompt = ids[:head] + ids[head + cut : first]
         last = min(size, first + self.room - len(prompt))
         if cut:
-            _say_once(f"the reward model reads {self.room} tokens: long histories lose their start")
+            say_once(f"the reward model reads {self.room} tokens: long histories lose their start")
         if last < size:
-            _say_once(f"the reward model reads {self.room} tokens: long answers lose their end")
+            say_once(f"the reward model reads {self.room} tokens: long answers lose their end")
         spans = [(max(0, a - start), b - start) for a, b in offsets[first:last]]
         return Reading(prompt, ids[first:last], spans)
 
@@ -235,8 +235,3 @@ def _positions(model: PreTrainedModel) -> int:
             if module.padding_idx is not None:  # RoBERTa's family counts on from that index
                 count = module.num_embeddings - module.padding_idx - 1
     return min(count, MAX_TOKENS)
-
-
-@cache
-def _say_once(text: str) -> None:
-    say(text)

@@ -14,7 +14,8 @@ Dense: one row a response, the prompt again in each, padded left and right, so t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from contextlib import ExitStack
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,9 +24,7 @@ from torch import Tensor, nn
 
 import tppo_kernels as tk
 from tppo.config import Prefix
-from tppo.progress import say
-
-_PROBE = tk.PrefixLayout.from_lengths([1], [[1]])
+from tppo.progress import say_once
 
 
 class Padded(NamedTuple):
@@ -100,7 +99,9 @@ class Batch:
         return self.prefix == "shared" and len(self._groups) < len(self.response_ids)
 
     def rows(self, index: Sequence[int]) -> Batch:
-        """The batch of some of the responses; T may shrink."""
+        """The batch of some of the responses, itself for all of them; T may shrink."""
+        if list(index) == list(range(len(self.response_ids))):
+            return self
         prompts = [self.prompt_ids[i] for i in index]
         responses = [self.response_ids[i] for i in index]
         return Batch(prompts, responses, self.pad_id, self.device, self.prefix)
@@ -157,21 +158,22 @@ class Batch:
         and says so once.
         """
         if self.shares:
-            reason = sharing_refusal(trunk)
-            if reason is None:
-                return self._shared_states(trunk, aligns)
-            _say_once(f"every response is read with its whole prompt, not a shared one: {reason}")
+            layout, packed = self._packed
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(tk.shared_prefix(trunk, layout))
+                except ValueError as error:
+                    say_once(
+                        f"every response is read with its whole prompt, not a shared one: {error}"
+                    )
+                else:
+                    hidden = trunk(input_ids=packed, use_cache=False).last_hidden_state[0]  # [L, D]
+                    return tuple(layout.response_states(hidden, align) for align in aligns)
         hidden = self.padded.hidden(trunk)  # [B, P+T, D]
         width, length = self.padded.prompt_length, self.targets.shape[1]
         return tuple(
             tk.response_states(hidden, width, length, align, mask=self.mask) for align in aligns
         )
-
-    def _shared_states(self, trunk: nn.Module, aligns: tuple[str, ...]) -> tuple[Tensor, ...]:
-        layout, packed = self._packed
-        with tk.shared_prefix(trunk, layout):
-            hidden = trunk(input_ids=packed, use_cache=False).last_hidden_state[0]  # [L, D]
-        return tuple(layout.response_states(hidden, align) for align in aligns)
 
     @cached_property
     def padded(self) -> Padded:
@@ -198,23 +200,9 @@ class Batch:
         return layout.to(self.device), layout.pack(prompts, responses).to(self.device)
 
 
-def sharing_refusal(trunk: nn.Module) -> str | None:
-    """Why a trunk cannot compute a prompt once for several responses, or None."""
-    try:
-        with tk.shared_prefix(trunk, _PROBE):
-            return None
-    except ValueError as error:
-        return str(error)
-
-
 def pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     """Ragged per-token numbers as a tensor of the shape, dtype and device of `like`, 0-filled."""
     out = torch.zeros_like(like)  # [B, T]
     for b, row in enumerate(rows):
         out[b, : len(row)] = torch.as_tensor(row, dtype=like.dtype)
     return out
-
-
-@cache
-def _say_once(text: str) -> None:
-    say(text)

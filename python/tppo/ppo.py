@@ -59,8 +59,10 @@ class Experience(NamedTuple):
     train_mask: Tensor  # [B, T] bool
 
     def rows(self, index: Sequence[int]) -> Experience:
-        """Some of the responses; T may shrink to the longest of them."""
+        """Some of the responses, itself for all of them; T may shrink to the longest of them."""
         batch = self.batch.rows(index)
+        if batch is self.batch:
+            return self
         length = batch.targets.shape[1]
         return Experience(batch, *(field[index, :length] for field in self[1:]))
 
@@ -327,8 +329,10 @@ def check_shared_prefix(models: Models, batch: Batch, temperature: float) -> Non
         found = {"log-probs": logprobs, "values": values}
         with torch.no_grad():
             found["class logits"] = models.reward(way)  # [B, T, 3]
-        for name, model in (("policy", models.policy), ("critic", models.critic)):
-            output = {"policy": logprobs, "critic": values}[name]
+        for name, model, output in (
+            ("policy", models.policy, logprobs),
+            ("critic", models.critic, values),
+        ):
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
             kept = [g.flatten() for g in gradients if g is not None]

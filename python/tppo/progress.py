@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Generic, TypeVar
 
 from rich.console import Console
@@ -29,6 +30,12 @@ def say(text: str) -> None:
         _live.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """`say`, but not what this process has said so before."""
+    say(text)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Track[T]:

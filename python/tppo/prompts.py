@@ -7,11 +7,10 @@ one a line, then EOS.  The targets never reach a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from tppo.progress import say, track
+from tppo.progress import say_once, track
 from tppo.sessions import DataError, Session
 
 SEPARATOR = "\n"
@@ -84,11 +83,6 @@ def encode_prompts(
                 f"alone, the model has room for {max_tokens} before the answer"
             )
         if skip:
-            _say_once(f"prompts longer than {max_tokens} tokens lose their oldest events")
+            say_once(f"prompts longer than {max_tokens} tokens lose their oldest events")
         prompts.append(ids)
     return prompts
-
-
-@cache
-def _say_once(text: str) -> None:
-    say(text)

@@ -17,7 +17,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from tppo import batch as batches
+from tppo import progress
 from tppo.batch import Batch
 from tppo.config import PPOConfig, SFTConfig
 from tppo.models import Critic, RewardModel, place, policy_logprobs
@@ -162,7 +162,7 @@ def test_a_trunk_that_cannot_share_is_read_dense_and_says_so_once(capsys):
         ),
         CPU,
     )
-    batches._say_once.cache_clear()
+    progress.say_once.cache_clear()
     found = []
     for prefix in ("shared", "shared", "dense"):
         found.append(Batch(PROMPTS, RESPONSES, PAD, prefix=prefix).states(trunk, "logprob")[0])
