@@ -73,9 +73,6 @@ def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_gae(measure, device, smoke, index):
-    shapes = [(3, 17)] if smoke else SHAPES[device]
-    if index >= len(shapes):
-        pytest.skip("fewer shapes on this device")
-    measured = measure(case(*shapes[index], smoke, device))
+def test_gae(measure, shape_of, device, smoke, index):
+    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), smoke, device))
     assert smoke or measured["op"].speed_up["loop"] > 1

@@ -152,14 +152,12 @@ def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) ->
 
 
 @pytest.mark.parametrize("index", range(len(shapes("cpu"))))
-def test_step(steps, device, smoke, index, request):
+def test_step(steps, shape_of, device, smoke, index, request):
     name = "demo" if smoke or device == "cpu" else "1.5B"
-    chosen = [(24, 4, 3)] if smoke else shapes(device)
-    if index >= len(chosen):
-        pytest.skip("fewer shapes")
+    shape = shape_of({device: shapes(device)}, index, (24, 4, 3))
     rounds = 1 if smoke else min(5, request.config.getoption("--bench-rounds"))
-    groups = 1 if smoke else 4 if chosen[index] == GOAL else GROUPS[device]
-    rows = measure_shape(name, device, chosen[index], groups, rounds)
+    groups = 1 if smoke else 4 if shape == GOAL else GROUPS[device]
+    rows = measure_shape(name, device, shape, groups, rounds)
     steps.extend(rows)
     shared, dense = rows
     assert shared.tokens <= dense.tokens

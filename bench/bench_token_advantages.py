@@ -58,9 +58,6 @@ def case(batch: int, tokens: int, device: str) -> Case:
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_token_advantages(measure, device, smoke, index):
-    shapes = [(3, 17)] if smoke else SHAPES[device]
-    if index >= len(shapes):
-        pytest.skip("fewer shapes on this device")
-    measured = measure(case(*shapes[index], device))
+def test_token_advantages(measure, shape_of, device, smoke, index):
+    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), device))
     assert smoke or measured["op"].speed_up["composed"] > 1

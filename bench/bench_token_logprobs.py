@@ -76,9 +76,6 @@ def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "both"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("index", range(2))
-def test_token_logprobs(measure, device, smoke, index, dtype, backward):
-    shapes = [(8, 100)] if smoke else SHAPES[device]
-    if index >= len(shapes):
-        pytest.skip("fewer shapes on this device")
-    measured = measure(case(*shapes[index], dtype, backward, smoke))
+def test_token_logprobs(measure, shape_of, device, smoke, index, dtype, backward):
+    measured = measure(case(*shape_of(SHAPES, index, (8, 100)), dtype, backward, smoke))
     assert smoke or device != "cpu" or measured["op"].speed_up["eager"] > 1

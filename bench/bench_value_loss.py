@@ -59,9 +59,6 @@ def case(batch: int, tokens: int, smoke: bool) -> Case:
 
 
 @pytest.mark.parametrize("index", range(2))
-def test_value_loss(measure, device, smoke, index):
-    shapes = [(3, 17)] if smoke else SHAPES[device]
-    if index >= len(shapes):
-        pytest.skip("fewer shapes on this device")
-    measured = measure(case(*shapes[index], smoke))
+def test_value_loss(measure, shape_of, smoke, index):
+    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), smoke))
     assert smoke or measured["op"].speed_up["eager"] > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def device() -> str:
 def smoke(request: pytest.FixtureRequest) -> bool:
     """Whether only the machinery is tried."""
     return request.config.getoption("--bench-smoke")
+
+
+@pytest.fixture
+def shape_of(device, smoke) -> Callable[[dict[str, list], int, tuple], tuple]:
+    """The shape at an index of this device's, or the small one; skips where there are fewer."""
+    def chosen(shapes: dict[str, list], index: int, small: tuple) -> tuple:
+        given = [small] if smoke else shapes[device]
+        if index >= len(given):
+            pytest.skip("fewer shapes on this device")
+        return given[index]
+
+    return chosen
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._eager import constant
 from ..._native import FP64
 from ..._sequence import compute_dtype, kl, on, select
 from ..gae.reference import fwd as gae_reference
@@ -60,12 +62,18 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Te
     return advantages, returns, rewards, stats, n.long(), of_trained
 
 
-def fwd(*args) -> tuple[Tensor, ...]:
-    """`compose` over the references of `gae` and `whiten`."""
-    return compose(gae_reference, moments_reference, whiten, *args)
+def composed(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Tensor],
+             whiten_fwd: Callable[..., Tensor]) -> tuple[Callable, Callable]:
+    """(fwd, whiten) over one backend of `gae`, and of the statistics and forward of `whiten`."""
+    def whiten(advantages: Tensor, trained: Tensor | None, by: Tensor, unbiased: bool) -> Tensor:
+        """The advantages, whitened by the given (n, mean, M2, max)."""
+        return whiten_fwd(advantages, trained, by, constant(EPS), unbiased, True)
+
+    def fwd(*args: Any) -> tuple[Tensor, ...]:
+        """See `compose`."""
+        return compose(gae, moments, whiten, *args)
+
+    return fwd, whiten
 
 
-def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
-    """The advantages, whitened by the given (n, mean, M2, max)."""
-    eps = torch.tensor(EPS, dtype=torch.float64)
-    return whiten_reference(advantages, trained, moments, eps, unbiased, True)
+fwd, whiten = composed(gae_reference, moments_reference, whiten_reference)
