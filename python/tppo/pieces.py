@@ -92,7 +92,8 @@ class Pieces:
             codes = [_BYTE_OF.get(character) for character in name]
             return name.encode() if None in codes else bytes(c for c in codes if c is not None)
         if self.byte_fallback and (byte := _BYTE.fullmatch(name)):
-            return bytes([int(byte[1], 16)])
+            stripped = first and not self.decode([token])  # the space before a first word
+            return b"" if stripped else bytes([int(byte[1], 16)])
         if first:
             return self.decode([token]).encode()
         if self._anchor is None:

@@ -81,14 +81,18 @@ def token_offsets(
 def _spans_by_prefixes(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """The spans from decoding every prefix: for tokenizers whose tokens change their neighbours."""
-    ends = [0, *(_common(text, decode(tokenizer, ids[: i + 1])) for i in range(len(ids)))]
-    special = set(tokenizer.all_special_ids)
-    spans = []
-    for token, start, end in zip(ids, ends, ends[1:], strict=False):
-        if end <= start and token not in special:
-            end = min(start + 1, len(text))
-        spans.append((start, max(start, end)))
+    """The spans from decoding every prefix: for tokenizers whose tokens change their neighbours.
+
+    Where a prefix ends in half a character, it differs from the text there: that character is the
+    token's.  A token that shows nothing gets (s, s).
+    """
+    spans, start = [], 0
+    for i in range(len(ids)):
+        prefix = decode(tokenizer, ids[: i + 1])
+        end = _common(text, prefix)
+        half = end < min(len(prefix), len(text))
+        spans.append((start, max(start, end + half)))
+        start = max(start, end)
     return spans
 
 

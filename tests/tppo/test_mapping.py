@@ -457,6 +457,13 @@ def test_spans_of_sampled_ids_are_those_of_the_slow_definition(sampler, draws):
                for (a, b), (c, d) in zip(spans, slow, strict=True))  # fmt: skip
 
 
+def test_a_space_that_only_a_first_word_would_have_is_no_character():
+    """Found by the property above: the decoder strips it, so its byte token shows nothing."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_fallback(), eos_token="</s>")
+    ids = fast.convert_tokens_to_ids(["<0x20>", "<unk>", "<0x20>", "\u2581red"])
+    assert token_offsets(fast, ids) == ("<unk>  red", [(0, 0), (0, 5), (5, 6), (6, 10)])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_spans_are_the_offsets_of_the_tokenizer(sampler, case):
     """Where decoding gives back the text, its own ids have the offsets that it says itself."""
