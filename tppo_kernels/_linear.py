@@ -20,6 +20,7 @@ from .rows import Selection
 AUTO_BYTES = 1 << 30
 CPU_ROWS = 512  # beyond, dW's traffic is a few per cent, and the chunk leaves the caches
 BLOCK_BYTES = 1 << 24  # of the weight, cast at a time
+FEW_ROWS = 64  # up to here the time of a GPU's products is that of reading the weight
 
 
 class Shard(NamedTuple):
@@ -71,8 +72,10 @@ class Products:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.weight = weight  # [v, D], its live rows
-        self.factors = dtype  # of hidden states and of the gradients by the logits
+        self.factors = dtype
+        self.slopes = dtype  # of the gradients by the logits that they are given
         self.dtype = dtype
+        self.room = 0  # bytes a logit that they take besides
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the computation, a block at a time."""
@@ -113,19 +116,39 @@ class HalfProducts(Products):
 
     A 16-bit result could be added up from parts that cuBLAS has rounded to 16 bits: it may, unless
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is off.
+
+    The error of a gradient by logits that is rounded to 16 bits falls with the number of rows. Of
+    `few` rows each is the sum of two 16-bit numbers: one below the other in a product, which takes
+    no longer for it.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, few: bool):
         super().__init__(weight, torch.float32)
         self.factors = weight.dtype
+        self.slopes = torch.float32 if few else self.factors
+        self.room = 2 * self.factors.itemsize if few else 0
 
     def logits(self, h: Tensor, out: Tensor) -> None:
         torch.mm(h, self.weight.T, out_dtype=torch.float32, out=out)
 
+    def _summands(self, dz: Tensor) -> Tensor:
+        """dz, or the two 16-bit numbers that make one up; rows lie as far apart."""
+        if dz.dtype == self.factors:
+            return dz
+        rows, columns = dz.shape
+        out = dz.new_empty((2 * rows, dz.stride(0)), dtype=self.factors)[:, :columns]
+        out[:rows] = dz
+        torch.sub(dz, out[:rows], out=out[rows:])
+        return out
+
     def d_hidden(self, dz: Tensor) -> Tensor:
-        return torch.mm(dz, self.weight, out_dtype=torch.float32)
+        out = torch.mm(self._summands(dz), self.weight, out_dtype=torch.float32)
+        rows = dz.shape[0]
+        return out if out.shape[0] == rows else out[:rows] + out[rows:]
 
     def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
+        dz = self._summands(dz)
+        h = h if dz.shape[0] == h.shape[0] else torch.cat([h, h])
         if first:
             torch.mm(dz.T, h, out_dtype=torch.float32, out=out)
         else:
@@ -150,7 +173,8 @@ class Problem:
         self.selection = Selection(targets.numel(), mask, rows, capacity, hidden.device)
         live = self.weight[:self.shard.columns]
         halves = self.dtype == torch.float32 and takes_halves(hidden, weight)
-        self.products = HalfProducts(live) if halves else Products(live, self.dtype)
+        few = self.selection.count <= FEW_ROWS
+        self.products = HalfProducts(live, few) if halves else Products(live, self.dtype)
         self.budget, self.aligned = budget, aligned
         self.chunk_rows = 0  # see `rooms`
 
@@ -161,10 +185,11 @@ class Problem:
         budget holds, in equal chunks; as many in every process of a group. Rows begin at multiples
         of 16 bytes if `aligned`: cuBLAS is slow on others.
         """  # [R, v] each
-        size, dtype = self.weight.shape[0], self.products.factors
+        size, dtype = self.weight.shape[0], self.products.slopes
         columns = size + -size % 8 if self.aligned else size
         apart = gradient and not (logits and dtype == self.dtype)
-        per_logit = logits * self.dtype.itemsize + apart * dtype.itemsize
+        per_logit = (logits * self.dtype.itemsize + apart * dtype.itemsize
+                     + gradient * self.products.room)
         rows = max(1, self.budget // max(1, per_logit * min(columns, self.shard.total)))
         rows = min(rows, CPU_ROWS) if self.hidden.device.type == "cpu" else rows
         chunks = max(1, -(-self.selection.count // rows))
@@ -211,13 +236,11 @@ class Problem:
         return out.reshape(-1, *x.shape)
 
 
-def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient that awaits the one of the loss: fp16 could not hold what a scaler brings."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class Gradients:
-    """Sums of a problem's gradients over its chunks, in the dtype of the computation."""
+    """Sums of a problem's gradients over its chunks, in the dtype of the computation.
+
+    waiting: they stay in it, because a gradient of the loss is still to come.
+    """
 
     def __init__(self, problem: Problem, hidden: bool, weight: bool, bias: bool, *,
                  waiting: bool = False):
@@ -225,7 +248,7 @@ class Gradients:
         p, (size, d) = problem, problem.weight.shape
         rows = problem.selection.count
         given = (p.hidden, p.weight, p.weight if p.bias is None else p.bias)
-        self.dtypes = [waiting_dtype(x.dtype) if waiting else x.dtype for x in given]
+        self.dtypes = [p.dtype if waiting else x.dtype for x in given]
         self.hidden = p.hidden.new_empty((rows, d), dtype=self.dtypes[0]) if hidden else None
         self.weight = p.weight.new_empty((size, d), dtype=p.dtype) if weight else None  # [V, D]
         self.bias = p.weight.new_empty(size, dtype=p.dtype).zero_() if bias else None  # [V]
@@ -255,7 +278,7 @@ class Gradients:
         self.fit = fit
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden [M, D], weight [V, D], bias [V]) in the dtypes of the inputs; or empty [0]."""
+        """(hidden [M, D], weight [V, D], bias [V]) in `dtypes`; one not wanted is empty [0]."""
         mark, empty = self.problem.selection.marked, self.problem.hidden.new_empty
         if self.weight is not None and self.fit is not None:
             self.weight /= self.fit

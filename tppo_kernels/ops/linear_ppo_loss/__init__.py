@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import LABELS, Check, offsets, values_between
-from ..._linear import shard_of, waiting_dtype
+from ..._linear import shard_of
 from ..._op import _LIB, Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype
 from ...rows import slot_count
@@ -83,16 +83,16 @@ def _fake(hidden, weight, targets, mask, bias, rows, *rest):
     m = slot_count(targets.numel(), rows, capacity)
     empty = hidden.new_empty
     shapes = ((m, hidden.shape[-1]), weight.shape, weight.shape[:1])
-    grads = (empty(shape if wanted else 0, dtype=waiting_dtype(x.dtype)) for shape, wanted, x in
-             zip(shapes, rest[-3:], (hidden, weight, weight if bias is None else bias),
-                 strict=True))
+    grads = (empty(shape if wanted else 0, dtype=dtype)
+             for shape, wanted in zip(shapes, rest[-3:], strict=True))
     return (empty((), dtype=terms_dtype), empty(reference.METRICS, dtype=terms_dtype),
             empty(targets.shape, dtype=dtype), empty(targets.shape, dtype=dtype), *grads)
 
 
-def _fake_bwd(grad_loss, dhidden, dweight, dbias, targets, *_):
+def _fake_bwd(grad_loss, dhidden, dweight, dbias, targets, *rest):
     shape = (*targets.shape, dhidden.shape[1]) if dhidden.dim() == 2 else dhidden.shape
-    return dhidden.new_empty(shape), torch.empty_like(dweight), torch.empty_like(dbias)
+    return tuple(x.new_empty(size, dtype=dtype) for x, size, dtype in zip(
+        (dhidden, dweight, dbias), (shape, dweight.shape, dbias.shape), rest[-3:], strict=True))
 
 
 _fwd = _op.define(
@@ -106,7 +106,8 @@ _fwd = _op.define(
     reference.fwd, _fake, _check_values, registers_autograd=True)
 _bwd = _op.define(
     "linear_ppo_loss_bwd(Tensor grad_loss, Tensor dhidden, Tensor dweight, Tensor dbias,"
-    " Tensor targets, Tensor? mask, Tensor? rows, SymInt? capacity) -> (Tensor, Tensor, Tensor)",
+    " Tensor targets, Tensor? mask, Tensor? rows, SymInt? capacity, ScalarType hidden_dtype,"
+    " ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
     reference.bwd, _fake_bwd, registers_autograd=True)
 _ARGUMENTS = 34  # of the raw op
 
@@ -114,7 +115,9 @@ _ARGUMENTS = 34  # of the raw op
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.capacity, ctx.dtypes = inputs[10], [x if x is None else x.dtype for x in inputs[:5]]
+    hidden, weight, _, _, bias = inputs[:5]
+    ctx.capacity = inputs[10]
+    ctx.dtypes = [x.dtype for x in (hidden, weight, weight if bias is None else bias)]
     ctx.save_for_backward(*output[4:], *(savable(inputs[i]) for i in (2, 3, 5)))
 
 
@@ -122,8 +125,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
         return (None,) * _ARGUMENTS
-    grads = _bwd(grad_loss, *ctx.saved_tensors, ctx.capacity)
-    hidden, weight, bias = (g.to(ctx.dtypes[i]) if ctx.needs_input_grad[i] else None
+    grads = _bwd(grad_loss, *ctx.saved_tensors, ctx.capacity, *ctx.dtypes)
+    hidden, weight, bias = (g if ctx.needs_input_grad[i] else None
                             for g, i in zip(grads, (0, 1, 4), strict=True))
     return (hidden, weight, None, None, bias, *(None,) * (_ARGUMENTS - 5))
 
@@ -158,7 +161,8 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
 
     Differentiable in hidden, weight and bias, once: their gradients are computed in forward, chunk
     by chunk (6NVD; without gradients for weight and bias 4NVD), and backward multiplies them by
-    the incoming gradient on the device. Nothing of size V is kept; `memory` bounds the chunk.
+    the incoming gradient on the device, then rounds them to the dtypes of the inputs: they wait in
+    fp32. No logits or exponentials are kept; `memory` bounds the chunk.
     `ratio="sequence"` needs all tokens of a sequence before the first gradient, so exponentials
     of all rows inside forward: `memory` "store", "auto", or a number of bytes that holds them.
     `entropy_grad=False` takes the entropy as a constant. `mask` is the train mask. With

@@ -69,7 +69,8 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], metrics [11], logprobs, entropy, dhidden [M, D], dweight, dbias).
 
-    A gradient that is not wanted is empty. See `tppo_kernels.linear_ppo_loss`.
+    The gradients are in the dtype of the computation; one that is not wanted is empty. See
+    `tppo_kernels.linear_ppo_loss`.
     """
     formula = Formula(clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, ratio,
                       kl_estimator)
@@ -161,13 +162,16 @@ def _in(slopes: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> list[Tensor
 
 
 def bwd(grad_loss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, targets: Tensor,
-        mask: Tensor | None, rows: Tensor | None, capacity: int | None
+        mask: Tensor | None, rows: Tensor | None, capacity: int | None, *dtypes: torch.dtype
         ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden [..., D], weight and bias: those of forward times grad_loss."""
-    if dhidden.dim() == 2:
-        selection = Selection(targets.numel(), mask, rows, capacity, dhidden.device)
-        d = dhidden.shape[1]
-        dhidden = selection.put(dhidden * grad_loss).reshape(*targets.shape, d)
-    else:
-        dhidden = dhidden.clone()
-    return (dhidden, dweight * grad_loss.to(dweight.dtype), dbias * grad_loss.to(dbias.dtype))
+    """The gradients of hidden [..., D], weight and bias: those of forward times grad_loss.
+
+    dtypes: of the three. Each is rounded once, here.
+    """
+    hidden, weight, bias = (
+        torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype))
+        for x, dtype in zip((dhidden, dweight, dbias), dtypes, strict=True))
+    if hidden.dim() == 2:
+        selection = Selection(targets.numel(), mask, rows, capacity, hidden.device)
+        hidden = selection.put(hidden).reshape(*targets.shape, hidden.shape[1])
+    return hidden, weight, bias
