@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 
+import _peers
 import pytest
 import torch
 from _harness import Case, Function
@@ -41,18 +42,6 @@ def on_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return op(*inputs)
 
 
-def torchrl(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """TorchRL's vectorised estimator; it has no mask, but an episode ends where `done` says so."""
-    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
-
-    ended = torch.zeros_like(mask[:, :1])
-    done = mask & ~torch.cat([mask[:, 1:], ended], 1)
-    behind = torch.cat([values[:, 1:], values.new_zeros(values.shape[0], 1)], 1)
-    advantages, returns = vec_generalized_advantage_estimate(
-        GAMMA, LAM, *(x[..., None] for x in (values, behind, rewards, done, done)))
-    return tuple(torch.where(mask, x[..., 0], 0) for x in (advantages, returns))  # type: ignore
-
-
 def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
     """One shape; responses of half to all of T tokens, right-padded as trainers have them."""
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,14 +51,14 @@ def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
         return rewards, values, torch.arange(tokens) < lengths
 
     contenders: dict[str, Function] = {"op": op, "loop": loop}
-    if importlib.util.find_spec("torchrl"):
-        contenders["torchrl"] = torchrl
     if device == "cuda":
         contenders["triton"] = on_triton
     if not smoke and tokens <= 128:  # it unrolls the loop: at 2,048 steps it compiles for an hour
         contenders["compiled"] = torch.compile(loop)
+    peers = _peers.collect(device, **{f.__name__: functools.partial(f, gamma=GAMMA, lam=LAM)
+                                      for f in (_peers.torchrl, _peers.rl_triton)})
     return Case("gae", f"{batch} x {tokens}", NBYTES_PER_TOKEN * batch * tokens, make, loop, loop,
-                contenders, floor=SEQUENTIAL_FLOOR)
+                contenders, floor=SEQUENTIAL_FLOOR, peers=peers)
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -6,42 +6,72 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import _peers
 import pytest
 import torch
 from _harness import Case, Function
-from bench_linear_logprobs import FEW, SHAPES, eager, make_inputs, nbytes
+from bench_linear_logprobs import (
+    DTYPES,
+    VALID,
+    eager,
+    exact,
+    make_inputs,
+    nbytes,
+    shape_of,
+)
 from torch import Tensor
 
 import tppo_kernels as tk
 
 OPTIONS = {"entropy_coef": 0.01, "reduction": "token-mean"}
+SEQUENCES = 8
 
 
-def inputs(n: int, d: int, v: int, dtype: torch.dtype, valid: float, seed: int
-           ) -> tuple[Tensor, ...]:
-    """(hidden [1, N, D], weight [V, D], targets, old_logprobs, advantages, mask [1, N])."""
-    hidden, weight, targets, mask = make_inputs(n, d, v, dtype, valid, seed)
-    g = torch.Generator().manual_seed(seed + 1)
-    logits = hidden.double() @ weight[targets].double().T
-    old = logits.diagonal().float() - 11 + 0.1 * torch.randn(n, generator=g)
-    advantages = torch.randn(n, generator=g)
-    return hidden[None], weight, targets[None], old[None], advantages[None], mask[None]
+def inputs(n: int, d: int, v: int, dtype: torch.dtype, valid: float, device: str,
+           by_sequence: bool, seed: int) -> tuple[Tensor | None, ...]:
+    """(hidden [B, T, D], weight, targets, old_logprobs, advantages, mask [B, T], rows or None).
+
+    by_sequence: `SEQUENCES` of them with an advantage each, else one with an advantage a token.
+    """
+    hidden, weight, targets, mask, rows = make_inputs(n, d, v, dtype, valid, device, seed)
+    g = torch.Generator().manual_seed(seed + 2)
+    near = (hidden.float() * weight[targets].float()).sum(-1) - 11  # of log V = 10 to 12
+    old = near + 0.1 * torch.randn(n, generator=g)
+    batch = SEQUENCES if by_sequence else 1
+    advantages = torch.randn((batch,) if by_sequence else (1, n), generator=g)
+    return (hidden.reshape(batch, -1, d), weight, targets.reshape(batch, -1),
+            old.reshape(batch, -1), advantages, mask.reshape(batch, -1), rows)
 
 
 def by_logits(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantages: Tensor,
-              mask: Tensor) -> Tensor:
-    """What users write today, with this package's `ppo_loss`."""
-    logprobs, entropy = eager(hidden[0], weight, targets[0], mask[0])
-    return tk.ppo_loss(logprobs[None], old, advantages, mask, entropy=entropy[None],
-                       **OPTIONS).loss
+              mask: Tensor, rows: Tensor | None, head: Callable = eager) -> Tensor:
+    """What users write today, with this package's `ppo_loss`; head gives the log-probs, and the
+    entropy if it has one."""
+    results = head(hidden.flatten(0, 1), weight, targets.flatten(), mask.flatten(), rows)
+    logprobs, *entropy = (x.view_as(mask) for x in results)
+    options = {**OPTIONS, "entropy": entropy[0]} if entropy else {"reduction": "token-mean"}
+    return tk.ppo_loss(logprobs, old, advantages, mask, **options).loss
 
 
-def operator(*given: Tensor, memory: str | int = "auto") -> Tensor:
+def logprobs_alone(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor,
+                   rows: Tensor | None) -> tuple[Tensor]:
+    """`eager` without the entropy."""
+    logits = hidden @ weight.T
+    log_p = logits.log_softmax(-1, dtype=None if logits.dtype == torch.float64 else torch.float32)
+    return (torch.where(mask, log_p.gather(-1, targets[:, None])[:, 0], 0),)
+
+
+def exact_alone(*given: Tensor) -> tuple[Tensor]:
+    """`exact` without the entropy."""
+    return exact(*given)[:1]  # type: ignore[return-value]
+
+
+def operator(*given: Tensor, **options: object) -> Tensor:
     """The operator."""
-    return tk.linear_ppo_loss(*given, memory=memory, **OPTIONS).loss
+    return tk.linear_ppo_loss(*given[:6], rows=given[6], **options).loss  # type: ignore[arg-type]
 
 
-def with_backward(function: Callable, frozen: bool) -> Function:
+def with_backward(function: Callable, frozen: bool = False) -> Function:
     """(loss, gradients of hidden and, unless frozen, of weight)."""
     def both(hidden: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)]
@@ -50,21 +80,48 @@ def with_backward(function: Callable, frozen: bool) -> Function:
     return both
 
 
-@pytest.mark.parametrize("few", (False, True), ids=("all valid", "few valid"))
-@pytest.mark.parametrize("dtype, frozen", ((torch.float32, False), (torch.bfloat16, False),
-                                           (torch.bfloat16, True)))
-def test_linear_ppo_loss(measure, device, smoke, dtype, frozen, few):
-    n, d, v = SHAPES["smoke" if smoke else device]
-    valid = FEW[device] if few else 1.0
-    contenders = {"op": operator, "eager": by_logits}
+def case_of(name: str, device: str, smoke: bool, dtype: torch.dtype, valid: float,
+            by_sequence: bool, wrap: Callable, judges: tuple[Callable, Callable],
+            contenders: dict[str, Callable], peers: dict[str, Callable]) -> Case:
+    """One shape; every function is wrapped. judges: exact, and eager."""
+    n, d, v = shape_of(device, smoke, valid)
+    kind = str(dtype).removeprefix("torch.") + name
+    return Case(
+        "linear_ppo_loss", f"{n} x {d} x {v} {kind} {valid:.1%} valid", nbytes(n, d, v, dtype),
+        functools.partial(inputs, n, d, v, dtype, valid, device, by_sequence),
+        *map(wrap, judges), {k: wrap(f) for k, f in contenders.items()}, grad=True,
+        floor=1e-5 if dtype == torch.float32 else 1e-2,
+        peers={k: wrap(f) for k, f in peers.items()})
+
+
+@pytest.mark.parametrize("valid", VALID)
+@pytest.mark.parametrize("dtype, frozen", ((DTYPES[0], False), (DTYPES[0], True),
+                                           (DTYPES[1], False)))
+def test_linear_ppo_loss(measure, device, smoke, dtype, frozen, valid):
+    op = functools.partial(operator, memory="auto", **OPTIONS)
+    contenders = {"op": op, "eager": by_logits}
     if device != "cpu":
-        contenders["8 GiB"] = functools.partial(operator, memory=8 << 30)
-    wrap = functools.partial(with_backward, frozen=frozen)
-    name = str(dtype).removeprefix("torch.") + (", frozen head" if frozen else "")
-    measured = measure(Case(
-        "linear_ppo_loss", f"{n} x {d} x {v} {name} {valid:.1%} valid", nbytes(n, d, v, dtype),
-        functools.partial(inputs, n, d, v, dtype, valid), wrap(by_logits), wrap(by_logits),
-        {k: wrap(f) for k, f in contenders.items()}, grad=True,
-        floor=1e-5 if dtype == torch.float32 else 1e-2))
+        contenders["8 GiB"] = functools.partial(op, memory=8 << 30)
+    if not smoke:
+        contenders["compiled"] = functools.partial(by_logits, head=torch.compile(eager))
+    measured = measure(case_of(
+        ", frozen head" if frozen else "", device, smoke, dtype, valid, False,
+        functools.partial(with_backward, frozen=frozen),
+        (functools.partial(by_logits, head=exact), by_logits), contenders, {}))
     if device == "cpu" and dtype == torch.float32 and not smoke:
-        assert measured["op"].speed_up["eager"] >= (6.0 if few else 1.0)
+        assert measured["op"].speed_up["eager"] >= (1.0 if valid == 1 else 6.0)
+
+
+@pytest.mark.parametrize("valid", VALID[:2])
+def test_an_advantage_a_sequence(measure, device, smoke, valid):
+    """The one case that Liger's chunked loss has: no entropy, advantages [B]."""
+    alone = functools.partial(by_logits, head=logprobs_alone)
+    contenders = {"op": functools.partial(operator, reduction="token-mean"), "eager": alone}
+    if not smoke:
+        contenders["compiled"] = functools.partial(by_logits, head=torch.compile(logprobs_alone))
+    heads = _peers.collect(device, trl=functools.partial(_peers.trl, entropy=False))
+    peers = _peers.collect(device, liger_grpo=_peers.liger_grpo) | {
+        name: functools.partial(by_logits, head=head) for name, head in heads.items()}
+    measure(case_of(", an advantage a sequence", device, smoke, torch.bfloat16, valid, True,
+                    with_backward,
+                    (functools.partial(by_logits, head=exact_alone), alone), contenders, peers))

@@ -3,9 +3,9 @@ fp32 forward at least 6 times eager."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
+import _peers
 import pytest
 import torch
 from _harness import Case, Function
@@ -31,16 +31,6 @@ def frugal(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, torch.cat([-(x.exp() * x).sum(-1) for x in chunks])
 
 
-def peers() -> dict[str, Callable]:
-    """What an installed trainer offers for the same."""
-    found: dict[str, Callable] = {}
-    if importlib.util.find_spec("trl"):
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-
-        found["trl"] = lambda x, t: (selective_log_softmax(x, t), entropy_from_logits(x))
-    return found
-
-
 def with_backward(function: Callable) -> Function:
     """(logprobs, entropy, gradient of a weighted sum of both)."""
     def both(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +41,8 @@ def with_backward(function: Callable) -> Function:
     return both
 
 
-def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: bool) -> Case:
+def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: bool,
+         device: str = "cpu") -> Case:
     """One shape; the contender "op" is the operator on its best backend."""
     def make(seed: int) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(seed)
@@ -61,21 +52,24 @@ def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: 
 
     functions: dict[str, Callable] = {"op": tk.token_logprobs, "eager": eager}
     if dtype == torch.float32:
-        functions |= {"frugal": frugal, **peers()}
+        functions["frugal"] = frugal
     if not smoke:
         functions["compiled"] = torch.compile(eager)
+    peers = _peers.collect(device, trl=_peers.trl_logits, trl_triton=_peers.trl_triton)
     wrap = with_backward if backward else lambda f: f
     logits = torch.empty(rows, vocabulary, dtype=dtype, device="meta")
     name = str(dtype).removeprefix("torch.")
     return Case("token_logprobs", f"{rows} x {vocabulary} {name} "
                 f"{'forward+backward' if backward else 'forward'}",
                 nbytes(logits, backward=backward), make, wrap(eager), wrap(eager),
-                {n: wrap(f) for n, f in functions.items()}, grad=backward)
+                {n: wrap(f) for n, f in functions.items()}, grad=backward,
+                peers={n: wrap(f) for n, f in peers.items()})
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "both"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("index", range(2))
 def test_token_logprobs(measure, shape_of, device, smoke, index, dtype, backward):
-    measured = measure(case(*shape_of(SHAPES, index, (8, 100)), dtype, backward, smoke))
+    measured = measure(case(*shape_of(SHAPES, index, (8, 100)), dtype, backward, smoke,
+                            device))
     assert smoke or device != "cpu" or measured["op"].speed_up["eager"] > 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from _harness import Case, Row, as_json, run, table
+from _peers import REASONS
 from _steps import StepRow, step_table
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -74,6 +75,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     if rows:
         terminalreporter.section("operators")
         terminalreporter.write_line(table(rows))
+        for name, why in REASONS.items():
+            terminalreporter.write_line(f"no row: {name}: {why}")
     if steps:
         terminalreporter.section("a PPO step: a prompt shared by its answers, or dense")
         terminalreporter.write_line(step_table(steps))

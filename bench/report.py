@@ -20,10 +20,13 @@ def markdown(results: dict[str, Any], plot: str | None) -> str:
     lines = [f"# Measured on {where}", "",
              f"torch {machine['torch']}, Python {machine['python']}, copy bandwidth "
              f"{machine['copy_gb_s']:,.0f} GB/s in the same session, {machine['time']}.", ""]
+    if "peers" in machine:
+        lines += [f"Peers: {', '.join(f'{k} {v}' for k, v in machine['peers'].items())}.", ""]
     rows: list[Row] = results.get("rows", [])
     if rows:
         lines += _table(("operator", "shape", "implementation", "device us", "call us", "GB/s",
-                         "% of copy", "peak MB", "speed-up of op over it"),
+                         "% of copy", "peak MB", "speed-up of op over it", "errors",
+                         "note"),
                         [_cells(row, rows) for row in rows])
     if plot:
         lines += ["", f"![bytes moved against bandwidth reached]({plot})"]
@@ -44,10 +47,13 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
     op = next((r for r in rows if (r["op"], r["shape"], r["implementation"])
                == (row["op"], row["shape"], "op")), None)
     over = op["speed_up"].get(row["implementation"]) if op else None
+    forms = {"device_us": ",.1f", "wall_us": ",.1f", "gb_s": ",.1f", "percent_of_copy": ".0f",
+             "peak_mb": ",.1f"}
     return [row["op"], row["shape"], row["implementation"],
-            "-" if row["device_us"] is None else f"{row['device_us']:,.1f}",
-            f"{row['wall_us']:,.1f}", f"{row['gb_s']:,.1f}", f"{row['percent_of_copy']:.0f}",
-            f"{row['peak_mb']:,.1f}", "-" if over is None else f"{over:.2f}"]
+            *("-" if row[k] is None else format(row[k], form) for k, form in forms.items()),
+            "-" if over is None else f"{over:.2f}",
+            " ".join(f"{x:.0e}" for x in row.get("errors", [])),
+            row.get("note", "").replace("|", "/")]
 
 
 def _text(value: Any) -> str:

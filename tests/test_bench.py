@@ -63,6 +63,90 @@ def test_the_gradient_is_behind_the_gate_too(harness):
         harness.gate(case, "cpu")
 
 
+def off_by(function, factor):
+    """The function with its first result off by a share of itself."""
+    def call(*inputs):
+        first, *rest = function(*inputs)
+        return first * (1 + factor), *rest
+
+    return call
+
+
+def test_a_peer_that_rounds_more_has_its_error_in_its_note(harness, gae_case):
+    peers = {"same": gae_case.contenders["loop"], "rounds": off_by(gae_case.contenders["op"], 1e-3)}
+    rows = {r.implementation: r for r in harness.run(
+        dataclasses.replace(gae_case, peers=peers), rounds=2)}
+    assert rows["same"].note == "" and len(rows["same"].errors) == 2
+    assert rows["rounds"].note.startswith("less exact: result 0 is off by ")
+    assert rows["rounds"].errors[0] > 100 * rows["op"].errors[0]
+    assert rows["rounds"].median_us > 0 and {"same", "rounds"} <= set(rows["op"].speed_up)
+
+
+def test_what_a_peer_may_do_ours_may_not(harness, gae_case):
+    case = dataclasses.replace(gae_case, contenders={
+        "op": off_by(gae_case.contenders["op"], 1e-3)})
+    with pytest.raises(harness.RedGate, match="no number: op of gae 3 x 17: result 0 is off"):
+        harness.gate(case, "cpu")
+
+
+def test_a_peer_that_raises_or_computes_another_thing_takes_nothing_down(harness, gae_case):
+    def raises(*_):
+        raise TypeError("unexpected\nkeyword argument 'lam'" + " and so on" * 40)
+
+    other = {"raises": raises, "other": off_by(gae_case.contenders["op"], 0.2),
+             "shape": lambda *inputs: tuple(x[:1] for x in gae_case.contenders["op"](*inputs))}
+    found = harness.run(dataclasses.replace(gae_case, peers=other), rounds=2)
+    rows = {r.implementation: r for r in found}
+    assert rows["op"].median_us > 0 and set(rows["op"].speed_up) == {"loop"}
+    assert all(rows[name].median_us is None and rows[name].note.startswith("no number: ")
+               for name in other)
+    assert "TypeError: unexpected keyword argument 'lam'" in rows["raises"].note
+    assert all("\n" not in r.note and len(r.note) < 200 for r in found)
+    said = harness.table(found)
+    assert "no number: AssertionError: result 0 has shape [1, 17]" in said and " -  " in said
+
+
+def test_a_peer_that_cannot_be_had_says_why(harness, monkeypatch):
+    peers = importlib.import_module("_peers")
+    monkeypatch.setattr(peers, "REASONS", {})
+
+    def absent(device):
+        import no_such_package_x  # noqa: F401
+
+    found = peers.collect("cpu", here=lambda device: len, not_here=absent,
+                          verl_triton=peers.verl_triton)
+    assert found == {"here": len}
+    assert peers.REASONS == {
+        "not here": "ModuleNotFoundError: No module named 'no_such_package_x'",
+        "verl triton": "RuntimeError: runs on a GPU only"}
+    assert set(harness.machine("cpu")["peers"]) == set(peers.PACKAGES)
+
+
+def test_few_valid_rows_are_listed_for_a_gpu_and_never_none(harness):
+    module = importlib.import_module("bench_linear_logprobs")
+    for device in ("cpu", "cuda"):
+        *_, mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1e-9, device, 0)
+        assert mask.sum() == 1
+        assert rows is None if device == "cpu" else torch.equal(rows, mask.nonzero()[:, 0])
+    *_, mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1.0, "cuda", 0)
+    assert mask.all() and rows is None
+
+
+def test_listed_rows_give_what_the_mask_gives(harness):
+    module = importlib.import_module("bench_linear_ppo_loss")
+    case = module.case_of("", "cpu", True, torch.float32, 0.3, True, module.with_backward,
+                          (module.by_logits, module.by_logits),
+                          {"op": lambda *given: module.operator(*given, **module.OPTIONS)}, {})
+    *given, mask, _ = case.make(0)
+    harness.gate(case, "cpu", (*given, mask, tk.valid_rows(mask)))
+
+
+def test_a_slow_case_gets_fewer_rounds(harness, gae_case, monkeypatch):
+    monkeypatch.setattr(harness, "CASE_S", 1e-9)
+    assert {r.rounds for r in harness.run(gae_case, rounds=50)} == {5}
+    assert {r.rounds for r in harness.run(gae_case, rounds=3)} == {3}
+
+
 def test_rounds_are_interleaved_and_rows_follow_from_them(harness, gae_case, monkeypatch):
     order = []
     clock = {"op": 10.0, "loop": 50.0}
@@ -99,8 +183,11 @@ def test_pytest_bench_writes_rows_and_machine(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(target.read_text())
-    assert {"cpu", "threads", "torch", "copy_gb_s", "load_average"} <= set(written["machine"])
+    assert {"cpu", "threads", "torch", "copy_gb_s", "load_average",
+            "peers"} <= set(written["machine"])
     assert {(r["op"], r["implementation"]) for r in written["rows"]} >= {
         ("gae", "op"), ("gae", "loop"), ("token_logprobs", "op"), ("token_logprobs", "eager")}
-    assert all(r["median_us"] > 0 and r["gb_s"] >= 0 for r in written["rows"])
+    assert all(r["median_us"] > 0 and r["gb_s"] >= 0 for r in written["rows"]
+               if not r["note"].startswith("no number"))
     assert "token_logprobs" in done.stdout and "speed-up over" in done.stdout
+    assert "no row: rl triton: RuntimeError: runs on a GPU only" in done.stdout

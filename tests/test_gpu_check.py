@@ -79,6 +79,19 @@ def test_the_report_of_the_stored_results(gpu_check, tmp_path):
                                          for r in rows)
 
 
+def test_a_row_without_numbers_has_its_reason_in_the_report(gpu_check):
+    stored = json.loads((ROOT / "bench/results/cpu.json").read_text())
+    numbers = dict.fromkeys(("median_us", "wall_us", "device_us", "gb_s", "percent_of_copy",
+                             "peak_mb"))
+    refused = {"op": "gae", "shape": "8 x 2048", "implementation": "peer", "device": "cpu",
+               **numbers, "speed_up": {}, "rounds": 0, "note": "no number: TypeError: x | y",
+               "errors": []}
+    stored["machine"]["peers"] = {"trl": "1.16.0", "verl": "not installed"}
+    text = gpu_check.report.markdown({**stored, "rows": [*stored["rows"], refused]}, None)
+    assert "| peer | - | - | - | - | - | - |  | no number: TypeError: x / y |" in text
+    assert "Peers: trl 1.16.0, verl not installed." in text
+
+
 @pytest.mark.skipif(os.environ.get("TPPO_TEST_FULL") != "1", reason="a minute: make test-full")
 def test_the_dry_run(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "bench/gpu_check.py", "--smoke", "--out",
