@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from heapq import heapreplace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -68,6 +69,13 @@ def pad(
     )
 
 
+class Piece(NamedTuple):
+    """Responses that are read together, with their prompt."""
+
+    tokens: int
+    rows: list[int]
+
+
 class Batch:
     """B responses, each with its prompt; T is the longest response.
 
@@ -110,25 +118,26 @@ class Batch:
         """The same responses, each with a prompt of its own."""
         return Batch(self.prompt_ids, self.response_ids, self.pad_id, self.device, "dense")
 
-    def parts(self, max_tokens: int) -> list[list[int]]:
-        """The responses in parts of at most `max_tokens` tokens each, few and evenly filled.
+    def parts(self, max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+        """For each of `ranks` processes its responses, in parts of at most `max_tokens` tokens.
 
-        Responses of one prompt stay together where they fit; one that is too long stands alone.
-        The largest pieces go first, each into the fullest part with room (best-fit decreasing).
+        Responses of one prompt stay together where they fit and no process has much more to do
+        than another; one that is too long stands alone.  Parts are few and evenly filled: the
+        largest pieces go first, each into the fullest part with room (best-fit decreasing).
         """
-        pieces = [piece for first, group in self._starts() for piece in
-                  self._pieces(first, *group, max_tokens)]  # fmt: skip
-        parts: list[list[int]] = []
-        room: list[int] = []
-        for cost, indices in sorted(pieces, key=lambda piece: -piece[0]):
-            fits = [(left - cost, k) for k, left in enumerate(room) if left >= cost]
-            left, k = min(fits, default=(max_tokens - cost, len(parts)))
-            if k == len(parts):
-                parts.append([])
-                room.append(0)
-            parts[k] += indices
-            room[k] = left
-        return [sorted(indices) for indices in parts]
+        whole = [piece for first, group in self._starts() for piece in
+                 self._pieces(first, *group, max_tokens)]  # fmt: skip
+        finer = ([cut for piece in whole for cut in self._cut(piece, n)]
+                 for n in range(1, ranks + 1))  # fmt: skip
+        shares = min((_balanced(pieces, ranks) for pieces in finer), key=_longest)
+        return [_packed(share, max_tokens) for share in shares]
+
+    def _cut(self, piece: Piece, n: int) -> list[Piece]:
+        """A piece in at most n of about equal length, each with the prompt."""
+        rows, n = piece.rows, min(n, len(piece.rows))
+        cuts = [rows[len(rows) * k // n : len(rows) * (k + 1) // n] for k in range(n)]
+        prompt = len(self.prompt_ids[rows[0]])
+        return [Piece(prompt + sum(len(self.response_ids[i]) for i in cut), cut) for cut in cuts]
 
     def _starts(self) -> Iterator[tuple[int, tuple[Sequence[int], list[Sequence[int]]]]]:
         """Each group with the index of its first response."""
@@ -139,17 +148,17 @@ class Batch:
 
     def _pieces(
         self, first: int, prompt: Sequence[int], responses: list[Sequence[int]], max_tokens: int
-    ) -> Iterator[tuple[int, list[int]]]:
-        """(tokens, responses) of a group, cut where it exceeds `max_tokens`, or is dense."""
+    ) -> Iterator[Piece]:
+        """A group, cut where it exceeds `max_tokens`, or is dense."""
         cost = len(prompt)
         indices: list[int] = []
         for i, response in enumerate(responses, first):
             if indices and (self.prefix == "dense" or cost + len(response) > max_tokens):
-                yield cost, indices
+                yield Piece(cost, indices)
                 cost, indices = len(prompt), []
             cost += len(response)
             indices.append(i)
-        yield cost, indices
+        yield Piece(cost, indices)
 
     def states(self, trunk: nn.Module, *aligns: str) -> tuple[Tensor, ...]:
         """Last hidden states of a trunk, once for each alignment of `tk.response_states`.
@@ -198,6 +207,37 @@ class Batch:
             map(len, prompts), [map(len, group) for group in responses]
         )
         return layout.to(self.device), layout.pack(prompts, responses).to(self.device)
+
+
+def _balanced(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:
+    """The largest first, each to the process with the fewest tokens so far."""
+    shares: list[list[Piece]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for piece in sorted(pieces, key=lambda piece: -piece.tokens):
+        load, rank = loads[0]
+        shares[rank].append(piece)
+        heapreplace(loads, (load + piece.tokens, rank))
+    return shares
+
+
+def _longest(shares: Sequence[Sequence[Piece]]) -> int:
+    """Tokens of the process that has the most of them."""
+    return max(sum(piece.tokens for piece in share) for share in shares)
+
+
+def _packed(pieces: Sequence[Piece], max_tokens: int) -> list[list[int]]:
+    """The responses of pieces, the largest of which comes first, in parts."""
+    parts: list[list[int]] = []
+    room: list[int] = []
+    for cost, rows in pieces:
+        fits = [(left - cost, k) for k, left in enumerate(room) if left >= cost]
+        left, k = min(fits, default=(max_tokens - cost, len(parts)))
+        if k == len(parts):
+            parts.append([])
+            room.append(0)
+        parts[k] += rows
+        room[k] = left
+    return [sorted(rows) for rows in parts]
 
 
 def pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:

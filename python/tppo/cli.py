@@ -148,6 +148,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         import torch
 
         stages = _stages()
+        from tppo.parallel import from_environment
         from tppo.run import Run
     run = Run(
         out=options.out,
@@ -160,9 +161,14 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
     threads = options.threads or (1 if options.model is None else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}")
+    world = from_environment()
+    if world.size > 1 and command != "train":
+        raise ValueError(f"{world.size} processes, expected 1: several share `tppo train` alone")
+    say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
+        + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
+    if world.rank == 0:
+        write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
     if label_task is not None:
         _label_task(run, *label_task)
     elif command == "run":

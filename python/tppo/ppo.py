@@ -8,7 +8,9 @@ One step:
     update       clipped policy loss and critic loss, `epochs` times over shuffled minibatches
 
 Every model reads a prompt once for its G responses, and every head reads the states of response
-tokens alone; the policy loss comes straight from them, without logits.
+tokens alone; the policy loss comes straight from them, without logits.  Of several processes each
+samples, reads and differentiates its share of the responses, balanced by tokens; advantages and
+the optimiser's step are those of all of them together.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ import tppo_kernels as tk
 from tppo.batch import Batch
 from tppo.config import PPOConfig, Prefix
 from tppo.models import Critic, policy_head, policy_logprobs, policy_states
+from tppo.parallel import ALONE, World
 from tppo.progress import say
 from tppo.reward_model import GuardError
 from tppo.rollout import Rollout, RolloutBatch, Sampling
@@ -91,9 +95,11 @@ class PPOTrainer:
         eos_id: int,
         seed: int,
         prefix: Prefix = "shared",
+        world: World = ALONE,
     ):
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
         self.pad_id, self.eos_id, self.seed, self.prefix = pad_id, eos_id, seed, prefix
+        self.world = world
         self.step_count = 0
         models.ref.requires_grad_(False)
         models.reward.requires_grad_(False)
@@ -114,13 +120,24 @@ class PPOTrainer:
         The G rows of one prompt follow each other.
         """
         self.step_count += 1
-        seed = step_seed(self.seed, self.step_count)
-        rollout = self.rollout.generate(prompts, replace(self.sampling, seed=seed))
+        rollout = self._sample(prompts)
         experience, metrics = self.score(rollout, suggested_lengths)
         metrics |= self.update(experience)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["episode"] = self.step_count * len(prompts)
         return metrics, rollout
+
+    def _sample(self, prompts: Sequence[Sequence[int]]) -> RolloutBatch:
+        """One response a row; each process samples those of its prompts, from a seed of its own."""
+        size, world = self.config.responses_per_prompt, self.world
+        mine = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
+        seed = step_seed(self.seed, self.step_count, world.rank)
+        sampled = self.rollout.generate([prompts[i] for i in mine],
+                                        replace(self.sampling, seed=seed))  # fmt: skip
+        rows = {i: row for part in world.exchanged((mine, sampled.response_ids, sampled.finish))
+                for i, *row in zip(*part, strict=True)}  # fmt: skip
+        responses, finish = zip(*(rows[i] for i in range(len(prompts))), strict=True)
+        return RolloutBatch([[*p] for p in prompts], list(responses), None, list(finish))
 
     @torch.no_grad()
     def score(
@@ -170,17 +187,23 @@ class PPOTrainer:
         """Log-probs of policy and reference, class logits, values, and the values after: [B, T]
         but for class logits [B, T, 3] and the values after [B]; 0 where masked.
         """
-        models, temperature = self.models, self.sampling.temperature
-        parts = batch.parts(self.config.max_tokens)
-        results: list[Tensor] = []
-        for index in parts:
+        models, temperature, world = self.models, self.sampling.temperature, self.world
+        read: list[tuple[list[int], tuple[Tensor, ...]]] = []
+        for index in batch.parts(self.config.max_tokens, world.size)[world.rank]:
             part = batch.rows(index)
             old, _ = policy_logprobs(models.policy, part, temperature)
             ref, _ = policy_logprobs(models.ref, part, temperature)
-            found = (old, ref, models.reward(part), *models.critic(part))
+            read.append((index, (old, ref, models.reward(part), *models.critic(part))))
+        results: list[Tensor] = []
+        for index, found in chain.from_iterable(world.exchanged(read)):
             if not results:
-                rows = batch.mask.shape
-                results = [x.new_zeros(*rows[: min(2, x.dim())], *x.shape[2:]) for x in found]
+                results = [
+                    torch.zeros(
+                        *batch.mask.shape[: x.dim()], *x.shape[2:], dtype=x.dtype,
+                        device=batch.mask.device,
+                    )
+                    for x in found
+                ]  # fmt: skip
             for result, x in zip(results, found, strict=True):
                 result[(index, slice(x.shape[1])) if x.dim() > 1 else index] = x
         return results
@@ -201,19 +224,22 @@ class PPOTrainer:
         return means | {"val/ratio_var": ratios.var(correction=0).item()}
 
     def _minibatch(self, data: Experience, first: bool) -> dict[str, float]:
-        config, models = self.config, self.models
-        parts = [data.rows(index) for index in data.batch.parts(config.max_tokens)]
+        config, models, world = self.config, self.models, self.world
+        mine = data.batch.parts(config.max_tokens, world.size)[world.rank]
+        parts = [data.rows(index) for index in mine]
         step_zero = first and self.step_count == 1
-        if step_zero and config.verify_prefix and parts[0].batch.shares:
+        if step_zero and config.verify_prefix and parts and parts[0].batch.shares:
             check_shared_prefix(models, parts[0].batch, self.sampling.temperature)
         self.optimizer.zero_grad()
         losses = [self._backward(part, data, step_zero) for part in parts]
+        for model in (models.policy, models.critic):
+            world.add_gradients(model.parameters())
         if step_zero:
             check_gradients(models, data)
         for model in (models.policy, models.critic):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
         self.optimizer.step()
-        return _minibatch_metrics(losses)
+        return _minibatch_metrics([*chain.from_iterable(world.exchanged(losses))])
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
@@ -367,6 +393,6 @@ def check_gradients(models: Models, data: Experience) -> None:
             raise GuardError(f"step 0: a gradient of the {name} is not finite")
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Independent seeds of the steps of one run."""
-    return (seed * 1_000_003 + step * 7_919) % 2**31
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Independent seeds of the steps of one run, and of the processes in a step."""
+    return (seed * 1_000_003 + step * 7_919 + rank * 104_729) % 2**31

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tppo.config import PPOConfig
 from tppo.evaluate import evaluate_policy, score_answers
 from tppo.jsonl import read_json, write_json, write_jsonl
 from tppo.models import Critic, snapshot
+from tppo.parallel import ALONE, World, joined
 from tppo.ppo import Models, PPOTrainer
 from tppo.progress import say, status
 from tppo.prompts import parse_answer
@@ -31,18 +33,25 @@ from tppo.tokenizer import decode
 
 
 def train(run: Run) -> None:
-    """Token-level PPO from the SFT model; resumes from its newest checkpoint."""
-    with run.stage("train", resume=True) as out:
+    """Token-level PPO from the SFT model; resumes from its newest checkpoint.
+
+    Under torchrun in several processes, of which the first alone writes.
+    """
+    with joined(run.device) as world, ExitStack() as stack:
+        first = world.rank == 0
+        out = world.of_first(
+            stack.enter_context(run.stage("train", resume=True)) if first else None
+        )
         check_auc(read_json(run.path("train-rm/report.json")), run.config.reward_model)
-        Loop(run, out).run_all()
+        Loop(run, out, world).run_all()
 
 
 class Loop:
     """The PPO loop with what it keeps: metrics, the best weights, the time spent."""
 
-    def __init__(self, run: Run, out: Path):
-        self.settings, self.out, self.config = run, out, run.config.ppo
-        self.trainer = new_trainer(run, run.sft_model())
+    def __init__(self, run: Run, out: Path, world: World):
+        self.settings, self.out, self.config, self.world = run, out, run.config.ppo, world
+        self.trainer = new_trainer(run, run.sft_model(), world)
         self.sessions = run.sessions("train")
         self.heldout = run.sessions("heldout")
         policy = self.trainer.models.policy
@@ -67,7 +76,8 @@ class Loop:
                     f"relevance {row['reward/rule']:.2f}, reward {row['objective/scores']:.2f}, "
                     f"KL {row['objective/kl']:.1f}, length {row['response/length']:.1f}"
                 )
-        self.export()
+        if self.world.rank == 0:
+            self.export()
 
     def step(self, step: int) -> dict[str, Any]:
         """One PPO step; looks at held-out users and writes a checkpoint when it is time."""
@@ -82,10 +92,11 @@ class Loop:
         if step % self.config.eval_every == 0 or last:
             row |= self.look(step)
         self.metrics.append(row)
-        write_jsonl(self.out / "metrics.jsonl", self.metrics)
         self.seconds += time.monotonic() - start
-        if step % self.config.checkpoint_every == 0 and not last:
-            self.save(step)
+        if self.world.rank == 0:
+            write_jsonl(self.out / "metrics.jsonl", self.metrics)
+            if step % self.config.checkpoint_every == 0 and not last:
+                self.save(step)
         return row
 
     def answer_metrics(
@@ -186,7 +197,7 @@ class Loop:
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
 
-def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:
+def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOTrainer:
     """A trainer over `policy`, with reference and critic from SFT and the frozen reward model."""
     pad_id, eos_id = run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
     batch_size, prefix = run.config.generate.batch_size, run.config.prefix
@@ -205,6 +216,7 @@ def new_trainer(run: Run, policy: PreTrainedModel) -> PPOTrainer:
         eos_id=eos_id,
         seed=run.seed,
         prefix=prefix,
+        world=world,
     )
 
 

@@ -173,6 +173,44 @@ def test_a_killed_ppo_resumes_bit_identically(finished, config, tmp_path):
     assert rows(folder / "train" / "metrics.jsonl") == rows(finished / "train" / "metrics.jsonl")
 
 
+def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_path):
+    """Under torchrun; the first of them writes, a kill costs the steps since the checkpoint."""
+    folders = [shutil.copytree(finished, tmp_path / name) for name in ("whole", "killed")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "-m", "tppo"]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        for folder in folders:
+            for stage in ("train", "eval", "heat"):
+                shutil.rmtree(folder / stage)
+        train = [*command, "train", "--out", str(folders[1])]
+        process = subprocess.Popen(train, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (folders[1] / "train.tmp" / "checkpoints" / "step-2").is_dir():
+            assert process.poll() is None and time.monotonic() < deadline, log.name
+            time.sleep(0.005)
+        for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(worker), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    for folder in folders:
+        train = [*command, "train", "--out", str(folder)]
+        done = subprocess.run(train, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("2 processes") == 1
+        assert ("resumes after step" in done.stderr) == (folder is folders[1])
+    whole, resumed = (
+        load_file(folder / "train" / "model" / "model.safetensors") for folder in folders
+    )
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    metrics = [rows(folder / "train" / "metrics.jsonl") for folder in folders]
+    assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == [1, 2, 3, 4]
+
+
+def test_other_stages_refuse_to_run_several_times_at_once(finished, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes, expected 1: several share `tppo train`"):
+        main(["eval", "--out", str(finished)])
+
+
 @pytest.fixture(scope="module")
 def local_model(tmp_path_factory, finished):
     """A causal LM as a user has it: random weights, a chat template, no pad token."""

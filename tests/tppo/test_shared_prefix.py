@@ -287,7 +287,7 @@ def test_a_whole_update_takes_less_memory_than_dense(request):
 def test_parts_hold_every_response_once_and_keep_to_the_budget(prefix):
     batch = Batch(PROMPTS, RESPONSES, PAD, prefix=prefix)
     for budget in (1, 7, 9, 12, 20, 1000):
-        parts = batch.parts(budget)
+        (parts,) = batch.parts(budget)
         assert sorted(i for part in parts for i in part) == list(range(8))
         for part in parts:
             assert part == sorted(part)
@@ -295,10 +295,10 @@ def test_parts_hold_every_response_once_and_keep_to_the_budget(prefix):
             groups = {prompt for prompt, _ in rows} if prefix == "shared" else [p for p, _ in rows]
             tokens = sum(map(len, groups)) + sum(length for _, length in rows)
             assert tokens <= budget or len(part) == 1, (budget, part)
-    assert batch.parts(1000) == [list(range(8))]
-    assert len(batch.parts(1)) == 8
+    assert batch.parts(1000) == [[list(range(8))]]
+    assert len(batch.parts(1)[0]) == 8
     if prefix == "shared":  # groups of 10, 11, 4 and 6 tokens
-        assert len(batch.parts(12)) == 3
+        assert len(batch.parts(12)[0]) == 3
 
 
 def test_a_step_in_parts_is_the_step_at_once():
@@ -321,7 +321,7 @@ def test_a_step_in_parts_is_the_step_at_once():
         ]  # fmt: skip
         results.append((metrics, gradients, experience))
     (whole, whole_grads, one), (parts, part_grads, other) = results
-    assert len(one.batch.parts(65_536)) == 1 and len(one.batch.parts(20)) > 2
+    assert len(one.batch.parts(65_536)[0]) == 1 and len(one.batch.parts(20)[0]) > 2
     torch.testing.assert_close(one.advantages, other.advantages, atol=1e-5, rtol=0)
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -1,0 +1,96 @@
+"""Several processes train one model: balanced shares, and the step of one process."""
+
+import torch
+import torch.distributed as dist
+from _processes import two_processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shared_prefix import PAD, new_trainer
+
+from tppo.batch import Batch
+from tppo.config import PPOConfig
+from tppo.parallel import ALONE, World
+
+PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
+CONFIG = PPOConfig(
+    lr=1e-3, critic_lr=1e-3, minibatch_size=6, epochs=2, responses_per_prompt=3, value_clip=0.1
+)
+
+
+def tokens_of(batch, part):
+    prompts = {tuple(batch.prompt_ids[i]) for i in part}
+    return sum(map(len, prompts)) + sum(len(batch.response_ids[i]) for i in part)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=8)),
+             min_size=1, max_size=8),
+    st.integers(1, 5), st.integers(1, 200),
+)  # fmt: skip
+def test_shares_hold_every_response_once_and_are_balanced(groups, ranks, budget):
+    prompts = [[g] * p for g, (p, lengths) in enumerate(groups, 3) for _ in lengths]
+    responses = [[2] * n for _, lengths in groups for n in lengths]
+    batch = Batch(prompts, responses, PAD)
+    shares = batch.parts(budget, ranks)
+    assert len(shares) == ranks
+    assert sorted(i for share in shares for part in share for i in part) == [*range(len(prompts))]
+    for part in (part for share in shares for part in share):
+        assert tokens_of(batch, part) <= budget or len(part) == 1
+    loads = [sum(tokens_of(batch, part) for part in share) for share in shares]
+    alone = sum(tokens_of(batch, part) for part in batch.parts(budget)[0])
+    largest = max(p + sum(lengths) for p, lengths in groups)
+    assert max(loads) <= min(alone, alone / ranks + largest)
+
+
+def test_one_prompt_is_split_only_where_that_is_less_to_wait_for():
+    short = Batch([[5] * 4] * 8, [[6] * 10] * 8, PAD)
+    assert [[*map(len, share)] for share in short.parts(1000, 4)] == [[2]] * 4
+    two = Batch([[5] * 90] * 4 + [[6] * 90] * 4, [[7]] * 8, PAD)
+    assert two.parts(1000, 2) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+
+
+def run_steps(world, answers=None):
+    """Two updates on given answers, or two whole steps; metrics, and the weights afterwards."""
+    ppo = new_trainer("shared", CONFIG, 6)
+    ppo.world = world
+    metrics = []
+    for step in range(2):
+        if answers is None:
+            metrics.append(ppo.step(PROMPTS, [6.0] * 12)[0])
+        else:
+            ppo.step_count = step + 1
+            experience, found = ppo.score(answers, [6.0] * 12)
+            metrics.append(found | ppo.update(experience))
+    weights = [p.detach() for model in (ppo.models.policy, ppo.models.critic)
+               for p in model.parameters()]  # fmt: skip
+    return metrics, weights
+
+
+def given_answers():
+    ppo = new_trainer("shared", CONFIG, 6)
+    return ppo.rollout.generate(PROMPTS, ppo.sampling)
+
+
+def worker(rank, meeting, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    world = World(rank, 2)
+    updated, stepped = run_steps(world, given_answers()), run_steps(world)
+    queue.put((rank, [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped)]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one():
+    results = two_processes(worker, timeout=120)
+    for first, second in zip(results[0], results[1], strict=True):
+        assert first[0] == second[0], "the processes log different figures"
+        for a, b in zip(first[1], second[1], strict=True):
+            assert (a == b).all(), "the processes hold different weights"
+    metrics, weights = run_steps(ALONE, given_answers())
+    for alone, shared in zip(metrics, results[0][0][0], strict=True):
+        for name, value in alone.items():
+            assert abs(shared[name] - value) <= 1e-4 * abs(value) + 1e-5, name
+    for alone, shared in zip(weights, results[0][0][1], strict=True):
+        torch.testing.assert_close(torch.from_numpy(shared), alone, atol=2e-5, rtol=1e-4)
