@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
 from tppo.config import PPOConfig  # noqa: E402
-from tppo.models import Critic, RewardModel, place  # noqa: E402
+from tppo.models import Critic, RewardModel  # noqa: E402
 from tppo.ppo import Models, PPOTrainer  # noqa: E402
 from tppo.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
 
@@ -31,43 +32,61 @@ PAD, EOS = 0, 1
 CENTRE = {"cpu": (1024, 24, 8), "cuda": (2048, 24, 8)}  # P, R, G
 AXES = {"P": (256, 1024, 2048, 4096), "R": (8, 24, 64), "G": (1, 4, 8, 16)}
 GROUPS = {"cpu": 1, "cuda": 8}
+LISTED = 10  # shapes that are always measured: the first two, and one of P, R, G moved
 GOAL = (256, 16, 8)  # with the four prompts of one of the demo's minibatches
 MODELS = {
     "demo": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
     "1.5B": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
              "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+    "8B": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "tie_word_embeddings": False},
 }
+MODELS_OF = {"cpu": ("demo",), "cuda": ("1.5B", "8B")}
+TRAINED = {"8B": ("q_proj", "v_proj")}  # what adapters train: with all of it one GPU is too small
 
 
 def shapes(device: str) -> list[tuple[int, int, int]]:
-    """The goal's shape, then the centre with one of P, R, G moved at a time."""
+    """The goal's shape, the centre with one of P, R, G moved at a time, then the rest of the grid.
+    """
     centre = CENTRE[device]
     moved = [centre[:axis] + (value,) + centre[axis + 1:]
              for axis, values in enumerate(AXES.values()) for value in values]
-    return list(dict.fromkeys([GOAL, centre, *moved]))
+    return list(dict.fromkeys([GOAL, centre, *moved, *product(*AXES.values())]))
 
 
 def settings_of(name: str) -> dict[str, Any]:
     """The configuration of a model."""
-    return {**MODELS[name], "max_position_embeddings": 8192, "tie_word_embeddings": True,
-            "num_labels": 3, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
+    return {"max_position_embeddings": 8192, "tie_word_embeddings": True, "num_labels": 3,
+            "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, **MODELS[name]}
 
 
-def trainer(name: str, device: str, prefix: str, response: int, group: int, groups: int
-            ) -> PPOTrainer:
-    """Random weights, the same for both ways; bf16 on a GPU, where flash attention wants it."""
+def models_of(name: str, device: str) -> Models:
+    """Random weights; bf16 on a GPU, where flash attention wants it."""
     torch.manual_seed(0)
     settings = settings_of(name)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    policy = place(LlamaForCausalLM(LlamaConfig(**settings)).to(dtype), torch.device(device))
-    reward = LlamaForTokenClassification(LlamaConfig(**settings)).to(dtype)
-    models = Models(policy, copy.deepcopy(policy),
-                    Critic(copy.deepcopy(policy.model), settings["hidden_size"]).to(device, dtype),
-                    RewardModel(place(reward, torch.device(device))))
-    config = PPOConfig(lr=1e-5, critic_lr=1e-5, epochs=1, minibatch_size=group * groups,
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    try:
+        with torch.device(device):
+            policy = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+            reward = LlamaForTokenClassification(LlamaConfig(**settings)).eval()
+            critic = Critic(copy.deepcopy(policy.model), settings["hidden_size"]).eval()
+            ref = copy.deepcopy(policy)
+    finally:
+        torch.set_default_dtype(before)
+    for model in (policy, critic) if name in TRAINED else ():
+        for part, parameter in model.named_parameters():
+            parameter.requires_grad_(any(trained in part for trained in TRAINED[name]))
+    return Models(policy, ref, critic, RewardModel(reward))
+
+
+def trainer(models: Models, prefix: str, response: int, group: int, groups: int) -> PPOTrainer:
+    """With a learning rate of 0, both ways and every round work on the same weights."""
+    config = PPOConfig(lr=0.0, critic_lr=0.0, epochs=1, minibatch_size=group * groups,
                        responses_per_prompt=group, max_tokens=1 << 20)
-    engine = HFRollout(policy, pad_id=PAD, eos_id=-1, prefix=prefix)  # type: ignore[arg-type]
+    engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)  # type: ignore[arg-type]
     return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,
                       seed=0, prefix=prefix)  # type: ignore[arg-type]
 
@@ -95,7 +114,7 @@ def gate(ways: dict[str, PPOTrainer], batch: RolloutBatch, tolerance: float) -> 
     for prefix, ppo in ways.items():
         metrics[prefix] = update(ppo, batch)
         parameters = [p for m in (ppo.models.policy, ppo.models.critic) for p in m.parameters()]
-        gradients[prefix] = [p.grad for p in parameters if p.grad is not None]
+        gradients[prefix] = [p.grad.clone() for p in parameters if p.grad is not None]
     for name, dense in metrics["dense"].items():
         if abs(metrics["shared"][name] - dense) > tolerance * max(1.0, abs(dense)):
             raise RedGate(f"red gate, no number: {name} is {metrics['shared'][name]:g} shared, "
@@ -112,7 +131,8 @@ def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: i
     prompt, response, group = shape
     vocab = MODELS[name]["vocab_size"]
     batch = rollout(vocab, prompt, response, group, groups)
-    ways = {p: trainer(name, device, p, response, group, groups) for p in ("shared", "dense")}
+    models = models_of(name, device)
+    ways = {p: trainer(models, p, response, group, groups) for p in ("shared", "dense")}
     gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
     work: dict[str, Callable[[PPOTrainer], Any]] = {
         "update": lambda ppo: update(ppo, batch),
@@ -152,9 +172,15 @@ def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) ->
 
 
 @pytest.mark.parametrize("index", range(len(shapes("cpu"))))
-def test_step(steps, shape_of, device, smoke, index, request):
-    name = "demo" if smoke or device == "cpu" else "1.5B"
-    shape = shape_of({device: shapes(device)}, index, (24, 4, 3))
+@pytest.mark.parametrize("size", range(2), ids=("small", "large"))
+def test_step(steps, shape_of, device, smoke, size, index, request):
+    if size >= len(MODELS_OF[device]):
+        pytest.skip("fewer models on this device")
+    listed = shapes(device)
+    if not request.config.getoption("--bench-grid"):
+        listed = listed[:LISTED]
+    name = "demo" if smoke else MODELS_OF[device][size]
+    shape = shape_of({device: listed}, index, (24, 4, 3))
     rounds = 1 if smoke else min(5, request.config.getoption("--bench-rounds"))
     groups = 1 if smoke else 4 if shape == GOAL else GROUPS[device]
     rows = measure_shape(name, device, shape, groups, rounds)

@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tppo benchmarks")
     group.addoption("--bench-json", metavar="FILE", help="write rows and machine to FILE")
     group.addoption("--bench-smoke", action="store_true", help="tiny shapes, nothing compiled")
+    group.addoption("--bench-grid", action="store_true", help="a whole step: every P, R and G")
     group.addoption("--bench-rounds", type=int, default=15, help="rounds of a case (default 15)")
 
 

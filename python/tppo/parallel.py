@@ -38,9 +38,10 @@ class World(NamedTuple):
         if self.size == 1:
             return
         for parameter in parameters:
-            if parameter.grad is None:  # this process had no part of the minibatch
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            if parameter.requires_grad:
+                if parameter.grad is None:  # this process had no part of the minibatch
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
 
     def of_first(self, mine: T | None) -> T:
         """What the first process gives; the others wait for it."""
