@@ -448,7 +448,7 @@ def test_chunks_of_a_gpu():
     def rows(logits, gradient, columns=None, budget=1 << 30, v=128_256, aligned=True):
         problem = _linear.Problem(*real_inputs(16_384, v, 8), None, None, None, torch.tensor(1.0),
                                   None, None, budget, None, aligned)
-        problem.products.factors = problem.products.slopes = torch.bfloat16
+        problem.products.factors = torch.bfloat16
         problem.shard = problem.shard._replace(columns=v if columns is None else columns)
         x, dx = problem.rooms(logits, gradient)
         nbytes = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in (x, dx)}.values())
@@ -507,7 +507,7 @@ def test_few_rows_on_a_gpu(dtype):
 @pytest.mark.parametrize("budget", (1, 10 ** 6, 1 << 30))
 @pytest.mark.parametrize("regime", ("store", "recompute", "frozen"))
 def test_products_and_memory_of_few_rows_on_a_gpu(monkeypatch, regime, budget):
-    """Their gradients by logits are in fp32, within the budget; one row is always computed."""
+    """Their gradients by logits are two numbers, in the budget; one row is always computed."""
     pytest.importorskip("triton")
     steps = as_on_a_gpu(monkeypatch)
     n, v, d = _linear.FEW_ROWS, 151_643, 64

@@ -72,10 +72,9 @@ class Products:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.weight = weight  # [v, D], its live rows
-        self.factors = dtype
-        self.slopes = dtype  # of the gradients by the logits that they are given
+        self.factors = dtype  # of hidden states and of the gradients by the logits
         self.dtype = dtype
-        self.room = 0  # bytes a logit that they take besides
+        self.summands = 1  # numbers that make up a gradient by a logit
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the computation, a block at a time."""
@@ -93,7 +92,7 @@ class Products:
             torch.mm(h, weight.T, out=out[:, here])
 
     def d_hidden(self, dz: Tensor) -> Tensor:
-        """dz @ weight."""  # [R, D]
+        """dz @ weight."""  # [summands R, v] -> [R, D]
         new = dz.new_empty if dz.shape[1] else dz.new_zeros
         out = new(dz.shape[0], self.weight.shape[1])
         for i, (here, weight) in enumerate(self._blocks()):
@@ -104,7 +103,7 @@ class Products:
         return out
 
     def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
-        """out = dz.T @ h for the first chunk, out += it for others."""  # [v, D]
+        """out = dz.T @ h for the first chunk, out += it for others."""  # [summands R, v] -> [v, D]
         if first:
             torch.mm(dz.T, h, out=out)
         else:
@@ -117,38 +116,25 @@ class HalfProducts(Products):
     A 16-bit result could be added up from parts that cuBLAS has rounded to 16 bits: it may, unless
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is off.
 
-    The error of a gradient by logits that is rounded to 16 bits falls with the number of rows. Of
-    `few` rows each is the sum of two 16-bit numbers: one below the other in a product, which takes
-    no longer for it.
+    A gradient by a logit that is rounded to 16 bits is wrong by up to 2^-8, which other rows make
+    up for. Of `few` rows it is the sum of two 16-bit numbers: dz has the first of all rows, and
+    below them the second; the products take no longer for it.
     """
 
     def __init__(self, weight: Tensor, few: bool):
         super().__init__(weight, torch.float32)
         self.factors = weight.dtype
-        self.slopes = torch.float32 if few else self.factors
-        self.room = 2 * self.factors.itemsize if few else 0
+        self.summands = 2 if few else 1
 
     def logits(self, h: Tensor, out: Tensor) -> None:
         torch.mm(h, self.weight.T, out_dtype=torch.float32, out=out)
 
-    def _summands(self, dz: Tensor) -> Tensor:
-        """dz, or the two 16-bit numbers that make one up; rows lie as far apart."""
-        if dz.dtype == self.factors:
-            return dz
-        rows, columns = dz.shape
-        out = dz.new_empty((2 * rows, dz.stride(0)), dtype=self.factors)[:, :columns]
-        out[:rows] = dz
-        torch.sub(dz, out[:rows], out=out[rows:])
-        return out
-
     def d_hidden(self, dz: Tensor) -> Tensor:
-        out = torch.mm(self._summands(dz), self.weight, out_dtype=torch.float32)
-        rows = dz.shape[0]
-        return out if out.shape[0] == rows else out[:rows] + out[rows:]
+        out = torch.mm(dz, self.weight, out_dtype=torch.float32)
+        return out if self.summands == 1 else torch.add(*out.chunk(2))
 
     def add_d_weight(self, dz: Tensor, h: Tensor, first: bool, out: Tensor) -> None:
-        dz = self._summands(dz)
-        h = h if dz.shape[0] == h.shape[0] else torch.cat([h, h])
+        h = h if self.summands == 1 else torch.cat([h, h])
         if first:
             torch.mm(dz.T, h, out_dtype=torch.float32, out=out)
         else:
@@ -184,24 +170,24 @@ class Problem:
         They are one where their dtypes are; one that is not asked for is empty. As many rows as the
         budget holds, in equal chunks; as many in every process of a group. Rows begin at multiples
         of 16 bytes if `aligned`: cuBLAS is slow on others.
-        """  # [R, v] each
-        size, dtype = self.weight.shape[0], self.products.slopes
+        """  # [R, v], [summands R, v]
+        size, dtype = self.weight.shape[0], self.products.factors
+        summands = self.products.summands
         columns = size + -size % 8 if self.aligned else size
         apart = gradient and not (logits and dtype == self.dtype)
-        per_logit = (logits * self.dtype.itemsize + apart * dtype.itemsize
-                     + gradient * self.products.room)
+        per_logit = logits * self.dtype.itemsize + apart * summands * dtype.itemsize
         rows = max(1, self.budget // max(1, per_logit * min(columns, self.shard.total)))
         rows = min(rows, CPU_ROWS) if self.hidden.device.type == "cpu" else rows
         chunks = max(1, -(-self.selection.count // rows))
         self.chunk_rows = max(1, -(-self.selection.count // chunks))
 
-        def room(dtype: torch.dtype) -> Tensor:
+        def room(rows: int, dtype: torch.dtype) -> Tensor:
             live = self.shard.columns
             padded = live + -live % 8 if self.aligned else live
-            return self.hidden.new_empty((self.chunk_rows, padded), dtype=dtype)[:, :live]
+            return self.hidden.new_empty((rows, padded), dtype=dtype)[:, :live]
 
-        x = room(self.dtype) if logits else self.hidden.new_empty(0)
-        return x, room(dtype) if apart else x
+        x = room(self.chunk_rows, self.dtype) if logits else self.hidden.new_empty(0)
+        return x, room(summands * self.chunk_rows, dtype) if apart else x
 
     def chunks(self) -> Iterator[Chunk]:
         """The chosen rows, a chunk at a time."""
@@ -257,7 +243,7 @@ class Gradients:
             self.weight[problem.shard.columns if rows else 0:] = 0
 
     def add(self, chunk: Chunk, dz: Tensor, fit: Tensor | None) -> None:
-        """Adds what the gradient dz [R, v] by the logits of a chunk gives.
+        """Adds what the gradient dz [summands R, v] by the logits of a chunk gives.
 
         fit: dz is so many times the gradient; another number for every chunk.
         """

@@ -74,6 +74,18 @@ def test_bf16(triton, small, memory, softcap):
         assert distance(a, e) <= 1e-3
 
 
+@pytest.mark.parametrize("memory", ("store", "recompute"))
+def test_few_rows(triton, small, memory):
+    """Their gradients hang on few numbers: each is the sum of two of 16 bits."""
+    for rows, spread, part in itertools.product((1, 3), (1.0, 6.0), ("logprobs", "entropy")):
+        hidden, weight, targets, _ = sample(1, rows, d=64, v=300, dtype=torch.bfloat16, seed=rows,
+                                            spread=spread)
+        actual = grads(tk.linear_logprobs, hidden, weight, targets, memory=memory, part=part)
+        exact = grads(textbook, *double(hidden, weight, targets), part=part)
+        for a, e in zip(actual[2:], exact[2:], strict=True):
+            assert distance(a, e) <= 1.05 * distance(e.to(torch.bfloat16), e)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_whole_blocks(triton, dtype):
     """The shapes of a real launch: a block of 4096 columns, and one that is cut."""

@@ -124,18 +124,30 @@ def _linear_logprobs_keep_kernel(
     tl.store(stats_ptr + 3 * rows + row, tl.where(good, log_sum, nan).to(tl.float32))
 
 
+@triton.jit
+def _write(dx_row, low_row, twice, offsets, dx, live):
+    """dx, rounded to its dtype; `twice`: and in the second row what it lost."""
+    high = dx.to(dx_row.dtype.element_ty)
+    tl.store(dx_row + offsets, high, mask=live)
+    if twice:
+        tl.store(low_row + offsets, dx - high.to(tl.float32), mask=live)
+
+
 _OF_ROWS = ("g_logprob_ptr", "g_entropy_ptr", "stride_lp", "stride_ent", "target_ptr",
             "entropy_ptr", "top_ptr", "log_sum_ptr")
 
 
-@triton.jit(do_not_specialize=("x_ptr", "stride_x", "dx_ptr", "stride_dx", *_OF_ROWS, *_SCALING,
-                               "columns", "parts"))
+@triton.jit(do_not_specialize=("x_ptr", "stride_x", "dx_ptr", "stride_dx", "low_off", *_OF_ROWS,
+                               *_SCALING, "columns", "parts"))
 def _linear_logprobs_gradient_kernel(
-        x_ptr, stride_x: tl.int64, dx_ptr, stride_dx: tl.int64, g_logprob_ptr, stride_lp,
-        g_entropy_ptr, stride_ent, target_ptr, entropy_ptr, top_ptr, log_sum_ptr,
+        x_ptr, stride_x: tl.int64, dx_ptr, stride_dx: tl.int64, low_off: tl.int64, g_logprob_ptr,
+        stride_lp, g_entropy_ptr, stride_ent, target_ptr, entropy_ptr, top_ptr, log_sum_ptr,
         temperature: tl.float64, temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr,
         scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr, TILE: tl.constexpr):
-    """dx of the logits x, in its own dtype; it may take their place."""
+    """dx of the logits x, in its own dtype; it may take their place.
+
+    low_off: where the second number that makes up a dx lies, behind the first; 0 without.
+    """
     row = tl.program_id(0).to(tl.int64)
     sign, pre, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                            softcap_ptr, scale, scale_ptr, CAPPED)
@@ -148,6 +160,7 @@ def _linear_logprobs_gradient_kernel(
     target = tl.load(target_ptr + row).to(tl.int64)
     x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
+    low_row = tl.multiple_of(dx_row + low_off, 16)
     offsets = tl.arange(0, TILE)
     first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
     whole = tl.minimum(last, columns // TILE)
@@ -156,14 +169,14 @@ def _linear_logprobs_gradient_kernel(
         x = tl.load(x_row + start + offsets, eviction_policy="evict_first")
         dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
                        entropy, top, log_sum, CAPPED)
-        tl.store(dx_row + start + offsets, dx)
+        _write(dx_row, low_row, low_off != 0, start + offsets, dx, None)
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
         live = start + offsets < columns
         x = tl.load(x_row + start + offsets, mask=live, other=0.0)
         dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
                        entropy, top, log_sum, CAPPED)
-        tl.store(dx_row + start + offsets, dx, mask=live)
+        _write(dx_row, low_row, low_off != 0, start + offsets, dx, live)
 
 
 @triton.jit
@@ -183,12 +196,12 @@ def _of_kept(e, hit, at_target, shift, log_share, back, a, b, entropy, SCALE: tl
     return tl.where(hit, at_target, dx)
 
 
-@triton.jit(do_not_specialize=("e_ptr", "dx_ptr", "stride_dx", *_OF_ROWS, "logprob_ptr",
+@triton.jit(do_not_specialize=("e_ptr", "dx_ptr", "stride_dx", "low_off", *_OF_ROWS, "logprob_ptr",
                                "shift_ptr", "stride_shift", *_SCALING, "columns", "parts"))
 def _linear_logprobs_kept_kernel(
-        e_ptr, dx_ptr, stride_dx: tl.int64, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
-        target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, shift_ptr,
-        stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
+        e_ptr, dx_ptr, stride_dx: tl.int64, low_off: tl.int64, g_logprob_ptr, stride_lp,
+        g_entropy_ptr, stride_ent, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr,
+        shift_ptr, stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
         softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr, columns, parts,
         SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
     """dx from kept exponentials; at the target from its logprob, because 1 - p is a difference."""
@@ -215,6 +228,7 @@ def _linear_logprobs_kept_kernel(
     if ALIGNED:
         e_row = tl.multiple_of(e_row, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
+    low_row = tl.multiple_of(dx_row + low_off, 16)
     offsets = tl.arange(0, TILE)
     first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
     whole = tl.minimum(last, columns // TILE)
@@ -224,7 +238,7 @@ def _linear_logprobs_kept_kernel(
         e = tl.load(e_row + start + offsets, eviction_policy="evict_first")
         dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
                       shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
-        tl.store(dx_row + start + offsets, dx)
+        _write(dx_row, low_row, low_off != 0, start + offsets, dx, None)
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
         live = start + offsets < columns
@@ -232,7 +246,7 @@ def _linear_logprobs_kept_kernel(
         e = tl.load(e_row + start + offsets, mask=live, other=0.0)
         dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
                       shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
-        tl.store(dx_row + start + offsets, dx, mask=live)
+        _write(dx_row, low_row, low_off != 0, start + offsets, dx, live)
 
 
 def supports(*args: object) -> str | None:
@@ -258,6 +272,11 @@ def _by_block(e: Tensor, columns: int) -> dict:
     """What a kernel whose tile is a block of kept exponentials e is compiled for."""
     return {"SCALE": reference.FP16_SCALE if e.dtype == torch.float16 else 1.0,
             "ALIGNED": columns * e.element_size() % 16 == 0, "num_warps": BLOCK_WARPS}
+
+
+def _low_off(rows: int, out: Tensor) -> int:
+    """How far the second numbers of out [2 R, v] lie behind the first ones; 0 of out [R, v]."""
+    return rows * out.stride(0) if out.shape[0] > rows else 0
 
 
 def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
@@ -287,9 +306,10 @@ def _gradient_of_logits(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: 
     parts = token._parts(count, columns, TILE)
     with launching_on(x):
         _linear_logprobs_gradient_kernel[(count, parts)](
-            x, x.stride(0), out, out.stride(0), *_slopes(g_logprobs, g_entropy),
-            _owned(targets, owned), *stats[1:4], *_scaling(scale), columns, parts,
-            CAPPED=scale.softcap is not None, TILE=TILE, num_warps=WARPS)
+            x, x.stride(0), out, out.stride(0), _low_off(count, out),
+            *_slopes(g_logprobs, g_entropy), _owned(targets, owned), *stats[1:4],
+            *_scaling(scale), columns, parts, CAPPED=scale.softcap is not None, TILE=TILE,
+            num_warps=WARPS)
 
 
 def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
@@ -300,9 +320,10 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
     assert stats.shifts is not None
     with launching_on(e):
         _linear_logprobs_kept_kernel[(count, parts)](
-            e, out, out.stride(0), *_slopes(g_logprobs, g_entropy), _owned(targets, owned),
-            *stats, stats.shifts.stride(0), *_scaling(scale), columns, parts,
-            CAPPED=scale.softcap is not None, TILE=reference.KEPT_BLOCK, **_by_block(e, columns))
+            e, out, out.stride(0), _low_off(count, out), *_slopes(g_logprobs, g_entropy),
+            _owned(targets, owned), *stats, stats.shifts.stride(0), *_scaling(scale), columns,
+            parts, CAPPED=scale.softcap is not None, TILE=reference.KEPT_BLOCK,
+            **_by_block(e, columns))
 
 
 STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,

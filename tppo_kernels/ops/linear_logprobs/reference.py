@@ -69,14 +69,22 @@ def surplus(g_logprobs: Tensor | None, x: Tensor, owned: Tensor | None,
     return select(g_logprobs, ~owned)[:, None] * (1 - u * u) * scale.factor()  # [R, 1]
 
 
+def write(dx: Tensor, out: Tensor) -> None:
+    """out = dx, rounded; or two numbers whose sum it is, all of the first ones above."""
+    rows = dx.shape[0]  # [R, v] -> [R, v] or [2 R, v]
+    out[:rows].copy_(dx)
+    if out.shape[0] > rows:
+        torch.sub(dx, out[:rows], out=out[rows:])
+
+
 def row_gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor, targets: Tensor,
                  owned: Tensor | None, scale: Scale, stats: Stats, out: Tensor) -> None:
-    """out = the gradient by the logits x; may take their place."""  # [R, v]
+    """out = the gradient by the logits x; may take their place. See `write`."""  # [R, v]
     extra = surplus(g_logprobs, x, owned, scale)
     dx = token.bwd(g_logprobs, g_entropy, x, targets, None, *scale, None, *stats[1:4])
     if extra is not None:
         dx[:, :1] -= extra
-    out.copy_(dx)
+    write(dx, out)
 
 
 def row_kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
@@ -116,7 +124,7 @@ def row_gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e:
     if out.dtype == dtype:
         torch.mul(dz, scale.factor(), out=out)
     else:
-        out.copy_(dz * scale.factor())
+        write(dz * scale.factor(), out)
 
 
 class Steps(NamedTuple):
@@ -194,10 +202,11 @@ class Head:
         for the gradient by the logits; may be that of the logits.
         """
         scale, (g_logprobs, g_entropy) = self.scale(chunk), slopes
+        rows = (chunk.last - chunk.first) * self.problem.products.summands
         fit = self._fit(scale, g_logprobs, g_entropy)
         if fit is not None:
             g_logprobs, g_entropy = (None if g is None else g * fit for g in slopes)
-        out = room[:chunk.last - chunk.first]
+        out = room[:rows]
         if out.shape[1]:
             step = self.steps.gradient_of_kept if kept else self.steps.gradient
             step(g_logprobs, g_entropy, x, chunk.targets, chunk.owned, scale, stats, out)
