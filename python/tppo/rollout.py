@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import NamedTuple, Protocol
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from tppo.batch import pad
 from tppo.config import Prefix
 from tppo.progress import track
+
+_PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
+_CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class HFRollout:
         output = self.model.generate(  # type: ignore[operator]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            past_key_values=self._prefill(prompts),
+            **{_CACHE: self._prefill(prompts)},
             generation_config=GenerationConfig(
                 do_sample=True,
                 temperature=sampling.temperature,
@@ -113,7 +123,7 @@ class HFRollout:
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=True,
-        ).past_key_values
+        )[_CACHE]
         if type(cache) is not DynamicCache:
             return None
         cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
