@@ -13,7 +13,7 @@ int64_t compact(const float* x, const uint8_t* mask, int64_t n, float* values) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     values[count] = x[i];
-    count += mask[i];
+    count += mask[i] != 0;
   }
   return count;
 }

@@ -249,6 +249,16 @@ def test_default_dtype_is_not_asked():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_default_device_is_not_asked(backend):
+    """CPU tensors under `torch.set_default_device("cuda")`: results were written to nowhere."""
+    rewards, values, mask = batch()
+    with tk.use_backend(backend):
+        expected = tk.gae(rewards, values, mask)
+        with torch.device("meta"):
+            assert_same_bits(tk.gae(rewards, values, mask), expected)
+
+
 def test_cuda_plan_spreads_any_shape_over_the_chip():
     """By shapes alone; a GPU has some hundred places for a block."""
     if missing("cpp"):

@@ -259,6 +259,14 @@ def test_empty_detached_strided():
     assert gae.returns.isfinite().all()
 
 
+def test_default_device_is_not_asked():
+    given = {"terminal": torch.tensor([1.0, -2.0]), "spans": [(1, 1, 4, 3.0)],
+             "dense": torch.where(MASK, 0.5, 0.0), "span_at": "each", "on_masked": "move_back"}
+    expected = tk.place_rewards(MASK, **given)
+    with torch.device("meta"):
+        assert_same_bits(tk.place_rewards(MASK, **given), expected)
+
+
 def test_opcheck_and_compile():
     raw = torch.ops.tppo_kernels.place_rewards_fwd.default
     index, values = torch.tensor([[0, 0, 2], [1, 1, 5]]), torch.tensor([3.0, 8.0])
@@ -278,6 +286,8 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize("error, words, args, kwargs", [
     (TypeError, "mask is NoneType None, expected a tensor", (None,), {}),
     (TypeError, "mask has dtype float32, expected bool", (MASK.float(),), {}),
+    (ValueError, r"cu_seqlens is \[0, -3\], expected offsets", (None,),
+     {"cu_seqlens": torch.tensor([0, -3], dtype=torch.int32)}),
     (ValueError, r"mask has shape \[5\], expected \[B, T\]", (MASK[0],), {}),
     (TypeError, "terminal is list", (MASK,), {"terminal": [1.0, 2.0]}),
     (ValueError, r"terminal has shape \[3\].*\[2\] as mask", (MASK,), {"terminal": torch.ones(3)}),

@@ -149,6 +149,22 @@ def test_poison(backend, poison):
             assert not clean[~mask].any()
 
 
+def test_default_device_is_not_asked(backend):
+    x, mask = torch.randn(6, 33), sample_mask("interior", 6, 33)
+    expected = tk.whiten(x, mask)
+    with torch.device("meta"):
+        assert_same_bits(tk.whiten(x, mask), expected)
+
+
+@pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
+def test_any_byte_of_a_mask_that_is_not_0_is_true():
+    """Bytes of another library seen as bool: 255 for a token would write far beyond a block."""
+    x, mask = torch.randn(40, 300), torch.rand(40, 300) < 0.5
+    as_bytes = (255 * mask.to(torch.uint8)).view(torch.bool)
+    with tk.use_backend("cpp"):
+        assert_same_bits(tk.whiten(x, as_bytes), tk.whiten(x, mask))
+
+
 def test_twice_packed_permuted_detached(backend):
     x, mask = torch.randn(70, 50, requires_grad=True), sample_mask("interior", 70, 50)
     once = tk.whiten(x, mask)

@@ -35,7 +35,7 @@ def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam
         cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """(advantages, returns), fp32, of padded [B, T] or packed [N] inputs."""
     batch, arguments = dense(rewards, values, mask, lam, value_lam, bootstrap, cu_seqlens)
-    advantages = torch.empty(rewards.shape, dtype=torch.float32)
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     _C.gae_fwd(*map(address, arguments), float(gamma), batch, rewards.shape[-1],
                advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads())

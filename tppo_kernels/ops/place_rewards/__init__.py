@@ -98,7 +98,8 @@ def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
         mask = torch.ones(dense.shape, dtype=torch.bool, device=dense.device)
     elif mask is None and cu_seqlens is not None:
         check.packing(cu_seqlens)
-        mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
+        mask = torch.ones(max(0, int(cu_seqlens[-1])), dtype=torch.bool,
+                          device=cu_seqlens.device)
     check.tensor("mask", mask, tokens, BOOL)
     assert mask is not None
     if cu_seqlens is not None:

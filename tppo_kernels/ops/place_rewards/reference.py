@@ -13,9 +13,16 @@ OP = "place_rewards"
 def fwd(mask: Tensor, terminal: Tensor | None, spans: Tensor, span_values: Tensor,
         dense: Tensor | None, cu_seqlens: Tensor | None, span_at: str,
         on_masked: str) -> tuple[Tensor, Tensor]:
-    """(rewards, dropped); see `tppo_kernels.place_rewards`. spans [S, 3], span_values [S].
+    """(rewards, dropped); see `tppo_kernels.place_rewards`. spans [S, 3], span_values [S]."""
+    with torch.device("cpu"):  # whatever torch's default device is
+        return _place(mask, terminal, spans, span_values, dense, cu_seqlens, span_at, on_masked)
 
-    Every reward is one placement (slot, amount): dense ones, terminal ones, then spans in order.
+
+def _place(mask: Tensor, terminal: Tensor | None, spans: Tensor, span_values: Tensor,
+           dense: Tensor | None, cu_seqlens: Tensor | None, span_at: str,
+           on_masked: str) -> tuple[Tensor, Tensor]:
+    """Every reward is one placement (slot, amount): dense ones, terminal ones, then spans in order.
+
     Slots count through the flattened mask.
     """
     valid = mask.detach().cpu().reshape(-1)  # [S]

@@ -18,7 +18,7 @@ def supports(x: Tensor, *_: object) -> str | None:
 def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     """(n, mean, M2, max|x|) of the valid tokens."""  # [4] fp64
     values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
-    moments = torch.empty(4, dtype=torch.float64)
+    moments = torch.empty(4, dtype=torch.float64, device=x.device)
     _C.whiten_stats(values.data_ptr(), address(valid), x.numel(), moments.data_ptr(),
                     torch.get_num_threads())
     return moments
@@ -28,7 +28,7 @@ def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: 
         shift_mean: bool) -> Tensor:
     """(x - mean) * rsqrt(var + eps), fp32, 0 where masked."""
     values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     _C.whiten_fwd(values.data_ptr(), address(valid), x.numel(), moments.contiguous().data_ptr(),
                   float(eps), unbiased, shift_mean, out.data_ptr(), torch.get_num_threads())
     return out
