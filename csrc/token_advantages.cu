@@ -65,7 +65,7 @@ struct AdvantageTokens {
       const float divergence =
           kl_value(in.estimator, value_of(raw.logprob, in.logprobs.dtype, j),
                    value_of(raw.ref, in.ref_logprobs.dtype, j));
-      steps.reward[j] -= kl_coef * divergence;
+      steps.reward[j] -= times(kl_coef, divergence);
       if (kEmit) tallies[kDivergence].add(divergence);
     }
     return steps;

@@ -232,6 +232,21 @@ def test_kl_coef_zero_measures_and_tensor_equals_number():
     assert_same_bits(one, two)
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, "cuda"))
+def test_kl_coef_zero_is_off(monkeypatch, backend):
+    """Of two log-probs of -inf the KL is NaN: measured as such, and no part of a reward."""
+    if backend == "cuda":
+        _emulated.on_the_cpu(monkeypatch, "token_advantages")
+    rewards, values, logprobs, ref, mask = batch()
+    with tk.use_backend(backend):
+        free = tk.token_advantages(rewards, values, mask)
+        logprobs[mask.nonzero()[0].unbind()] = ref[mask.nonzero()[0].unbind()] = -float("inf")
+        off = tk.token_advantages(rewards, values, mask, logprobs=logprobs, ref_logprobs=ref)
+    assert_same_bits(tuple(off[:3]), tuple(free[:3]))
+    assert off.stats.kl_mean.isnan()
+    assert torch.stack(off.stats[1:3] + off.stats[4:]).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", POISONS)
 def test_poison(backend, poison):

@@ -12,6 +12,7 @@ from ..._eager import constant
 from ..._native import FP64
 from ..._sequence import compute_dtype, kl, on, select
 from ..gae.reference import fwd as gae_reference
+from ..ppo_loss.reference import times
 from ..whiten.reference import fwd as whiten_reference
 from ..whiten.reference import stats as moments_reference
 
@@ -42,7 +43,7 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Te
     kl_mean = rewards.new_zeros((), dtype=torch.float64)
     if logprobs is not None and ref_logprobs is not None:
         divergence, _ = kl(logprobs.to(dtype), ref_logprobs.to(dtype), mask, kl_estimator)
-        rewards = rewards - on(kl_coef, rewards) * divergence
+        rewards = rewards - times(on(kl_coef, rewards), divergence)
         kl_mean = moments(divergence, mask)[1]
     elif rewards is token_rewards:
         rewards = rewards.clone()  # the result is never the argument itself
