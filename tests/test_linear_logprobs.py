@@ -276,6 +276,23 @@ def test_gradcheck(memory, softcap):
                                      softcap=softcap)[0], [hidden])
 
 
+@pytest.mark.parametrize("memory", ("store", "recompute"))
+def test_one_argument_in_fp64_makes_all_of_it_so(memory):
+    for which in range(3):
+        given = sample(2, 5)
+        hidden, weight, targets, bias = (
+            x.double() if i == which else x for i, x in zip((0, 1, 3, 2), given, strict=True))
+        temperature = torch.tensor(1.3) if which else 0.5 + torch.rand(2, 5)
+        options = {"temperature": temperature, "softcap": 4.0, "logit_scale": torch.tensor(0.7)}
+        actual = grads(tk.linear_logprobs, hidden, weight, targets, bias=bias, memory=memory,
+                       **options)
+        exact = grads(textbook, *double(hidden, weight, targets), bias=bias.double(), **options)
+        for a, e, x in zip(actual, exact, (hidden.double(), hidden.double(), hidden, weight, bias),
+                           strict=True):
+            assert a.dtype == x.dtype
+            assert distance(a, e) < (1e-12 if a.dtype == torch.float64 else 1e-7)
+
+
 def test_gradients_that_are_wanted_and_those_that_are_not():
     """Lost requires_grad in a fused function (verl#6913, Liger#968)."""
     hidden, weight, targets, bias = sample(2, 5)

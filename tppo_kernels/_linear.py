@@ -153,7 +153,9 @@ class Problem:
         self.hidden = hidden.detach().reshape(targets.numel(), hidden.shape[-1])  # [N, D]
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.targets = targets.reshape(-1)
-        self.temperature = temperature.reshape(-1) if temperature.dim() else temperature
+        if temperature.dim():
+            temperature = temperature.reshape(-1).to(self.dtype)
+        self.temperature = temperature
         self.group = resolve(group)
         self.shard = shard_of(weight.shape[0], valid_vocab, group)
         self.selection = Selection(targets.numel(), mask, rows, capacity, hidden.device)

@@ -85,7 +85,7 @@ def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, l
     if regime == "store":
         columns = shard_of(weight.shape[0], valid_vocab, group).columns
         blocks = reference.blocks_of(columns, hidden.device)
-        kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden.dtype))
+        kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden, weight, bias))
     elif regime == "frozen":
         kept = hidden.new_empty((m, hidden.shape[-1]), dtype=dtype)
     return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
@@ -220,10 +220,11 @@ def budget_of(check: Check, memory: str | int) -> int:
     return memory
 
 
-def kept_nbytes(hidden: Tensor, weight: Tensor, slots: int, valid_vocab: int | None) -> int:
+def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, slots: int,
+                valid_vocab: int | None) -> int:
     """Bytes of the exponentials that "store" keeps; of a shard, at most."""
     columns = weight.shape[0] if valid_vocab is None else min(weight.shape[0], valid_vocab)
-    return slots * columns * hidden.element_size()
+    return slots * columns * reference.kept_dtype(hidden, weight, bias).itemsize
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, *,
@@ -282,7 +283,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     elif head_trains or (trains and hidden.requires_grad):
         regime = memory if isinstance(memory, str) and memory != "auto" else "recompute"
         slots = slot_count(targets.numel(), rows, capacity)
-        nbytes = kept_nbytes(hidden, weight, slots, valid_vocab)
+        nbytes = kept_nbytes(hidden, weight, bias, slots, valid_vocab)
         if not isinstance(memory, str) or memory == "auto":
             regime = "store" if nbytes <= budget else "recompute"
         if regime == "store" and memory != "store":

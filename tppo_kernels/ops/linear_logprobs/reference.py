@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._linear import Chunk, Gradients, Problem
-from ..._sequence import select
+from ..._sequence import compute_dtype, select
 from ...rows import Selection
 from ..token_logprobs import reference as token
 
@@ -29,9 +29,9 @@ class Scale(NamedTuple):
     logit_scale: Tensor
 
     def factor(self) -> Tensor:
-        """dz/dx without a softcap: 0-d, or [R, 1]."""
+        """dz/dx without a softcap: 0-d in fp64, or [R, 1] in the dtype of the temperature."""
         t = self.temperature
-        return self.logit_scale / (t[:, None] if t.dim() else t)
+        return self.logit_scale.double() / (t[:, None] if t.dim() else t)
 
 
 class Stats(NamedTuple):
@@ -226,10 +226,12 @@ class Head:
         return torch.exp2((FIT_BITS - torch.log2(top).ceil()).clamp(-100, 100))
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the exponentials: fp16 for both 16-bit dtypes, because bf16's eight bits cost the
-    gradient of the entropy its accuracy; fp32 and fp64 keep themselves."""
-    return torch.float16 if dtype == torch.bfloat16 else dtype
+def kept_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of the exponentials: that of hidden, but fp16 for bf16, because its eight bits cost the
+    gradient of the entropy its accuracy; fp64 where that is computed in."""
+    if compute_dtype(hidden, weight, bias) == torch.float64:
+        return torch.float64
+    return torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype
 
 
 def blocks_of(columns: int, device: torch.device) -> int:
@@ -286,7 +288,7 @@ def kept_of(head: Head, m: int, regime: str) -> tuple[Tensor, Tensor]:
     elif regime == "store":
         blocks = blocks_of(columns, torch.device("cuda") if head.steps.by_blocks
                            else hidden.device)
-        kept = hidden.new_empty((m, columns), dtype=kept_dtype(hidden.dtype))
+        kept = hidden.new_empty((m, columns), dtype=kept_dtype(hidden, problem.weight, problem.bias))
         kept[problem.selection.count:] = 0
     return hidden.new_zeros((4 + blocks, m), dtype=problem.dtype), kept
 
