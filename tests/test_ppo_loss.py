@@ -23,6 +23,7 @@ from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import tppo_kernels as tk
 from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS, reduction_weights
@@ -340,6 +341,32 @@ def test_only_what_is_asked_for_gets_a_gradient():
     lp = torch.zeros(2, 3, requires_grad=True)
     tk.ppo_loss(**{**rollout, "logprobs": lp}).loss.backward()
     assert lp.grad.any()
+
+
+def test_a_derivative_that_is_not_computed_is_refused():
+    """A second one, forward mode, a gradient through vmap: 0 or none would be taken for the truth.
+    """
+    x = sample(2, 3)
+
+    def loss(logprobs):
+        return tk.ppo_loss(**{**x, "logprobs": logprobs}).loss
+
+    leaf = x["logprobs"].clone().requires_grad_()
+    gradient, = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    assert_same_bits(gradient.detach(), run(x)[1])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum() + leaf.sum(), leaf)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(loss, leaf.detach())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss(forward_ad.make_dual(leaf.detach(), torch.ones(2, 3)))
+    both = torch.stack([leaf.detach(), 2 * leaf.detach()])
+    for call in (lambda: torch.vmap(loss)(both.requires_grad_()),
+                 lambda: torch.func.grad(loss)(leaf.detach()),
+                 lambda: torch.func.jvp(loss, (leaf.detach(),), (torch.ones(2, 3),))):
+        with pytest.raises(RuntimeError, match="autograd.Function with functorch"):
+            call()
+    assert_same_bits(torch.vmap(loss)(both.detach()), torch.stack([loss(b) for b in both.detach()]))
 
 
 def test_scaled_strided_and_repeated_backward():

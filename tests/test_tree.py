@@ -16,7 +16,7 @@ BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_atte
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
                 "rows.py", "lm_head.py", "_losses.py", "_triton_losses.py", "_launch.py",
-                "_backends.py", "_eager.py", "_triton_rows.py", "_varlen.py"}
+                "_backends.py", "_derivatives.py", "_eager.py", "_triton_rows.py", "_varlen.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}

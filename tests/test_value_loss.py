@@ -22,6 +22,7 @@ from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import tppo_kernels as tk
 from tppo_kernels._sequence import REDUCTIONS
@@ -228,6 +229,24 @@ def test_only_values_get_a_gradient():
         assert_same_bits(tk.value_loss(**x, clip=0.2).loss, expected[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_bits(run(x, clip=0.2), expected)
+
+
+def test_a_derivative_that_is_not_computed_is_refused():
+    """A second one, forward mode, a gradient through vmap: 0 or none would be taken for the truth.
+    """
+    x = sample(2, 3)
+
+    def loss(values):
+        return tk.value_loss(**{**x, "values": values}).loss
+
+    leaf = x["values"].clone().requires_grad_()
+    gradient, = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum() + leaf.sum(), leaf)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss(forward_ad.make_dual(leaf.detach(), torch.ones(2, 3)))
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch"):
+        torch.vmap(loss)(torch.stack([leaf, leaf]))
 
 
 def test_scaled_strided_and_repeated_backward():

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
+from ..._derivatives import first_only, wanted
 from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
@@ -171,13 +171,14 @@ class _PolicyLoss(torch.autograd.Function):
         loss, dlogprobs, dentropy, metrics, scale = _fwd(
             logprobs, entropy, *tensors, call.ratio, call.kl_estimator, call.reduction,
             need_logprobs, need_entropy)
+        ctx.inputs = (logprobs, entropy)
         ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
         ctx.save_for_backward(scale, dlogprobs, dentropy)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, grad_loss, _):
         dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
         needed = ctx.needs_input_grad
@@ -221,9 +222,10 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     "seq-mean-token-sum-norm" (num_sequences * norm_length, T; required when packed). A denominator
     of another reduction is not used: counts of the whole batch make micro-batches add up to it.
 
-    Differentiable in logprobs and entropy only. l has gradient 0 at a clamped token and where it
-    is clipped; where its branches meet, r at a clip edge counts as inside and l = -c A as not
-    clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid token.
+    Differentiable in logprobs and entropy only, once and backward. l has gradient 0 at a clamped
+    token and where it is clipped; where its branches meet, r at a clip edge counts as inside and
+    l = -c A as not clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid
+    token.
     A coefficient of 0 is off. One that is not 0 without its tensor is a ValueError; given as a
     tensor on a GPU, NaN. Under `torch.compile` a Python float is a constant: give 0-d tensors.
 
@@ -247,8 +249,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
         _require("ref_logprobs", "kl_coef", kl_coef)
     rest = (old_logprobs, advantages, mask, ref_logprobs, weights)
     tensors = (logprobs, entropy, *(detached(x) for x in rest), *scalars, cu_seqlens)
-    grad = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
-    if grad and torch.is_grad_enabled():
+    if wanted(logprobs, entropy):
         loss, metrics = recorded(_PolicyLoss, _Call(ratio, kl_estimator, reduction), *tensors)
     else:
         loss, _, _, metrics, _ = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import Check, offsets, values_between
+from ..._derivatives import first_only, wanted
 from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import compute_dtype, detached
@@ -106,13 +106,14 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reduction, values, *tensors):
         loss, dvalues, metrics, scale = _fwd(values, *tensors, reduction, True)
+        ctx.inputs = (values,)
         ctx.dtype = values.dtype
         ctx.save_for_backward(scale, dvalues)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, grad_loss, _):
         return (None, _bwd(grad_loss, *ctx.saved_tensors, ctx.dtype),
                 *[None] * (len(ctx.needs_input_grad) - 2))
@@ -133,9 +134,10 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     the units of the returns: 0.2 with returns of 10 stops the critic. Reductions and their
     denominators: as in `ppo_loss`.
 
-    Differentiable in values only. The gradient of the clipped branch, where it is the larger one
-    and V is beyond the clip, is 0; where the branches meet it is V - R: judge gradients near an
-    edge within a band. Under `torch.compile` a Python float is a constant: give a 0-d tensor.
+    Differentiable in values only, once and backward. The gradient of the clipped branch, where it
+    is the larger one and V is beyond the clip, is 0; where the branches meet it is V - R: judge
+    gradients near an edge within a band. Under `torch.compile` a Python float is a constant:
+    give a 0-d tensor.
 
     Raises ValueError / TypeError that name the argument. Source: PPO2 of OpenAI baselines.
     """
@@ -149,7 +151,7 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
     old_values = None if clip is None else detached(old_values)
     tensors = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens)
-    if values.requires_grad and torch.is_grad_enabled():
+    if wanted(values):
         loss, metrics = recorded(_ValueLoss, reduction, *tensors)
     else:
         loss, _, metrics, _ = _fwd(*tensors, reduction, False)

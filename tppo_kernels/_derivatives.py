@@ -1,0 +1,62 @@
+"""Whether a derivative is asked for, in any of torch's ways: one that is not there is refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def wanted(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its `autograd.Function`, for the sake of these inputs.
+
+    Also where `vmap` hides that a tensor requires a gradient, and in forward mode, which needs no
+    such tensor: there the Function refuses the call, while a raw op would drop the derivative.
+    """
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _requires_grad(x: Tensor | None) -> bool:
+    while x is not None and not x.requires_grad:
+        if (torch.compiler.is_compiling()
+                or not torch._C._functorch.is_functorch_wrapped_tensor(x)):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return x is not None
+
+
+class _NoSecond(torch.autograd.Function):
+    """A first derivative as it is; differentiating it by what it was computed from is an error."""
+
+    @staticmethod
+    def forward(ctx, derivative, *_):
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a fused loss has no second derivative: its gradient was to be "
+                           "differentiated, after backward with create_graph=True")
+
+
+def first_only(backward: Callable) -> Callable:
+    """For the backward of a Function that keeps its differentiable inputs as `ctx.inputs`.
+
+    Torch's `once_differentiable` takes a second derivative for 0 where the incoming gradient is a
+    constant; that of a loss is one.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        return tuple(x if x is None else _NoSecond.apply(x, *grads, *ctx.inputs) for x in results)
+
+    return refusing
