@@ -288,7 +288,8 @@ def kept_of(head: Head, m: int, regime: str) -> tuple[Tensor, Tensor]:
     elif regime == "store":
         blocks = blocks_of(columns, torch.device("cuda") if head.steps.by_blocks
                            else hidden.device)
-        kept = hidden.new_empty((m, columns), dtype=kept_dtype(hidden, problem.weight, problem.bias))
+        dtype = kept_dtype(hidden, problem.weight, problem.bias)
+        kept = hidden.new_empty((m, columns), dtype=dtype)
         kept[problem.selection.count:] = 0
     return hidden.new_zeros((4 + blocks, m), dtype=problem.dtype), kept
 
