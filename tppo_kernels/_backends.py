@@ -8,9 +8,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 BACKENDS = ("reference", "flash", "flash_attn", "efficient", "cpp", "triton", "cuda")
 _forced: list[str] = []
+_names_set: Any = getattr(os.environ, "_data", None)  # the dict behind os.environ
+_encoded = functools.cache(os.environ.encodekey)
 
 
 @functools.cache
@@ -32,6 +35,14 @@ def missing(backend: str) -> str | None:
     return None
 
 
+def variable(name: str) -> str | None:
+    """An environment variable as it is now; where it is not set, which is the rule, without the
+    exception that `os.environ.get` raises and catches at several times the cost."""
+    if _names_set is not None and _encoded(name) not in _names_set:
+        return None
+    return os.environ.get(name)
+
+
 def interpreting() -> bool:
     """Whether Triton runs on CPU tensors: TRITON_INTERPRET=1, set before Python starts."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +50,7 @@ def interpreting() -> bool:
 
 def forced() -> str | None:
     """The backend that `use_backend` or TPPO_BACKEND asks for."""
-    return _forced[-1] if _forced else os.environ.get("TPPO_BACKEND")
+    return _forced[-1] if _forced else variable("TPPO_BACKEND")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
 _CONSTANTS: dict[float, Tensor] = {}
@@ -17,11 +20,8 @@ def plain_device(args: tuple) -> str | None:
     It adds something under a tracer, a mode or a transform, and for a subclass of Tensor; what is
     not a tensor must be a plain value.
     """
-    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state() is not None):
-        return None
-    if not _PLAIN.issuperset(map(type, args)):
+    if (is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
+            or _get_tracing_state() is not None or not _PLAIN.issuperset(map(type, args))):
         return None
     for x in args:
         if isinstance(x, Tensor):
@@ -32,20 +32,20 @@ def plain_device(args: tuple) -> str | None:
 def recorded(function: Any, *args: Any) -> Any:
     """`function.apply(*args)` of an `autograd.Function`, without what its wrapper does for
     functorch where no transform is active."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_compiling() or peek_interpreter_stack() is not None:
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
 
 def constant(value: float) -> Tensor:
     """A number as a 0-d fp64 tensor on the CPU; eager calls share one for each value."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _len_torch_dispatch_stack():
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     known = _CONSTANTS.get(value)
     if known is None:
         with torch.inference_mode(False):  # autograd refuses to save a tensor born inside it
             known = torch.tensor(value, dtype=torch.float64, device="cpu")
-        if torch._C._functorch.peek_interpreter_stack() is None:
+        if peek_interpreter_stack() is None:
             if len(_CONSTANTS) > 1000:
                 _CONSTANTS.clear()
             _CONSTANTS[value] = known

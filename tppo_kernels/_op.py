@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
-from ._backends import forced, interpreting, missing
+from ._backends import forced, interpreting, missing, variable
 from ._eager import plain_device
 
 OPS: dict[str, Op] = {}
@@ -67,7 +66,7 @@ class Op:
         _LIB.impl(raw, reference, "CompositeExplicitAutograd")
 
         def run(device: str, args: tuple) -> Any:
-            if check_values and (device == "cpu" or os.environ.get("TPPO_CHECK") == "1"):
+            if check_values and (device == "cpu" or variable("TPPO_CHECK") == "1"):
                 check_values(*args)
             return self.choose(device, args, entry, reference)(*args)
 
@@ -93,7 +92,8 @@ class Op:
 
     def choose(self, device: str, args: tuple, entry: str, reference: Callable) -> Callable:
         """`entry` of the forced backend, or of the first of the order that does not refuse."""
-        only, refused = forced(), dict[str, str]()
+        only = forced()
+        refused: dict[str, str] = {}
         for backend in (only,) if only else self.order[device]:
             reason = self._refusal(backend, device, args)
             if reason is None:

@@ -17,8 +17,10 @@ KL_CLAMP = 20.0
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 where any of the per-token inputs is fp64, else fp32: computed in, and returned."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def detached(x: Tensor | None) -> Tensor | None:

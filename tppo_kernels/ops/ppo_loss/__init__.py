@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -104,15 +103,6 @@ class PolicyLoss(NamedTuple):
     metrics: PolicyMetrics  # detached
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of the raw op that are not tensors."""
-
-    ratio: str
-    kl_estimator: str
-    reduction: str
-
-
 def _require(term: str, coef_name: str, coef: Any) -> None:
     if float(coef) != 0:
         raise ValueError(f"ppo_loss: {term} is None, expected a tensor, because {coef_name} is "
@@ -166,11 +156,9 @@ class _PolicyLoss(torch.autograd.Function):
     """Forward keeps the derivatives; backward multiplies them by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, call, logprobs, entropy, *tensors):
-        _, need_logprobs, need_entropy = ctx.needs_input_grad[:3]
+    def forward(ctx, logprobs, entropy, *rest):
         loss, dlogprobs, dentropy, metrics, scale = _fwd(
-            logprobs, entropy, *tensors, call.ratio, call.kl_estimator, call.reduction,
-            need_logprobs, need_entropy)
+            logprobs, entropy, *rest, *ctx.needs_input_grad[:2])
         ctx.inputs = (logprobs, entropy)
         ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
         ctx.save_for_backward(scale, dlogprobs, dentropy)
@@ -182,8 +170,8 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
         needed = ctx.needs_input_grad
-        return (None, dlogprobs if needed[1] else None, dentropy if needed[2] else None,
-                *[None] * (len(needed) - 3))
+        return (dlogprobs if needed[0] else None, dentropy if needed[1] else None,
+                *[None] * (len(needed) - 2))
 
 
 def _check_tensors(check: Check, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
@@ -248,9 +236,10 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):
         _require("ref_logprobs", "kl_coef", kl_coef)
     rest = (old_logprobs, advantages, mask, ref_logprobs, weights)
-    tensors = (logprobs, entropy, *(detached(x) for x in rest), *scalars, cu_seqlens)
+    arguments = (logprobs, entropy, *map(detached, rest), *scalars, cu_seqlens, ratio,
+                 kl_estimator, reduction)
     if wanted(logprobs, entropy):
-        loss, metrics = recorded(_PolicyLoss, _Call(ratio, kl_estimator, reduction), *tensors)
+        loss, metrics = recorded(_PolicyLoss, *arguments)
     else:
-        loss, _, _, metrics, _ = _fwd(*tensors, ratio, kl_estimator, reduction, False, False)
+        loss, _, _, metrics, _ = _fwd(*arguments, False, False)
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))

@@ -64,13 +64,17 @@ class _TokenHead(torch.autograd.Function):
         if mask is not None and not torch.compiler.is_compiling() and mask.is_inference():
             mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
         ctx.save_for_backward(hidden, weight, bias, mask)
-        return _fwd(hidden, weight, bias, mask)
+        out = _fwd(hidden, weight, bias, mask)
+        return out.squeeze_(-1) if weight.shape[0] == 1 else out  # a node less than after `apply`
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
-        grads = _bwd(grad, *ctx.saved_tensors, *wanted)
+        hidden, weight, bias, mask = ctx.saved_tensors
+        if weight.shape[0] == 1:
+            grad = grad.unsqueeze(-1)
+        grads = _bwd(grad, hidden, weight, bias, mask, *wanted)
         return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), None)
 
 
@@ -96,8 +100,8 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     check.tensor("weight", weight, "K D")
     check.tensor("bias", bias, "K", optional=True)
     check.tensor("mask", mask, "...", BOOL, optional=True)
-    learns = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, weight, bias))
-    out = (recorded(_TokenHead, hidden, weight, bias, mask) if learns
-           else _fwd(hidden, weight, bias, mask))
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad
+                                    or (bias is not None and bias.requires_grad)):
+        return recorded(_TokenHead, hidden, weight, bias, mask)
+    out = _fwd(hidden, weight, bias, mask)
     return out.squeeze(-1) if weight.shape[0] == 1 else out

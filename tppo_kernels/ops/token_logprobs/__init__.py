@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,13 +31,6 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor  # [...]
     entropy: Tensor  # [...]
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What is not a tensor."""
-
-    valid_vocab: int | None
 
 
 def nbytes(logits: Tensor, *, backward: bool = False) -> int:
@@ -86,12 +78,10 @@ _bwd = _op.define(f"token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entro
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, mask, temperature, softcap, logit_scale, config):
-        logprobs, entropy, top, log_sum = _fwd(logits, targets, mask, temperature, softcap,
-                                               logit_scale, config.valid_vocab)
-        ctx.save_for_backward(logits, targets, mask, temperature, softcap, logit_scale, entropy,
-                              top, log_sum)
-        ctx.config = config
+    def forward(ctx, *arguments):
+        logprobs, entropy, top, log_sum = _fwd(*arguments)
+        *tensors, ctx.valid_vocab = arguments
+        ctx.save_for_backward(*tensors, entropy, top, log_sum)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -100,9 +90,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
-        *arguments, entropy, top, log_sum = ctx.saved_tensors
-        grad = _bwd(grad_logprobs, grad_entropy, *arguments, ctx.config.valid_vocab, entropy, top,
-                    log_sum)
+        *tensors, entropy, top, log_sum = ctx.saved_tensors
+        grad = _bwd(grad_logprobs, grad_entropy, *tensors, ctx.valid_vocab, entropy, top, log_sum)
         return (grad, *[None] * 6)
 
 
@@ -158,7 +147,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
     logit_scale = check.scalar("logit_scale", logit_scale)
     if valid_vocab is not None:
         check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
-    arguments = (logits, targets, mask, temperature, softcap, logit_scale)
+    arguments = (logits, targets, mask, temperature, softcap, logit_scale, valid_vocab)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return TokenLogprobs(*recorded(_Function, *arguments, _Config(valid_vocab)))
-    return TokenLogprobs(*_fwd(*arguments, valid_vocab)[:2])
+        return TokenLogprobs(*recorded(_Function, *arguments))
+    return TokenLogprobs(*_fwd(*arguments)[:2])

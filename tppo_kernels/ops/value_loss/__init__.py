@@ -104,8 +104,8 @@ class _ValueLoss(torch.autograd.Function):
     """Forward keeps the derivative; backward multiplies it by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, reduction, values, *tensors):
-        loss, dvalues, metrics, scale = _fwd(values, *tensors, reduction, True)
+    def forward(ctx, values, *rest):
+        loss, dvalues, metrics, scale = _fwd(values, *rest, True)
         ctx.inputs = (values,)
         ctx.dtype = values.dtype
         ctx.save_for_backward(scale, dvalues)
@@ -115,8 +115,8 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx, grad_loss, _):
-        return (None, _bwd(grad_loss, *ctx.saved_tensors, ctx.dtype),
-                *[None] * (len(ctx.needs_input_grad) - 2))
+        return (_bwd(grad_loss, *ctx.saved_tensors, ctx.dtype),
+                *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
@@ -150,9 +150,9 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
         raise ValueError("value_loss: old_values is None, expected a tensor, because clip is given")
     counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
     old_values = None if clip is None else detached(old_values)
-    tensors = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens)
+    arguments = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens, reduction)
     if wanted(values):
-        loss, metrics = recorded(_ValueLoss, reduction, *tensors)
+        loss, metrics = recorded(_ValueLoss, *arguments)
     else:
-        loss, _, metrics, _ = _fwd(*tensors, reduction, False)
+        loss, _, metrics, _ = _fwd(*arguments, False)
     return ValueLoss(loss, ValueMetrics(*metrics.unbind()))
