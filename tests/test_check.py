@@ -66,6 +66,20 @@ def test_scalar_tensors_are_detached_and_zero_dimensional():
         Check("op").scalar("lam", torch.zeros(1))
 
 
+@pytest.mark.parametrize("read", ["scalar", "count"])
+def test_a_scalar_is_on_the_cpu_or_with_the_others(read):
+    """A kernel was given the address of a number on another GPU, or of none."""
+    check, far = Check("op"), torch.empty((), device="meta")
+    assert getattr(check, read)("lam", far) is not None  # nothing else is known yet
+    check.tensor("x", torch.zeros(3), "N")
+    with pytest.raises(ValueError, match="op: lam is on meta, expected cpu as x, or cpu"):
+        getattr(check, read)("lam", far)
+    there = Check("op")
+    there.tensor("x", torch.empty(3, device="meta"), "N")
+    assert getattr(there, read)("lam", torch.ones(())).is_cpu
+    assert getattr(there, read)("lam", far).is_meta
+
+
 def test_offsets():
     good = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     offsets("op", good, 5)

@@ -165,9 +165,16 @@ class Check:
             if value.dim() or value.dtype not in FLOATS:
                 raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a number or a "
                                  "0-d floating tensor")
+            self._reachable(name, value)
             return value.detach()
         self.number(name, value, low=low, high=high, above=above)
         return constant(value)
+
+    def _reachable(self, name: str, value: Tensor) -> None:
+        """Holds a 0-d tensor to the device of the others, or to the CPU: kernels read it there."""
+        if not value.is_cpu and self.device not in (None, value.device):
+            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} as "
+                             f"{self.device_of}, or cpu")
 
     def per_sequence(self, name: str, value: Any, *, low: float = -math.inf,
                      high: float = math.inf, optional: bool = False) -> Tensor | None:
@@ -211,6 +218,7 @@ class Check:
             if value.dim() or value.dtype not in FLOATS + LABELS:
                 raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a whole number "
                                  "or a 0-d tensor")
+            self._reachable(name, value)
             return value.detach()
         self.number(name, value, low=0, kind=int)
         return constant(value)
