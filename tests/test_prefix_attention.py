@@ -361,6 +361,31 @@ def test_compiles_as_one_graph_and_exports():
     assert_same_bits(program.module()(*inputs), call(*inputs, layout))
 
 
+@pytest.mark.parametrize("of_torch", ("device", "dtype"))
+def test_defaults_of_torch_change_nothing(of_torch):
+    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+
+    def run():
+        layout = tk.PrefixLayout.from_lengths([4, 2], [[3, 1], [2]])
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = tk.prefix_attention(*leaves, layout)
+        states = layout.response_states(out[0, 0])
+        return out.detach(), states.detach(), *torch.autograd.grad(
+            out.square().sum() + states.sum(), leaves)
+
+    expected = run()
+    try:
+        if of_torch == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        actual = run()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(actual, expected)
+
+
 def test_fifty_layouts_two_graphs():
     """Liger#146, fla#533: a recompilation for every length."""
     calls = []

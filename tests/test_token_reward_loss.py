@@ -520,6 +520,15 @@ def test_bad_input(change, error, words):
     assert all(word in str(caught.value) for word in ("token_reward_loss", *words)), caught.value
 
 
+def test_the_draw_does_not_ask_for_the_default_device():
+    """Under `torch.set_default_device("cuda")`, with a batch on the CPU, it hashed rubbish."""
+    logits, labels = torch.randn(2, 30, 3), torch.randint(3, (2, 30))
+    expected = tk.token_reward_loss(logits, labels, seed=3, balance=0.5)
+    with torch.device("meta"):
+        again = tk.token_reward_loss(logits, labels, seed=3, balance=0.5)
+    assert torch.equal(again.loss, expected.loss)
+
+
 def test_without_a_draw_no_seed_is_needed():
     assert_same_bits(run(*sample(2, 3)[:2], balance=None), run(*sample(2, 3)[:2], balance=None,
                                                                seed=3))

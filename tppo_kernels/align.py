@@ -69,7 +69,7 @@ def covering(source: Tensor, target: Tensor) -> Tensor:
     tokens = (source[:, 1] > source[:, 0]).nonzero()[:, 0]
     ends, order = source[tokens, 1].sort(stable=True)
     tokens = tokens[order]  # those with characters, by their end
-    index = torch.full((len(target),), -1)
+    index = target.new_full((len(target),), -1)
     seen = (target[:, 1] > target[:, 0]).nonzero()[:, 0]
     if not len(tokens) or not len(seen):
         return index
@@ -93,7 +93,7 @@ def _rank_from_last(last: Tensor) -> Tensor:
     ordered, order = last.sort(stable=True)
     rank = torch.empty_like(last)
     rank[order] = (torch.searchsorted(ordered, ordered, right=True) - 1
-                   - torch.arange(len(last)))
+                   - torch.arange(len(last), device=last.device))
     return rank
 
 
@@ -116,7 +116,7 @@ def _pairs(name: str, text: int, offsets: Any) -> Tensor:
     """Offsets as int64 [S, 2] on the CPU, with 0 <= start <= end."""
     pairs = _tensor(name, text, offsets).cpu()
     if pairs.dim() and pairs.shape[0] == 0:
-        return torch.zeros(0, 2, dtype=torch.int64)
+        return pairs.new_zeros((0, 2), dtype=torch.int64)
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"transfer: {name} of text {text} has shape {list(pairs.shape)}, expected "
                          "[tokens, 2]: (start, end) pairs")

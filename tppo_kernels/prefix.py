@@ -93,7 +93,8 @@ class PrefixLayout:
             if not lengths:
                 raise ValueError(f"PrefixLayout: response_lengths[{b}] is empty, expected one or "
                                  "more responses a prompt; leave out a prompt without any")
-        layout = cls(prompts, responses)
+        with torch.device("cpu"):  # whatever torch's default device is
+            layout = cls(prompts, responses)
         return layout.to(prompt_lengths.device) if isinstance(prompt_lengths, Tensor) else layout
 
     @property

@@ -81,9 +81,9 @@ def _plan(lengths: tuple[int, ...], prompts: tuple[bool, ...]
 
 
 def _bucket(spans: list[tuple[int, int]]) -> _Bucket:
-    start, length = torch.tensor(spans).unbind(1)  # [m]
+    start, length = torch.tensor(spans, device="cpu").unbind(1)  # [m]
     width = int(length.max())
-    slot = torch.arange(width)
+    slot = torch.arange(width, device="cpu")
     rows = (start[:, None] + torch.minimum(slot, length[:, None] - 1)).flatten()
     padding = slot >= length[:, None]  # [m, width]
     slots = (~padding).flatten().nonzero().squeeze(1)
@@ -125,8 +125,8 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
                                dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
-    out = torch.empty(q.shape)  # [L, Hkv, G, D]
-    lse = torch.empty(q.shape[:-1])
+    out = q.new_empty(q.shape)  # [L, Hkv, G, D]
+    lse = q.new_empty(q.shape[:-1])
     for start, prompt_end, end in groups:
         part, weight = attend(_heads(q, start, end), *(_heads(x, start, prompt_end)
                                                        for x in (k, v)))
@@ -162,8 +162,8 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
     heads = q.shape[1:3]
     grad, out = (_fp32(x).transpose(0, 1).unflatten(1, heads) for x in (grad, out))
     lse = lse.t().unflatten(1, heads)  # [L, Hkv, G]
-    dq = torch.empty(q.shape)
-    dk, dv = (torch.zeros(q.shape[0], heads[0], q.shape[3]) for _ in range(2))  # [L, Hkv, D]
+    dq = q.new_empty(q.shape)
+    dk, dv = (q.new_zeros(q.shape[0], heads[0], q.shape[3]) for _ in range(2))  # [L, Hkv, D]
     for start, prompt_end, end in groups:
         parts = attend(_heads(grad, start, end), _heads(q, start, end),
                        *(_heads(x, start, prompt_end) for x in (k, v)), _heads(out, start, end),

@@ -177,7 +177,7 @@ def _seed(check: Check, seed: Any, balance: Tensor | None) -> Tensor | None:
     elif balance is not None:
         raise ValueError(f"{check.op}: seed is None, expected a whole number, because balance is "
                          "on (balance=None switches the random draw off)")
-    return None if balance is None else torch.tensor(seed, dtype=torch.int64)
+    return None if balance is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
 def _metrics(x: Tensor) -> TokenRewardMetrics:
