@@ -52,6 +52,18 @@ tppo::GaeInputs gae_inputs(const Described& in) {
 }
 #endif
 
+// Whether all of x [n] lie in [low, high]: the check of labels.
+void bind_checks(py::module_& m) {
+  m.def("int64_within", [](Address x, int64_t n, double low, double high) {
+    bool within = true;
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = double(at<int64_t>(x)[i]);
+      within &= (value >= low) & (value <= high);
+    }
+    return within;
+  });
+}
+
 void bind_gae(py::module_& m) {
   using namespace tppo;
   using Map = std::tuple<float, float, float, float>;
@@ -311,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of tppo_kernels: raw addresses in, nothing of torch.";
   m.attr("cuda_archs") = TPPO_CUDA_ARCHS;
   m.attr("why_no_cuda") = TPPO_WHY_NO_CUDA;
+  bind_checks(m);
   bind_gae(m);
   bind_token_advantages(m);
   bind_token_logprobs(m);

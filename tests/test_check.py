@@ -88,6 +88,19 @@ def test_offsets():
             offsets("op", torch.tensor(bad, dtype=torch.int32), 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_labels_are_held_to_both_bounds_in_any_layout(dtype):
+    labels = torch.tensor([[0, 3], [1, 4], [2, 5]], dtype=dtype)
+    for x in (labels, labels.T, labels[:, 1], labels[:0]):
+        values_between("op", "labels", x, 0, 5)
+    for x, bad in ((labels, "5"), (labels.T, "5"), (labels - 1, "-1")):
+        with pytest.raises(ValueError, match=f"labels holds {bad}, expected values in"):
+            values_between("op", "labels", x, 0, 4)
+    values_between("op", "labels", labels, 0, 4, labels < 5)
+    with pytest.raises(ValueError, match="labels holds 0"):
+        values_between("op", "labels", labels, 0, 5, open_low=True)
+
+
 def test_values_between_looks_only_where_it_may():
     x, valid = torch.tensor([0.5, float("nan")]), torch.tensor([True, False])
     values_between("op", "lam", x, 0.0, 1.0, valid)

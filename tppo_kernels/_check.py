@@ -10,6 +10,7 @@ ops: always on CPU, on a GPU only under TPPO_CHECK=1.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,20 +24,20 @@ from ._sequence import REDUCTIONS
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
+STRIDED = torch.strided
 FP32_MAX = torch.finfo(torch.float32).max
 
 
-_PARSED: dict[str, list[tuple[str, tuple[str, ...], bool]]] = {}
+_PARSED: dict[str, list[tuple[str, tuple[str, ...], bool, bool]]] = {}
 
 
-def _alternatives(shape: str) -> list[tuple[str, tuple[str, ...], bool]]:
-    """(text, letters, whether all of them bind a size) of each; a shape is parsed once."""
-    parsed = _PARSED.get(shape)
-    if parsed is None:
-        split = [(words.strip(), tuple(words.split())) for words in shape.split("|")]
-        parsed = _PARSED[shape] = [
-            (text, letters, all(x.isalpha() or x == "..." for x in letters))
-            for text, letters in split]
+def _parse(shape: str) -> list[tuple[str, tuple[str, ...], bool, bool]]:
+    """(text, letters, whether the first is "...", whether all bind a size) of each alternative;
+    a shape is parsed once."""
+    split = [(words.strip(), tuple(words.split())) for words in shape.split("|")]
+    parsed = _PARSED[shape] = [
+        (text, letters, letters[:1] == ("...",), all(x.isalpha() or x == "..." for x in letters))
+        for text, letters in split]
     return parsed
 
 
@@ -62,7 +63,7 @@ class Check:
             expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}"
                             f", expected {expected}")
-        if value.layout is not torch.strided:
+        if value.layout is not STRIDED:
             raise TypeError(f"{self.op}: {name} has layout {value.layout}, expected torch.strided")
         if self.device is None:
             self.device, self.device_of = value.device, name
@@ -72,16 +73,17 @@ class Check:
         sizes = value.shape
         if sizes == self.seen.get(shape):
             return
-        for text, letters, plain in _alternatives(shape):
-            if sizes == self.seen.get(text) or self._bind(name, sizes, letters, plain):
+        for text, letters, leading, plain in _PARSED.get(shape) or _parse(shape):
+            if (sizes == self.seen.get(text)
+                    or self._bind(name, sizes, letters, leading, plain)):
                 self.seen[text] = sizes
                 return
         raise ValueError(f"{self.op}: {name} has shape {list(sizes)}, expected "
                          f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
 
-    def _bind(self, name: str, sizes: Any, letters: tuple[str, ...],
+    def _bind(self, name: str, sizes: Any, letters: tuple[str, ...], leading: bool,
               plain: bool) -> bool:
-        if letters[:1] == ("...",):
+        if leading:
             cut = len(sizes) - len(letters) + 1
             if cut < 0:
                 return False
@@ -94,14 +96,14 @@ class Check:
                 if self._known(letter) not in (None, size):
                     return False
         bound, owner = self.sizes, self.owner
-        for letter, size in zip(letters, sizes, strict=True):
-            if bound.setdefault(letter, size) != size:
+        for i, letter in enumerate(letters):
+            if bound.setdefault(letter, sizes[i]) != sizes[i]:
                 for new in bound.keys() - owner.keys():
                     del bound[new]
                 return False
         for letter in letters:
             owner.setdefault(letter, name)
-        if letters[:1] == ("...",):
+        if leading:
             self.seen["..."] = sizes[0]
         return True
 
@@ -133,10 +135,11 @@ class Check:
 
         `trailing`: the letters of what each token holds, where it is more than a number.
         """
-        self.tensor(name, x, f"{self.tokens(cu_seqlens)} {trailing}".rstrip())
+        tokens = self.tokens(cu_seqlens)
+        self.tensor(name, x, f"{tokens} {trailing}" if trailing else tokens)
         if cu_seqlens is not None:
             self.packing(cu_seqlens)
-        self.tensor(mask_name, mask, self.tokens(cu_seqlens), BOOL, optional=True)
+        self.tensor(mask_name, mask, tokens, BOOL, optional=True)
 
     def packing(self, cu_seqlens: Any) -> None:
         """Holds `cu_seqlens` to int32 [B + 1], which binds B."""
@@ -207,6 +210,8 @@ class Check:
                 and norm_length is None):
             raise ValueError(f"{self.op}: norm_length is None, expected a length, because "
                              f"reduction is {reduction!r} and the layout is packed")
+        if num_tokens is num_sequences is norm_length is None:
+            return None, None, None
         return (self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
                 self.count("norm_length", norm_length))
 
@@ -264,15 +269,30 @@ def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
                          f"start at 0, never decrease and end at N = {length}")
 
 
+@functools.cache
+def _int64_within() -> Callable[..., bool] | None:
+    """The compiled check of labels, None without the compiled part; importing this loads nothing.
+
+    `torch.aminmax` and two numbers from its results take longer to start than most calls read.
+    """
+    try:
+        from ._C import int64_within
+    except ImportError:
+        return None
+    return int64_within
+
+
 def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
-    """Whether all values of x lie in the range, at the lowest cost; NaN does not."""
-    if x.dim() == 0:
-        smallest = largest = x.item()
-    elif x.numel() == 0:
+    """Whether all values of x, not 0-d, lie in the range, at the lowest cost; NaN does not."""
+    if x.numel() == 0:
         return True
-    else:
-        smallest, largest = (bound.item() for bound in torch.aminmax(x))
-    return (smallest > low if open_low else smallest >= low) and largest <= high
+    compiled = _int64_within()
+    if (compiled and x.dtype == torch.int64 and x.is_cpu and x.is_contiguous()
+            and not open_low):
+        return compiled(x.data_ptr(), x.numel(), low, high)
+    least, most = torch.aminmax(x)
+    smallest, largest = least.item(), most.item()
+    return (low < smallest if open_low else low <= smallest) and largest <= high
 
 
 def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
@@ -282,7 +302,13 @@ def values_between(op: str, name: str, x: Tensor | None, low: float, high: float
 
     `valid` may be a function: it is called only when there is something to excuse.
     """
-    if x is None or _within(x, low, high, open_low):
+    if x is None:
+        return
+    if x.dim() == 0:
+        value = x.item()
+        if (low < value if open_low else low <= value) and value <= high:
+            return
+    elif _within(x, low, high, open_low):
         return
     good = (x > low if open_low else x >= low) & (x <= high)
     if valid is not None:
