@@ -129,7 +129,8 @@ def test_shapes_masks_strides():
 @pytest.mark.parametrize("shape", ((0, 5), (4, 0), (0,)))
 def test_empty_input(shape):
     hidden, weight = torch.randn(*shape, 6, requires_grad=True), torch.randn(9, 6).requires_grad_()
-    for options in ({"memory": "store"}, {"memory": "recompute"}, {"capacity": 3}):
+    for options in ({"memory": "store"}, {"memory": "recompute"}, {"capacity": 3},
+                    {"capacity": 3, "temperature": torch.ones(shape)}):
         out = tk.linear_logprobs(hidden, weight, torch.zeros(shape, dtype=torch.int64),
                                  torch.ones(shape, dtype=torch.bool), **options)
         grad = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), (hidden, weight))

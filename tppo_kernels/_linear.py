@@ -206,7 +206,7 @@ class Problem:
             t = self.temperature
             if t.dim():
                 here = selection.slots[first:last] < selection.n
-                t = torch.where(here, selection.take(t, first, last), torch.ones_like(t[:1]))
+                t = torch.where(here, selection.take(t, first, last), 1.0)
             h = selection.take(self.hidden, first, last).to(self.products.factors)
             yield Chunk(first, last, h, targets, owned, good, t)
 
