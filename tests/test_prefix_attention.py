@@ -322,6 +322,11 @@ def test_explain_and_refusals():
         assert said.backend == "reference" and reason in said.refused["flash"]
         with tk.use_backend("flash"), pytest.raises(tk.BackendError, match=reason):
             tk.prefix_attention(*inputs, layout)
+    for scale in (0.0, -0.3):  # NaN in torch's kernels
+        said = tk.explain("prefix_attention", q, k, v, layout, scale=scale)
+        assert "expected above 0" in said.refused["flash"]
+        torch.testing.assert_close(tk.prefix_attention(q, k, v, layout, scale=scale),
+                                   tk.prefix_attention(q * scale, k, v, layout, scale=1.0))
     narrow = tk.prefix_attention(q, k, v[..., :5], layout)
     torch.testing.assert_close(narrow, tk.prefix_attention(q, k, v, layout)[..., :5])
 
@@ -696,6 +701,7 @@ def test_gpu_backends_refuse_with_the_reason():
     assert "q has 12 values a head" in reason(_efficient, *(x[..., :12] for x in (q, k, v)))
     assert "q has 264 values" in reason(q=q.repeat(1, 1, 17)[..., :264],
                                         v=v.repeat(1, 1, 17)[..., :264])
+    assert "scale is -1, expected above 0" in reason(scale=-1.0)
     assert "layout has 70000 segments" in reason(segments=torch.arange(70001))
     on_device = SimpleNamespace(is_cuda=True)
     assert "scale is on the GPU" in _varlen.refusal(q, k, v, *op.plan(layout), on_device)

@@ -66,8 +66,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Ten
         return f"q has {q.shape[-1]} values a head, expected a multiple of 8 up to 256"
     if scale.is_cuda:
         return "scale is on the GPU, expected a number or a CPU tensor: its kernels take a float"
+    if reason := scale_refusal(scale):
+        return reason
     if cu_segments.shape[0] - 1 > MAX_SEGMENTS:
         return f"layout has {cu_segments.shape[0] - 1} segments, expected up to {MAX_SEGMENTS}"
+    return None
+
+
+def scale_refusal(scale: Tensor) -> str | None:
+    """Why flash kernels cannot take a scale that lies on the host, or None."""
+    if not float(scale) > 0:  # they take the largest product for the largest score
+        return f"scale is {float(scale):g}, expected above 0"
     return None
 
 

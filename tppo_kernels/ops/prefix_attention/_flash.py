@@ -34,13 +34,14 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:
     if q.is_cuda:
         return (_varlen.half_refusal(q, k, v) or _varlen.refusal(q, k, v, *rest)
                 or _gpu_refusal(q.device))
+    *_, scale = rest[:7]
     if compute_dtype(q, k, v) == torch.float64:
         return FP64
     if q.shape[-1] != v.shape[-1]:
         return f"v has {v.shape[-1]} values a head, expected {q.shape[-1]} as q"
     if not hasattr(_aten, _FORWARD):
         return f"torch {torch.__version__} has no aten::{_FORWARD}"
-    return None
+    return _varlen.scale_refusal(scale)
 
 
 @functools.cache
