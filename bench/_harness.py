@@ -30,7 +30,7 @@ from tppo_kernels.testing import FLOOR, assert_accurate, max_error
 
 Function = Callable[..., tuple[Tensor, ...]]
 PEER_LIMIT = 0.05  # of a result's largest value: further off, a peer computes something else
-CASE_S = 10.0  # a slow case gets fewer rounds than asked for, at least five
+CASE_S = 10.0  # a slow case gets fewer rounds than asked for, at least three
 
 
 class RedGate(AssertionError):
@@ -166,7 +166,7 @@ def run(case: Case, device: str = "cpu", *, rounds: int = 15,
             start = time.perf_counter()
             for function in functions.values():
                 function(*given)
-        rounds = min(rounds, max(5, int(CASE_S / (time.perf_counter() - start))))
+        rounds = min(rounds, max(3, int(CASE_S / (time.perf_counter() - start))))
         if round_robin is None:
             for _ in range(rounds):
                 one_round()

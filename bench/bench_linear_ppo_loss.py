@@ -10,15 +10,7 @@ import _peers
 import pytest
 import torch
 from _harness import Case, Function
-from bench_linear_logprobs import (
-    DTYPES,
-    VALID,
-    eager,
-    exact,
-    make_inputs,
-    nbytes,
-    shape_of,
-)
+from bench_linear_logprobs import CASES, FEW, eager, exact, half, make_inputs, nbytes, shape_of
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -84,7 +76,7 @@ def case_of(name: str, device: str, smoke: bool, dtype: torch.dtype, valid: floa
             by_sequence: bool, wrap: Callable, judges: tuple[Callable, Callable],
             contenders: dict[str, Callable], peers: dict[str, Callable]) -> Case:
     """One shape; every function is wrapped. judges: exact, and eager."""
-    n, d, v = shape_of(device, smoke, valid)
+    n, d, v = shape_of(device, smoke, dtype, valid)
     kind = str(dtype).removeprefix("torch.") + name
     return Case(
         "linear_ppo_loss", f"{n} x {d} x {v} {kind} {valid:.1%} valid", nbytes(n, d, v, dtype),
@@ -94,10 +86,9 @@ def case_of(name: str, device: str, smoke: bool, dtype: torch.dtype, valid: floa
         peers={k: wrap(f) for k, f in peers.items()})
 
 
-@pytest.mark.parametrize("valid", VALID)
-@pytest.mark.parametrize("dtype, frozen", ((DTYPES[0], False), (DTYPES[0], True),
-                                           (DTYPES[1], False)))
-def test_linear_ppo_loss(measure, device, smoke, dtype, frozen, valid):
+@pytest.mark.parametrize("dtype, valid, frozen", [
+    *((*case, False) for case in CASES), (torch.bfloat16, 1.0, True), (torch.bfloat16, FEW, True)])
+def test_linear_ppo_loss(measure, device, smoke, dtype, valid, frozen):
     op = functools.partial(operator, memory="auto", **OPTIONS)
     contenders = {"op": op, "eager": by_logits}
     if device != "cpu":
@@ -112,7 +103,7 @@ def test_linear_ppo_loss(measure, device, smoke, dtype, frozen, valid):
         assert measured["op"].speed_up["eager"] >= (1.0 if valid == 1 else 6.0)
 
 
-@pytest.mark.parametrize("valid", VALID[:2])
+@pytest.mark.parametrize("valid", (1.0, FEW))
 def test_an_advantage_a_sequence(measure, device, smoke, valid):
     """The one case that Liger's chunked loss has: no entropy, advantages [B]."""
     alone = functools.partial(by_logits, head=logprobs_alone)
@@ -122,6 +113,6 @@ def test_an_advantage_a_sequence(measure, device, smoke, valid):
     heads = _peers.collect(device, trl=functools.partial(_peers.trl, entropy=False))
     peers = _peers.collect(device, liger_grpo=_peers.liger_grpo) | {
         name: functools.partial(by_logits, head=head) for name, head in heads.items()}
-    measure(case_of(", an advantage a sequence", device, smoke, torch.bfloat16, valid, True,
+    measure(case_of(", an advantage a sequence", device, smoke, half(device, smoke), valid, True,
                     with_backward,
                     (functools.partial(by_logits, head=exact_alone), alone), contenders, peers))
