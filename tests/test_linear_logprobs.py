@@ -522,6 +522,22 @@ def test_few_rows_on_a_gpu(dtype):
                      top=30)
 
 
+@pytest.mark.parametrize("memory", ("store", "recompute", 60_000))
+@pytest.mark.parametrize("spread", (0.15, 4.0))
+def test_rows_of_one_slope_on_a_gpu(memory, spread):
+    """1/255 in bf16 is wrong by 3.9e-3, and so were all rows of this mean."""
+    hidden, weight, targets, _ = sample(1, 255, 64, 500, torch.bfloat16, spread=spread)
+    results = []
+    for function, inputs, options in ((tk.linear_logprobs, (hidden, weight), {"memory": memory}),
+                                      (textbook, double(hidden, weight), {})):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with halves(), tk.use_backend("reference"):
+            mean = function(*leaves, targets, **options)[0].mean()
+            results.append(torch.autograd.grad(mean, leaves))
+    for a, e in zip(*results, strict=True):
+        assert distance(a, e) <= 2.4e-3
+
+
 @pytest.mark.parametrize("budget", (1, 10 ** 6, 1 << 30))
 @pytest.mark.parametrize("regime", ("store", "recompute", "frozen"))
 def test_products_and_memory_of_few_rows_on_a_gpu(monkeypatch, regime, budget):

@@ -403,6 +403,25 @@ def test_few_rows_and_a_gradient_of_the_loss_that_is_no_power_of_two(backend, dt
         assert_close(actual, run(textbook, exact, **options), dtype)
 
 
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+@pytest.mark.parametrize("memory", ("auto", 2_000_000))
+def test_tokens_of_one_advantage_on_a_gpu(ratio, memory):
+    """A first step: every ratio is 1, so that all slopes are those of 255 tokens' mean."""
+    x = batch(255, 1, dtype=torch.bfloat16, d=64, spread=0.3, v=2000)
+    del x["bias"], x["weights"]
+    double = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    double["old_logprobs"] = textbook_logprobs(*(double[k] for k in (
+        "hidden", "weight", "targets")))[0]
+    x["advantages"] = torch.ones(1)  # 1/255 in bf16 is wrong by 3.9e-3
+    double["advantages"] = x["advantages"].double()
+    x["old_logprobs"] = double["old_logprobs"].float()
+    options = {"learns": ("hidden", "weight"), "ratio": ratio, "entropy_coef": 0.01}
+    with halves(), tk.use_backend("reference"):
+        actual = run(tk.linear_ppo_loss, x, memory=memory, **options)
+    for a, e in zip(actual[4:], run(textbook, double, **options)[4:], strict=True):
+        assert distance(a, e) <= 2.6e-3
+
+
 def test_nothing_of_size_v_is_kept():
     x, saved = batch(50, 1, d=8, v=999), []
     h = x["hidden"].requires_grad_()

@@ -257,7 +257,7 @@ class Gradients:
                 dist.all_reduce(dh, group=group)
             self.hidden[chunk.first:chunk.last] = dh if fit is None else dh / fit
         if self.weight is not None and live:
-            if self.fit is not None and fit is not None:
+            if self.fit is not None and fit is not None and fit is not self.fit:
                 self.weight[:live] *= fit / self.fit
             products.add_d_weight(dz, chunk.h, chunk.first == 0, self.weight[:live])
         if self.bias is not None:
@@ -268,9 +268,15 @@ class Gradients:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden [M, D], weight [V, D], bias [V]) in `dtypes`; one not wanted is empty [0]."""
         mark, empty = self.problem.selection.marked, self.problem.hidden.new_empty
-        if self.weight is not None and self.fit is not None:
-            self.weight /= self.fit
         hidden, weight, bias = (empty(0, dtype=dtype) for dtype in self.dtypes)
-        return (hidden if self.hidden is None else self.hidden,
-                weight if self.weight is None else mark(self.weight).to(self.dtypes[1]),
+        if self.weight is not None:
+            weight = mark(self._fitted(self.weight, self.dtypes[1]))
+        return (hidden if self.hidden is None else self.hidden, weight,
                 bias if self.bias is None else mark(self.bias).to(self.dtypes[2]))
+
+    def _fitted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of which x is `fit` times, in one pass; in the place of x where it can."""
+        if self.fit is None:
+            return x.to(dtype)
+        return torch.div(x, self.fit, out=x if x.dtype == dtype else torch.empty_like(
+            x, dtype=dtype))

@@ -149,6 +149,7 @@ class Head:
         self.problem = Problem(hidden, weight, targets, mask, bias, rows, temperature, valid_vocab,
                                capacity, budget, group, steps.aligned)
         self.softcap, self.logit_scale, self.steps = softcap, logit_scale, steps
+        self.fit: Tensor | None = None  # [], see `_fit`; of every chunk where the factors are bf16
 
     def scale(self, chunk: Chunk) -> Scale:
         """The scaling of a chunk's logits."""
@@ -213,17 +214,29 @@ class Head:
         gradients.add(chunk, out, fit)
 
     def _fit(self, scale: Scale, *slopes: Tensor | None) -> Tensor | None:
-        """A power of two that brings a chunk's gradient by its logits into the range of fp16.
+        """So many times as large, a chunk's gradient by its logits suits the 16 bits it goes into.
 
-        In fp16 a slope of 1e-4 times a probability of 1e-4 would be 0. p |log p + entropy| < 4.
+        fp16 has no range: a slope of 1e-4 times a probability of 1e-4 would be 0. A power of two
+        for each chunk; p |log p + entropy| < 4. bf16 has no bits: rows of one slope, as a mean has
+        them, would all be wrong by the same 2^-8. The largest slope of the first chunk becomes 1.
         """  # []
-        if self.problem.products.factors != torch.float16:
-            return None
-        bound = sum(w * g.abs() for w, g in zip((1, 4), slopes, strict=True) if g is not None)
+        factors = self.problem.products.factors
+        if factors.itemsize > 2 or self.fit is not None:
+            return self.fit
+        given = [(w, g.abs()) for w, g in zip((1, 4), slopes, strict=True) if g is not None]
         factor = scale.factor().abs()
-        bound = bound * (factor[:, 0] if factor.dim() else factor)
-        top = torch.where(bound.isfinite(), bound, 0).amax()
+        factor = factor[:, 0] if factor.dim() else factor
+        if factors == torch.bfloat16:
+            top = largest(given[0][1] * factor)
+            self.fit = torch.where(top > 0, 1 / top, 1.0).clamp(2.0 ** -100, 2.0 ** 100)
+            return self.fit
+        top = largest(sum(w * g for w, g in given) * factor)
         return torch.exp2((FIT_BITS - torch.log2(top).ceil()).clamp(-100, 100))
+
+
+def largest(x: Tensor) -> Tensor:
+    """Of the finite ones, 0 without any."""  # [R] -> []
+    return torch.where(x.isfinite(), x, 0).amax()
 
 
 def kept_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
