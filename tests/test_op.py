@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
@@ -202,3 +203,29 @@ def test_a_plain_call_records_nothing_for_inputs_that_want_gradients(inputs):
     with pytest.raises(ValueError, match="gamma holds|lam holds"):
         tk.gae(rewards, values, lam=torch.tensor(2.0))
     assert torch.is_grad_enabled()
+
+
+def attention(q):
+    layout = tk.PrefixLayout.from_lengths([2], [[1, 2]])
+    return tk.prefix_attention(q, q.detach(), q.detach(), layout)
+
+
+SECOND = {
+    "token_logprobs": ((2, 3, 5), lambda x: tk.token_logprobs(x, torch.ones(2, 3).long()).entropy),
+    "token_head": ((2, 3, 5), lambda x: tk.token_head(x, torch.ones(1, 5, requires_grad=True))),
+    "token_reward_loss": ((2, 3, 3), lambda x: tk.token_reward_loss(
+        x, torch.ones(2, 3).long(), sentence_labels=torch.ones(2), seed=0).loss),
+    "prefix_attention": ((2, 5, 8), attention),
+}
+
+
+@pytest.mark.parametrize("op", SECOND)
+def test_a_derivative_that_is_not_computed_is_refused(op):
+    """A second one, or forward mode: 0 would be taken for the truth. The losses: in their files."""
+    shape, call = SECOND[op]
+    leaf = torch.randn(shape, requires_grad=True)
+    gradient, = torch.autograd.grad(call(leaf).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum() + leaf.sum(), leaf)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        call(forward_ad.make_dual(leaf.detach(), torch.ones(shape)))

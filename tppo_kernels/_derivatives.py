@@ -40,23 +40,28 @@ class _NoSecond(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("a fused loss has no second derivative: its gradient was to be "
+        raise RuntimeError("a fused operator has no second derivative: its gradient was to be "
                            "differentiated, after backward with create_graph=True")
 
 
-def first_only(backward: Callable) -> Callable:
-    """For the backward of a Function that keeps its differentiable inputs as `ctx.inputs`.
+def first_only(count: int) -> Callable[[Callable], Callable]:
+    """For the backward of a Function whose first `count` saved tensors are the inputs that it
+    differentiates by; those that need no gradient may be None.
 
     Torch's `once_differentiable` takes a second derivative for 0 where the incoming gradient is a
     constant; that of a loss is one.
     """
 
-    @functools.wraps(backward)
-    def refusing(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return results
-        return tuple(x if x is None else _NoSecond.apply(x, *grads, *ctx.inputs) for x in results)
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def refusing(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return results
+            by = (*grads, *ctx.saved_tensors[:count])
+            return tuple(x if x is None else _NoSecond.apply(x, *by) for x in results)
 
-    return refusing
+        return refusing
+
+    return decorate

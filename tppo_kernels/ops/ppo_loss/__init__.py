@@ -159,16 +159,17 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, logprobs, entropy, *rest):
         loss, dlogprobs, dentropy, metrics, scale = _fwd(
             logprobs, entropy, *rest, *ctx.needs_input_grad[:2])
-        ctx.inputs = (logprobs, entropy)
         ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
-        ctx.save_for_backward(scale, dlogprobs, dentropy)
+        inputs = (x if need else None for x, need in
+                  zip((logprobs, entropy), ctx.needs_input_grad[:2], strict=True))
+        ctx.save_for_backward(*inputs, scale, dlogprobs, dentropy)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @first_only
+    @first_only(2)
     def backward(ctx, grad_loss, _):
-        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
+        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors[2:], *ctx.dtypes)
         needed = ctx.needs_input_grad
         return (dlogprobs if needed[0] else None, dentropy if needed[1] else None,
                 *[None] * (len(needed) - 2))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import Check, describe
+from ..._derivatives import first_only
 from ..._op import Op
 from ..._sequence import compute_dtype
 from ...prefix import PrefixLayout
@@ -78,7 +78,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_only(3)
     def backward(ctx, grad):
         *inputs, out, lse = ctx.saved_tensors
         grads = _bwd(*inputs, grad, out, lse)

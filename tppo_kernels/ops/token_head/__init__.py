@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import BOOL, Check
+from ..._derivatives import first_only, wanted
 from ..._eager import recorded
 from ..._op import Op
 from . import reference
@@ -68,14 +68,14 @@ class _TokenHead(torch.autograd.Function):
         return out.squeeze_(-1) if weight.shape[0] == 1 else out  # a node less than after `apply`
 
     @staticmethod
-    @once_differentiable
+    @first_only(3)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3]
         hidden, weight, bias, mask = ctx.saved_tensors
         if weight.shape[0] == 1:
             grad = grad.unsqueeze(-1)
-        grads = _bwd(grad, hidden, weight, bias, mask, *wanted)
-        return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), None)
+        grads = _bwd(grad, hidden, weight, bias, mask, *needed)
+        return (*(g if want else None for g, want in zip(grads, needed, strict=True)), None)
 
 
 def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -100,8 +100,7 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     check.tensor("weight", weight, "K D")
     check.tensor("bias", bias, "K", optional=True)
     check.tensor("mask", mask, "...", BOOL, optional=True)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad
-                                    or (bias is not None and bias.requires_grad)):
+    if wanted(hidden, weight, bias):
         return recorded(_TokenHead, hidden, weight, bias, mask)
     out = _fwd(hidden, weight, bias, mask)
     return out.squeeze(-1) if weight.shape[0] == 1 else out

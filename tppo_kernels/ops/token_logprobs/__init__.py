@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import BOOL, LABELS, Check, values_between
+from ..._derivatives import first_only, wanted
 from ..._eager import recorded
 from ..._op import Op
 from ..._sequence import compute_dtype
@@ -86,7 +86,7 @@ class _Function(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_only(1)
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
@@ -148,6 +148,6 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
     if valid_vocab is not None:
         check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
     arguments = (logits, targets, mask, temperature, softcap, logit_scale, valid_vocab)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if wanted(logits):
         return TokenLogprobs(*recorded(_Function, *arguments))
     return TokenLogprobs(*_fwd(*arguments)[:2])

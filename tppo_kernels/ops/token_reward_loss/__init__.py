@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets, values_between
+from ..._derivatives import first_only, wanted
 from ..._op import Op
 from ..._sequence import alive, compute_dtype, on, valid_mask
 from . import reference
@@ -95,16 +95,16 @@ class _TokenRewardLoss(torch.autograd.Function):
         local, total, metrics, dlocal, dglobal = _fwd(
             logits, labels, mask, sentence_labels, [weight_0, weight_1, weight_2], balance, seed,
             cu_seqlens, local_reduction, True)
-        ctx.save_for_backward(dlocal, dglobal)
+        ctx.save_for_backward(logits, dlocal, dglobal)
         ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(metrics)
         return local, total, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_only(1)
     def backward(ctx: Any, grad_local: Tensor, grad_global: Tensor, _: Any
                  ) -> tuple[Tensor | None, ...]:
-        grad = _bwd(grad_local, grad_global, *ctx.saved_tensors)
+        grad = _bwd(grad_local, grad_global, *ctx.saved_tensors[1:])
         return grad.to(ctx.dtype), *(None,) * 10
 
 
@@ -154,7 +154,7 @@ def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None
     check.choice("local_reduction", local_reduction, ("token", "sequence"))
     keep = check.scalar("balance", balance, above=0.0, optional=True)
     draw = _seed(check, seed, keep)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if wanted(logits):
         local, total, metrics = _TokenRewardLoss.apply(
             logits, labels, mask, sentence_labels, *weights, keep, draw, cu_seqlens,
             local_reduction)

@@ -106,16 +106,15 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, *rest):
         loss, dvalues, metrics, scale = _fwd(values, *rest, True)
-        ctx.inputs = (values,)
         ctx.dtype = values.dtype
-        ctx.save_for_backward(scale, dvalues)
+        ctx.save_for_backward(values, scale, dvalues)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @first_only
+    @first_only(1)
     def backward(ctx, grad_loss, _):
-        return (_bwd(grad_loss, *ctx.saved_tensors, ctx.dtype),
+        return (_bwd(grad_loss, *ctx.saved_tensors[1:], ctx.dtype),
                 *[None] * (len(ctx.needs_input_grad) - 1))
 
 
