@@ -191,3 +191,41 @@ def test_pytest_bench_writes_rows_and_machine(tmp_path):
                if not r["note"].startswith("no number"))
     assert "token_logprobs" in done.stdout and "speed-up over" in done.stdout
     assert "no row: rl triton: RuntimeError: runs on a GPU only" in done.stdout
+
+
+@pytest.fixture
+def bench_step(harness, monkeypatch):
+    pytest.importorskip("transformers")
+    module = importlib.import_module("bench_step")
+    small = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, settings in module.MODELS.items():
+        monkeypatch.setitem(module.MODELS, name, {**settings, **small})
+    return module
+
+
+@pytest.mark.parametrize("name", ("1.5B", "8B"))
+def test_a_step_of_a_gpus_models_at_a_small_size(bench_step, name):
+    models = bench_step.models_of(name, "cpu")
+    trained = {part.split(".")[-2] for part, p in models.policy.named_parameters()
+               if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"} if name == "8B" else "embed_tokens" in trained
+    shared, dense = bench_step.measure_shape(name, "cpu", (9, 3, 2), 2, 1)
+    assert (shared.tokens, dense.tokens) == (2 * (9 + 6), 4 * 12) and shared.update_ms > 0
+
+
+def test_a_step_that_differs_between_the_two_ways_gets_no_number(bench_step, harness):
+    models = bench_step.models_of("demo", "cpu")
+    ways = {p: bench_step.trainer(models, p, 3, 2, 2) for p in ("shared", "dense")}
+    batch = bench_step.rollout(60, 9, 3, 2, 2)
+    bench_step.gate(ways, batch, 1e-3)
+    ways["dense"].config = dataclasses.replace(ways["dense"].config, kl_coef=5.0, gamma=0.5)
+    with pytest.raises(harness.RedGate, match="red gate, no number"):
+        bench_step.gate(ways, batch, 1e-3)
+
+
+def test_the_grid_of_a_step_is_whole_and_begins_with_what_is_always_measured(bench_step):
+    for device, goal in (("cpu", (256, 16, 8)), ("cuda", (2048, 24, 8))):
+        shapes = bench_step.shapes(device)
+        assert goal in shapes[:2] and len(set(shapes)) == len(shapes) == 49
+        assert len({p for p, _, _ in shapes[:bench_step.LISTED]}) == 4
