@@ -26,6 +26,7 @@ from _matrix import third
 from _processes import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,8 +331,14 @@ def test_half_of_the_results_and_a_second_backward():
                                                             h)[0], rtol=1e-4, atol=1e-6)
     again = tk.linear_logprobs(h, weight, targets)
     (g,) = torch.autograd.grad(again.logprobs.square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         g.sum().backward()
+    for memory in ("store", "recompute"):  # a constant gradient comes in
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.functional.hessian(lambda h, memory=memory: tk.linear_logprobs(
+                h, weight, targets, memory=memory).logprobs.sum(), hidden.detach())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no jvp"):
+        tk.linear_logprobs(forward_ad.make_dual(hidden.detach(), hidden.detach()), weight, targets)
 
 
 class Largest(TorchDispatchMode):

@@ -31,6 +31,15 @@ def _requires_grad(x: Tensor | None) -> bool:
     return x is not None
 
 
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """For an operator without a Function, whose raw op would drop the derivative."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{op}: an input has a tangent, and there is no jvp: forward "
+                                  "mode is not computed here")
+
+
 class _NoSecond(torch.autograd.Function):
     """A first derivative as it is; differentiating it by what it was computed from is an error."""
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._check import BOOL, LABELS, Check, describe, values_between
+from ..._derivatives import first_only, refuse_forward_mode
 from ..._linear import AUTO_BYTES, shard_of
 from ..._op import _LIB, Op
 from ..._sequence import compute_dtype
@@ -133,7 +133,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*map(savable, tensors), stats, kept)
 
 
-@once_differentiable
+@first_only(5)  # hidden to bias; of a frozen head none of them is kept
 def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, *_: Any) -> tuple:
     *tensors, stats, kept = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
@@ -273,6 +273,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     name = check_head(check, weight, bias, valid_vocab, group)
     scaling = check_scalars(check, "...", temperature, softcap, logit_scale)
     check.choice("entropy_grad", entropy_grad, (True, False))
+    refuse_forward_mode("linear_logprobs", hidden, weight, bias)
     rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
     budget = budget_of(check, memory)
     trains = torch.is_grad_enabled()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._check import LABELS, Check, offsets, values_between
+from ..._derivatives import refuse_forward_mode
 from ..._linear import shard_of
 from ..._op import _LIB, Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype
@@ -193,6 +194,7 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
         *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):
         _require_reference(kl_coef)
+    refuse_forward_mode("linear_ppo_loss", hidden, weight, bias)
     rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad
               for x in (hidden, weight, bias)]
