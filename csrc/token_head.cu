@@ -134,6 +134,9 @@ __global__ void __launch_bounds__(kBwdThreads)
           if (parts_out) sums[k][j] += g * head_value_of<kDtype>(x[r], j);
         }
       }
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        if (!rows.valid[r]) out[j] = 0.f;  // 0 times a weight that is not finite
       if (dx && first + r < in.N && d < in.D)
         static_cast<HeadGroup*>(dx)[((first + r) * in.D + d) / kColumns] = head_group<kDtype>(out);
     }

@@ -345,6 +345,13 @@ def test_export_and_functional_call():
     assert not torch.func.functional_call(head, weights, (hidden, mask)).any()
 
 
+def test_a_masked_row_has_no_gradient_even_from_a_weight_that_is_not_finite():
+    hidden, weight, bias, grad = sample(2, 5)
+    weight[0, 1] = math.nan
+    mask = sample_mask("interior", 2, 5)
+    assert not run(hidden, weight, bias, grad, mask)[1][~mask].any()
+
+
 def test_cost_on_cpu_follows_the_valid_rows():
     """A head on prompt positions is wasted (OpenRLHF#467, SkyRL#2144): 1 of 64 rows is valid."""
     hidden, weight, bias, _ = sample(64, 256, 3, 256)
@@ -419,6 +426,9 @@ def test_cuda_kernels_emulated_poisoned_and_in_part(emulated):
         dirty = cuda(poisoned(hidden, mask, poison), weight, bias, poisoned(grad, mask, poison),
                      mask)
         assert_same_bits(dirty, clean)
+    weight[0, 3], weight[1, 5] = math.inf, math.nan
+    assert not cuda(hidden, weight, bias, grad, mask)[1][~mask].any()
+    weight = torch.ones_like(weight)
     full = cuda(hidden, weight, bias, grad)[1:]
     for wanted in itertools.product((False, True), repeat=3):
         raw = backend.bwd(grad, hidden, weight, bias, None, *wanted)

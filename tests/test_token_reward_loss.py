@@ -412,8 +412,9 @@ def test_opcheck_and_no_host_read(packed):
     torch.library.opcheck(_bwd, (torch.tensor(2.0), torch.tensor(3.0), *slopes))
 
 
+@pytest.mark.parametrize("dynamic", (None, True))
 @pytest.mark.parametrize("options", [{"seed": 3, "balance": 1.0}, {"balance": None}])
-def test_compile_equals_eager(options):
+def test_compile_equals_eager(options, dynamic):
     logits, labels, sentences = sample(3, 7)
     mask = sample_mask("interior", 3, 7)
 
@@ -423,7 +424,7 @@ def test_compile_equals_eager(options):
 
     torch._dynamo.reset()
     results = []
-    for f in (torch.compile(total, fullgraph=True, backend="aot_eager"), total):
+    for f in (torch.compile(total, fullgraph=True, dynamic=dynamic, backend="aot_eager"), total):
         z = logits.clone().requires_grad_()
         loss, metrics = f(z)
         loss.backward()

@@ -93,7 +93,8 @@ class Check:
             return False
         if not plain:
             for letter, size in zip(letters, sizes, strict=True):
-                if self._known(letter) not in (None, size):
+                known = self._known(letter)  # no `in`: it would ask whether a traced size is None
+                if known is not None and known != size:
                     return False
         bound, owner = self.sizes, self.owner
         for i, letter in enumerate(letters):

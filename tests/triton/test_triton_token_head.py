@@ -103,6 +103,14 @@ def test_who_runs():
             tk.token_head(hidden, weight[:1].double())
 
 
+def test_a_masked_row_has_no_gradient_even_from_a_weight_that_is_not_finite():
+    hidden, weight, bias, grad = sample((3, 7))
+    weight[0, 1] = float("nan")
+    mask = sample_mask("interior", 3, 7)
+    with tk.use_backend("triton"):
+        assert not run(hidden, weight, bias, grad, mask)[1][~mask].any()
+
+
 @pytest.mark.parametrize("poison", POISONS)
 def test_poison_changes_no_bit(poison):
     for kind in ("left", "interior", "all-false"):

@@ -130,6 +130,9 @@ def _token_head_bwd_kernel(g_ptr, x_ptr, w_ptr, mask_ptr, dx_ptr, part_ptr, inne
             bias_sums = new_bias
         if dx_ptr is not None:
             dx_off = row.to(tl.int64) * D
+            if mask_ptr is not None:  # 0 times a weight may be NaN; read anew, or registers run out
+                there = tl.load(mask_ptr + row, mask=row < N, other=0)
+                dx = tl.where((there != 0)[:, None], dx, 0.0)
             tl.store(dx_ptr + dx_off[:, None] + column[None, :], dx,
                      mask=(row < N)[:, None] & live[None, :])
     if part_ptr is not None:
