@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
-from tppo.config import PPOConfig  # noqa: E402
+from tppo.config import PPOConfig, Prefix  # noqa: E402
 from tppo.models import Critic, RewardModel  # noqa: E402
 from tppo.ppo import Models, PPOTrainer  # noqa: E402
 from tppo.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
@@ -82,13 +82,14 @@ def models_of(name: str, device: str) -> Models:
     return Models(policy, ref, critic, RewardModel(reward))
 
 
-def trainer(models: Models, prefix: str, response: int, group: int, groups: int) -> PPOTrainer:
+def trainer(models: Models, prefix: Prefix, response: int, group: int, groups: int
+            ) -> PPOTrainer:
     """With a learning rate of 0, both ways and every round work on the same weights."""
     config = PPOConfig(lr=0.0, critic_lr=0.0, epochs=1, minibatch_size=group * groups,
                        responses_per_prompt=group, max_tokens=1 << 20)
-    engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)  # type: ignore[arg-type]
+    engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)
     return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,
-                      seed=0, prefix=prefix)  # type: ignore[arg-type]
+                      seed=0, prefix=prefix)
 
 
 def rollout(vocab: int, prompt: int, response: int, group: int, groups: int) -> RolloutBatch:
@@ -132,7 +133,8 @@ def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: i
     vocab = MODELS[name]["vocab_size"]
     batch = rollout(vocab, prompt, response, group, groups)
     models = models_of(name, device)
-    ways = {p: trainer(models, p, response, group, groups) for p in ("shared", "dense")}
+    both: tuple[Prefix, ...] = ("shared", "dense")
+    ways = {prefix: trainer(models, prefix, response, group, groups) for prefix in both}
     gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
     work: dict[str, Callable[[PPOTrainer], Any]] = {
         "update": lambda ppo: update(ppo, batch),
