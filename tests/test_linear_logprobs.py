@@ -415,14 +415,18 @@ def real_inputs(n, v, d, dtype=torch.bfloat16):
                                            (1 << 30, torch.float16)))
 @pytest.mark.parametrize("regime, times", (("none", 2), ("store", 6), ("recompute", 8),
                                            ("frozen", 4)))
-def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, budget, dtype):
+@pytest.mark.parametrize("chosen", (False, True), ids=("all rows", "mask and rows"))
+def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, budget, dtype,
+                                                   chosen):
     """No factor is cast up; at most the budget, dW, what is kept and what is returned."""
     pytest.importorskip("triton")
     steps = as_on_a_gpu(monkeypatch)
     n, v, d = REAL
     hidden, weight, targets = real_inputs(n, v, d, dtype)
     one = torch.tensor(1.0)
-    arguments = (hidden, weight, targets, None, None, None, one, None, one, None, None, budget,
+    mask = torch.empty(n, device="meta", dtype=torch.bool) if chosen else None
+    rows = torch.empty(n, device="meta", dtype=torch.int64) if chosen else None
+    arguments = (hidden, weight, targets, mask, None, rows, one, None, one, None, None, budget,
                  None)
     with Planned() as plan:
         inputs = [x.detach() for x in (hidden, weight, targets)]

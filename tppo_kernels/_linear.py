@@ -7,6 +7,7 @@ time, the weight a block of the vocabulary at a time, so no fp32 copy of it exis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -267,16 +268,20 @@ class Gradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden [M, D], weight [V, D], bias [V]) in `dtypes`; one not wanted is empty [0]."""
-        mark, empty = self.problem.selection.marked, self.problem.hidden.new_empty
+        mark, empty = self.problem.selection.mark(), self.problem.hidden.new_empty
         hidden, weight, bias = (empty(0, dtype=dtype) for dtype in self.dtypes)
         if self.weight is not None:
-            weight = mark(self._fitted(self.weight, self.dtypes[1]))
-        return (hidden if self.hidden is None else self.hidden, weight,
-                bias if self.bias is None else mark(self.bias).to(self.dtypes[2]))
+            weight = _over(self.weight, self.dtypes[1], self.fit, mark)
+        if self.bias is not None:
+            bias = _over(self.bias, self.dtypes[2], mark)
+        return hidden if self.hidden is None else self.hidden, weight, bias
 
-    def _fitted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient of which x is `fit` times, in one pass; in the place of x where it can."""
-        if self.fit is None:
-            return x.to(dtype)
-        return torch.div(x, self.fit, out=x if x.dtype == dtype else torch.empty_like(
-            x, dtype=dtype))
+
+def _over(x: Tensor, dtype: torch.dtype, *divisors: Tensor | None) -> Tensor:
+    """x over those of the 0-d divisors that are there, rounded to dtype: in one pass at most, and
+    in the place of x where it can."""
+    given = [d for d in divisors if d is not None]
+    if not given:
+        return x.to(dtype)
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    return torch.div(x, math.prod(given[1:], start=given[0]), out=out)

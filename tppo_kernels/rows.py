@@ -57,7 +57,8 @@ class Selection:
         self.full = device.type == "cpu" and bool((self.slots < n).all())  # every slot has a row
         if valid is not None and (rows is not None or capacity is not None):
             reached = self._scatter(torch.ones_like(self.slots, dtype=torch.bool))
-            self.lost = valid & ~reached
+            lost = valid & ~reached
+            self.lost = lost if device.type != "cpu" or bool(lost.any()) else None
 
     def take(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Slots first to last of x [N, ...]; 0 in a slot without a row."""  # [R, ...]
@@ -73,18 +74,19 @@ class Selection:
 
     def _scatter(self, x: Tensor) -> Tensor:
         out = x.new_zeros(self.n + 1, *x.shape[1:])
-        return out.index_copy(0, self.slots, x)[:self.n]
+        return out.index_copy_(0, self.slots, x)[:self.n]
 
     def put(self, x: Tensor) -> Tensor:
         """x [M, ...] in its rows; 0 in all others, NaN in a valid one without a slot."""
         out = self._scatter(x[:self.count])
         if self.lost is None:
             return out
-        lost = self.lost.reshape(-1, *[1] * (x.dim() - 1))
-        return torch.where(lost, torch.full((), float("nan"), dtype=x.dtype, device=x.device), out)
+        return out.masked_fill_(self.lost.reshape(-1, *[1] * (x.dim() - 1)), float("nan"))
 
-    def marked(self, x: Tensor) -> Tensor:
-        """A sum over rows: NaN where one of them has no slot, never a plausible number."""
+    def mark(self) -> Tensor | None:
+        """What sums over rows are divided by: NaN where a valid one has no slot, never a plausible
+        number; else 1, and None where that is known.
+        """  # []
         if self.lost is None or not self.n:
-            return x
-        return torch.where(self.lost.any(), torch.full_like(x[:1], float("nan")), x)
+            return None
+        return torch.where(self.lost.any(), float("nan"), 1.0)
