@@ -82,10 +82,9 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         dtype = compute_dtype(*given)
         tokens = tokens_of(old_logprobs, advantages, mask, ref_logprobs, weights,
                            (num_tokens, num_sequences, norm_length), cu_seqlens, reduction, dtype)
-        lost = head.problem.selection.lost
-        if lost is not None:  # rows over capacity are in no sum: every sum becomes NaN
-            tokens = tokens._replace(share=torch.where(lost.any(), torch.full_like(
-                tokens.share, float("nan")), tokens.share))
+        mark = head.problem.selection.mark()
+        if mark is not None:  # rows over capacity are in no sum: every sum becomes NaN
+            tokens = tokens._replace(share=tokens.share / mark)
         run = _by_tokens if ratio == "token" else _by_sequences
         loss, metrics, stats, gradients = run(head, tokens, formula, cu_seqlens, wanted,
                                               entropy_grad)
