@@ -211,6 +211,14 @@ def test_the_message_holds_the_slots_and_the_tags():
         assert text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1
 
 
+@pytest.mark.parametrize("template", ["words", "sentence"])
+def test_the_message_says_that_a_repeated_query_is_irrelevant(template):
+    """The same words in another order are worth nothing, as they are to the rule."""
+    text = prompt(item(), template)
+    assert "same words as an earlier one, in any order" in text and "counts as irrelevant" in text
+    assert ("label all of its words 0" in text) == (template == "words")
+
+
 @pytest.mark.parametrize(
     "words",
     [
