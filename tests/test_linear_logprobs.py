@@ -768,7 +768,7 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
     (ValueError, r"weight has shape \[9, 5\].*\[V, 4\]", {"weight": torch.zeros(9, 5)}),
     (ValueError, r"weight has shape \[0, 4\], expected at least one row", {"weight": W[:0]}),
     (ValueError, r"bias has shape \[8\].*\[9\]", {"bias": torch.zeros(8)}),
-    (TypeError, "mask has dtype int64, expected bool", {"mask": T}),
+    (TypeError, "mask has dtype float32, expected bool", {"mask": T.float()}),
     (ValueError, "targets holds 9", {"targets": T + 9}),
     (ValueError, "targets holds -1", {"targets": T - 1}),
     (ValueError, r"targets holds 5, expected values in \[0, 4\]", {"targets": T + 5,
@@ -795,7 +795,7 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
     (ValueError, "capacity is 3 and rows is given", {"capacity": 3, "rows": torch.tensor([1])}),
     (ValueError, "capacity is -1", {"capacity": -1}),
     (TypeError, "group is str", {"group": "world"}),
-    (TypeError, "unexpected keyword", {"softmax_cap": 1.0}),
+    (TypeError, "unknown keyword softmax_cap, did you mean softcap", {"softmax_cap": 1.0}),
 ])
 def test_bad_input_names_the_argument(error, words, kwargs):
     with pytest.raises(error, match=words):

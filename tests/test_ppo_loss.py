@@ -505,7 +505,7 @@ PACKED = {"logprobs": torch.ones(6), "old_logprobs": torch.ones(6), "advantages"
     ({"old_logprobs": torch.ones(2, 4)}, ValueError, r"old_logprobs .*\[2, 4\].*\[2, 3\]"),
     ({"old_logprobs": torch.ones(2, 3).int()}, TypeError, "old_logprobs .*int32"),
     ({"advantages": torch.ones(3)}, ValueError, r"advantages .*\[3\].*B = 2|advantages .*\[3\]"),
-    ({"advantages": torch.ones(2, 1)}, ValueError, r"advantages .*\[2, 1\]"),
+    ({"advantages": torch.ones(2, 2)}, ValueError, r"advantages .*\[2, 2\]"),
     ({"mask": torch.ones(2, 3)}, TypeError, "mask .*float32.*bool"),
     ({"mask": torch.ones(2, 2).bool()}, ValueError, r"mask .*\[2, 2\]"),
     ({"entropy": torch.ones(2)}, ValueError, r"entropy .*\[2\]"),

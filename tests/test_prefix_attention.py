@@ -415,7 +415,7 @@ BAD = {
     "scale is a tensor of shape": dict(scale=torch.ones(2)),
     "scale requires a gradient": dict(scale=torch.tensor(1.0, requires_grad=True)),
     "v is on meta, expected cpu as q": dict(v=torch.zeros(1, 2, 45, 8, device="meta")),
-    "unexpected keyword": dict(window=3),
+    "unknown keyword window, expected one of q, k": dict(window=3),
 }
 
 

@@ -516,7 +516,7 @@ X, IDS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
     (TypeError, "targets has dtype float32, expected int64, int32", (X, IDS.float()), {}),
     (ValueError, r"targets holds 5, expected values in \[0, 4\]", (X, IDS + 5), {}),
     (ValueError, r"targets holds -100", (X, IDS - 100), {}),
-    (TypeError, "mask has dtype int64, expected bool", (X, IDS, IDS), {}),
+    (TypeError, "mask has dtype float32, expected bool", (X, IDS, IDS.float()), {}),
     (ValueError, r"mask has shape \[2, 1\].*\[2, 3\] as logits", (X, IDS, IDS[:, :1].bool()), {}),
     (ValueError, "temperature is 0.0, expected a number > 0", (X, IDS), {"temperature": 0.0}),
     (ValueError, "temperature is nan", (X, IDS), {"temperature": float("nan")}),

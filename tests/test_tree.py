@@ -16,7 +16,8 @@ BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_atte
 KERNEL_FILES = {"__init__.py", "__main__.py", "_op.py", "_check.py", "_sequence.py", "_native.py",
                 "testing.py", "align.py", "prefix.py", "_shared_prefix.py", "_linear.py",
                 "rows.py", "lm_head.py", "_losses.py", "_triton_losses.py", "_launch.py",
-                "_backends.py", "_derivatives.py", "_eager.py", "_triton_rows.py", "_varlen.py"}
+                "_backends.py", "_derivatives.py", "_eager.py", "_triton_rows.py", "_varlen.py",
+                "_keywords.py", "_metrics.py"}
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench"}
@@ -24,7 +25,7 @@ SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py
                 "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
                 "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py",
                 "test_prefix.py", "test_lm_head.py", "test_aot.py", "test_host_cost.py",
-                "test_gpu_check.py", "_emulated.py"}
+                "test_gpu_check.py", "_emulated.py", "test_public.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}

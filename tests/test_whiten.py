@@ -223,7 +223,7 @@ def test_fifty_lengths_and_scalars_two_graphs():
     (TypeError, "x is list", ([1.0],), {}),
     (TypeError, "x has dtype int64, expected float32", (torch.arange(3),), {}),
     (ValueError, r"mask has shape \[2\].*\[3\] as x", (torch.zeros(3), torch.ones(2).bool()), {}),
-    (TypeError, "mask has dtype int64, expected bool", (torch.zeros(3), torch.arange(3)), {}),
+    (TypeError, "mask has dtype float32, expected bool", (torch.zeros(3), torch.ones(3)), {}),
     (ValueError, "unbiased is 1, expected one of True, False", (torch.zeros(3),), {"unbiased": 1}),
     (ValueError, "shift_mean is 'no'", (torch.zeros(3),), {"shift_mean": "no"}),
     (ValueError, "eps is -1.0, expected a number >= 0", (torch.zeros(3),), {"eps": -1.0}),

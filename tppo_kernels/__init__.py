@@ -4,8 +4,9 @@ Letters: B sequences, T tokens of a sequence, N rows (flattened tokens), D hidde
 V vocabulary, K outputs of a head, G responses of one prompt.
 Layouts: padded [B, T], or packed [N] with `cu_seqlens` [B + 1] (int32, from 0 to N).
 Masks: `action_mask` (the token is a step of the MDP), `train_mask` (the policy is trained on it),
-`value_mask` (the critic is trained on it). `mask=None` means all valid. Whatever stands in a masked
-slot never reaches a result; outputs and gradients there are exactly 0.
+`value_mask` (the critic is trained on it). bool, or whole numbers of which 0 is not valid; floats
+are refused. `mask=None` means all valid. Whatever stands in a masked slot never reaches a result;
+outputs and gradients there are exactly 0.
 Index convention: `tk.response_states` slices hidden states so that index t is response token t.
 """
 

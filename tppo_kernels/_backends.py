@@ -7,11 +7,16 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 BACKENDS = ("reference", "flash", "flash_attn", "efficient", "cpp", "triton", "cuda")
-_forced: list[str] = []
+_forced: ContextVar[str | None] = ContextVar("_forced", default=None)
+_TO_AUTOGRAD = "tppo_kernels.forced"  # (thread, backend), carried along by torch's engine
 _names_set: Any = getattr(os.environ, "_data", None)  # the dict behind os.environ
 _encoded = functools.cache(os.environ.encodekey)
 
@@ -50,20 +55,37 @@ def interpreting() -> bool:
 
 def forced() -> str | None:
     """The backend that `use_backend` or TPPO_BACKEND asks for."""
-    return _forced[-1] if _forced else variable("TPPO_BACKEND")
+    name = _forced.get()
+    if name is None and torch._C._is_key_in_tls(_TO_AUTOGRAD):
+        thread, passed = torch._C._get_obj_in_tls(_TO_AUTOGRAD)
+        name = None if thread == threading.get_ident() else passed  # else: of another task here
+    return variable("TPPO_BACKEND") if name is None else name
+
+
+def _pass_on(name: str | None) -> None:
+    """Lets the threads that autograd runs a backward on see the backend; a context variable does
+    not reach them, but what is stashed on the thread that calls backward does."""
+    if name is not None:
+        torch._C._stash_obj_in_tls(_TO_AUTOGRAD, (threading.get_ident(), name))
+    elif torch._C._is_key_in_tls(_TO_AUTOGRAD):
+        torch._C._remove_obj_from_tls(_TO_AUTOGRAD)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend on every operator inside the block, backward included.
 
-    An operator that cannot run on it raises `BackendError` with the reason. Process-wide, because
-    backward may run on another thread. `TPPO_BACKEND=name` does the same for a whole process.
+    An operator that cannot run on it raises `BackendError` with the reason. A context variable:
+    other threads and tasks do not see it, but the threads on which autograd runs a backward that
+    was called inside the block do. Enter it around a compiled function, not within one.
+    `TPPO_BACKEND=name` does the same for a whole process.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    _forced.append(name)
+    token = _forced.set(name)
+    _pass_on(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
+        _pass_on(_forced.get())

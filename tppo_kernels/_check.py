@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ._eager import constant
-from ._sequence import REDUCTIONS
+from ._sequence import REDUCTIONS, sequence_index
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
-BOOL = (torch.bool,)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 STRIDED = torch.strided
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -130,17 +130,47 @@ class Check:
             text += f" = [{sizes}]" + (f" as {', '.join(owners)}" if owners else "")
         return text
 
-    def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any,
-                  mask_name: str = "mask", *, trailing: str = "") -> None:
+    def mask(self, name: str, value: Any, shape: str) -> Any:
+        """A mask as bool, or None: a whole number that is not 0 is valid, and floats are refused.
+
+        Returns a Tensor or None (typed Any: callers rebind the argument).
+        """
+        if value is None:
+            return None
+        if isinstance(value, Tensor) and value.dtype in FLOATS:
+            raise TypeError(
+                f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected "
+                f"bool or whole numbers (0 is not valid): give {name}.bool() where it holds 0 and "
+                "1 only; fractions are weights, the argument weights= of ppo_loss and "
+                "linear_ppo_loss")
+        self.tensor(name, value, shape, MASKS)
+        return value if value.dtype == torch.bool else value != 0
+
+    def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any, *,
+                  trailing: str = "") -> Any:
         """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given.
 
-        `trailing`: the letters of what each token holds, where it is more than a number.
+        `trailing`: the letters of what each token holds, where it is more than a number. Returns
+        the mask as `Check.mask` does.
         """
         tokens = self.tokens(cu_seqlens)
         self.tensor(name, x, f"{tokens} {trailing}" if trailing else tokens)
         if cu_seqlens is not None:
             self.packing(cu_seqlens)
-        self.tensor(mask_name, mask, tokens, BOOL, optional=True)
+        return self.mask("mask", mask, tokens)
+
+    def spread(self, name: str, value: Any, cu_seqlens: Any, *, optional: bool = False) -> Any:
+        """A value a token, or one a sequence ([B] or [B, 1], given back as [B]).
+
+        Returns a Tensor or None (typed Any: callers rebind the argument).
+        """
+        self.tensor(name, value, f"{self.tokens(cu_seqlens)} | B | B 1", optional=optional)
+        if value is None or value.dim() == 1 or value.shape[1] != 1 or self.sizes.get("T") == 1:
+            return value
+        value, batch = value[:, 0], self.sizes["B"]
+        if cu_seqlens is None or self.sizes["N"] != batch:
+            return value
+        return value[sequence_index(batch, cu_seqlens).clamp(max=batch - 1)]  # [B] would be [N]
 
     def packing(self, cu_seqlens: Any) -> None:
         """Holds `cu_seqlens` to int32 [B + 1], which binds B."""
@@ -155,10 +185,11 @@ class Check:
         """The shape of a per-token argument in this layout."""
         return "B T" if cu_seqlens is None else "N"
 
-    def scalar(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+    def scalar(self, name: str, value: Any, *, low: float = -FP32_MAX, high: float = FP32_MAX,
                above: float = -math.inf, optional: bool = False) -> Any:
         """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here.
 
+        Finite, unless `high` says that infinity switches something off.
         Returns a Tensor, or None where that is allowed (typed Any: callers rebind the argument).
         """
         if type(value) is float and low <= value <= high and value > above:
@@ -180,15 +211,15 @@ class Check:
             raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} as "
                              f"{self.device_of}, or cpu")
 
-    def per_sequence(self, name: str, value: Any, *, low: float = -math.inf,
-                     high: float = math.inf, optional: bool = False) -> Tensor | None:
+    def per_sequence(self, name: str, value: Any, *, low: float = -FP32_MAX,
+                     high: float = FP32_MAX, optional: bool = False) -> Tensor | None:
         """As `scalar`, or one value a sequence: a [B] tensor."""
         if isinstance(value, Tensor) and value.dim():
             self.tensor(name, value, "B")
             return value.detach()
         return self.scalar(name, value, low=low, high=high, optional=optional)
 
-    def scalars(self, name: str, values: Any, count: int, *, low: float = -math.inf
+    def scalars(self, name: str, values: Any, count: int, *, low: float = -FP32_MAX
                 ) -> list[Tensor]:
         """A sequence of `count` finite numbers, or a tensor [count], as detached 0-d tensors."""
         if isinstance(values, Tensor):
@@ -200,7 +231,7 @@ class Check:
         for index, value in enumerate(values):
             if isinstance(value, Tensor):
                 continue
-            self.number(f"{name}[{index}]", value, low=max(low, -FP32_MAX), high=FP32_MAX)
+            self.number(f"{name}[{index}]", value, low=low, high=FP32_MAX)
         return [self.scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
     def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
@@ -237,11 +268,8 @@ class Check:
             raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
         assert isinstance(value, int | float)
         if not low <= value <= high or not value > above:
-            bounds = [f">= {low:g}" for _ in "x" if low > -math.inf and above == -math.inf]
-            bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
-            bounds += [f"<= {high:g}" for _ in "x" if high < math.inf]
-            raise ValueError(f"{self.op}: {name} is {value!r}, expected a number "
-                             f"{' and '.join(bounds) or 'and not NaN'}")
+            raise ValueError(f"{self.op}: {name} is {value!r}, expected "
+                             f"{_range(low, high, above)}")
 
     def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
         """Holds a value to a list of options."""
@@ -251,6 +279,16 @@ class Check:
         if not any(value is o or (type(value) is type(o) and value == o) for o in options):
             raise ValueError(f"{self.op}: {name} is {value!r}, expected one of "
                              f"{', '.join(map(repr, options))}")
+
+
+def _range(low: float, high: float, above: float) -> str:
+    """The range of a number in a message."""
+    bounds = [f">= {low:g}" for _ in "x" if low > -FP32_MAX and above == -math.inf]
+    bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
+    bounds += [f"<= {high:g}" for _ in "x" if high < FP32_MAX]
+    if high != FP32_MAX:
+        return f"a number {' and '.join(bounds) or 'and not NaN'}"
+    return f"a number {' and '.join(bounds)} and finite" if bounds else "a finite number"
 
 
 def describe(value: Any) -> str:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import BOOL, Check
+from ._check import Check
+from ._keywords import suggests
 
 
+@suggests
 def valid_rows(mask: Tensor) -> Tensor:
     """The flat positions of the True tokens of a mask, ascending: int64 [n_valid].
 
-    mask: bool, of any shape. The size of the result is read on the host: call it once a batch,
-    outside `torch.compile` and graph capture, and give it to the linear operators as `rows`.
+    mask: bool, or whole numbers (0 is not valid), of any shape. The size of the result is read on
+    the host: call it once a batch, outside `torch.compile` and graph capture, and give it to the
+    linear operators as `rows`.
     """
-    Check("valid_rows").tensor("mask", mask, "...", BOOL)
+    check = Check("valid_rows")
+    if mask is None:
+        check.tensor("mask", mask, "...")
+    mask = check.mask("mask", mask, "...")
     return mask.reshape(-1).nonzero()[:, 0]
 
 

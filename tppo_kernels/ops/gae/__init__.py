@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import Check, offsets, values_between
+from ..._check import FP32_MAX, Check, offsets, values_between
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import alive, compute_dtype
 from . import reference
@@ -36,6 +37,7 @@ def sample_inputs() -> tuple[tuple, dict]:
 def _check_values(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens) -> None:
     offsets("gae", cu_seqlens, rewards.shape[0])
     seen = partial(alive, rewards, mask, cu_seqlens)
+    values_between("gae", "gamma", gamma, -FP32_MAX, FP32_MAX)
     values_between("gae", "lam", lam, 0.0, 1.0, seen)
     values_between("gae", "value_lam", value_lam, 0.0, 1.0, seen)
 
@@ -52,6 +54,7 @@ _fwd = _op.define(
     reference.fwd, _fake, _check_values)
 
 
+@suggests
 def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
         gamma: float | Tensor = 1.0, lam: float | Tensor = 0.95,
         value_lam: float | Tensor | None = None, bootstrap: Tensor | None = None,
@@ -64,10 +67,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
         A_t     = delta_t + gamma lam A_{t+1}      A_{n+1} = 0
         return_t = V_t + A_t, with A_t at `value_lam` where it is given (decoupled GAE)
 
-    rewards, values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool, the action
-    mask. lam, value_lam: a number, 0-d, or [B], in [0, 1]. bootstrap: [B], the value of the state
-    behind the last action token of a sequence that was cut. fp32, bf16 and fp16 are computed in
-    fp32; fp64 by the reference. Results are detached, and 0 where masked.
+    rewards, values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool or whole
+    numbers, the action mask. lam, value_lam: a number, 0-d, or [B], in [0, 1]. bootstrap: [B], the
+    value of the state behind the last action token of a sequence that was cut. fp32, bf16 and fp16
+    are computed in fp32; fp64 by the reference. Results are detached, and 0 where masked.
 
     Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
 
@@ -75,7 +78,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
     11-16; `value_lam`: VC-PPO (Yuan et al. 2025).
     """
     check = Check("gae")
-    check.sequences("rewards", rewards, mask, cu_seqlens)
+    mask = check.sequences("rewards", rewards, mask, cu_seqlens)
     check.tensor("values", values, check.tokens(cu_seqlens))
     check.tensor("bootstrap", bootstrap, "B", optional=True)
     discount = check.scalar("gamma", gamma)

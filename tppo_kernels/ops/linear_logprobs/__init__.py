@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._check import BOOL, LABELS, Check, describe, values_between
+from ..._check import FP32_MAX, LABELS, Check, describe, values_between
 from ..._derivatives import first_only, refuse_forward_mode
+from ..._keywords import suggests
 from ..._linear import AUTO_BYTES, shard_of
 from ..._op import _LIB, Op
 from ..._sequence import compute_dtype
@@ -60,21 +61,22 @@ def check_rows(op: str, targets: Tensor, mask: Tensor | None, rows: Tensor | Non
 
 
 def check_scaling(op: str, mask: Tensor | None, rows: Tensor | None, temperature: Tensor,
-                  softcap: Tensor | None) -> None:
-    """Holds temperatures of valid rows and the softcap to values > 0."""
+                  softcap: Tensor | None, logit_scale: Tensor) -> None:
+    """Holds temperatures of valid rows and the softcap to values > 0, all to finite ones."""
     if temperature.dim() and rows is not None:
         temperature, mask = temperature.reshape(-1)[rows], None
     elif not temperature.dim():
         mask = None
-    values_between(op, "temperature", temperature, 0.0, float("inf"), mask, open_low=True)
-    values_between(op, "softcap", softcap, 0.0, float("inf"), open_low=True)
+    values_between(op, "temperature", temperature, 0.0, FP32_MAX, mask, open_low=True)
+    values_between(op, "softcap", softcap, 0.0, FP32_MAX, open_low=True)
+    values_between(op, "logit_scale", logit_scale, -FP32_MAX, FP32_MAX)
 
 
 def _check_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
                valid_vocab, capacity, budget, group, regime) -> None:
     columns = shard_of(weight.shape[0], valid_vocab, group).total
     check_rows("linear_logprobs", targets, mask, rows, columns)
-    check_scaling("linear_logprobs", mask, rows, temperature, softcap)
+    check_scaling("linear_logprobs", mask, rows, temperature, softcap, logit_scale)
 
 
 def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
@@ -227,6 +229,7 @@ def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, slots: int,
     return slots * columns * reference.kept_dtype(hidden, weight, bias).itemsize
 
 
+@suggests
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, *,
                     bias: Tensor | None = None, temperature: float | Tensor = 1.0,
                     softcap: float | Tensor | None = None, logit_scale: float | Tensor = 1.0,
@@ -269,7 +272,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     check = Check("linear_logprobs")
     check.tensor("hidden", hidden, "... D")
     check.tensor("targets", targets, "...", LABELS)
-    check.tensor("mask", mask, "...", BOOL, optional=True)
+    mask = check.mask("mask", mask, "...")
     name = check_head(check, weight, bias, valid_vocab, group)
     scaling = check_scalars(check, "...", temperature, softcap, logit_scale)
     check.choice("entropy_grad", entropy_grad, (True, False))

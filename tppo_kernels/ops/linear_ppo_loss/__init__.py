@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._check import LABELS, Check, offsets, values_between
+from ..._check import FP32_MAX, LABELS, Check, offsets, values_between
 from ..._derivatives import refuse_forward_mode
+from ..._keywords import suggests
 from ..._linear import shard_of
 from ..._op import _LIB, Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype
@@ -58,15 +60,17 @@ def _check_values(hidden, weight, targets, mask, bias, rows, temperature, softca
                   valid_vocab, capacity, budget, group, old_logprobs, advantages, ref_logprobs,
                   weights, clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef,
                   num_tokens, num_sequences, norm_length, cu_seqlens, *_) -> None:
-    op, inf = "linear_ppo_loss", float("inf")
+    op = "linear_ppo_loss"
     columns = shard_of(weight.shape[0], valid_vocab, group).total
     check_rows(op, targets, mask, rows, columns)
-    check_scaling(op, mask, rows, temperature, softcap)
+    check_scaling(op, mask, rows, temperature, softcap, logit_scale)
     offsets(op, cu_seqlens, targets.shape[0])
     values_between(op, "clip_low", clip_low, 0.0, inf)
     values_between(op, "clip_high", clip_high, 0.0, inf)
     values_between(op, "dual_clip", dual_clip, 1.0, inf, open_low=True)
     values_between(op, "max_log_ratio", max_log_ratio, 0.0, inf, open_low=True)
+    values_between(op, "entropy_coef", entropy_coef, -FP32_MAX, FP32_MAX)
+    values_between(op, "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
     if ref_logprobs is None:
         _require_reference(kl_coef)
 
@@ -136,6 +140,7 @@ torch.library.register_autograd("tppo_kernels::linear_ppo_loss_fwd", _backward,
                                 setup_context=_setup_context, lib=_LIB)
 
 
+@suggests
 def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprobs: Tensor,
                     advantages: Tensor, mask: Tensor | None = None, *,
                     clip_low: float | Tensor = 0.2, clip_high: float | Tensor = 0.2,
@@ -158,7 +163,8 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
         loss, metrics    = ppo_loss(logprob, old_logprobs, advantages, mask, entropy=entropy, ...)
 
     hidden: [B, T, D], or packed [N, D] with `cu_seqlens`; weight: [V, D], bias: [V]; the tokens'
-    arguments [B, T] or [N]; advantages and weights also [B]. Keywords as in the two operators.
+    arguments [B, T] or [N]; advantages and weights also [B] or [B, 1]. Keywords as in the
+    two operators.
 
     Differentiable in hidden, weight and bias, once: their gradients are computed in forward, chunk
     by chunk (6NVD; without gradients for weight and bias 4NVD), and backward multiplies them by
@@ -174,22 +180,23 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     Raises ValueError / TypeError that name the argument.
     """
     check = Check("linear_ppo_loss")
-    check.sequences("hidden", hidden, mask, cu_seqlens, trailing="D")
+    mask = check.sequences("hidden", hidden, mask, cu_seqlens, trailing="D")
     tokens = check.tokens(cu_seqlens)
     check.tensor("targets", targets, tokens, LABELS)
     check.tensor("old_logprobs", old_logprobs, tokens)
-    check.tensor("advantages", advantages, f"{tokens} | B")
+    advantages = check.spread("advantages", advantages, cu_seqlens)
     check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
-    check.tensor("weights", weights, f"{tokens} | B", optional=True)
+    weights = check.spread("weights", weights, cu_seqlens, optional=True)
     name = check_head(check, weight, bias, valid_vocab, group)
     scaling = check_scalars(check, tokens, temperature, softcap, logit_scale)
     check.choice("ratio", ratio, ("token", "sequence"))
     check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     check.choice("entropy_grad", entropy_grad, (True, False))
     scalars = (
-        check.scalar("clip_low", clip_low, low=0.0), check.scalar("clip_high", clip_high, low=0.0),
-        check.scalar("dual_clip", dual_clip, above=1.0, optional=True),
-        check.scalar("max_log_ratio", max_log_ratio, above=0.0),
+        check.scalar("clip_low", clip_low, low=0.0, high=inf),
+        check.scalar("clip_high", clip_high, low=0.0, high=inf),
+        check.scalar("dual_clip", dual_clip, above=1.0, high=inf, optional=True),
+        check.scalar("max_log_ratio", max_log_ratio, above=0.0, high=inf),
         check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
         *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import BOOL, LABELS, Check, describe, offsets
+from ..._check import LABELS, Check, describe, offsets
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
@@ -70,6 +71,7 @@ def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
             torch.tensor(values, dtype=dtype, device=device))
 
 
+@suggests
 def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
                   spans: Iterable | None = None, dense: Tensor | None = None,
                   span_at: str = "last", on_masked: str = "error",
@@ -81,13 +83,14 @@ def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
                                      ("each"), or v / (end - start) at every one ("spread")
         dense [B, T] or [N]          where it stands
 
-    mask: bool, the action mask (None: all tokens, with `dense` or `cu_seqlens` to give the shape).
-    spans: an iterable of tuples, or a pair of tensors, (b, start, end) int [S, 3] and values [S];
-    start and end count the tokens of sequence b, packed too. Rewards on one slot add up, in double
-    precision. A non-zero reward on a masked slot follows `on_masked`: "error" names the first such
-    slot; "move_back" moves it to the last action token before it in its sequence, an error if there
-    is none; "drop" leaves it out and counts it. A non-zero terminal reward of a sequence without an
-    action token is an error always. A reward of 0 is none; NaN is one.
+    mask: bool or whole numbers, the action mask (None: all tokens; `dense` or `cu_seqlens` then
+    give the shape). spans: an iterable of tuples, or a pair of tensors, (b, start, end) int [S, 3]
+    and values [S]; start and end count the tokens of sequence b, packed too. Rewards on one slot
+    add up, in double precision. A non-zero reward on a masked slot follows `on_masked`: "error"
+    names the first such slot; "move_back" moves it to the last action token before it in its
+    sequence, an error if there is none; "drop" leaves it out and counts it. A non-zero terminal
+    reward of a sequence without an action token is an error always. A reward of 0 is none; NaN is
+    one.
 
     Works on the host by its nature: it reads its inputs, so it is no part of a CUDA graph.
     """
@@ -100,8 +103,9 @@ def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
         check.packing(cu_seqlens)
         mask = torch.ones(max(0, int(cu_seqlens[-1])), dtype=torch.bool,
                           device=cu_seqlens.device)
-    check.tensor("mask", mask, tokens, BOOL)
-    assert mask is not None
+    if mask is None:
+        check.tensor("mask", mask, tokens)  # neither dense nor cu_seqlens gives its shape
+    mask = check.mask("mask", mask, tokens)
     if cu_seqlens is not None:
         check.packing(cu_seqlens)
         offsets("place_rewards", cu_seqlens, mask.shape[0])

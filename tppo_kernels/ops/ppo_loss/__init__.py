@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._check import Check, offsets, values_between
+from ..._check import FP32_MAX, Check, offsets, values_between
 from ..._derivatives import first_only, wanted
 from ..._eager import recorded
+from ..._keywords import suggests
+from ..._metrics import floats
 from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
@@ -30,11 +33,15 @@ def sample_inputs() -> tuple[tuple, dict]:
         "dual_clip": 1.5, "entropy": entropy.abs(), "entropy_coef": 0.1, "ref_logprobs": ref,
         "kl_coef": 0.3, "weights": torch.rand(3, generator=g, dtype=torch.float64)}
 
+POLICY_MEANS = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual",
+                "clamped_fraction", "approx_kl_k1", "approx_kl_k3", "ratio_mean", "entropy", "kl")
+
 
 class PolicyMetrics(NamedTuple):
     """Sums over the mask, as 0-d tensors on the device: of micro-batches, `merged` adds them.
 
     Fractions and means are properties: a sum by `tokens`, 0 where there are none; no host read.
+    `means()` gives them all as a plain dict of floats, for a logger.
     d and r are those of `ppo_loss`, d always the token's own. A term that was not given sums to 0.
     """
 
@@ -55,6 +62,12 @@ class PolicyMetrics(NamedTuple):
         sums = [a + b for a, b in zip(self[:-1], other[:-1], strict=True)]
         return PolicyMetrics._make([*sums, torch.maximum(self.ratio_max, other.ratio_max)])
 
+    def means(self) -> dict[str, float]:
+        """What a logger takes: every fraction and mean, `ratio_max` and `tokens`, by name, as
+        floats. Reads the device once: call it when logging, outside `torch.compile`."""
+        return floats({"tokens": self.tokens, "ratio_max": self.ratio_max,
+                       **{name: getattr(self, name) for name in POLICY_MEANS}})
+
     def _mean(self, total: Tensor) -> Tensor:
         return total / self.tokens.clamp(min=1)
 
@@ -74,6 +87,10 @@ class PolicyMetrics(NamedTuple):
     def clip_fraction(self) -> Tensor:
         """Low and high together; tokens of the dual clip are counted apart."""
         return self._mean(self.clip_low_count + self.clip_high_count)
+
+    @property
+    def clamped_fraction(self) -> Tensor:
+        return self._mean(self.clamped_count)
 
     @property
     def approx_kl_k1(self) -> Tensor:
@@ -112,12 +129,13 @@ def _require(term: str, coef_name: str, coef: Any) -> None:
 def _check_values(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights,
                   clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens,
                   num_sequences, norm_length, cu_seqlens, *_) -> None:
-    inf = float("inf")
     offsets("ppo_loss", cu_seqlens, logprobs.shape[0])
     values_between("ppo_loss", "clip_low", clip_low, 0.0, inf)
     values_between("ppo_loss", "clip_high", clip_high, 0.0, inf)
     values_between("ppo_loss", "dual_clip", dual_clip, 1.0, inf, open_low=True)
     values_between("ppo_loss", "max_log_ratio", max_log_ratio, 0.0, inf, open_low=True)
+    values_between("ppo_loss", "entropy_coef", entropy_coef, -FP32_MAX, FP32_MAX)
+    values_between("ppo_loss", "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
     if entropy is None:
         _require("entropy", "entropy_coef", entropy_coef)
     if ref_logprobs is None:
@@ -177,16 +195,20 @@ class _PolicyLoss(torch.autograd.Function):
 
 def _check_tensors(check: Check, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
                    mask: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
-                   weights: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    check.sequences("logprobs", logprobs, mask, cu_seqlens)
+                   weights: Tensor | None, cu_seqlens: Tensor | None
+                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The (advantages, mask, weights) that the raw op takes."""
+    mask = check.sequences("logprobs", logprobs, mask, cu_seqlens)
     tokens = check.tokens(cu_seqlens)
     check.tensor("old_logprobs", old_logprobs, tokens)
-    check.tensor("advantages", advantages, f"{tokens} | B")
+    advantages = check.spread("advantages", advantages, cu_seqlens)
     check.tensor("entropy", entropy, tokens, optional=True)
     check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
-    check.tensor("weights", weights, f"{tokens} | B", optional=True)
+    weights = check.spread("weights", weights, cu_seqlens, optional=True)
+    return advantages, mask, weights
 
 
+@suggests
 def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
              mask: Tensor | None = None, *, clip_low: float | Tensor = 0.2,
              clip_high: float | Tensor = 0.2, dual_clip: float | Tensor | None = None,
@@ -205,7 +227,8 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
         loss = Red(w l) - entropy_coef Red(H) + kl_coef Red(KL(logprob, ref))
 
     logprobs, old_logprobs, entropy, ref_logprobs: [B, T], or packed [N] with `cu_seqlens`.
-    advantages, weights (0 selects the token away): the same or [B]; packed with N = B is [N].
+    advantages, weights (0 selects the token away): the same, [B] or [B, 1]; packed with N = B, [N].
+    mask: bool or whole numbers, 0 where the token is not trained on.
     Red, at its denominators >= 1: "token-mean" (num_tokens, the valid tokens), "token-sum",
     "seq-mean-token-sum" and "seq-mean-token-mean" (num_sequences, those with a valid token),
     "seq-mean-token-sum-norm" (num_sequences * norm_length, T; required when packed). A denominator
@@ -215,21 +238,23 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     token and where it is clipped; where its branches meet, r at a clip edge counts as inside and
     l = -c A as not clipped: judge gradients near an edge within a band. inf - inf is NaN at a valid
     token.
-    A coefficient of 0 is off. One that is not 0 without its tensor is a ValueError; given as a
-    tensor on a GPU, NaN. Under `torch.compile` a Python float is a constant: give 0-d tensors.
+    A coefficient of 0 is off, and so are infinite clips and an infinite max_log_ratio. One that is
+    not 0 without its tensor is a ValueError; given as a tensor on a GPU, NaN. Under `torch.compile`
+    a Python float is a constant: give 0-d tensors.
 
     Raises ValueError / TypeError that name the argument. Source: Schulman et al. 2017 (PPO) eq. 7;
     dual clip: Ye et al. 2020; sequence ratio: Zheng et al. 2025 (GSPO); KL estimators: Schulman.
     """
     check = Check("ppo_loss")
-    _check_tensors(check, logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights,
-                   cu_seqlens)
+    advantages, mask, weights = _check_tensors(check, logprobs, old_logprobs, advantages, mask,
+                                               entropy, ref_logprobs, weights, cu_seqlens)
     check.choice("ratio", ratio, ("token", "sequence"))
     check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     scalars = (
-        check.scalar("clip_low", clip_low, low=0.0), check.scalar("clip_high", clip_high, low=0.0),
-        check.scalar("dual_clip", dual_clip, above=1.0, optional=True),
-        check.scalar("max_log_ratio", max_log_ratio, above=0.0),
+        check.scalar("clip_low", clip_low, low=0.0, high=inf),
+        check.scalar("clip_high", clip_high, low=0.0, high=inf),
+        check.scalar("dual_clip", dual_clip, above=1.0, high=inf, optional=True),
+        check.scalar("max_log_ratio", max_log_ratio, above=0.0, high=inf),
         check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
         *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
     if entropy is None and not isinstance(entropy_coef, Tensor):

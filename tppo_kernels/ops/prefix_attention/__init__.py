@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._check import Check, describe
 from ..._derivatives import first_only
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import compute_dtype
 from ...prefix import PrefixLayout
@@ -87,6 +88,7 @@ class _PrefixAttention(torch.autograd.Function):
         return (*wanted, *[None] * (len(inputs) - 3))
 
 
+@suggests
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
                      scale: float | Tensor | None = None) -> Tensor:
     """Attention over packed groups *prompt, response_1, ..., response_G*.

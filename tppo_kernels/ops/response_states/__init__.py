@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._check import BOOL, LABELS, Check, offsets
+from ..._check import LABELS, Check, offsets
+from ..._keywords import suggests
 from ..._op import Op
 from . import reference
 
@@ -79,6 +80,7 @@ class _ResponseStates(torch.autograd.Function):
                 None, None, None, None, None)
 
 
+@suggests
 def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: str = "logprob", *,
                     mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The states that belong to the response tokens t = 0..T-1 of each sequence.
@@ -89,9 +91,10 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
 
     full: [B, L, ...] (hidden states, or one value a token), or packed [N, ...] with `cu_seqlens`
     [B + 1] int32 over prompt and response. prompt_length P: a number, or [B] (the width of the
-    prompt where prompts are left-padded to one width). mask: bool [B, T], the action mask of the
-    response tokens, None for all. With responses of several lengths, T is the longest, and the mask
-    is False behind the end of the shorter ones: those slots are never read, and are 0.
+    prompt where prompts are left-padded to one width). mask: [B, T], bool or whole numbers, the
+    action mask of the response tokens, None for all. With responses of several lengths, T is the
+    longest, and the mask is False behind the end of the shorter ones: those slots are never read,
+    and are 0.
 
     Gives [B, T, ...], from packed input too; "bootstrap" [B, ...], with t_last the last True of the
     mask, T - 1 without one, and 0 for a sequence without an action token. The dtype is that of
@@ -110,7 +113,7 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
     check.number("T", T, low=0, kind=int)
     check.choice("align", align, ALIGNMENTS)
     check.sizes["T"], check.owner["T"] = T, "T"
-    check.tensor("mask", mask, "B T", BOOL, optional=True)
+    mask = check.mask("mask", mask, "B T")
     if isinstance(prompt_length, Tensor):
         check.tensor("prompt_length", prompt_length, "B|", LABELS)
     else:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import BOOL, Check, offsets, values_between
+from ..._check import FP32_MAX, Check, offsets, values_between
+from ..._keywords import suggests
+from ..._metrics import floats
 from ..._op import Op
 from ..._sequence import KL_ESTIMATORS, alive, compute_dtype
 from ..whiten import check_group, over_group
@@ -39,6 +41,11 @@ class AdvantageStats(NamedTuple):
     return_mean: Tensor
     return_std: Tensor
 
+    def means(self) -> dict[str, float]:
+        """What a logger takes: the fields by name, as floats. Reads the device once: call it when
+        logging, outside `torch.compile`."""
+        return floats(self._asdict())
+
 
 class TokenAdvantages(NamedTuple):
     """The results of `token_advantages`, fp32 (fp64 for fp64 inputs), detached."""
@@ -54,6 +61,8 @@ def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprob
                   whitened) -> None:
     offsets("token_advantages", cu_seqlens, token_rewards.shape[0])
     seen = partial(alive, token_rewards, mask, cu_seqlens)
+    values_between("token_advantages", "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
+    values_between("token_advantages", "gamma", gamma, -FP32_MAX, FP32_MAX)
     values_between("token_advantages", "lam", lam, 0.0, 1.0, seen)
     values_between("token_advantages", "value_lam", value_lam, 0.0, 1.0, seen)
     if mask is not None and train_mask is not None and bool((train_mask & ~mask).any()):
@@ -83,6 +92,7 @@ _whiten = _op.define(
     lambda advantages, trained, moments, unbiased: torch.empty_like(advantages))
 
 
+@suggests
 def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
                      train_mask: Tensor | None = None, logprobs: Tensor | None = None,
                      ref_logprobs: Tensor | None = None, kl_coef: float | Tensor = 0.0,
@@ -108,10 +118,10 @@ def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None 
     Source: Ziegler et al. 2019, eq. 2 (the KL inside the reward); `gae` and `whiten` for the rest.
     """
     check = Check("token_advantages")
-    check.sequences("token_rewards", token_rewards, mask, cu_seqlens)
+    mask = check.sequences("token_rewards", token_rewards, mask, cu_seqlens)
     tokens = check.tokens(cu_seqlens)
     check.tensor("values", values, tokens)
-    check.tensor("train_mask", train_mask, tokens, BOOL, optional=True)
+    train_mask = check.mask("train_mask", train_mask, tokens)
     check.tensor("logprobs", logprobs, tokens, optional=True)
     check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
     check.tensor("bootstrap", bootstrap, "B", optional=True)

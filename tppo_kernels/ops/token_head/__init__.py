@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import BOOL, Check
+from ..._check import Check
 from ..._derivatives import first_only, wanted
 from ..._eager import recorded
+from ..._keywords import suggests
 from ..._op import Op
 from . import reference
 
@@ -78,6 +79,7 @@ class _TokenHead(torch.autograd.Function):
         return (*(g if want else None for g, want in zip(grads, needed, strict=True)), None)
 
 
+@suggests
 def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
                mask: Tensor | None = None) -> Tensor:
     """A linear head at the valid tokens, in fp32 whatever the dtype of the trunk.
@@ -85,8 +87,8 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
         out[..., k] = sum_d hidden[..., d] weight[k, d] + bias[k], 0 where masked
 
     hidden: [..., D], padded or packed alike. weight: [K, D], bias: [K], of any floating dtype, not
-    necessarily that of hidden. mask: bool, exactly hidden.shape[:-1]. Returns [..., K], or [...]
-    where K = 1: values and scalar rewards at K = 1, reward classes at K = 3.
+    necessarily that of hidden. mask: bool or whole numbers, exactly hidden.shape[:-1]. Returns
+    [..., K], or [...] where K = 1: values and scalar rewards at K = 1, reward classes at K = 3.
 
     bf16 and fp16 are multiplied and added in fp32, also under autocast, and the result is fp32;
     with any fp64 input all is fp64. No TF32 unless the user turned it on in torch. Differentiable
@@ -99,7 +101,7 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     check.tensor("hidden", hidden, "... D")
     check.tensor("weight", weight, "K D")
     check.tensor("bias", bias, "K", optional=True)
-    check.tensor("mask", mask, "...", BOOL, optional=True)
+    mask = check.mask("mask", mask, "...")
     if wanted(hidden, weight, bias):
         return recorded(_TokenHead, hidden, weight, bias, mask)
     out = _fwd(hidden, weight, bias, mask)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import BOOL, LABELS, Check, values_between
+from ..._check import FP32_MAX, LABELS, Check, values_between
 from ..._derivatives import first_only, wanted
 from ..._eager import recorded
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
@@ -54,7 +55,8 @@ def _check_targets(logits: Tensor, targets: Tensor, mask: Tensor | None,
 def _check_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab) -> None:
     _check_targets(logits, targets, mask, valid_vocab)
     for name, value in (("temperature", temperature), ("softcap", softcap)):
-        values_between("token_logprobs", name, value, 0.0, float("inf"), mask, open_low=True)
+        values_between("token_logprobs", name, value, 0.0, FP32_MAX, mask, open_low=True)
+    values_between("token_logprobs", "logit_scale", logit_scale, -FP32_MAX, FP32_MAX, mask)
 
 
 def _fake_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab):
@@ -101,6 +103,7 @@ def _constant(name: str, value: float | Tensor | None) -> None:
                          "logits are differentiable here")
 
 
+@suggests
 def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *,
                    temperature: float | Tensor = 1.0, softcap: float | Tensor | None = None,
                    logit_scale: float | Tensor = 1.0,
@@ -115,9 +118,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
 
     logits: [..., V] with any leading shape, also none; fp32, bf16 and fp16 are read as they are,
     computed in fp32; fp64 by the reference. Strided logits are read in place as long as the last
-    stride is 1. targets: [...] int64 or int32. mask: [...] bool; masked rows are not read, and
-    give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a constant.
-    Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
+    stride is 1. targets: [...] int64 or int32. mask: [...] bool or whole numbers; masked rows are
+    not read, and give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a
+    constant. Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
 
     Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
     whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
@@ -135,7 +138,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
         raise ValueError(f"token_logprobs: logits has shape {list(logits.shape)}, expected at "
                          "least one column")
     check.tensor("targets", targets, "...", LABELS)
-    check.tensor("mask", mask, "...", BOOL, optional=True)
+    mask = check.mask("mask", mask, "...")
     if isinstance(temperature, Tensor) and temperature.dim():
         check.tensor("temperature", temperature, "...")
         temperature = temperature.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..._check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets, values_between
 from ..._derivatives import first_only, wanted
+from ..._keywords import suggests
+from ..._metrics import floats
 from ..._op import Op
 from ..._sequence import alive, compute_dtype, on, valid_mask
 from . import reference
@@ -40,6 +43,16 @@ class TokenRewardMetrics(NamedTuple):
     argmax_reward: Tensor  # [], mean of argmax_c P(c) over judged tokens
     argmax_global_loss: Tensor  # [], the global loss as the paper has it, with argmax_c P(c)
 
+    def means(self) -> dict[str, float]:
+        """What a logger takes: the fields by name, as floats, those of the classes with _0, _1, _2
+        behind it. Reads the device once: call it when logging, outside `torch.compile`."""
+        named = {}
+        for name, value in self._asdict().items():
+            parts = {name: value} if not value.dim() else {
+                f"{name}_{c}": x for c, x in enumerate(value.unbind())}
+            named.update(parts)
+        return floats(named)
+
 
 class TokenRewardLoss(NamedTuple):
     """The result of `token_reward_loss`; the three losses are differentiable in the logits."""
@@ -60,7 +73,7 @@ def _check_values(logits, labels, mask, sentence_labels, class_weights, balance,
                    alive(labels, judged, cu_seqlens))
     for index, weight in enumerate(class_weights):
         values_between(op, f"class_weights[{index}]", weight, 0, FP32_MAX)
-    values_between(op, "balance", balance, 0, float("inf"), open_low=True)
+    values_between(op, "balance", balance, 0, inf, open_low=True)
 
 
 def _fake_fwd(logits, labels, mask, sentence_labels, class_weights, balance, seed, cu_seqlens,
@@ -108,6 +121,7 @@ class _TokenRewardLoss(torch.autograd.Function):
         return grad.to(ctx.dtype), *(None,) * 10
 
 
+@suggests
 def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None,
                       sentence_labels: Tensor | None = None, *,
                       local_weight: float | Tensor = 0.4, global_weight: float | Tensor = 0.6,
@@ -144,15 +158,15 @@ def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None
     `metrics.argmax_global_loss`.
     """
     check = Check("token_reward_loss")
-    check.sequences("logits", logits, mask, cu_seqlens, trailing="3")
+    mask = check.sequences("logits", logits, mask, cu_seqlens, trailing="3")
     check.tensor("labels", labels, check.tokens(cu_seqlens), LABELS)
     check.tensor("sentence_labels", sentence_labels, "B", FLOATS + LABELS, optional=True)
-    local_part = check.scalar("local_weight", local_weight, low=0.0, high=FP32_MAX)
-    global_part = check.scalar("global_weight", global_weight, low=0.0, high=FP32_MAX)
+    local_part = check.scalar("local_weight", local_weight, low=0.0)
+    global_part = check.scalar("global_weight", global_weight, low=0.0)
     weights = check.scalars("class_weights", (1.0, 1.0, 1.0) if class_weights is None
                             else class_weights, 3, low=0.0)
     check.choice("local_reduction", local_reduction, ("token", "sequence"))
-    keep = check.scalar("balance", balance, above=0.0, optional=True)
+    keep = check.scalar("balance", balance, above=0.0, high=inf, optional=True)
     draw = _seed(check, seed, keep)
     if wanted(logits):
         local, total, metrics = _TokenRewardLoss.apply(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._check import FP32_MAX, LABELS, Check, offsets, values_between
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import alive, compute_dtype
 from . import reference
@@ -52,6 +53,7 @@ _fwd = _op.define(
     reference.fwd, _fake, _check_values)
 
 
+@suggests
 def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str = "argmax",
                   suggested_length: float | Tensor | None = None, alpha: float | Tensor = 2.0,
                   values: Sequence[float] | Tensor = (0.0, -0.5, 0.5),
@@ -63,10 +65,11 @@ def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str
         r_t = R_t sigmoid(6 - alpha (l_t - suggested_length)), l_t = 1, 2, ... over action tokens
 
     class_logits: [B, T, 3], or packed [N, 3] with `cu_seqlens` [B + 1] int32; class 0 is no reward,
-    1 irrelevant, 2 relevant. mask: bool, the action mask. values: what each class pays; centred by
-    default, (0, 1, 2) on the paper's scale. suggested_length: in tokens, a number, 0-d or [B], at
-    least 0; None: no length penalty. alpha: at least 0. The penalty is .9975 at the suggested
-    length and, at alpha 2, .5 three tokens further. A NaN logit gives a NaN reward in both modes.
+    1 irrelevant, 2 relevant. mask: bool or whole numbers, the action mask. values: what each class
+    pays; centred by default, (0, 1, 2) on the paper's scale. suggested_length: in tokens, a number,
+    0-d or [B], at least 0; None: no length penalty. alpha: at least 0. The penalty is .9975 at the
+    suggested length and, at alpha 2, .5 three tokens further. A NaN logit gives a NaN reward in
+    both modes.
 
     Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
 
@@ -74,13 +77,12 @@ def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str
     EMNLP 2025), length-weighted penalty; the centred values and the expectation are ours.
     """
     check = Check("token_rewards")
-    check.sequences("class_logits", class_logits, mask, cu_seqlens, trailing="3")
+    mask = check.sequences("class_logits", class_logits, mask, cu_seqlens, trailing="3")
     check.choice("mode", mode, ("argmax", "expected"))
     if isinstance(suggested_length, Tensor) and suggested_length.dtype in LABELS:
         suggested_length = suggested_length.double()
-    length = check.per_sequence("suggested_length", suggested_length, low=0.0, high=FP32_MAX,
-                                optional=True)
-    alpha = check.scalar("alpha", alpha, low=0.0, high=FP32_MAX)
+    length = check.per_sequence("suggested_length", suggested_length, low=0.0, optional=True)
+    alpha = check.scalar("alpha", alpha, low=0.0)
     worth = check.scalars("values", values, 3)
     with torch.no_grad():
         return TokenRewards(*_fwd(class_logits, mask, worth, length, alpha, cu_seqlens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..._check import Check, offsets, values_between
 from ..._derivatives import first_only, wanted
 from ..._eager import recorded
+from ..._keywords import suggests
+from ..._metrics import floats
 from ..._op import Op
 from ..._sequence import compute_dtype, detached
 from . import reference
@@ -30,7 +33,8 @@ def sample_inputs() -> tuple[tuple, dict]:
 class ValueMetrics(NamedTuple):
     """Sufficient statistics over the mask, as 0-d tensors on the device.
 
-    `merged` joins those of micro-batches; the properties need no host read.
+    `merged` joins those of micro-batches; the properties need no host read. `means()` gives a
+    plain dict of floats, for a logger.
     """
 
     tokens: Tensor  # valid tokens
@@ -52,6 +56,17 @@ class ValueMetrics(NamedTuple):
         return ValueMetrics(tokens, self.clip_count + other.clip_count,
                             *moments(self.return_mean, self.return_m2, *other[2:4]),
                             *moments(self.error_mean, self.error_m2, *other[4:6]))
+
+    def means(self) -> dict[str, float]:
+        """What a logger takes, by name, as floats: `tokens`, the clip fraction, the explained
+        variance, mean and standard deviation of returns and of errors (returns - values). Reads
+        the device once: call it when logging, outside `torch.compile`."""
+        tokens = self.tokens.clamp(min=1)
+        return floats({
+            "tokens": self.tokens, "clip_fraction": self.clip_fraction,
+            "explained_variance": self.explained_variance, "return_mean": self.return_mean,
+            "return_std": (self.return_m2 / tokens).sqrt(), "error_mean": self.error_mean,
+            "error_std": (self.error_m2 / tokens).sqrt()})
 
     @property
     def clip_fraction(self) -> Tensor:
@@ -79,7 +94,7 @@ class ValueLoss(NamedTuple):
 def _check_values(values, returns, mask, old_values, clip, num_tokens, num_sequences, norm_length,
                   cu_seqlens, reduction, grad) -> None:
     offsets("value_loss", cu_seqlens, values.shape[0])
-    values_between("value_loss", "clip", clip, 0.0, float("inf"))
+    values_between("value_loss", "clip", clip, 0.0, inf)
 
 
 def _fake(values, returns, mask, old_values, *rest):
@@ -118,6 +133,7 @@ class _ValueLoss(torch.autograd.Function):
                 *[None] * (len(ctx.needs_input_grad) - 1))
 
 
+@suggests
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
                old_values: Tensor | None = None, clip: float | Tensor | None = None,
                reduction: str = "token-mean", num_tokens: int | Tensor | None = None,
@@ -128,10 +144,10 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
         l = 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = V_old + clamp(V - V_old, -clip, clip)
         loss = Red(l)
 
-    values, returns, old_values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool.
-    clip: None is off, l = 0.5 (V - R)^2; old_values is then not read. It bounds the step of V in
-    the units of the returns: 0.2 with returns of 10 stops the critic. Reductions and their
-    denominators: as in `ppo_loss`.
+    values, returns, old_values: [B, T], or packed [N] with `cu_seqlens` [B + 1] int32. mask: bool
+    or whole numbers. clip: None is off, l = 0.5 (V - R)^2; old_values is then not read. It bounds
+    the step of V in the units of the returns: 0.2 with returns of 10 stops the critic. Reductions
+    and their denominators: as in `ppo_loss`.
 
     Differentiable in values only, once and backward. The gradient of the clipped branch, where it
     is the larger one and V is beyond the clip, is 0; where the branches meet it is V - R: judge
@@ -141,10 +157,10 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     Raises ValueError / TypeError that name the argument. Source: PPO2 of OpenAI baselines.
     """
     check = Check("value_loss")
-    check.sequences("values", values, mask, cu_seqlens)
+    mask = check.sequences("values", values, mask, cu_seqlens)
     check.tensor("returns", returns, check.tokens(cu_seqlens))
     check.tensor("old_values", old_values, check.tokens(cu_seqlens), optional=True)
-    clip = check.scalar("clip", clip, low=0.0, optional=True)
+    clip = check.scalar("clip", clip, low=0.0, high=inf, optional=True)
     if clip is not None and old_values is None:
         raise ValueError("value_loss: old_values is None, expected a tensor, because clip is given")
     counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)

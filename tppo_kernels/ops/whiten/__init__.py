@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._check import BOOL, Check, describe, values_between
+from ..._check import FP32_MAX, Check, describe, values_between
+from ..._keywords import suggests
 from ..._op import Op
 from ..._sequence import compute_dtype
 from . import reference
@@ -26,7 +27,7 @@ def sample_inputs() -> tuple[tuple, dict]:
 
 
 def _check_values(x, mask, moments, eps, unbiased, shift_mean) -> None:
-    values_between("whiten", "eps", eps, 0.0, float("inf"))
+    values_between("whiten", "eps", eps, 0.0, FP32_MAX)
 
 
 _stats = _op.define(
@@ -55,13 +56,15 @@ def over_group(moments: Tensor, group: Any) -> Tensor:
     return reference.merge(parts.reshape(-1, 4))  # in the order of ranks: the same bits on each
 
 
+@suggests
 def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
            shift_mean: bool = True, eps: float | Tensor = 1e-8, group: Any = None) -> Tensor:
     """x shifted to mean 0 and scaled to variance 1 over its valid tokens.
 
         (x - mean) * rsqrt(var + eps)        + mean where `shift_mean` is False
 
-    x: [B, T], packed [N], or any other shape; mask: bool, of the same shape: the train mask.
+    x: [B, T], packed [N], or any other shape; mask: bool or whole numbers, of the same shape: the
+    train mask.
     var = M2 / (n - 1), or M2 / n where `unbiased` is False. var <= (1e-6 max|x|)^2 or n < 2 counts
     as no variance and gives 0 (or the mean). eps: a number >= 0, or 0-d.
     group: a ProcessGroup; (n, mean, M2, max|x|) are then those of all its processes, by one
@@ -72,7 +75,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
     """
     check = Check("whiten")
     check.tensor("x", x, "...")
-    check.tensor("mask", mask, "...", BOOL, optional=True)
+    mask = check.mask("mask", mask, "...")
     check.choice("unbiased", unbiased, (True, False))
     check.choice("shift_mean", shift_mean, (True, False))
     epsilon = check.scalar("eps", eps, low=0.0)
