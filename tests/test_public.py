@@ -97,7 +97,7 @@ def test_masks_of_whole_numbers_compile_whole():
 
 
 def calls_of_the_losses():
-    """(name, call of (advantages, weights, packed)) of both policy losses, B = 3, T = 4 or N = 3."""
+    """(name, call of (advantages, weights, packed)) of both losses, B = 3 and T = 4 or N = 3."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(3, 4, 6, generator=g), torch.randn(9, 6, generator=g)
     old, targets = -torch.rand(3, 4, generator=g), torch.randint(9, (3, 4), generator=g)
@@ -122,7 +122,8 @@ def test_a_column_is_a_value_a_sequence(name, call):
     """Three sequences of 0, 2 and 1 tokens in three rows: [B] would be taken for [N] there."""
     a, w = torch.tensor([0.3, -2.0, 1.5]), torch.tensor([1.0, 0.5, 0.0])
     assert torch.equal(call(a[:, None], w[:, None]).loss, call(a, w).loss)
-    assert torch.equal(call(a, w).loss, call(a[:, None].expand(3, 4), w[:, None].expand(3, 4)).loss)
+    every = (a[:, None].expand(3, 4), w[:, None].expand(3, 4))
+    assert torch.equal(call(a, w).loss, call(*every).loss)
     by_token = call(a[[1, 1, 2]], w[[1, 1, 2]], True).loss
     assert torch.equal(call(a[:, None], w[:, None], True).loss, by_token)
     assert not torch.equal(call(a, w, True).loss, by_token)
