@@ -531,7 +531,8 @@ def test_export():
     (ValueError, "num_tokens is -1", {"num_tokens": -1}),
     (ValueError, "temperature is 0", {"temperature": 0}),
     (ValueError, "capacity is 3 and rows is given", {"capacity": 3, "rows": torch.tensor([1])}),
-    (TypeError, "unknown keyword entropy, did you mean entropy_coef, entropy_grad", {"entropy": torch.ones(3, 23)}),
+    (TypeError, "unknown keyword entropy, did you mean entropy_coef, entropy_grad",
+     {"entropy": torch.ones(3, 23)}),
 ])
 def test_bad_input_names_the_argument(error, words, kwargs):
     x = batch()
