@@ -13,6 +13,8 @@ SEEDS ?= 0 1 2 3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One process a core with one thread each: two threads on shared cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full lint bench check gpu-check clean
@@ -24,12 +26,12 @@ demo: .venv/train  ## search sessions -> SFT -> labels -> reward model -> token-
 	$(BIN)/python -m tppo run --out "$(OUT)"
 
 test: lint  ## lint, types and the tests (a seeded third of the large matrices)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 test-full: lint  ## everything, the large matrices whole
-	TPPO_TEST_FULL=1 $(BIN)/python -m pytest
-	TPPO_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	TPPO_TEST_FULL=1 $(PYTEST)
+	TPPO_TEST_FULL=1 TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 lint: .venv/dev
 	@echo "== ruff and mypy"

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command, cwd, **env) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **env},
+    """What a command prints; a PYTHONPATH would put the tree before what is installed."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**inherited, **env},
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
