@@ -9,7 +9,7 @@ Any `AutoModelForTokenClassification` serves, Longformer (the paper's) included.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import tppo_kernels as tk
 from tppo.batch import Batch, pad_rows
 from tppo.config import RewardModelConfig
+from tppo.model_folder import load_from
 from tppo.models import RewardModel, load_reward_model
 from tppo.progress import say, say_once
 from tppo.tokenizer import decode, token_offsets
@@ -113,9 +114,14 @@ class OwnTokens(nn.Module):
 class AlignedRewardModel(nn.Module):
     """The reward model as PPO sees it: classes at the policy's tokens."""
 
-    def __init__(self, reader: OwnTokens, policy_tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        reader: OwnTokens,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Collection[int] = (),
+    ):
         super().__init__()
-        self.reader, self.policy_tokenizer = reader, policy_tokenizer
+        self.reader, self.policy_tokenizer, self.eos_ids = reader, policy_tokenizer, eos_ids
 
     def forward(self, batch: Batch) -> Tensor:
         """Class logits at each response token of the policy, [B, T, 3].
@@ -125,7 +131,9 @@ class AlignedRewardModel(nn.Module):
         """
         prompt_text = cache(lambda ids: decode(self.policy_tokenizer, ids))
         prompts = [prompt_text(tuple(ids)) for ids in batch.prompt_ids]
-        answers = [token_offsets(self.policy_tokenizer, ids) for ids in batch.response_ids]
+        answers = [
+            token_offsets(self.policy_tokenizer, ids, self.eos_ids) for ids in batch.response_ids
+        ]
         readings = self.reader.read(prompts, [text for text, _ in answers])
         logits = self._logits(readings)  # [B, S, 3]
         none = logits.new_tensor(NONE).expand(len(readings), 1, 3)
@@ -159,7 +167,7 @@ def load_own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Errors: ValueError where it has no character offsets.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    tokenizer = load_from(AutoTokenizer, path)
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: the tokenizer is not a fast one; rewards need character offsets")
     return tokenizer
@@ -188,13 +196,20 @@ def start_reward_model(
 
 
 def load_frozen(
-    path: Path, policy_tokenizer: PreTrainedTokenizerBase, device: torch.device
+    path: Path,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    eos_ids: Collection[int] = (),
 ) -> nn.Module:
-    """The trained reward model in `path`, to give class logits [B, T, 3] at the policy's tokens."""
+    """The trained reward model in `path`, to give class logits [B, T, 3] at the policy's tokens.
+
+    eos_ids: the policy's ends of an answer, which have no text and therefore class 0.
+    """
     model = load_reward_model(path, device)
     if not getattr(model.config, "own_tokens", False):
         return RewardModel(model)
-    return AlignedRewardModel(OwnTokens(model, load_own_tokenizer(path)), policy_tokenizer)
+    reader = OwnTokens(model, load_own_tokenizer(path))
+    return AlignedRewardModel(reader, policy_tokenizer, eos_ids)
 
 
 @torch.no_grad()

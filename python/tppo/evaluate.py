@@ -16,6 +16,7 @@ from tppo.batch import Batch
 from tppo.config import Prefix
 from tppo.label_rule import label_by_rule, relevance_share
 from tppo.mapping import fold
+from tppo.model_folder import model_eos_ids
 from tppo.models import policy_logprobs
 from tppo.prompts import answer_text, has_format, parse_answer
 from tppo.rollout import HFRollout, Sampling
@@ -48,12 +49,12 @@ def evaluate_policy(
     prefix: Prefix = "shared",
 ) -> dict[str, Any]:
     """Sample one answer a session and judge them; KL is against `ref` at temperature 1."""
-    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad_id, eos_ids = tokenizer.pad_token_id, model_eos_ids(tokenizer, model)
     engine = HFRollout(
-        model, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size, prefix=prefix
+        model, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix
     )
     rollout = engine.generate(prompts, sampling)
-    texts = [decode(tokenizer, ids) for ids in rollout.response_ids]
+    texts = [decode(tokenizer, ids, eos_ids) for ids in rollout.response_ids]
     figures = score_answers(sessions, texts, rollout.finish, threshold)
     batches = (
         Batch(

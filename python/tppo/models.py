@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -23,6 +22,7 @@ from transformers import (
 import tppo_kernels as tk
 from tppo.batch import Batch
 from tppo.config import ScratchConfig
+from tppo.model_folder import load_from, read_generation_config
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,14 +59,13 @@ def place(model: nn.Module, device: torch.device) -> Any:
 
 
 def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """A causal LM from a local folder, in fp32, dropout off."""
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=torch.float32, local_files_only=True
-    )
-    # The folder's own top_k, top_p or repetition penalty would bend the rollouts' distribution
-    # away from the log-probs of the policy.
-    model.generation_config = GenerationConfig()
-    return place(model, device)
+    """A causal LM from a local folder, in fp32, dropout off, with the folder's generation config.
+
+    Errors: ValueError naming the folder whose generation config transformers refuses, or whose
+    model needs code of its own.
+    """
+    read_generation_config(path)  # transformers takes a broken one for an absent one
+    return place(load_from(AutoModelForCausalLM, path, dtype=torch.float32), device)
 
 
 def load_reward_model(
@@ -76,11 +75,11 @@ def load_reward_model(
 
     new_head: a head of other than three classes is replaced too, instead of an error.
     """
-    model = AutoModelForTokenClassification.from_pretrained(
-        str(path),
+    model = load_from(
+        AutoModelForTokenClassification,
+        path,
         num_labels=3,
         dtype=torch.float32,
-        local_files_only=True,
         ignore_mismatched_sizes=new_head,
     )
     return place(model, device)

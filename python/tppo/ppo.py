@@ -92,14 +92,14 @@ class PPOTrainer:
         *,
         sampling: Sampling,
         pad_id: int,
-        eos_id: int,
+        eos_id: int | Sequence[int],
         seed: int,
         prefix: Prefix = "shared",
         world: World = ALONE,
     ):
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
-        self.pad_id, self.eos_id, self.seed, self.prefix = pad_id, eos_id, seed, prefix
-        self.world = world
+        self.pad_id, self.seed, self.prefix, self.world = pad_id, seed, prefix, world
+        self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.step_count = 0
         models.ref.requires_grad_(False)
         models.reward.requires_grad_(False)
@@ -280,7 +280,8 @@ class PPOTrainer:
         """Every sampled token; the paper read literally: those of class 1 or 2, and EOS."""
         if self.config.train_on_unlabelled:
             return batch.mask
-        return batch.mask & ((category > 0) | (batch.targets == self.eos_id))
+        ends = torch.isin(batch.targets, batch.targets.new_tensor(self.eos_ids))  # [B, T]
+        return batch.mask & ((category > 0) | ends)
 
     def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
         """V after the last token of cut responses, 0 elsewhere, [B].

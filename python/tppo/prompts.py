@@ -6,7 +6,7 @@ one a line, then EOS.  The targets never reach a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +61,17 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) ->
     """Token ids of an answer, EOS included."""
     ids = tokenizer.encode(answer_text(queries), add_special_tokens=False)
     return [*ids, tokenizer.eos_token_id]
+
+
+def check_separator(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]) -> None:
+    """Errors: ValueError where a token between two queries would already end the answer."""
+    one, two = (set(encode_answer(tokenizer, ["a"] * n)[:-1]) for n in (1, 2))
+    for token in (two - one) & set(eos_ids):
+        raise ValueError(
+            f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, ends an answer and also "
+            "separates its queries, so that no answer could have two; remove it from eos_token_id "
+            "of the model's generation_config.json and config.json"
+        )
 
 
 def encode_prompts(

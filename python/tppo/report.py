@@ -125,7 +125,7 @@ def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> l
     result = []
     for b, session in enumerate(sessions):
         n = len(rollout.response_ids[b])
-        text, offsets = token_offsets(run.tokenizer, rollout.response_ids[b])
+        text, offsets = token_offsets(run.tokenizer, rollout.response_ids[b], run.eos_ids)
         result.append(
             HeatRow(
                 id=f"{session.id} {name}",

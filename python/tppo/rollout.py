@@ -18,6 +18,7 @@ from transformers import (
 
 from tppo.batch import pad
 from tppo.config import Prefix
+from tppo.model_folder import without_generation_settings
 from tppo.progress import track
 
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
@@ -37,7 +38,7 @@ class RolloutBatch(NamedTuple):
     """One prompt and one response a row; `logprobs` are the engine's own where it reports them."""
 
     prompt_ids: list[list[int]]
-    response_ids: list[list[int]]  # EOS included where `finish` is "eos"
+    response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
     logprobs: list[list[float]] | None
     finish: list[str]  # "eos", or "length" where the response was cut
 
@@ -53,6 +54,9 @@ class Rollout(Protocol):
 class HFRollout:
     """transformers' `generate`, prompts sorted by length so that batches pad little.
 
+    eos_id: the id that ends an answer, or several of them, any of which does.  The sampling
+    settings of the model's own generation config are not used.
+
     A prompt that stands in several rows of a batch is prefilled once for all of them (with
     `prefix="dense"`: once for each).
     """
@@ -62,11 +66,12 @@ class HFRollout:
         model: PreTrainedModel,
         *,
         pad_id: int,
-        eos_id: int,
+        eos_id: int | Sequence[int],
         batch_size: int = 256,
         prefix: Prefix = "shared",
     ):
-        self.model, self.pad_id, self.eos_id = model, pad_id, eos_id
+        self.model, self.pad_id = model, pad_id
+        self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.batch_size, self.prefix = batch_size, prefix
 
     @torch.no_grad()
@@ -86,27 +91,29 @@ class HFRollout:
                 rows = self._sample([prompts[i] for i in chunk], sampling)
                 for i, row in zip(chunk, rows, strict=True):
                     responses[i] = row
-        finish = ["eos" if row[-1] == self.eos_id else "length" for row in responses]
+        finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
         return RolloutBatch([[*p] for p in prompts], responses, None, finish)
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
-        output = self.model.generate(  # type: ignore[operator]
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **{_CACHE: self._prefill(prompts)},
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self.eos_id,
-                pad_token_id=self.pad_id,
-            ),
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
         )
+        with without_generation_settings(self.model):
+            output = self.model.generate(  # type: ignore[operator]
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                **{_CACHE: self._prefill(prompts)},
+                generation_config=config,
+            )
         rows = output[:, batch.prompt_length :].tolist()
-        return [_until(row, self.eos_id) for row in rows]
+        return [_until(row, self.eos_ids) for row in rows]
 
     def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
         """Keys and values of every prompt but its last token, computed once a distinct prompt.
@@ -130,6 +137,7 @@ class HFRollout:
         return cache
 
 
-def _until(row: list[int], eos_id: int) -> list[int]:
+def _until(row: list[int], eos_ids: Sequence[int]) -> list[int]:
     """The row up to its first EOS, included; what follows is filler."""
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+    end = next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
+    return row[:end]

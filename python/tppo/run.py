@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config, GenerateConfig
 from tppo.jsonl import Line, is_text, read_jsonl
+from tppo.model_folder import folder_eos_ids
 from tppo.models import load_policy, resolve_device
 from tppo.prompts import encode_answer, encode_prompts
 from tppo.rollout import Sampling
@@ -149,6 +150,11 @@ class Run:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path("sft/model"))
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends an answer."""
+        return folder_eos_ids(self.path("sft/model"), self.tokenizer)
 
     def sft_model(self) -> PreTrainedModel:
         return load_policy(self.path("sft/model"), self.device)

@@ -22,9 +22,10 @@ from tppo.label_rule import label_by_rule
 from tppo.labels import Label, iter_labels, read_labels, write_labels
 from tppo.line_index import LineIndex
 from tppo.mapping import map_labels
+from tppo.model_folder import model_eos_ids, save_model
 from tppo.models import load_policy, new_policy, place
 from tppo.progress import say, track
-from tppo.prompts import SEPARATOR, encode_answer, prompt_text
+from tppo.prompts import SEPARATOR, check_separator, encode_answer, prompt_text
 from tppo.reward_model import (
     LabelledAnswer,
     PolicyTokens,
@@ -64,8 +65,7 @@ def sft(run: Run) -> None:
             seed=run.seed,
             prefix=run.config.prefix,
         )
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        save_model(model, tokenizer, out / "model")
         write_jsonl(out / "metrics.jsonl", result.history)
         report = {name: value for name, value in result._asdict().items() if name != "history"}
         write_json(out / "report.json", report)
@@ -79,7 +79,9 @@ def _base_model(
     run: Run, train: Sequence[Session]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if run.model is not None:
-        return load_tokenizer(run.model), load_policy(run.model, run.device)
+        tokenizer, model = load_tokenizer(run.model), load_policy(run.model, run.device)
+        check_separator(tokenizer, model_eos_ids(tokenizer, model))
+        return tokenizer, model
     texts = (text for s in train for text in (prompt_text(s), SEPARATOR.join(s.targets)))
     tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +113,7 @@ def generate(run: Run) -> None:
         engine = HFRollout(
             model,
             pad_id=run.tokenizer.pad_token_id,
-            eos_id=run.tokenizer.eos_token_id,
+            eos_id=run.eos_ids,
             batch_size=config.batch_size,
             prefix=run.config.prefix,
         )
@@ -127,7 +129,7 @@ def generate(run: Run) -> None:
                     "prompt_ids": rollout.prompt_ids[i],
                     "response_ids": rollout.response_ids[i],
                     "finish": rollout.finish[i],
-                    "text": decode(run.tokenizer, rollout.response_ids[i]),
+                    "text": decode(run.tokenizer, rollout.response_ids[i], run.eos_ids),
                 }
                 for i, session in enumerate(chosen)
             ),
@@ -213,7 +215,7 @@ def map_to_tokens(run: Run) -> None:
         labels = _with_words(track(iter_labels(run.path("label/labels.jsonl")), "map"))
         write_jsonl(
             out / "categories.jsonl",
-            (_map_one(run.tokenizer, item, answers.get(item.id), lengths) for item in labels),
+            (_map_one(run, item, answers.get(item.id), lengths) for item in labels),
         )
         queries = lengths.total()
         ordered = (n for n in sorted(lengths) for _ in range(lengths[n]))
@@ -235,12 +237,12 @@ def _with_words(labels: Iterable[Label]) -> Iterator[Label]:
 
 
 def _map_one(
-    tokenizer: PreTrainedTokenizerBase, item: Label, answer: Answer | None, lengths: Counter[int]
+    run: Run, item: Label, answer: Answer | None, lengths: Counter[int]
 ) -> dict[str, object]:
     """Token categories of one answer; counts the tokens of each of its queries."""
     if answer is None:
         raise DataError(f"label {item.id!r}: no generated answer has this id")
-    text, offsets = token_offsets(tokenizer, answer.response_ids)
+    text, offsets = token_offsets(run.tokenizer, answer.response_ids, run.eos_ids)
     if text != item.response:
         raise DataError(f"label {item.id!r}: its response {item.response!r} is not {text!r}")
     start = 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tppo.model_folder import folder_eos_ids, load_from
 from tppo.pieces import pieces_of
 from tppo.progress import say
 
@@ -40,13 +41,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a local model.
 
+    A tokenizer without an eos token gets the first of the configuration.
     A tokenizer without a pad token gets its eos (or unk) as filler: no embedding is added, and
     nothing here infers a mask from an id, so an eos of the answer stays an eos.
-    Errors: ValueError if there is no eos token or the tokenizer has no character offsets.
+    Errors: ValueError if there is no eos token, the tokenizer has no character offsets, or it is
+    code of the folder.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    tokenizer = load_from(AutoTokenizer, path)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no eos token; an answer could never end")
+        ends = folder_eos_ids(path)
+        if not ends:
+            raise ValueError(
+                f"{path}: no eos token, neither of the tokenizer nor in config.json or "
+                "generation_config.json; an answer could never end"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: the tokenizer is not a fast one; labels need character offsets")
     if tokenizer.pad_token_id is None:
@@ -55,21 +64,34 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of response ids, special tokens left out."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Collection[int] = ()
+) -> str:
+    """The text of token ids, special tokens left out.
+
+    eos_ids: ids that end an answer; the last token is left out where it is one of them, because
+    not every end is a special token of the tokenizer.
+    """
+    shown = ids[:-1] if ids and ids[-1] in eos_ids else ids
+    text = tokenizer.decode(
+        list(shown), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     assert isinstance(text, str)  # a list only for a batch
     return text
 
 
 def token_offsets(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Collection[int] = ()
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of sampled ids and the half-open character span of each of them, in linear time.
 
     Sampled ids need not be those that the tokenizer gives for their text.  Tokens that share one
-    character (bytes of it) all get that character; a special token gets (s, s).
+    character (bytes of it) all get that character; a special token gets (s, s), and so does a last
+    one that is one of `eos_ids`.
     """
+    if ids and ids[-1] in eos_ids:
+        text, before = token_offsets(tokenizer, ids[:-1])
+        return text, [*before, (len(text), len(text))]
     text = decode(tokenizer, ids)
     spans = pieces_of(tokenizer, partial(decode, tokenizer)).spans(text, ids)
     if spans is None:

@@ -20,6 +20,7 @@ from tppo.checkpoint import load_latest, save_checkpoint
 from tppo.config import PPOConfig
 from tppo.evaluate import evaluate_policy, score_answers
 from tppo.jsonl import read_json, write_json, write_jsonl
+from tppo.model_folder import model_eos_ids, save_model
 from tppo.models import Critic, snapshot
 from tppo.parallel import ALONE, World, joined
 from tppo.ppo import Models, PPOTrainer
@@ -103,7 +104,8 @@ class Loop:
         self, sessions: Sequence[Session], rollout: RolloutBatch
     ) -> dict[str, float]:
         """What the reward model does not see: the rule's verdict, format, variety."""
-        texts = [decode(self.settings.tokenizer, ids) for ids in rollout.response_ids]
+        tokenizer, eos_ids = self.settings.tokenizer, self.trainer.eos_ids
+        texts = [decode(tokenizer, ids, eos_ids) for ids in rollout.response_ids]
         threshold = self.settings.config.label.sentence_threshold
         figures = score_answers(sessions, texts, rollout.finish, threshold)
         queries = [query for text in texts for query in parse_answer(text)]
@@ -173,7 +175,7 @@ class Loop:
         say(f"ppo: resumes after step {found.step} of {self.steps}")
 
     def export(self) -> None:
-        """The weights kept, as plain `save_pretrained`, and a report."""
+        """The weights kept, as a plain folder of transformers, and a report."""
         models = self.trainer.models
         if self.best:
             models.policy.load_state_dict(self.best["policy"])
@@ -188,8 +190,7 @@ class Loop:
                 f"WARNING: no step had held-out format >= {self.config.min_format} and KL <= "
                 f"{self.config.max_kl}; the last one is kept"
             )
-        models.policy.save_pretrained(self.out / "model")
-        self.settings.tokenizer.save_pretrained(self.out / "model")
+        save_model(models.policy, self.settings.tokenizer, self.out / "model")
         critic = {name: t.detach().cpu().clone() for name, t in models.critic.state_dict().items()}
         save_file(critic, self.out / "critic.safetensors")
         report = {"steps": self.steps, "kept_step": self.best_step, "seconds": self.seconds}
@@ -199,21 +200,21 @@ class Loop:
 
 def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOTrainer:
     """A trainer over `policy`, with reference and critic from SFT and the frozen reward model."""
-    pad_id, eos_id = run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
+    pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     batch_size, prefix = run.config.generate.batch_size, run.config.prefix
     models = Models(
         policy=policy,
         ref=run.sft_model(),
         critic=Critic.from_policy(run.path("sft/model"), run.device),
-        reward=load_frozen(run.path("train-rm/model"), run.tokenizer, run.device),
+        reward=load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids),
     )
     return PPOTrainer(
         models,
-        HFRollout(policy, pad_id=pad_id, eos_id=eos_id, batch_size=batch_size, prefix=prefix),
+        HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
         run.config.ppo,
         sampling=run.sampling(),
         pad_id=pad_id,
-        eos_id=eos_id,
+        eos_id=eos_ids,
         seed=run.seed,
         prefix=prefix,
         world=world,

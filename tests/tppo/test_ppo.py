@@ -32,15 +32,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def trainer(folder, config=CONFIG, seed=0, prefix="shared"):
+def trainer(folder, config=CONFIG, seed=0, prefix="shared", eos_id=EOS):
     cpu = torch.device("cpu")
     torch.manual_seed(1)
     policy = load_policy(folder, cpu)
     reward = RewardModel(load_reward_model(folder, cpu))
     models = Models(policy, load_policy(folder, cpu), Critic.from_policy(folder, cpu), reward)
-    rollout = HFRollout(policy, pad_id=PAD, eos_id=EOS, prefix=prefix)
+    rollout = HFRollout(policy, pad_id=PAD, eos_id=eos_id, prefix=prefix)
     return PPOTrainer(
-        models, rollout, config, sampling=Sampling(8), pad_id=PAD, eos_id=EOS, seed=seed,
+        models, rollout, config, sampling=Sampling(8), pad_id=PAD, eos_id=eos_id, seed=seed,
         prefix=prefix,
     )  # fmt: skip
 
@@ -94,22 +94,6 @@ def test_sampling_is_a_function_of_its_seed_alone(folder):
     for ids, reason in zip(one.response_ids, one.finish, strict=True):
         assert (ids[-1] == EOS) == (reason == "eos") and EOS not in ids[:-1]
         assert len(ids) == 8 if reason == "length" else len(ids) <= 8
-
-
-def test_the_folders_own_sampling_settings_do_not_bend_the_rollouts(folder, tmp_path):
-    """Log-probs are those of the whole distribution, so the rollouts must be too."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.generation_config.top_k, model.generation_config.do_sample = 1, True
-    model.generation_config.repetition_penalty = 5.0
-    model.save_pretrained(tmp_path)
-    batches = [
-        HFRollout(load_policy(path, torch.device("cpu")), pad_id=PAD, eos_id=EOS).generate(
-            PROMPTS, Sampling(8, seed=3)
-        )
-        for path in (folder, tmp_path)
-    ]
-    assert batches[0] == batches[1]
-    assert len({tuple(ids) for ids in batches[0].response_ids}) > 10
 
 
 def test_a_step_moves_policy_and_critic_only(folder):
@@ -207,6 +191,13 @@ def test_the_literal_train_mask_leaves_out_class_0_but_not_eos(folder):
         [True, False, False],
     ]
     assert torch.equal(trainer(folder).train_mask(batch, category), batch.mask)
+    several = trainer(folder, replace(CONFIG, train_on_unlabelled=False), eos_id=[EOS, 9])
+    assert several.train_mask(batch, category).tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+    category[0, 1] = 0
+    assert several.train_mask(batch, category)[0].tolist() == [False, True, True]
     metrics, _ = literal.step(PROMPTS, [6.0] * len(PROMPTS))
     assert torch.isfinite(torch.tensor(list(metrics.values()))).all()
 

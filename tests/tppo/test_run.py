@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,11 @@ def test_categories_line_up_with_the_sampled_tokens(finished):
 def test_exports_are_plain_models(finished):
     for folder in ("sft/model", "train/model"):
         model = AutoModelForCausalLM.from_pretrained(finished / folder)
-        assert len(AutoTokenizer.from_pretrained(finished / folder)) == model.config.vocab_size
+        tokenizer = AutoTokenizer.from_pretrained(finished / folder)
+        assert len(tokenizer) == model.config.vocab_size
+        ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+        config = model.generation_config
+        assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == ids
     assert not list((finished / "train").glob("**/*.pt"))
 
 
@@ -170,7 +175,8 @@ def test_a_killed_ppo_resumes_bit_identically(finished, config, tmp_path):
         load_file(path / "train" / "model" / "model.safetensors") for path in (finished, folder)
     )
     assert kept.keys() == again.keys() and all(torch.equal(kept[k], again[k]) for k in kept)
-    assert rows(folder / "train" / "metrics.jsonl") == rows(finished / "train" / "metrics.jsonl")
+    for name in ("metrics.jsonl", "model/generation_config.json"):
+        assert (folder / "train" / name).read_bytes() == (finished / "train" / name).read_bytes()
 
 
 def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_path):
@@ -203,6 +209,8 @@ def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_p
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
     metrics = [rows(folder / "train" / "metrics.jsonl") for folder in folders]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == [1, 2, 3, 4]
+    exported = [path / "train/model/generation_config.json" for path in (finished, *folders)]
+    assert len({path.read_text() for path in exported}) == 1
 
 
 def test_other_stages_refuse_to_run_several_times_at_once(finished, monkeypatch):
@@ -211,9 +219,15 @@ def test_other_stages_refuse_to_run_several_times_at_once(finished, monkeypatch)
         main(["eval", "--out", str(finished)])
 
 
+# transformers reads a temperature without do_sample with a warning, and refuses to save it.
+AUTHORS = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 9.0, "suppress_tokens": [40, 41]}
+
+
 @pytest.fixture(scope="module")
 def local_model(tmp_path_factory, finished):
-    """A causal LM as a user has it: random weights, a chat template, no pad token."""
+    """A causal LM as a user has it: random weights, a chat template, no pad token, and a
+    generation config with two ends of an answer, one of them a word like any other.
+    """
     path = tmp_path_factory.mktemp("model")
     texts = [prompt_text(session) for session in read_sessions(finished / "data/train.jsonl")]
     tokenizer = train_tokenizer(texts, 350)
@@ -232,6 +246,8 @@ def local_model(tmp_path_factory, finished):
     )  # fmt: skip
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")]
+    (path / "generation_config.json").write_text(json.dumps(AUTHORS | {"eos_token_id": ends}))
     return path
 
 
@@ -240,10 +256,26 @@ def test_a_local_model_with_a_chat_template(local_model, config, tmp_path, capsy
     main(["run", "--out", str(tmp_path), "--config", config, "--model", str(local_model), *flags])
     assert "no pad token" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "train" / "model")
-    answer = rows(tmp_path / "generate" / "answers.jsonl")[0]
-    prompt = tokenizer.decode(answer["prompt_ids"])
+    answers = rows(tmp_path / "generate" / "answers.jsonl")
+    prompt = tokenizer.decode(answers[0]["prompt_ids"])
     assert prompt.startswith("<s>user\nprofile:") and prompt.endswith("assistant\n")
     assert json.loads((tmp_path / "result.json").read_text())["tppo"]["users"] == 24
+    for folder in (local_model, tmp_path / "sft/model", tmp_path / "train/model"):
+        config = json.loads((folder / "generation_config.json").read_text())
+        config.pop("transformers_version", None)
+        assert config == AUTHORS | {"eos_token_id": config["eos_token_id"]}
+        assert config["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.encode("a")[0]]
+    last = Counter(row["response_ids"][-1] for row in answers if row["finish"] == "eos")
+    assert set(last) == set(config["eos_token_id"]), last
+    categories = {row["id"]: row["categories"] for row in rows(tmp_path / "map/categories.jsonl")}
+    for row in answers:
+        ids, ended = row["response_ids"], row["finish"] == "eos"
+        assert not set(ids[:-1]) & set(last) and (ids[-1] in last) == ended
+        shown = ids[:-1] if ended else ids
+        assert row["text"] == tokenizer.decode(shown, skip_special_tokens=True)
+        assert not ended or categories[row["id"]][-1] == 0
+    for row in rows(tmp_path / "train/metrics.jsonl"):
+        assert row["response/eos"] == row["val/num_eos_tokens"] / 16
 
 
 def test_a_prompt_longer_than_the_model(local_model, config, tmp_path, capsys):
