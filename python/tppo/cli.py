@@ -45,7 +45,8 @@ class Options:
     seed: int = 0
     """Decides everything random."""
     model: Path | None = None
-    """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch."""
+    """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch. Any of
+    the folder's EOS ids ends an answer; Python code in it is never executed."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int | None = None
