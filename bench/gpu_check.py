@@ -184,13 +184,12 @@ def sanitizer(check: Check, part: Part) -> None:
 
 def learning(check: Check, part: Part) -> None:
     """`tppo run` on the fastest backends and on the reference: curves agree, times side by side."""
-    if why := lacks("transformers", "tokenizers", "safetensors", "tyro", "rich", "yaml",
-                    "sacrebleu"):
+    if why := lacks("transformers", "tokenizers", "safetensors", "tyro", "rich", "pydantic",
+                    "ruamel", "sacrebleu"):
         return part.skip(f"{why}: the trainer cannot run")
-    import yaml
 
     config = check.out / "learning.yaml"
-    config.write_text(yaml.safe_dump(TINY if check.smoke else SMALL))
+    config.write_text(json.dumps(TINY if check.smoke else SMALL))
     curves: dict[str, list[float]] = {}
     for name in ("fastest", "reference"):
         folder = check.out / f"run-{name}"

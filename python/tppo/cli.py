@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
+from pydantic import Field
 
 from tppo import inspect_log
-from tppo.config import Config, fill_defaults, from_dict
-from tppo.jsonl import plain, write_text
+from tppo.config import Config, fill_defaults
+from tppo.jsonl import DataError, plain
 from tppo.label_config import check_address
 from tppo.progress import say, status
+from tppo.settings import Count, Seed, from_dict, section
 
 COMMANDS = {
     "run": "every stage below in one run folder; finished stages are skipped",
@@ -31,10 +32,9 @@ COMMANDS = {
     "heat": "token heat map, as HTML and in the terminal",
 }
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command
-PATHS = ("data", "out", "model", "config")
 
 
-@dataclass(frozen=True)
+@section
 class Options:
     """Flags of every command; a single stage starts from the settings its run folder has."""
 
@@ -42,21 +42,21 @@ class Options:
     """Log file, in any format of --format; by default sessions are generated."""
     out: Path = Path("runs/default")
     """The run folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     model: Path | None = None
     """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch. Any of
     the folder's EOS ids ends an answer; Python code in it is never executed."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: int | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    """auto, cpu, cuda, or cuda:1 for the second GPU."""
+    threads: Count | None = None
     """CPU threads; by default 1 for the small model (more cost time there), else torch's own."""
     config: Path | None = None
-    """YAML file of settings; flags go before it."""
+    """YAML file of settings, or the run.yaml of an earlier run; flags go before it."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-@dataclass(frozen=True)
+@section
 class LabelOptions:
     """Flags of `tppo label`: with one of the first three, only that is done."""
 
@@ -97,12 +97,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
     name, text, default = f"tppo {command}", COMMANDS[command], _defaults(command, rest)
-    if command == "label":
-        start = LabelOptions(options=default)
-        extra = tyro.cli(LabelOptions, prog=name, description=text, args=rest, default=start)
-        return extra.options, extra
-    options = tyro.cli(Options, prog=name, description=text, args=rest, default=default)
-    return options, LabelOptions()
+    try:
+        if command == "label":
+            start = LabelOptions(options=default)
+            extra = tyro.cli(LabelOptions, prog=name, description=text, args=rest, default=start)
+            return extra.options, extra
+        options = tyro.cli(Options, prog=name, description=text, args=rest, default=default)
+        return options, LabelOptions()
+    except DataError as error:  # of a section that tyro makes outside its own reports
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _usage(arguments: list[str]) -> None:
@@ -118,28 +122,35 @@ def _defaults(command: str, rest: list[str]) -> Options:
     """What the flags start from: --config, else, for a single stage, its run folder's settings."""
     config, out = _flag(rest, "--config"), Path(_flag(rest, "--out") or Options.out)
     if config is not None:
-        return Options(settings=_read(Path(config), Config))
+        return _read(Path(config))
     if command == "run" or not (out / SETTINGS).exists():
         return Options()
-    stored = _read(out / SETTINGS, Options)
-    paths = {name: getattr(stored, name) and Path(getattr(stored, name)) for name in PATHS}
-    return replace(stored, **paths)
+    return _read(out / SETTINGS)
 
 
 def _flag(rest: list[str], name: str) -> str | None:
+    """The value that a flag has at last; flags that are parsed later start from it."""
+    found = None
     for i, argument in enumerate(rest):
         if argument == name and i + 1 < len(rest):
-            return rest[i + 1]
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-    return None
+            found = rest[i + 1]
+        elif argument.startswith(f"{name}="):
+            found = argument.removeprefix(f"{name}=")
+    return found
 
 
-def _read(path: Path, kind: type) -> Any:
+def _read(path: Path) -> Options:
+    """The options of a run.yaml, or of a file that holds the settings alone."""
+    from tppo.yaml_file import read_yaml  # not where only --help is wanted
+
     try:
-        return from_dict(kind, yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        sys.exit(f"tppo: {path}: {error}")
+        values, line_of = read_yaml(path)
+        values = {} if values is None else values
+        if isinstance(values, dict) and "settings" in values:
+            return from_dict(Options, values, str(path), line_of)
+        return Options(settings=from_dict(Config, values, str(path), line_of))
+    except DataError as error:
+        sys.exit("\n".join(f"tppo: {line}" for line in str(error).splitlines()))
 
 
 def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
@@ -151,6 +162,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         stages = _stages()
         from tppo.parallel import from_environment
         from tppo.run import Run
+        from tppo.yaml_file import write_yaml
     run = Run(
         out=options.out,
         config=fill_defaults(options.settings, options.model is not None),
@@ -169,7 +181,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     if world.rank == 0:
-        write_text(options.out / SETTINGS, yaml.safe_dump(plain(options), sort_keys=False))
+        write_yaml(options.out / SETTINGS, plain(options))
     if label_task is not None:
         _label_task(run, *label_task)
     elif command == "run":

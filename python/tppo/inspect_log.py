@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,21 +19,22 @@ from tppo.jsonl import plain
 from tppo.progress import track
 from tppo.readers import ReadConfig, SessionLog
 from tppo.sessions import Session
+from tppo.settings import Natural, Seed, section
 
 SEARCH = "search"  # type of the events whose text is a query
 CLICK = "click"  # type of the events whose text is an address
 LONGEST = 10_000  # longer texts and histories count as this long
 
 
-@dataclass(frozen=True)
+@section
 class Options:
     """Flags of `tppo data inspect`."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """A log in any of the formats."""
-    examples: int = 3
+    examples: Natural = 3
     """Sessions to show, drawn at random."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides which sessions are shown."""
     json: bool = False
     """Print the figures as JSON."""
@@ -42,13 +43,13 @@ class Options:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `tppo data inspect`."""
-    options = tyro.cli(
-        Options,
-        prog="tppo data inspect",
-        description="What a log holds: sessions, lengths, duplicates, leaks of targets, examples.",
-        args=list(arguments),
-    )
     try:
+        options = tyro.cli(
+            Options,
+            prog="tppo data inspect",
+            description="What a log holds: lengths, duplicates, leaks of targets, examples.",
+            args=list(arguments),
+        )
         figures = inspect_log(options.file, options.read, options.examples, options.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"tppo data inspect: {error}")

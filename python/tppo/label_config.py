@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from dataclasses import dataclass
 
 from tppo.label_prompt import Template
+from tppo.settings import Count, Natural, NonNegative, Positive, Text, section
 
 
-@dataclass(frozen=True)
+@section
 class EndpointConfig:
     """An OpenAI-compatible endpoint. Its answers are kept in label-cache.jsonl of the run folder: a
     repeated run sends only what is missing there, a run with another --out asks anew."""
@@ -19,21 +18,21 @@ class EndpointConfig:
     """Such as http://127.0.0.1:8000/v1."""
     model: str = ""
     """The model's name at the endpoint."""
-    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key_env: Text | None = "OPENAI_API_KEY"
     """Environment variable that holds the key; None for a server that asks for none."""
-    concurrency: int = 8
+    concurrency: Count = 8
     """Requests in flight."""
-    max_retries: int = 5
+    max_retries: Natural = 5
     """Further tries of a request after 408, 409, 429, 5xx or a time-out, ever longer apart."""
-    timeout_s: float = 120.0
+    timeout_s: Positive = 120.0
     """Limit of one try, in seconds."""
-    temperature: float | None = 0.0
+    temperature: NonNegative | None = 0.0
     """None leaves it to the server; some models refuse any value."""
-    max_tokens: int | None = 4096
+    max_tokens: Count | None = 4096
     """Cap of an answer, in tokens; None leaves it to the server."""
-    price_read: float | None = None
+    price_read: NonNegative | None = None
     """Price of a million prompt tokens, in any currency; with both prices the cost is shown."""
-    price_written: float | None = None
+    price_written: NonNegative | None = None
     """Price of a million answer tokens."""
     template: Template = "words"
     """Labels of words and answer, or of the answer alone (sentence): those train no token reward
@@ -44,7 +43,6 @@ def need_libraries() -> None:
     """Raise ImportError, with what to install, where a library of labelling is missing."""
     try:
         import openai  # noqa: F401
-        import pydantic  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"labelling by an endpoint needs {error.name}: pip install tppo-kernels[label]"
@@ -55,16 +53,10 @@ def check(config: EndpointConfig) -> None:
     """Raise ValueError for a configuration with which no request can be made."""
     if not config.model.strip():
         raise ValueError(f"model was {config.model!r}, expected its name at the endpoint")
-    if config.concurrency < 1 or config.max_retries < 0 or not config.timeout_s > 0:
-        raise ValueError(
-            f"concurrency, max_retries, timeout_s were {config.concurrency}, {config.max_retries}, "
-            f"{config.timeout_s}, expected >= 1, >= 0, > 0"
-        )
     prices = (config.price_read, config.price_written)
-    given = [price for price in prices if price is not None]
-    if len(given) == 1 or not all(0 <= price < math.inf for price in given):
+    if prices.count(None) == 1:
         raise ValueError(
-            f"price_read, price_written were {prices[0]}, {prices[1]}, expected both >= 0, or none"
+            f"price_read, price_written were {prices[0]}, {prices[1]}, expected both, or none"
         )
 
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -32,14 +31,16 @@ from transformers import (
 from tppo.aligned_reward import AlignedRewardModel, OwnTokens, load_frozen, start_reward_model
 from tppo.batch import Batch
 from tppo.cli import main
-from tppo.config import Config, RewardModelConfig, SessionsConfig, fill_defaults, from_dict
+from tppo.config import Config, RewardModelConfig, SessionsConfig, fill_defaults
 from tppo.mapping import map_labels, word_spans
 from tppo.models import RewardModel
 from tppo.prompts import answer_text, encode_answer, encode_prompt, prompt_text
 from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
 from tppo.run import Run
+from tppo.settings import from_dict
 from tppo.synthetic import generate_sessions
 from tppo.tokenizer import decode, token_offsets
+from tppo.yaml_file import read_yaml
 
 FAMILIES = ("byte-level", "metaspace", "word-piece")
 PAIRS = list(itertools.permutations(FAMILIES, 2))
@@ -342,7 +343,7 @@ def test_longformer_in_the_loop(tmp_path, capsys):
     own, given, out = tokenizer("word-piece"), tmp_path / "longformer", tmp_path / "out"
     longformer(own).save_pretrained(given)
     own.save_pretrained(given)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     flags = ["--out", str(out), "--config", str(tmp_path / "tiny.yaml")]
     main(["run", *flags, "--reward-model.model", str(given), "--threads", "1"])
     said = capsys.readouterr().err
@@ -363,9 +364,8 @@ def test_longformer_in_the_loop(tmp_path, capsys):
     assert result["tppo"]["users"] == 16 and result["tppo"]["kl"] != 0
     assert "<html" in (out / "heat" / "heat.html").read_text()
 
-    settings = from_dict(Config, {**TINY, "reward_model": {**TINY["reward_model"],
-                                                           "model": str(given)}})  # fmt: skip
-    run = Run(out=out, config=fill_defaults(settings, False))
+    stored, _ = read_yaml(out / "run.yaml")
+    run = Run(out=out, config=fill_defaults(from_dict(Config, stored["settings"]), False))
     assert run.done("train-rm")
     (given / "config.json").write_text((given / "config.json").read_text() + "\n")
     assert not run.done("train-rm") and "longformer changed" in capsys.readouterr().err

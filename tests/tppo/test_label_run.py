@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
 
-import yaml  # noqa: E402
 from test_label_openai import answer, environment, serving, slots  # noqa: E402, F401
 
 from tppo.cli import COMMANDS, main  # noqa: E402
@@ -46,7 +45,7 @@ def flags(request, tmp_path):
     if not folder:
         pytest.skip("TPPO_SESSIONS names no folder of real sessions")
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump(SMALL))
+    config.write_text(json.dumps(SMALL))
     data = str(Path(folder) / f"{request.param}.jsonl")
     return [
         "--data", data, "--out", str(tmp_path / "out"), "--config", str(config),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,21 +26,22 @@ from tppo.readers.ikat import read_ikat
 from tppo.readers.qac import read_qac
 from tppo.readers.sim4ia import read_sim4ia
 from tppo.sessions import Session, iter_sessions
+from tppo.settings import Count, NonNegative, section
 
 __all__ = ["ReadConfig", "SessionLog", "detect_format"]
 
 Format = Literal["sessions", "chat", "aol", "qac", "ikat", "sim4ia"]
 
 
-@dataclass(frozen=True)
+@section
 class ReadConfig:
     """How a log file is read."""
 
     format: Literal["auto", "sessions", "chat", "aol", "qac", "ikat", "sim4ia"] = "auto"
     """Format of the file; auto looks at its name and its first line."""
-    gap_minutes: float | None = 30.0
+    gap_minutes: NonNegative | None = 30.0
     """aol: a pause longer than this ends a session; None: all of a user's log is one session."""
-    targets: int = 3
+    targets: Count = 3
     """aol: this many newest searches of a session are its targets; without one before: left out."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
     """Leave out sessions that repeat an earlier one: of the same user with the same events and

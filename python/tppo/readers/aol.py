@@ -48,10 +48,6 @@ def read_aol(
 
     Raises DataError naming line and column, also for a user whose rows do not stand together.
     """
-    if targets < 1:
-        raise ValueError(f"targets was {targets}, expected at least 1")
-    if gap_minutes is not None and not gap_minutes >= 0:
-        raise ValueError(f"gap_minutes was {gap_minutes}, expected at least 0, or None")
     gap = math.inf if gap_minutes is None else 60 * gap_minutes
     users = Fingerprints()
     empty = True

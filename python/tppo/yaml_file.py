@@ -1,0 +1,112 @@
+"""Read and write YAML 1.2, in which 5e-6 is a number and `off` a text; a value knows its line."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
+
+from tppo.jsonl import DataError, write_text
+
+Place = Sequence[str | int]
+
+
+def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, Callable[[Place], int | None]]:
+    """What a YAML file holds, and a function that gives the line of the value at a place.
+
+    Errors: DataError naming file and line; also for a key that a mapping has twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tree = _yaml().compose(text)
+        lines: dict[tuple[str | int, ...], int] = {}
+        if tree is not None:
+            _note(path, tree, (), lines, ())
+        value = _yaml().load(text)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = "" if mark is None else f"line {mark.line + 1}: column {mark.column + 1}: "
+        raise DataError(f"{path}: {at}not YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not YAML: nested too deeply") from None
+    except (YAMLError, ValueError) as error:  # not UTF-8, a control character, a huge number
+        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return value, lambda place: _line(lines, place)
+
+
+def write_yaml(path: str | os.PathLike[str], value: Any) -> None:
+    """Write mappings, lists and scalars in their order, whole or not at all."""
+    stream = io.StringIO()
+    _yaml().dump(value, stream)
+    write_text(path, stream.getvalue())
+
+
+class _Representer(SafeRepresenter):
+    """Writes a text that does not print, such as one with U+0085, with escapes, or it is lost."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _note(
+    path: Path,
+    node: Node,
+    place: tuple[str | int, ...],
+    lines: dict[tuple[str | int, ...], int],
+    above: tuple[Node, ...],
+) -> None:
+    """Note the line of every value below a node, and refuse a key that stands twice."""
+    lines.setdefault(place, node.start_mark.line + 1)
+    if any(node is parent for parent in above):
+        raise DataError(f"{path}: line {node.start_mark.line + 1}: an alias that holds itself")
+    if isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            _note(path, item, (*place, index), lines, (*above, node))
+    if not isinstance(node, MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key, item in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, ScalarNode):
+            raise DataError(f"{path}: line {line}: the key of a mapping was a list or a mapping, "
+                            "expected a name")  # fmt: skip
+        if key.value in first:
+            raise DataError(
+                f"{path}: line {line}: {'.'.join(map(str, (*place, key.value)))!r} again, "
+                f"which line {first[key.value]} has too; expected each key once in a mapping"
+            )
+        first[key.value] = line
+        inner = (*place, key.value)
+        lines[inner] = line
+        _note(path, item, inner, lines, (*above, node))
+
+
+def _line(lines: dict[tuple[str | int, ...], int], place: Place) -> int | None:
+    """The line of the value at a place, or of the nearest one that holds it."""
+    for length in range(len(place), -1, -1):
+        if (line := lines.get(tuple(place[:length]))) is not None:
+            return line
+    return None
