@@ -778,10 +778,9 @@ def test_secrets_in_the_url_are_refused_and_neither_shown_nor_written(tmp_path, 
     assert "pass1" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("missing", ["openai", "pydantic"])
-def test_a_missing_library_says_what_to_install(tmp_path, monkeypatch, missing):
+def test_a_missing_library_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"needs {missing}: pip install tppo-kernels\[label\]"):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"needs openai: pip install tppo-kernels\[label\]"):
         label([item()], EndpointConfig("http://x/v1", "m"), tmp_path / "c.jsonl")

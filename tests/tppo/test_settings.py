@@ -44,7 +44,7 @@ WRONG = {
     "settings: {}\nthreads: 0": "line 2: field 'threads': was 0, expected at least 1, or null",
     "settings: {ppo: {lr: x}}": "line 1: field 'settings.ppo.lr': was 'x'",
     "eval: {temperatures: []}": "line 1: field 'eval.temperatures': was .., expected at least 1",
-    "scratch:\n  heads: 3": "line 1: scratch: hidden_size, heads were 64, 3, expected a hidden_size",
+    "scratch:\n  heads: 3": "line 1: scratch: hidden_size, heads were 64, 3, expected a hidden_si",
     "sessions:\n  heldout_share: 0.8\n  test_share: 0.2": "line 1: sessions: heldout_share, test_s",
     "ppo: {lr: 1}\nsft: {}\nppo: {lam: 1}": "line 3: 'ppo' again, which line 1 has too",
     "sft: {lr: 1, lr: 2}": "line 1: 'sft.lr' again, which line 1 has too",
