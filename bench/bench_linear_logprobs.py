@@ -125,6 +125,7 @@ def test_linear_logprobs(measure, device, smoke, dtype, valid):
     contenders = {"op": functools.partial(op, memory="store"),
                   "recompute": functools.partial(op, memory="recompute"), "eager": eager}
     if device != "cpu":
+        contenders["1 GiB"] = functools.partial(op, memory=1 << 30)
         contenders["8 GiB"] = functools.partial(op, memory=8 << 30)
     if not smoke:
         contenders["compiled"] = torch.compile(eager)

@@ -92,6 +92,7 @@ def test_linear_ppo_loss(measure, device, smoke, dtype, valid, frozen):
     op = functools.partial(operator, memory="auto", **OPTIONS)
     contenders = {"op": op, "eager": by_logits}
     if device != "cpu":
+        contenders["1 GiB"] = functools.partial(op, memory=1 << 30)
         contenders["8 GiB"] = functools.partial(op, memory=8 << 30)
     if not smoke:
         contenders["compiled"] = functools.partial(by_logits, head=torch.compile(eager))

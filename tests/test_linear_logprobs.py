@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 from datetime import timedelta
 
 import pytest
@@ -490,6 +491,21 @@ def test_chunks_of_a_gpu():
     assert rows(False, True) >= 2 * rows(True, False)
     assert rows(True, True, columns=3) == rows(True, True)
     assert rows(True, True, v=151_643) == rows(True, True, v=151_648)
+
+
+@pytest.mark.parametrize("gigabytes, chunks", ((141, 2), (80, 3), (24, 9), (8, 12)))
+def test_the_chunk_of_a_gpu_follows_its_memory(monkeypatch, gigabytes, chunks):
+    """Not what is free of it, so that a call repeats bit by bit; 16,384 rows of 128,256."""
+    card = types.SimpleNamespace(total_memory=gigabytes * 10 ** 9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    budget = _linear.auto_bytes(torch.device("cuda", 0))
+    assert 1 << 30 <= budget <= max(1 << 30, min(8 << 30, gigabytes * 10 ** 9 // 16))
+    problem = _linear.Problem(*real_inputs(16_384, 128_256, 8), None, None, None, torch.tensor(1.0),
+                              None, None, budget, None, True)
+    problem.products.factors = torch.bfloat16
+    problem.rooms(True, True)
+    assert math.ceil(16_384 / problem.chunk_rows) == chunks
+    assert _linear.auto_bytes(torch.device("cpu")) == 1 << 30
 
 
 ROUNDED = third(itertools.product((torch.bfloat16, torch.float16), (0.15, 1.0, 6.0),

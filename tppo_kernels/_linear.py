@@ -18,10 +18,24 @@ from torch import Tensor
 from ._sequence import compute_dtype
 from .rows import Selection
 
-AUTO_BYTES = 1 << 30
+AUTO_BYTES, MOST_AUTO_BYTES = 1 << 30, 8 << 30
+AUTO_SHARE = 16  # "auto" takes one part in so many of a GPU's memory, between those two
 CPU_ROWS = 512  # beyond, dW's traffic is a few per cent, and the chunk leaves the caches
 BLOCK_BYTES = 1 << 24  # of the weight, cast at a time
 FEW_ROWS = 64  # up to here the time of a GPU's products is that of reading the weight
+
+
+def auto_bytes(device: torch.device) -> int:
+    """What `memory="auto"` may take: 1 GiB, or on a GPU a sixteenth of its memory, 1 to 8 GiB.
+
+    The gradient of the weight is read and written once for every chunk of rows, so few large chunks
+    are faster. The memory that the GPU has decides and not what is free of it: another chunk is
+    another order of additions, and two identical calls shall give the same bits.
+    """
+    if device.type != "cuda":
+        return AUTO_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(AUTO_BYTES, min(MOST_AUTO_BYTES, total // AUTO_SHARE))
 
 
 class Shard(NamedTuple):

@@ -11,6 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no machine instruction
+
+
+@triton.jit
+def log2(x):
+    """The logarithm by one instruction of the GPU, where `tl.log2` is a polynomial of some twenty.
+
+    Wrong by at most 2^-22 where x is in [0.5, 2], and by 2^-22 of the result elsewhere. -inf of a
+    subnormal number.
+    """
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x],
+                                         dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

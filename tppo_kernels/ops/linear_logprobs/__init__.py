@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._check import FP32_MAX, LABELS, Check, describe, values_between
 from ..._derivatives import first_only, refuse_forward_mode
 from ..._keywords import suggests
-from ..._linear import AUTO_BYTES, shard_of
+from ..._linear import auto_bytes, shard_of
 from ..._op import _LIB, Op
 from ..._sequence import compute_dtype
 from ...rows import slot_count, valid_rows
@@ -213,11 +213,11 @@ def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows
     return rows
 
 
-def budget_of(check: Check, memory: str | int) -> int:
+def budget_of(check: Check, memory: str | int, device: torch.device) -> int:
     """Bytes that kept exponentials and the chunk in flight may take together."""
     if isinstance(memory, str) or not isinstance(memory, int):
         check.choice("memory", memory, ("auto", "store", "recompute"))
-        return AUTO_BYTES
+        return auto_bytes(device)
     check.number("memory", memory, low=1, kind=int)
     return memory
 
@@ -251,12 +251,14 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     valid rows itself; under `torch.compile` a CPU compacts inside, a GPU runs all N rows.
 
     memory: "store" keeps exponentials of every row for backward (6NVD flops in all), "recompute"
-    nothing of size V (8NVD), "auto" (1 GiB) and a number of bytes take "store" where exponentials
-    and a chunk fit, and size the chunk. One row is always computed. Exponentials have the inputs'
-    dtype, fp16 for bf16. Without gradients for weight and bias, `entropy_grad=False` keeps
+    nothing of size V (8NVD), "auto" and a number of bytes take "store" where exponentials and a
+    chunk fit, and size the chunk. One row is always computed. Exponentials have the inputs' dtype,
+    fp16 for bf16. Without gradients for weight and bias, `entropy_grad=False` keeps
     dlogprob/dhidden [M, D] in fp32, whatever `memory` is (4NVD). On top of it come fp32 dW and the
     results. On a GPU 6 bytes a logit: the budget is best where it holds about 2,450 rows. Of up to
     64 rows 8 bytes: their gradients by the logits are not rounded to 16 bits.
+    The three words take chunks of 1 GiB on a CPU, and on a GPU of a sixteenth of its memory, 1 to
+    8 GiB: of the memory that it has, not of what is free, so that a call repeats bit by bit.
 
     A GPU multiplies hidden and weight of one 16-bit dtype as they are; of two dtypes, or in fp32,
     it casts to fp32, several times slower: give the weight in the dtype of the states.
@@ -278,7 +280,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     check.choice("entropy_grad", entropy_grad, (True, False))
     refuse_forward_mode("linear_logprobs", hidden, weight, bias)
     rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
-    budget = budget_of(check, memory)
+    budget = budget_of(check, memory, hidden.device)
     trains = torch.is_grad_enabled()
     head_trains = trains and (weight.requires_grad or (bias is not None and bias.requires_grad))
     regime = "none"

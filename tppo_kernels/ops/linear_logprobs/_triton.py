@@ -17,29 +17,35 @@ from torch import Tensor
 
 from ..._launch import launching_on, scalar
 from ..._native import FP64
-from ..._triton_rows import LOG2E, capped, capped_exactly, part_of, row_scaling
+from ..._triton_rows import LN2, LOG2E, capped, capped_exactly, log2, part_of, row_scaling
 from ..token_logprobs import _triton as token
 from ..token_logprobs._triton import DEAD, LOWEST, NEG_INF, _gradient, _row_gradients
 from . import reference
 from .reference import Scale, Stats
 
 TILE, WARPS = 2048, 4  # of a gradient by logits: 16 columns a thread, 64 bytes in flight
-BLOCK_WARPS = 8  # where a tile is a block of 4096 kept exponentials: as many a thread
-UNROLL = 4  # 16-byte loads in which such a tile is read
+BLOCK_WARPS = 4  # of a tile of kept exponentials, of which each warp has a block
+GROUP = 8  # adjacent columns of a thread: 16 bytes of 16-bit numbers
 
 _SCALING = ("temperature_ptr", "stride_t", "softcap_ptr", "scale_ptr")
 
 
 @triton.jit
 def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
-    """(exponentials of a tile, its largest v and u, and max v, sum 2^d, sum d 2^d of the row).
+    """Takes a tile x [U, W, 32 G] into max v [W], sum 2^d and sum d 2^d [W, 32] of a row.
 
-    live: which columns count, or None for all. The exponentials are relative to the tile's own u.
+    Each of the W warps reads a block of columns of its own, so that no step waits for another
+    warp. live: which columns count, or None for all. Returns the exponentials of the tile,
+    relative to the largest u of their block, those u [W], and the new m, s, w.
     """
+    U: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    G: tl.constexpr = x.shape[2] // 32
     v = x.to(tl.float32) * sign
     if live is not None:
         v = tl.where(live, v, NEG_INF)
-    most = tl.maximum(tl.max(tl.max(v, 0), 0), LOWEST)
+    most = tl.max(tl.max(tl.reshape(tl.max(v, 0), [W, 32, G]), 2), 1)
+    most = tl.maximum(most, LOWEST)
     new = tl.maximum(m, most)
     if CAPPED:
         u = capped(v, pre)
@@ -53,15 +59,23 @@ def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
         u_most = most
         u_new = new
         shift = (m - new) * c
-    d = (u - u_most) * c
+    d = (u - u_most[None, :, None]) * c
     e = tl.exp2(d)
-    shift = tl.maximum(shift, DEAD)
-    of_tile = tl.maximum((u_most - u_new) * c, DEAD)
-    s_tile = tl.sum(e, 0)  # [L]
-    w_tile = tl.sum(e * tl.maximum(d, DEAD), 0)
+    weighted = tl.reshape(e * tl.maximum(d, DEAD), [U, W, 32, G])
+    shift = tl.maximum(shift, DEAD)[:, None]
+    of_tile = tl.maximum((u_most - u_new) * c, DEAD)[:, None]
+    s_tile = tl.sum(tl.sum(tl.reshape(e, [U, W, 32, G]), 3), 0)
+    w_tile = tl.sum(tl.sum(weighted, 3), 0)
     w = tl.exp2(shift) * (w + s * shift) + tl.exp2(of_tile) * (w_tile + s_tile * of_tile)
     s = tl.exp2(shift) * s + tl.exp2(of_tile) * s_tile
     return e, u_most, new, s, w
+
+
+@triton.jit
+def _block_offsets(U: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """The columns of a tile [U, W, C]: the W blocks of U C columns lie one behind another."""
+    return (tl.arange(0, U)[:, None, None] * C + tl.arange(0, W)[None, :, None] * (U * C)
+            + tl.arange(0, C)[None, None, :])
 
 
 @triton.jit(do_not_specialize=("x_ptr", "stride_x", "target_ptr", "e_ptr", "stats_ptr", *_SCALING,
@@ -70,13 +84,13 @@ def _linear_logprobs_keep_kernel(
         x_ptr, stride_x: tl.int64, target_ptr, e_ptr, stats_ptr, temperature: tl.float64,
         temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr,
         columns, rows: tl.int64, SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
-        U: tl.constexpr, L: tl.constexpr):
-    """Statistics [4 + blocks, rows] and exponentials of a row; a tile [U, L] is a block.
+        U: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+    """Statistics [4 + blocks, rows] and exponentials of a row; a block is a warp's U 32 G columns.
 
-    Sums stay in L columns until the row ends: only a tile's maximum needs all threads.
+    Sums stay in the lane until the row ends: only the maximum of a block needs a warp.
     """
     row = tl.program_id(0).to(tl.int64)
-    TILE: tl.constexpr = U * L
+    TILE: tl.constexpr = U * W * 32 * G
     sign, pre, factor, _ = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                        softcap_ptr, scale, scale_ptr, CAPPED)
     sign32 = sign.to(tl.float32)
@@ -86,25 +100,34 @@ def _linear_logprobs_keep_kernel(
     e_row = e_ptr + row * columns  # 64-bit
     if ALIGNED:
         e_row = tl.multiple_of(e_row, 16)
-    shift_ptr = stats_ptr + 4 * rows + row
-    offsets = tl.arange(0, U)[:, None] * L + tl.arange(0, L)[None, :]
+    block = tl.arange(0, W)[:, None]
+    lane = tl.arange(0, 32)[None, :]  # the first one of a warp writes the shift of its block
+    shift_ptr = stats_ptr + 4 * rows + row + block * rows + lane * 0
+    offsets = _block_offsets(U, W, 32 * G)
 
-    m = tl.full([], LOWEST, tl.float32)
-    s = tl.zeros([L], tl.float32)
-    w = tl.zeros([L], tl.float32)
+    m = tl.full([W], LOWEST, tl.float32)
+    s = tl.zeros([W, 32], tl.float32)
+    w = tl.zeros([W, 32], tl.float32)
     whole = columns // TILE
     for tile in range(0, whole):
         x = tl.load(x_row + tile * TILE + offsets, eviction_policy="evict_first")
         e, u, m, s, w = _keep(x, None, m, s, w, sign32, pre32, c, CAPPED)
         tl.store(e_row + tile * TILE + offsets, e * SCALE)
-        tl.store(shift_ptr + tile * rows, (u.to(tl.float64) * factor).to(tl.float32))
+        shift = tl.broadcast_to((u.to(tl.float64) * factor).to(tl.float32)[:, None], [W, 32])
+        tl.store(shift_ptr + tile * W * rows, shift, mask=lane == 0)
     for tile in range(whole, tl.cdiv(columns, TILE)):  # one at most
         live = tile * TILE + offsets < columns
-        x = tl.load(x_row + tile * TILE + offsets, mask=live, other=0.0)
+        written = live
+        if ALIGNED:  # by whole groups, so that stores stay wide
+            written = tile * TILE + offsets // G * G < columns
+        x = tl.load(x_row + tile * TILE + offsets, mask=written, other=0.0)
         e, u, m, s, w = _keep(x, live, m, s, w, sign32, pre32, c, CAPPED)
-        tl.store(e_row + tile * TILE + offsets, e * SCALE, mask=live)
-        tl.store(shift_ptr + tile * rows, (u.to(tl.float64) * factor).to(tl.float32))
+        tl.store(e_row + tile * TILE + offsets, e * SCALE, mask=written)
+        shift = tl.broadcast_to((u.to(tl.float64) * factor).to(tl.float32)[:, None], [W, 32])
+        tl.store(shift_ptr + tile * W * rows, shift,
+                 mask=(lane == 0) & (tile * TILE + block * (U * 32 * G) < columns))
 
+    m, s, w = _joined(m, s, w, pre32, c, CAPPED)
     target = tl.load(target_ptr + row).to(tl.int64)
     good = (target >= 0) & (target < columns)
     v = tl.load(x_row + target, mask=good, other=0.0).to(tl.float64) * sign
@@ -112,10 +135,9 @@ def _linear_logprobs_keep_kernel(
     if CAPPED:
         v = capped_exactly(v, pre)
         m64 = capped_exactly(m64, pre)
-    total = tl.sum(s.to(tl.float64), 0)
-    log_sum = tl.log(total)
-    good = good & (total > 0)
-    entropy = log_sum - tl.sum(w.to(tl.float64), 0) / total / LOG2E
+    log_sum = tl.log(s)
+    good = good & (s > 0)
+    entropy = log_sum - w / s / LOG2E
     nan = float("nan")
     logprob = factor * (v - m64) - log_sum
     tl.store(stats_ptr + row, tl.where(good, logprob, nan).to(tl.float32))
@@ -125,11 +147,30 @@ def _linear_logprobs_keep_kernel(
 
 
 @triton.jit
+def _joined(m, s, w, pre, c, CAPPED: tl.constexpr):
+    """(max v, sum, weighted sum) of all warps m [W], s, w [W, 32]; sums in fp64, in fixed order."""
+    top = tl.max(m, 0)
+    if CAPPED:
+        d = (capped(m, pre) - capped(top, pre)) * c
+    else:
+        d = (m - top) * c
+    d = tl.maximum(d, DEAD)[:, None]
+    shrink = tl.exp2(d).to(tl.float64)
+    total = tl.sum(tl.sum(s.to(tl.float64) * shrink, 1), 0)
+    return top, total, tl.sum(tl.sum((w + s * d).to(tl.float64) * shrink, 1), 0)
+
+
+@triton.jit
 def _write(dx_row, low_row, twice, offsets, dx, live):
-    """dx, rounded to its dtype; `twice`: and in the second row what it lost."""
-    high = dx.to(dx_row.dtype.element_ty)
-    tl.store(dx_row + offsets, high, mask=live)
+    """dx, rounded to its dtype; `twice`: and in the second row what it lost.
+
+    What was written is read back for that: used as a register too, a rounded number would be
+    converted by an instruction of its own, where a pair shares one.
+    """
+    tl.store(dx_row + offsets, dx, mask=live)
     if twice:
+        tl.debug_barrier()
+        high = tl.load(dx_row + offsets, mask=live)
         tl.store(low_row + offsets, dx - high.to(tl.float32), mask=live)
 
 
@@ -182,16 +223,27 @@ def _linear_logprobs_gradient_kernel(
 @triton.jit
 def _of_kept(e, hit, at_target, shift, log_share, back, a, b, entropy, SCALE: tl.constexpr,
              CAPPED: tl.constexpr):
-    """dx of exponentials e = exp(z - shift), p = e exp(log_share); u and log p from log e."""
+    """dx of exponentials e = exp(z - shift), p = e exp(log_share); u and log p from log e.
+
+    e: a tile [U, W, C]; shift and log_share: of its blocks [W]. What the columns of a block share
+    is computed once: dx = e (first + second log2 e). The logarithm of an e of 0 is held at DEAD,
+    and so is that of a block without probability: both are multiplied by 0.
+    """
     e = e.to(tl.float32) * (1.0 / SCALE)
-    p = e * tl.exp2(log_share * LOG2E)
-    log_e = tl.log2(e) / LOG2E
+    if SCALE == 1.0:
+        d = tl.maximum(tl.log2(e), DEAD)
+    else:  # as exact as an e of 16 bits
+        d = tl.maximum(log2(e), DEAD)
+    share = -tl.exp2(log_share * LOG2E)
     if b is None:
-        dx = -p * a
+        dx = e * (share * a)[None, :, None]
     else:
-        dx = -p * (a + b * (tl.maximum(log_e + log_share, DEAD) + entropy))
+        first = share * (a + b * (tl.maximum(log_share, DEAD) + entropy))
+        second = share * b * LN2
+        dx = e * tl.fma(d, second[None, :, None], first[None, :, None])
     if CAPPED:
-        u = tl.minimum(tl.maximum((log_e + shift) * back, -1.0), 1.0)
+        u = (d * LN2 + shift[None, :, None]) * back
+        u = tl.minimum(tl.maximum(u, -1.0), 1.0)
         dx = dx * (1.0 - u * u)
     return tl.where(hit, at_target, dx)
 
@@ -203,7 +255,8 @@ def _linear_logprobs_kept_kernel(
         g_entropy_ptr, stride_ent, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr,
         shift_ptr, stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
         softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr, columns, parts,
-        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr,
+        W: tl.constexpr, G: tl.constexpr):
     """dx from kept exponentials; at the target from its logprob, because 1 - p is a difference."""
     row = tl.program_id(0).to(tl.int64)
     _, _, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
@@ -229,12 +282,15 @@ def _linear_logprobs_kept_kernel(
         e_row = tl.multiple_of(e_row, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
     low_row = tl.multiple_of(dx_row + low_off, 16)
-    offsets = tl.arange(0, TILE)
+    TILE: tl.constexpr = U * W * 32 * G
+    offsets = _block_offsets(U, W, 32 * G)
+    block = tl.arange(0, W)
+    shift_ptr += row + block * stride_shift
     first, last = part_of(tl.cdiv(columns, TILE), tl.program_id(1), parts)
     whole = tl.minimum(last, columns // TILE)
     for tile in range(first, whole):
         start = tile * TILE
-        shift = tl.load(shift_ptr + tile * stride_shift + row)
+        shift = tl.load(shift_ptr + tile * W * stride_shift)
         e = tl.load(e_row + start + offsets, eviction_policy="evict_first")
         dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
                       shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
@@ -242,7 +298,10 @@ def _linear_logprobs_kept_kernel(
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
         live = start + offsets < columns
-        shift = tl.load(shift_ptr + tile * stride_shift + row)
+        if ALIGNED:  # by whole groups, so that loads and stores stay wide
+            live = start + offsets // G * G < columns
+        shift = tl.load(shift_ptr + tile * W * stride_shift,
+                        mask=start + block * (U * 32 * G) < columns, other=0.0)
         e = tl.load(e_row + start + offsets, mask=live, other=0.0)
         dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
                       shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
@@ -269,9 +328,10 @@ def _slopes(*slopes: Tensor | None) -> list:
 
 
 def _by_block(e: Tensor, columns: int) -> dict:
-    """What a kernel whose tile is a block of kept exponentials e is compiled for."""
+    """What a kernel whose tile is a block of kept exponentials e for each warp is compiled for."""
     return {"SCALE": reference.FP16_SCALE if e.dtype == torch.float16 else 1.0,
-            "ALIGNED": columns * e.element_size() % 16 == 0, "num_warps": BLOCK_WARPS}
+            "ALIGNED": columns % GROUP == 0, "U": reference.KEPT_BLOCK // (32 * GROUP),
+            "W": BLOCK_WARPS, "G": GROUP, "num_warps": BLOCK_WARPS}
 
 
 def _low_off(rows: int, out: Tensor) -> int:
@@ -289,8 +349,7 @@ def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
     with launching_on(x):
         _linear_logprobs_keep_kernel[(count,)](
             x, x.stride(0), targets, out, stats, *_scaling(scale), columns, count,
-            CAPPED=scale.softcap is not None, U=UNROLL, L=reference.KEPT_BLOCK // UNROLL,
-            **_by_block(out, columns))
+            CAPPED=scale.softcap is not None, **_by_block(out, columns))
     return Stats.of(stats, 0, count)
 
 
@@ -316,14 +375,13 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
                       targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
                       out: Tensor) -> None:
     count, columns = e.shape
-    parts = token._parts(count, columns, reference.KEPT_BLOCK)
+    parts = token._parts(count, columns, reference.KEPT_BLOCK * BLOCK_WARPS)
     assert stats.shifts is not None
     with launching_on(e):
         _linear_logprobs_kept_kernel[(count, parts)](
             e, out, out.stride(0), _low_off(count, out), *_slopes(g_logprobs, g_entropy),
             _owned(targets, owned), *stats, stats.shifts.stride(0), *_scaling(scale), columns,
-            parts, CAPPED=scale.softcap is not None, TILE=reference.KEPT_BLOCK,
-            **_by_block(e, columns))
+            parts, CAPPED=scale.softcap is not None, **_by_block(e, columns))
 
 
 STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,

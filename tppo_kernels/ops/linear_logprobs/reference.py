@@ -17,7 +17,7 @@ from ...rows import Selection
 from ..token_logprobs import reference as token
 
 FP16_SCALE = 2.0 ** 15  # a kept fp16 exponential is normal down to e^-20
-KEPT_BLOCK = 4096  # columns whose exponentials have a maximum of their own on a GPU
+KEPT_BLOCK = 512  # columns whose exponentials have a maximum of their own on a GPU
 FIT_BITS = 14  # a gradient by logits in fp16 is brought to 2^14 at most: the largest is 2^16
 
 

@@ -169,7 +169,8 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     Differentiable in hidden, weight and bias, once: their gradients are computed in forward, chunk
     by chunk (6NVD; without gradients for weight and bias 4NVD), and backward multiplies them by
     the incoming gradient on the device, then rounds them to the dtypes of the inputs: they wait in
-    fp32. No logits or exponentials are kept; `memory` bounds the chunk.
+    fp32. No logits or exponentials are kept; `memory` bounds the chunk, by "auto" to 1 GiB on a CPU
+    and to a sixteenth of a GPU's memory, 1 to 8 GiB: larger chunks take less time.
     `ratio="sequence"` needs all tokens of a sequence before the first gradient, so exponentials
     of all rows inside forward: `memory` "store", "auto", or a number of bytes that holds them.
     `entropy_grad=False` takes the entropy as a constant. `mask` is the train mask. With
@@ -205,7 +206,7 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad
               for x in (hidden, weight, bias)]
-    budget = budget_of(check, memory)
+    budget = budget_of(check, memory, hidden.device)
     if ratio == "sequence" and any(wanted):
         budget = _sequence_budget(memory, budget, kept_nbytes(
             hidden, weight, bias, slot_count(targets.numel(), rows, capacity), valid_vocab))
