@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from tppo.config import Config, fill_defaults
 from tppo.jsonl import DataError, plain
 from tppo.label_config import check_address
 from tppo.progress import say, status
+from tppo.run_folder import differences
 from tppo.settings import Count, Seed, from_dict, section
 
 COMMANDS = {
@@ -31,7 +33,7 @@ COMMANDS = {
     "eval": "the closing table and result.json",
     "heat": "token heat map, as HTML and in the terminal",
 }
-SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command
+SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
 
 @section
@@ -162,7 +164,6 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         stages = _stages()
         from tppo.parallel import from_environment
         from tppo.run import Run
-        from tppo.yaml_file import write_yaml
     run = Run(
         out=options.out,
         config=fill_defaults(options.settings, options.model is not None),
@@ -179,12 +180,39 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         raise ValueError(f"{world.size} processes, expected 1: several share `tppo train` alone")
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    if world.rank == 0:
-        write_yaml(options.out / SETTINGS, plain(options))
-    if label_task is not None:
+    if label_task is not None and label_task[0] == "agreement":  # it only reads
         _label_task(run, *label_task)
-    elif command == "run":
+        return
+    with run.folder.lock() if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            if command != "run":
+                run.check_stages_before(command)
+            _keep_settings(options)
+        if label_task is not None:
+            _label_task(run, *label_task)
+        else:
+            _run_stages(run, stages, command)
+
+
+def _keep_settings(options: Options) -> None:
+    """The flags of this command are those from which a single stage starts next."""
+    from tppo.yaml_file import read_yaml, write_yaml
+
+    path, new = options.out / SETTINGS, plain(options)
+    try:
+        old = read_yaml(path)[0]
+    except DataError:  # absent, or damaged: `tppo run` does not read it
+        old = None
+    if isinstance(old, dict):
+        changes = differences("", old, new | {"out": old.get("out")})  # a folder may be moved
+        if changes:
+            say(f"{path} changes: {'; '.join(change.removeprefix('.') for change in changes)}")
+    if old != new:
+        write_yaml(path, new)
+
+
+def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str) -> None:
+    if command == "run":
         for name, stage in stages.items():
             if run.done(name):
                 say(f"{name}: finished before, skipped")

@@ -66,6 +66,15 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """One JSON object; None where there is no such file, or none that holds one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
     """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF, blank lines are fine.
 
@@ -135,7 +144,10 @@ def parse_object(path: Path, number: int, raw: bytes) -> dict[str, Any]:
 
 def short(value: object, limit: int = 80) -> str:
     """A value as an error shows it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deeply to be shown"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

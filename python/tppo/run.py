@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,48 +13,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config, GenerateConfig
+from tppo.dependencies import OPTIONAL, STAGES, settings
 from tppo.jsonl import Line, is_text, read_jsonl
 from tppo.model_folder import folder_eos_ids
 from tppo.models import load_policy, resolve_device
+from tppo.progress import say
 from tppo.prompts import encode_answer, encode_prompts
 from tppo.rollout import Sampling
-from tppo.run_folder import RunFolder
+from tppo.run_folder import RunFolder, differences
 from tppo.sessions import DataError, Session, read_sessions
 from tppo.tokenizer import load_tokenizer
-
-# What a stage reads of the run folder, and the sections of the configuration it depends on.
-STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "data": ((), ("sessions",)),
-    "sft": (("data/train.jsonl", "data/heldout.jsonl"), ("scratch", "sft", "generate", "prefix")),
-    "generate": (("data/train.jsonl", "sft/model"), ("generate", "prefix")),
-    "label": (("data/train.jsonl", "generate/answers.jsonl"), ("label",)),
-    "map": (("sft/model", "generate/answers.jsonl", "label/labels.jsonl"), ()),
-    "train-rm": (
-        (
-            "sft/model", "generate/answers.jsonl", "label/labels.jsonl", "map/categories.jsonl",
-        ),
-        ("reward_model", "prefix"),
-    ),
-    "train": (
-        (
-            "data/train.jsonl", "data/heldout.jsonl", "sft/model", "map/lengths.json",
-            "train-rm/model", "train-rm/report.json",
-        ),
-        ("generate", "label.sentence_threshold", "ppo", "prefix"),
-    ),
-    "eval": (
-        ("data/train.jsonl", "data/test.jsonl", "sft/model", "train/model", "train/report.json"),
-        ("sft", "generate", "label.sentence_threshold", "eval", "prefix"),
-    ),
-    "heat": (
-        (
-            "data/test.jsonl", "sft/model", "map/lengths.json", "train-rm/model", "train/model",
-            "train/critic.safetensors",
-        ),
-        ("generate", "ppo", "eval", "prefix"),
-    ),
-}  # fmt: skip
-
 
 DEFAULT_POSITIONS = 2048  # of a model that does not say how many it has
 
@@ -117,12 +84,43 @@ class Run:
             yield work
 
     def inputs(self, stage: str) -> list[Path]:
-        """What the stage reads.  Raises DataError where one is not there, with the remedy."""
+        """What the stage reads.
+
+        Raises DataError, with the remedy, where one is not there or not what its stage wrote.
+        """
         inputs = self._inputs(stage)
         for path in inputs:
             if not path.exists():
                 raise DataError(f"{path}: no such file; {self._remedy(path)}")
+        for relative in self._files(stage):
+            self.folder.verify(self.path(relative))
         return inputs
+
+    def check_stages_before(self, stage: str) -> None:
+        """Compare the settings with those of the stages whose files the stage builds on.
+
+        Raises DataError where one of them had another seed; says what else is not as it was.
+        """
+        for name in _before(stage):
+            manifest = self.folder.manifest(name)
+            if manifest is None:
+                continue  # `inputs` says so where its files are read
+            if manifest["seed"] != self.seed:
+                raise DataError(
+                    f"stage {name} in {self.out} had seed {manifest['seed']}, this command has "
+                    f"{self.seed}: leave --seed out, or begin with `tppo run --seed {self.seed}` "
+                    "in another --out"
+                )
+            inputs, own = self._inputs(name), self._settings(name)
+            if all(path.exists() for path in inputs):
+                changes = self.folder.changes(name, inputs, own, self.seed)
+            else:  # a log that was read and then moved away
+                changes = differences("config", manifest["config"], own)
+            if changes:
+                say(
+                    f"WARNING: {stage} builds on files of {name}, which would now be others "
+                    f"(`tppo run` repeats it): {'; '.join(changes)}"
+                )
 
     def _remedy(self, path: Path) -> str:
         if path in self._outside.values():
@@ -139,10 +137,16 @@ class Run:
     def _inputs(self, stage: str) -> list[Path]:
         outside = self._outside.get(stage)
         inputs = [] if outside is None else [outside]
-        return inputs + [self.path(relative) for relative in STAGES[stage][0]]
+        return inputs + [self.path(relative) for relative in self._files(stage)]
+
+    def _files(self, stage: str) -> list[str]:
+        """What the stage reads of the run folder."""
+        files = STAGES[stage].files
+        return [name for name in files if name not in OPTIONAL or self.path(name).exists()]
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        return {name: attrgetter(name)(self.config) for name in STAGES[stage][1]}
+        from_file, from_model = self.data is not None, self.model is not None
+        return settings(stage, self.config, from_file=from_file, from_model=from_model)
 
     def sessions(self, split: str) -> list[Session]:
         return read_sessions(self.path(f"data/{split}.jsonl"))
@@ -179,6 +183,17 @@ class Run:
     def iter_answers(self) -> Iterator[Answer]:
         """The generated answers one at a time."""
         return map(answer_of, read_jsonl(self.path("generate/answers.jsonl")))
+
+
+def _before(stage: str) -> list[str]:
+    """The stages whose files a stage reads, and theirs, in order."""
+    found: set[str] = set()
+    left = [stage]
+    while left:
+        direct = {file.split("/")[0] for file in STAGES[left.pop()].files}
+        left += direct - found
+        found |= direct
+    return [name for name in STAGES if name in found]
 
 
 def answer_of(line: Line) -> Answer:

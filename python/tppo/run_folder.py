@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tppo.jsonl import DataError, plain, sync_directory, write_json, write_jsonl
-from tppo.progress import say, status
+from tppo.disk import space_for
+from tppo.folder_lock import FolderLock
+from tppo.hashes import MANIFEST, Hashes, sha256
+from tppo.jsonl import (
+    DataError,
+    plain,
+    read_object,
+    short,
+    sync_directory,
+    write_json,
+    write_jsonl,
+)
+from tppo.progress import say
 
-__all__ = ["RunFolder", "write_json", "write_jsonl"]
+__all__ = ["RunFolder", "differences", "write_json", "write_jsonl"]
 
-MANIFEST = "manifest.json"
+KEPT = "checkpoints"  # of a stage that can resume: not of its result, deleted when that is there
 _HIDDEN = "(not written)"
 _ABSENT = object()
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "credential", "authorization"}
@@ -32,6 +40,12 @@ class RunFolder:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
+        self.hashes = Hashes(self.root / ".hashes.json")
+        self._lock = FolderLock(self.root)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other processes from changing the folder; raises RuntimeError where one does."""
+        return self._lock.held()
 
     def path(self, name: str) -> Path:
         """Where a finished stage lies."""
@@ -53,32 +67,35 @@ class RunFolder:
     ) -> Iterator[Path]:
         """Give a temporary folder to write into; it becomes `root/name` when the block succeeds.
 
-        On failure it is removed and an earlier result stays as it was. With `resume` it is kept
-        instead, and given back to a later call with equal inputs, config and seed, so that a stage
-        can go on from checkpoints that it left there.
+        On failure it is removed and an earlier result stays as it was. With `resume` the part of it
+        named `checkpoints` is kept instead, and given back to a later call with equal inputs,
+        config and seed, so that a stage can go on from there. It is no part of the result, and is
+        deleted only after the result has its name.
         """
         final, work = self.path(name), self.root / f"{name}.tmp"
-        identity = self._identity(inputs, config, seed)
-        self.root.mkdir(parents=True, exist_ok=True)
-        with _lock(work):
-            _clear(work, keep=resume and _read(work) == identity)
+        with self.lock():
+            identity = self._identity(inputs, config, seed)
+            work.mkdir(exist_ok=True)
+            _clear(work, keep=resume and _resumes(name, work, identity))
             write_json(work / MANIFEST, identity)
             start = time.monotonic()
             try:
-                yield work
-                manifest = {
-                    **identity,
-                    "seconds": round(time.monotonic() - start, 3),
-                    "versions": versions(),
-                    "outputs": _outputs(work),
-                }
-                write_json(work / MANIFEST, manifest)
-                _sync_tree(work)
-                _replace(work, final)
+                with space_for(work, f"stage {name}", "Make room and run the same command again."):
+                    yield work
+                    manifest = {
+                        **identity,
+                        "seconds": round(time.monotonic() - start, 3),
+                        "versions": versions(),
+                        "outputs": _outputs(work),
+                    }
+                    write_json(work / MANIFEST, manifest)
+                    _sync_tree(work)
+                    _replace(work, final)
             except BaseException:
                 if not resume:
                     shutil.rmtree(work, ignore_errors=True)
                 raise
+            shutil.rmtree(final / KEPT, ignore_errors=True)
 
     def done(
         self,
@@ -91,6 +108,8 @@ class RunFolder:
         changes = self.changes(name, inputs, config, seed)
         if changes and (self.path(name) / MANIFEST).exists():
             say(f"{name}: runs again, because {'; '.join(changes)}")
+        if not changes:  # what a kill between the stage's rename and this deletion left behind
+            shutil.rmtree(self.path(name) / KEPT, ignore_errors=True)
         return not changes
 
     def changes(
@@ -102,42 +121,59 @@ class RunFolder:
     ) -> list[str]:
         """What keeps the finished stage from standing for this call; empty if nothing does."""
         folder = self.path(name)
-        manifest = _read(folder)
-        if manifest is None or "outputs" not in manifest:
+        if not (folder / MANIFEST).exists():
             return [f"{folder} holds no finished stage"]
-        for relative, size in manifest["outputs"].items():
-            file = folder / relative
-            if not file.is_file() or file.stat().st_size != size["nbytes"]:
-                return [f"{file} is not the file that the stage wrote"]
-        identity = self._identity(inputs, config, seed)
-        changes = _input_changes(manifest["inputs"], identity["inputs"])
-        changes += _changes("config", manifest["config"], identity["config"])
-        return changes + _changes("seed", manifest["seed"], identity["seed"])
+        manifest = self.manifest(name)
+        if manifest is None:
+            return [f"{folder / MANIFEST} is damaged"]
+        for relative in manifest["outputs"]:
+            if self._is_other(folder, relative, manifest):
+                return [f"{folder / relative} is not the file that the stage wrote"]
+        return _identity_changes(manifest, self._identity(inputs, config, seed))
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage was made of; None where there is none, or a damaged manifest."""
+        found = read_object(self.path(name) / MANIFEST)
+        if found is None or not _is_identity(found) or not isinstance(found.get("outputs"), dict):
+            return None
+        entries = found["outputs"].values()
+        return found if all(_is_record(e, nbytes=int, sha256=str) for e in entries) else None
+
+    def verify(self, path: Path) -> None:
+        """Raise DataError where a file or folder of a stage is not what the stage wrote there."""
+        stage, *rest = path.relative_to(self.root).parts
+        folder, manifest = self.path(stage), self.manifest(stage)
+        if manifest is None:
+            raise DataError(f"{folder / MANIFEST}: absent or damaged, run stage {stage} again")
+        files = {"/".join(rest)} if path.is_file() else _files(folder, path)
+        prefix = "/".join([*rest, ""])
+        files |= {name for name in manifest["outputs"] if path.is_dir() and name.startswith(prefix)}
+        for relative in sorted(files):
+            if self._is_other(folder, relative, manifest):
+                raise DataError(
+                    f"{folder / relative}: not the file that stage {stage} wrote, by size or by "
+                    f"SHA-256; run stage {stage} again, or restore it"
+                )
+
+    def _is_other(self, folder: Path, relative: str, manifest: dict[str, Any]) -> bool:
+        """Whether a file is not the one that the manifest describes."""
+        file, entry = folder / relative, manifest["outputs"].get(relative)
+        return (
+            entry is None
+            or not file.is_file()
+            or file.stat().st_size != entry["nbytes"]
+            or self.hashes.of(file) != entry["sha256"]
+        )
 
     def _identity(
         self, inputs: Sequence[str | os.PathLike[str]], config: Any, seed: int
     ) -> dict[str, Any]:
         """All that a stage's result depends on."""
         entries = [
-            {"path": os.path.relpath(path, self.root), "sha256": sha256(Path(path))}
+            {"path": os.path.relpath(path, self.root), "sha256": self.hashes.of(Path(path))}
             for path in inputs
         ]
         return {"inputs": entries, "config": _without_secrets(plain(config)), "seed": seed}
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, or of all files of a folder and their names but its manifest."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(f for f in path.rglob("*") if f.is_file() and f != path / MANIFEST):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as content, status(f"hashing {path.name}"):
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -151,53 +187,57 @@ def versions() -> dict[str, str]:
     return found
 
 
-@contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    """Hold the temporary folder alone; the system lets go of it when the process dies."""
-    while True:
-        work.mkdir(exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY)
-        try:
-            _take(descriptor, work)
-            # Between open and lock another process may have renamed the folder away.
-            if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
-                yield
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _take(descriptor: int, work: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RuntimeError(f"{work}: another process is running this stage") from None
+def _resumes(name: str, work: Path, identity: dict[str, Any]) -> bool:
+    """Whether what a process left in the folder is of the same work; says so where it is not."""
+    if not (work / KEPT).is_dir():
+        return False
+    was = read_object(work / MANIFEST) or {}
+    changes = [f"{work / MANIFEST} is damaged"]
+    if _is_identity(was):
+        changes = _identity_changes(was, identity)
+    if changes:
+        say(f"{name}: starts anew and deletes its checkpoints, because {'; '.join(changes)}")
+    return not changes
 
 
 def _clear(work: Path, *, keep: bool) -> None:
-    for entry in () if keep else list(work.iterdir()):
+    for entry in list(work.iterdir()):
+        if keep and entry.name in (KEPT, MANIFEST):  # the manifest says whose checkpoints they are
+            continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+def _is_identity(found: dict[str, Any]) -> bool:
+    inputs = found.get("inputs")
+    return (
+        isinstance(inputs, list)
+        and all(_is_record(entry, path=str, sha256=str) for entry in inputs)
+        and {"config", "seed"} <= found.keys()
+    )
+
+
+def _is_record(value: Any, **kinds: type) -> bool:
+    """Whether a value is a JSON object that has these entries."""
+    return isinstance(value, dict) and all(type(value.get(k)) is kinds[k] for k in kinds)
+
+
+def _files(folder: Path, path: Path) -> set[str]:
+    """The files below `path` by their names in `folder`; the manifest and checkpoints are none."""
+    found = (f.relative_to(folder) for f in path.rglob("*") if f.is_file())
+    return {f.as_posix() for f in found if f.parts[0] not in (MANIFEST, KEPT)}
 
 
 def _outputs(work: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(f for f in work.rglob("*") if f.is_file() and f != work / MANIFEST)
     return {
-        f.relative_to(work).as_posix(): {"nbytes": f.stat().st_size, "sha256": sha256(f)}
-        for f in files
+        name: {"nbytes": (work / name).stat().st_size, "sha256": sha256(work / name)}
+        for name in sorted(_files(work, work))
     }
 
 
 def _sync_tree(work: Path) -> None:
+    kept = work / KEPT  # each checkpoint was synced when it was written
     for path in [*work.rglob("*"), work]:
-        if path.is_file() or path.is_dir():
+        if (path.is_file() or path.is_dir()) and kept not in path.parents:
             sync_directory(path)
 
 
@@ -229,18 +269,25 @@ def _is_secret(key: str) -> bool:
     return words[-1] != "env" and not _SECRET_WORDS.isdisjoint(words)
 
 
-def _changes(name: str, was: Any, now: Any) -> list[str]:
+def _identity_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = _input_changes(was["inputs"], now["inputs"])
+    changes += differences("config", was["config"], now["config"])
+    return changes + differences("seed", was["seed"], now["seed"])
+
+
+def differences(name: str, was: Any, now: Any) -> list[str]:
+    """Where two values differ, key by key: `name.key was 1, is 2`."""
     if isinstance(was, dict) and isinstance(now, dict):
         return [
             change
             for key in sorted(was.keys() | now.keys())
-            for change in _changes(f"{name}.{key}", was.get(key, _ABSENT), now.get(key, _ABSENT))
+            for change in differences(f"{name}.{key}", was.get(key, _ABSENT), now.get(key, _ABSENT))
         ]
     return [] if was == now else [f"{name} was {_shown(was)}, is {_shown(now)}"]
 
 
 def _shown(value: Any) -> str:
-    return "absent" if value is _ABSENT else repr(value)
+    return "absent" if value is _ABSENT else short(value, 200)
 
 
 def _input_changes(was: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:

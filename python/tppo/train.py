@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from tppo.prompts import parse_answer
 from tppo.reward_model import check_auc
 from tppo.rollout import HFRollout, RolloutBatch
 from tppo.run import Run
+from tppo.run_folder import KEPT
 from tppo.sessions import Session
 from tppo.tokenizer import decode
 
@@ -153,11 +153,11 @@ class Loop:
             "seconds": self.seconds,
         }
         optimizer = self.trainer.optimizer.state_dict()
-        save_checkpoint(self.out / "checkpoints", step, weights, optimizer, state)
+        save_checkpoint(self.out / KEPT, step, weights, optimizer, state)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = load_latest(self.out / "checkpoints")
+        found = load_latest(self.out / KEPT)
         if found is None:
             return
         models = self.trainer.models
@@ -195,7 +195,6 @@ class Loop:
         save_file(critic, self.out / "critic.safetensors")
         report = {"steps": self.steps, "kept_step": self.best_step, "seconds": self.seconds}
         write_json(self.out / "report.json", report)
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
 
 def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOTrainer:

@@ -1,9 +1,14 @@
 """Checkpoints: whole or not at all, and damage is seen."""
 
+import os
+import resource
+import subprocess
+
 import pytest
 import torch
 
 from tppo.checkpoint import COMPLETE, LATEST, load_latest, save_checkpoint
+from tppo.disk import DiskFull
 
 
 def save(root, step):
@@ -47,6 +52,81 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, capsys):
         (tmp_path / "step-2" / COMPLETE).unlink()
     assert load_latest(tmp_path).step == 1
     assert "step-2: passed over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "{}", "null", "", "[" * 100_000, '{"files": [1]}', '{"files": {}}', '{"files": null}',
+        '{"files": {"policy.safetensors": 1, "state.json": 2, "optimizer.pt": 3}}',
+        '{"files": {"policy.safetensors": {"nbytes": 1}}}',
+    ],
+    ids=lambda text: repr(text[:60]),
+)  # fmt: skip
+def test_one_whose_list_of_files_is_damaged_is_passed_over(tmp_path, text, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-2" / COMPLETE).write_text(text)
+    assert load_latest(tmp_path).step == 1
+    assert "step-2: passed over, " in capsys.readouterr().err
+    (tmp_path / "step-1" / COMPLETE).write_text(text)
+    assert load_latest(tmp_path) is None
+    assert "no checkpoint is whole; the stage begins anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.pt", "state.json"])
+def test_one_without_a_file_of_its_own_is_passed_over(tmp_path, name):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-2" / name).unlink()
+    assert load_latest(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("large", ["policy", "optimizer", "state"])
+def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path, large):
+    """A limit on the size of a file stops safetensors, torch and Python, each in its own way."""
+    save(tmp_path, 1)
+    tensors = {"a": torch.zeros(1 << 18)}  # 1 MB
+    weights = {"policy": tensors if large == "policy" else {"a": torch.zeros(1)}}
+    optimizer = {"state": tensors if large == "optimizer" else {}}
+    state = {"rows": ["x" * 100] * 10_000 if large == "state" else []}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        with pytest.raises(DiskFull) as caught:
+            save_checkpoint(tmp_path, 2, weights, optimizer, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/step-2.tmp: the checkpoint of step 2 cannot be written: ")
+    assert ("1.05 MB are needed" in said) == (large != "state")
+    assert "Make room and run the same command again: it goes on after step 1." in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-1"]
+    assert load_latest(tmp_path).step == 1
+
+
+def test_a_disk_that_is_truly_full(tmp_path):
+    """A small file system in memory, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here; a limit on files is tested above")
+    try:
+        for large in ("policy", "optimizer"):
+            weights = {"policy": {"a": torch.zeros(1 << (17 if large == "policy" else 1))}}
+            optimizer = {"a": torch.zeros(1 << (17 if large == "optimizer" else 1))}
+            said = r"No space left on device; 524 kB are needed, \d+ kB were free there"
+            with pytest.raises(DiskFull, match=said):
+                save_checkpoint(disk / "checkpoints", 2, weights, optimizer, {})
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_a_killed_process_wrote_goes_with_the_next(tmp_path):
+    (tmp_path / "step-1.tmp").mkdir()
+    save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-2"]
 
 
 def test_none(tmp_path):
