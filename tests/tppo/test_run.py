@@ -1,5 +1,6 @@
 """The whole chain at a tiny size: every stage, skipping, resuming after a kill, bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tppo.cli import COMMANDS, main
+from tppo.cli import COMMANDS, _parse, main
+from tppo.config import fill_defaults
+from tppo.hashes import sha256
+from tppo.jsonl import write_json
 from tppo.prompts import prompt_text
+from tppo.run import Run
+from tppo.run_folder import RunFolder
 from tppo.sessions import read_sessions
 from tppo.tokenizer import train_tokenizer
 
@@ -48,11 +55,119 @@ def config(tmp_path_factory):
     return str(path)
 
 
+class Read:
+    """Settings that note under which stage each of them is read, and files that it opens."""
+
+    stage: str | None = None
+    settings: dict[str, set[str]] = {}
+    files: dict[str, set[str]] = {}
+
+    def __init__(self, values, name=""):
+        self._values, self._name = values, name
+
+    def __getattr__(self, key):
+        value, name = getattr(self._values, key), f"{self._name}{key}"
+        if dataclasses.is_dataclass(value):
+            return Read(value, f"{name}.")
+        if Read.stage is not None:
+            Read.settings.setdefault(Read.stage, set()).add(name)
+        return value
+
+
+class NotedRun(Run):
+    """A run that notes what its stages read."""
+
+    def __init__(self, **values):
+        super().__init__(**{**values, "config": Read(values["config"])})
+        object.__setattr__(self, "plain", Run(**values))
+
+    def _settings(self, stage):
+        return self.plain._settings(stage)
+
+    @contextmanager
+    def stage(self, stage, *, resume=False):
+        Read.out = str(self.out)
+        for kept in ("tokenizer", "max_new_tokens"):  # each stage may run in a process of its own
+            self.__dict__.pop(kept, None)
+        with super().stage(stage, resume=resume) as work:
+            Read.stage = stage
+            try:
+                yield work
+            finally:
+                Read.stage = None
+
+
+def _note_files(event, arguments):
+    if Read.stage is not None and event == "open" and isinstance(arguments[0], str):
+        path = Path(arguments[0])
+        if path.is_relative_to(Read.out):
+            Read.files.setdefault(Read.stage, set()).add(path.relative_to(Read.out).as_posix())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, config):
     out = tmp_path_factory.mktemp("run folder") / "out"
-    main(["run", "--out", str(out), "--config", config])
+    sys.addaudithook(_note_files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tppo.run.Run", NotedRun)
+        main(["run", "--out", str(out), "--config", config])
     return out
+
+
+# Read, and without a word in the result: how often, how fast, whether at all.
+WITHOUT_RESULT = {
+    "train-rm": {"reward_model.model"},  # its content is compared, wherever it lies
+    "train": {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
+              "reward_model.min_auc_sessions"},
+    "heat": {"ppo.lr", "ppo.critic_lr"},
+}  # fmt: skip
+READ_SOMETIMES = {"label/labels.jsonl"}  # by `train-rm`: where its model has a tokenizer of its own
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_reads_is_what_it_depends_on(finished, stage):
+    """`generate.batch_size` ran SFT again, `min_auc` the reward model; a file was not declared."""
+    manifest = json.loads((finished / stage / "manifest.json").read_text())
+    declared = {f"{name}.{key}" if isinstance(value, dict) else name
+                for name, value in manifest["config"].items()
+                for key in (value if isinstance(value, dict) else [""])}  # fmt: skip
+    assert Read.settings.get(stage, set()) - WITHOUT_RESULT.get(stage, set()) == declared
+    files = {entry["path"] for entry in manifest["inputs"]}
+    opened = {f for f in Read.files[stage] if not f.startswith(f"{stage}.tmp")}
+    covered = {f: [d for d in files if f"{f}/".startswith(f"{d}/")] for f in opened}
+    assert all(covered.values()), covered
+    read = {d for found in covered.values() for d in found}
+    rust = {f for f in files if f.endswith(".safetensors")}  # not opened by Python
+    assert files - read - rust - (READ_SOMETIMES if stage == "train-rm" else set()) == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        (["--generate.batch-size", "7"], {"generate", "train", "eval", "heat"}),
+        (["--generate.samples", "90"], {"generate"}),
+        (["--reward-model.min-auc", "0.1"], set()),
+        (["--reward-model.min-auc-sessions", "7"], set()),
+        (["--reward-model.lr", "0.1"], {"train-rm"}),
+        (["--ppo.checkpoint-every", "3", "--ppo.verify-prefix"], set()),
+        (["--ppo.lr", "0.1"], {"train"}),
+        (["--ppo.lam", "0.9"], {"train", "heat"}),
+        (["--eval.heat-users", "1"], {"heat"}),
+        (["--eval.temperatures", "1"], {"eval"}),
+        (["--sft.patience", "9"], {"sft"}),
+        (["--sft.grad-norm", "9"], {"sft", "eval"}),
+        (["--scratch.layers", "1"], {"sft"}),
+        (["--sessions.test-share", "0.5", "--duplicates", "near"], set()),
+        (["--label.endpoint.timeout-s", "5", "--label.endpoint.model", "judge"], set()),
+        (["--label.sentence-threshold", "0.5"], {"label", "train", "eval"}),
+        (["--label.labeller", "endpoint", "--label.endpoint.model", "judge"], {"label"}),
+        (["--prefix", "dense"], {"sft", "generate", "train-rm", "train", "eval", "heat"}),
+    ],
+)
+def test_a_setting_repeats_the_stages_whose_result_it_changes(finished, config, flags, again):
+    options, _ = _parse("run", ["--config", config, "--out", str(finished), *flags])
+    run = Run(options.out, fill_defaults(options.settings, pretrained=False))
+    assert {stage for stage in STAGES if not run.done(stage)} == again
 
 
 def rows(path: Path) -> list[dict]:
@@ -126,8 +241,9 @@ def test_a_changed_setting_reruns_its_stage_and_says_why(finished, config, tmp_p
     folder = shutil.copytree(finished, tmp_path / "out")
     main(["run", "--out", str(folder), "--config", config, "--eval.heat-users", "1"])
     said = capsys.readouterr().err
-    assert said.count("finished before, skipped") == len(STAGES) - 2  # eval and heat
-    assert "config.eval.heat_users was 2, is 1" in said
+    assert said.count("finished before, skipped") == len(STAGES) - 1  # all but heat
+    assert "heat: runs again, because config.eval.heat_users was 2, is 1" in said
+    assert "run.yaml changes: settings.eval.heat_users was 2, is 1" in said
 
 
 def test_a_stage_alone_uses_the_settings_of_its_folder(finished, tmp_path):
@@ -153,7 +269,20 @@ def test_the_same_seed_gives_the_same_run(finished, config, tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_killed_ppo_resumes_bit_identically(finished, config, tmp_path):
+KILLED_AT_RENAME = """
+import os, signal, sys
+from tppo.cli import main
+real = os.rename
+def rename(source, target):
+    if str(target).endswith("/train"):  # the export is whole and has not got its name
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.rename = rename
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_ppo_resumes_bit_identically(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "out")
     for stage in ("train", "eval", "heat"):
         shutil.rmtree(folder / stage)
@@ -167,9 +296,11 @@ def test_a_killed_ppo_resumes_bit_identically(finished, config, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (folder / "train").exists()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumes after step" in done.stderr
+    killed = [sys.executable, "-c", KILLED_AT_RENAME, "train", "--out", str(folder)]
+    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    assert (folder / "train.tmp" / "model" / "model.safetensors").exists()
+    main(["train", "--out", str(folder)])
+    assert "ppo: resumes after step 3 of 4" in capsys.readouterr().err
     kept, again = (
         load_file(path / "train" / "model" / "model.safetensors") for path in (finished, folder)
     )
@@ -361,6 +492,48 @@ def test_too_few_users_are_named(tmp_path):
         main(["data", "--data", str(tmp_path / "one.jsonl"), "--out", str(tmp_path / "out")])
 
 
+def test_a_stage_does_not_read_what_another_did_not_write(finished, tmp_path, capsys):
+    """A bit that flipped in `sft/model` went into the answers, and nobody heard of it."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    weights = folder / "sft" / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SystemExit, match="model.safetensors: not the file that stage sft wrote"):
+        main(["generate", "--out", str(folder)])
+    assert (folder / "generate" / "answers.jsonl").exists()
+    weights.write_bytes(content)
+    (folder / "map" / "manifest.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"map/manifest.json: absent or damaged, run stage map"):
+        main(["train-rm", "--out", str(folder)])
+
+
+def test_a_stage_refuses_another_seed_and_says_other_settings(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    before = (folder / "run.yaml").read_bytes()
+    with pytest.raises(SystemExit, match=r"stage data in .* had seed 0, this command has 2: leave"):
+        main(["heat", "--out", str(folder), "--seed", "2"])
+    assert (folder / "run.yaml").read_bytes() == before
+    main(["heat", "--out", str(folder)])
+    assert "changes" not in capsys.readouterr().err
+    main(["heat", "--out", str(folder), "--sft.lr", "1e-3", "--eval.heat-users", "1"])
+    said = capsys.readouterr().err
+    assert "settings.eval.heat_users was 2, is 1; settings.sft.lr was None, is 0.001" in said
+    assert "WARNING: heat builds on files of sft, which would now be others" in said
+    assert "config.sft.lr was 0.005, is 0.001" in said and said.count("WARNING") == 1
+
+
+def test_one_command_works_in_a_folder_and_readers_may(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    before = (folder / "run.yaml").read_bytes()
+    with RunFolder(folder).lock():
+        with pytest.raises(SystemExit, match=rf"process {os.getpid()} \(`.*works in this run f"):
+            main(["sft", "--out", str(folder), "--seed", "2"])
+        main(["label", "--agreement", str(finished / "label" / "labels.jsonl"), "--out",
+              str(folder), "--seed", "3"])  # fmt: skip
+    assert "96" in capsys.readouterr().out
+    assert (folder / "run.yaml").read_bytes() == before
+
+
 def test_labels_that_name_other_words_are_named(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "out")
     path = folder / "label" / "labels.jsonl"
@@ -368,6 +541,9 @@ def test_labels_that_name_other_words_are_named(finished, tmp_path):
     row = json.loads(first)
     row["words"] = [["elsewhere", 1]]
     path.write_text("\n".join([json.dumps(row), *rest]))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["outputs"]["labels.jsonl"] = {"nbytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(path.parent / "manifest.json", manifest)
     with pytest.raises(SystemExit, match=r"labels.jsonl: line 1: .*'elsewhere'"):
         main(["map", "--out", str(folder)])
 
