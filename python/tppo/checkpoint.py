@@ -82,8 +82,8 @@ def _write(
             {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()},
             work / f"{name}.safetensors",
         )
-    with open(work / "optimizer.pt", "wb") as file:  # opened here: Python says why a write fails
-        torch.save(optimizer, file)
+    with open(work / "optimizer.pt", "wb") as opened:  # here: Python says why a write fails
+        torch.save(optimizer, opened)
     write_json(work / "state.json", state)
     files = sorted(work.iterdir())
     for file in files:
