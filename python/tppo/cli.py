@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from tppo import inspect_log
+from tppo import environment, inspect_log
 from tppo.config import Config, fill_defaults
-from tppo.jsonl import DataError, plain
+from tppo.jsonl import DataError, plain, refuse_pipe
 from tppo.label_config import check_address
 from tppo.progress import say, status
 from tppo.run_folder import differences
@@ -85,6 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     command, rest = arguments[0], arguments[1:]
+    try:
+        environment.check()
+    except ValueError as error:
+        sys.exit(f"tppo {command}: {error}")
     if command == "data" and rest[:1] == ["inspect"]:
         inspect_log.main(rest[1:])
         return
@@ -92,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _run(command, options, extra.task())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("TPPO_TRACEBACK"):
+        if environment.flag("TPPO_TRACEBACK"):
             raise
         sys.exit(f"tppo {command}: {error}")
 
@@ -156,14 +159,19 @@ def _read(path: Path) -> Options:
 
 
 def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
+    if options.data is not None:
+        refuse_pipe(options.data)
     if options.settings.label.endpoint.base_url:  # before it is written to the run folder
         check_address(options.settings.label.endpoint.base_url)
+    for line in environment.ignored(options.settings.label.endpoint.api_key_env):
+        say(line)
     with status("loading torch and transformers"):
         import torch
 
         stages = _stages()
         from tppo.parallel import from_environment
         from tppo.run import Run
+    environment.check_backend()
     run = Run(
         out=options.out,
         config=fill_defaults(options.settings, options.model is not None),

@@ -29,7 +29,7 @@ def split_log(path: Path, config: SessionsConfig, seed: int, out: Path) -> Count
     Memory does not grow with the log but for 8-byte hashes (`Fingerprints`).
 
     Returns the sessions of each split.  Errors: DataError naming file, line and column; also for
-    fewer than three users, or a split without any.
+    no session, fewer than three users, or a split without any.
     """
     log = SessionLog(path, config.read)
     repeated: Counter[str] = Counter()
@@ -41,6 +41,10 @@ def split_log(path: Path, config: SessionsConfig, seed: int, out: Path) -> Count
     finally:
         for reason, count in (log.left_out + repeated).items():
             say(f"data: left out {count}: {reason}")
+        if log.bad.count:
+            say(f"data: left out {log.bad.count}: wrong (--on-bad-row skip), the first of them:")
+            for message in log.bad.first:
+                say(f"  {message}")
 
 
 def write_generated(config: SessionsConfig, seed: int, out: Path) -> Counter[str]:
@@ -58,6 +62,8 @@ def write_splits(
     """Write each session to the file of its user's split; returns the sessions of each."""
     stream = iter(sessions)
     head = list(islice(stream, SMALL + 1))
+    if not head:
+        raise DataError("no session of the log was kept; the lines above say what was left out")
     users = {session.user for session in head} if len(head) <= SMALL else None
     split_of = splitter(config, seed, users)
     counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))

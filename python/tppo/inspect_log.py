@@ -6,7 +6,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ import tyro
 from tppo.duplicates import exact_key, near_key, normalize
 from tppo.fingerprints import Fingerprints, fingerprint
 from tppo.jsonl import plain
-from tppo.progress import track
+from tppo.progress import say, track, warn
 from tppo.readers import ReadConfig, SessionLog
 from tppo.sessions import Session
 from tppo.settings import Natural, Seed, section
@@ -54,14 +54,23 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"tppo data inspect: {error}")
     print(json.dumps(plain(figures), ensure_ascii=False) if options.json else report(figures))
+    if not figures["sessions"]:
+        warn("WARNING: 0 sessions were kept, there is nothing to train on: "
+             f"see what was left out, and whether the format is {figures['format']}")  # fmt: skip
+    wrong = figures["bad_rows"]["count"]
+    if wrong and options.read.on_bad_row == "stop":
+        sys.exit(f"tppo data inspect: {wrong:,} rows are wrong, each is named above; `tppo data` "
+                 "stops at the first, or leaves them out with --on-bad-row skip")  # fmt: skip
 
 
 def inspect_log(path: Path, config: ReadConfig, examples: int = 3, seed: int = 0) -> dict[str, Any]:
     """The figures of a log, in one reading and in memory that grows by hashes alone.
 
-    Errors: DataError naming file, line and column.
+    Every row that is wrong is said on stderr, naming line and column, and left out.
+    Errors: DataError for a file that cannot be read.
     """
-    log, seen, drawn = SessionLog(path, config), _Figures(), _Sample(examples, seed)
+    log = SessionLog(path, config, tell=say)
+    seen, drawn = _Figures(), _Sample(examples, seed)
     for session in track(log, f"inspect ({log.format})"):
         seen.add(session)
         drawn.add(session)
@@ -70,6 +79,7 @@ def inspect_log(path: Path, config: ReadConfig, examples: int = 3, seed: int = 0
         "format": log.format,
         **seen.result(),
         "left_out": dict(log.left_out),
+        "bad_rows": {"count": log.bad.count, "first": log.bad.first},
         "examples": drawn.sessions,
     }
 
@@ -191,24 +201,38 @@ class _Sample:
 
 def report(figures: dict[str, Any]) -> str:
     """The figures for a reader."""
-    sessions, targets = figures["sessions"], figures["targets"]
+    sessions = figures["sessions"]
 
     def part(name: str, whole: int) -> str:
         return f"{figures[name]:,} of {whole:,} ({figures[name] / max(whole, 1):.1%})"
 
-    events = ", ".join(f"{n:,} {kind}" for kind, n in sorted(figures["events"].items()))
+    left_out = "; ".join(f"{n:,}: {why}" for why, n in figures["left_out"].items()) or "none"
     rows = [
         ("format", figures["format"]),
         ("sessions", f"{sessions:,}"),
+        ("left out", left_out),
+        ("wrong rows", f"{figures['bad_rows']['count']:,}"),
+    ]
+    if sessions:
+        rows += _figure_rows(figures, part)
+    lines = [figures["file"], *(f"  {name:<24}{value}" for name, value in rows)]
+    for session in figures["examples"]:
+        lines += ["", f"session {session.id} of user {session.user}"]
+        lines += [f"  profile: {_cut(text)}" for text in session.profile]
+        lines += [f"  {event.type}: {_cut(event.text)}" for event in session.history]
+        lines += [f"  -> {_cut(target)}" for target in session.targets]
+    return "\n".join(lines)
+
+
+def _figure_rows(figures: dict[str, Any], part: Callable[[str, int], str]) -> list[tuple[str, str]]:
+    sessions, targets = figures["sessions"], figures["targets"]
+    events = ", ".join(f"{n:,} {kind}" for kind, n in sorted(figures["events"].items()))
+    return [
         ("users", f"{figures['users']:,}"),
         ("events", events or "none"),
         ("with profile", part("with_profile", sessions)),
         ("with times", part("with_times", sessions)),
         *((name.replace("_", " "), _row(v)) for name, v in figures["lengths"].items()),
-        (
-            "left out",
-            "; ".join(f"{n:,}: {why}" for why, n in figures["left_out"].items()) or "none",
-        ),
         ("exact duplicates", part("exact_duplicates", sessions)),
         ("near duplicates", part("near_duplicates", sessions)),
         ("  of another user", part("near_duplicates_of_another_user", sessions)),
@@ -217,13 +241,6 @@ def report(figures: dict[str, Any]) -> str:
         ("  within the prompt", part("targets_within_prompt", targets)),
         ("repeat last query", f"{part('targets_equal_last_query', targets)} right"),
     ]
-    lines = [figures["file"], *(f"  {name:<24}{value}" for name, value in rows)]
-    for session in figures["examples"]:
-        lines += ["", f"session {session.id} of user {session.user}"]
-        lines += [f"  profile: {_cut(text)}" for text in session.profile]
-        lines += [f"  {event.type}: {_cut(event.text)}" for event in session.history]
-        lines += [f"  -> {_cut(target)}" for target in session.targets]
-    return "\n".join(lines)
 
 
 def _row(lengths: dict[str, float]) -> str:

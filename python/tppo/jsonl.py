@@ -22,6 +22,44 @@ class DataError(ValueError):
     """A data file is not what it should be: the message says which file, line and field."""
 
 
+class BadRows:
+    """What becomes of the rows of a file that are wrong: a context manager around each of them.
+
+    The first DataError ends the reading; with `skip` each is counted, told, and its row left out.
+    """
+
+    FIRST = 5  # of their messages are kept
+
+    def __init__(
+        self, skip: bool = False, remedy: str = "", tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.skip, self.remedy, self.tell = skip, remedy, tell
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what an earlier reading has met."""
+        self.count = 0
+        self.first: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, DataError):
+            return False
+        if not self.skip:
+            raise DataError(f"{error}{self.remedy}") from None
+        self.count += 1
+        if self.count <= self.FIRST:
+            self.first.append(str(error))
+        if self.tell is not None:
+            self.tell(str(error))
+        return True
+
+
+STOP = BadRows()
+
+
 class Line:
     """One JSON object of a JSONL file, which knows where it stands."""
 
@@ -75,7 +113,7 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
+def read_jsonl(path: str | os.PathLike[str], bad: BadRows = STOP) -> Iterator[Line]:
     """The JSON objects of a UTF-8 file, one a line; a byte-order mark, CRLF, blank lines are fine.
 
     Raises DataError for a file that cannot be read or holds nothing, and for a line that is not
@@ -86,10 +124,22 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Line]:
     for number, raw in enumerate(read_lines(path), start=1):
         if not raw.strip():
             continue
-        empty = False
-        yield Line(path, number, parse_object(path, number, raw))
+        empty, values = False, None
+        with bad:
+            values = parse_object(path, number, raw)
+        if values is not None:
+            yield Line(path, number, values)
     if empty:
         raise DataError(f"{path}: empty, expected one JSON object a line")
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raise DataError for a log that cannot be read more than once."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path}: a pipe or a device, which can be read only once, and a log is read several "
+            "times; give a file (gzip files are read as they are)"
+        )
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

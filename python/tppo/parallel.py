@@ -6,7 +6,6 @@ it is exchanged, so that all of them hold the same experience and take the same 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
+
+from tppo.environment import processes, whole
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ ALONE = World()
 
 def from_environment() -> World:
     """The place of this process among those that torchrun started."""
-    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return World(*processes())
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def joined(device: torch.device) -> Iterator[World]:
         yield ALONE
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(whole("LOCAL_RANK", 0, torch.cuda.device_count()))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield world

@@ -32,6 +32,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """`say` in red where the terminal has colours."""
+    if not _silent():
+        Console(stderr=True).print(text, style="bold red", markup=False, highlight=False,
+                                   soft_wrap=True)  # fmt: skip
+
+
 @cache
 def say_once(text: str) -> None:
     """`say`, but not what this process has said so before."""
@@ -176,7 +183,8 @@ _live = _Live()
 
 
 def _silent() -> bool:
-    return os.environ.get("RANK", "0") != "0"
+    # RANK alone says nothing: without WORLD_SIZE no torchrun started this process.
+    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, Line, atomic_file, is_text, read_jsonl
+from tppo.jsonl import STOP, BadRows, DataError, Line, atomic_file, is_text, read_jsonl
 
 __all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "write_sessions"]
 
@@ -52,11 +52,17 @@ def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
 
 def iter_sessions(path: str | os.PathLike[str]) -> Iterator[Session]:
     """The sessions of a file one at a time, checked like `read_sessions`."""
+    return sessions_of(read_jsonl(path))
+
+
+def sessions_of(lines: Iterable[Line], bad: BadRows = STOP) -> Iterator[Session]:
+    """The sessions that lines hold, one at a time."""
     first_line = Fingerprints()
-    for line in read_jsonl(path):
-        session = session_of(line)
-        check_new(first_line, line, session.id)
-        yield session
+    for line in lines:
+        with bad:
+            session = session_of(line)
+            check_new(first_line, line, session.id)
+            yield session
 
 
 def check_new(first_line: Fingerprints, line: Line, id: str) -> None:

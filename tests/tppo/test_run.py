@@ -344,7 +344,9 @@ def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_p
 
 
 def test_other_stages_refuse_to_run_several_times_at_once(finished, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2 processes, expected 1: several share `tppo train`"):
         main(["eval", "--out", str(finished)])
 

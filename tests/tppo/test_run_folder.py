@@ -506,6 +506,7 @@ def test_quick_work_says_nothing_and_other_ranks_never_speak(capsys, monkeypatch
     assert list(track([1, 2, 3], "quick")) == [1, 2, 3]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with status("loading"):
         say("hello")
     assert capsys.readouterr().err == ""

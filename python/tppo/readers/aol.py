@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, decode_line, read_lines, short
+from tppo.jsonl import BadRows, DataError, decode_line, read_lines, short
 from tppo.sessions import Event, Session, collapse
 
 COLUMNS = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 REMOVED = "-"  # AOL's mark of a query that was taken out
+# pandas and its like read a column of whole numbers with gaps as floats, and write gaps so:
+MISSING = ("nan", "<na>", "na", "n/a", "none", "null")
+_RANK = re.compile(rf"(\d+(\.0*)?|{'|'.join(MISSING)})?", re.ASCII | re.IGNORECASE)
 
 
 class _Row(NamedTuple):
@@ -41,7 +45,7 @@ class _Search:
 
 
 def read_aol(
-    path: Path, gap_minutes: float | None, targets: int, left_out: Counter[str]
+    path: Path, gap_minutes: float | None, targets: int, left_out: Counter[str], bad: BadRows
 ) -> Iterator[Session]:
     """Sessions of users: a pause of more than `gap_minutes` ends one; the newest searches are its
     targets, the earlier ones and their clicks its history.  Holds the rows of one user at a time.
@@ -51,43 +55,51 @@ def read_aol(
     gap = math.inf if gap_minutes is None else 60 * gap_minutes
     users = Fingerprints()
     empty = True
-    for user, group in groupby(_rows(path, left_out), key=lambda row: row.user):
-        rows = list(group)
-        empty = False
-        if not users.add(user):
-            raise DataError(
-                f"{path}: line {rows[0].number}: column 'AnonID': was {user!r} again after other "
-                f"users, expected the rows of a user together (sort the file by user)"
-            )
-        rows.sort(key=lambda row: row.time)
-        for number, part in enumerate(_sessions(rows, gap), start=1):
-            searches = _searches(part)
-            if len(searches) <= targets:
-                left_out[f"session with fewer than {targets + 1} different searches"] += 1
-                continue
-            yield Session(
-                id=f"aol-{user}-{number}",
-                user=f"aol-{user}",
-                source="aol",
-                profile=(),
-                history=tuple(_events(searches[:-targets])),
-                targets=tuple(search.query for search in searches[-targets:]),
-            )
+    for user, group in groupby(_rows(path, left_out, bad), key=lambda row: row.user):
+        rows = sorted(group, key=lambda row: row.time)
+        empty, first = False, min(row.number for row in rows)
+        with bad:
+            if not users.add(user):
+                raise DataError(
+                    f"{path}: line {first}: column 'AnonID': was {user!r} again after other "
+                    f"users, expected the rows of a user together (sort the file by user)"
+                )
+            yield from _user_sessions(user, rows, gap, targets, left_out)
     if empty:
         raise DataError(f"{path}: no row with a query, expected the columns {' '.join(COLUMNS)}")
 
 
-def _rows(path: Path, left_out: Counter[str]) -> Iterator[_Row]:
-    for number, raw in enumerate(read_lines(path), start=1):
-        line = decode_line(path, number, raw).rstrip("\r\n")
-        fields = line.split("\t")
-        if not line.strip() or fields[0] == COLUMNS[0]:
+def _user_sessions(
+    user: str, rows: Sequence[_Row], gap: float, targets: int, left_out: Counter[str]
+) -> Iterator[Session]:
+    """The sessions in the rows of one user, which are in the order of time."""
+    for number, part in enumerate(_sessions(rows, gap), start=1):
+        searches = _searches(part)
+        if len(searches) <= targets:
+            left_out[f"session with fewer than {targets + 1} different searches"] += 1
             continue
-        row = _row(path, number, fields)
-        if row.query in ("", REMOVED):
-            left_out["row without a query"] += 1
-        else:
-            yield row
+        yield Session(
+            id=f"aol-{user}-{number}",
+            user=f"aol-{user}",
+            source="aol",
+            profile=(),
+            history=tuple(_events(searches[:-targets])),
+            targets=tuple(search.query for search in searches[-targets:]),
+        )
+
+
+def _rows(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[_Row]:
+    for number, raw in enumerate(read_lines(path), start=1):
+        with bad:
+            line = decode_line(path, number, raw).rstrip("\r\n")
+            fields = line.split("\t")
+            if not line.strip() or fields[0] == COLUMNS[0]:
+                continue
+            row = _row(path, number, fields)
+            if row.query in ("", REMOVED):
+                left_out["row without a query"] += 1
+            else:
+                yield row
 
 
 def _row(path: Path, number: int, fields: list[str]) -> _Row:
@@ -101,6 +113,7 @@ def _row(path: Path, number: int, fields: list[str]) -> _Row:
         raise DataError(
             f"{path}: line {number}: {len(fields)} columns, expected 5 separated by tabs "
             f"({' '.join(COLUMNS)}), or the first 3"
+            + ("; is the first an index of pandas? to_csv(..., index=False)" * (len(fields) == 6))
         )
     user, query, time, rank, url = [field.strip() for field in (*fields, "", "")[:5]]
     if not user:
@@ -111,8 +124,9 @@ def _row(path: Path, number: int, fields: list[str]) -> _Row:
         raise error(2, "a time as 2006-03-01 07:17:12") from None
     if when.tzinfo is not None:
         raise error(2, "a time without a zone, as 2006-03-01 07:17:12")
-    if rank and not rank.isdecimal():
+    if not _RANK.fullmatch(rank):
         raise error(3, "a whole number or nothing")
+    url = "" if url.casefold() in MISSING else url
     return _Row(number, user, collapse(query), when, collapse(url))
 
 

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, Line, decode_line, is_text, read_lines, short
+from tppo.jsonl import BadRows, Line, is_text
+from tppo.readers.array import read_array
 from tppo.sessions import Event, Session, check_new, collapse
 
 
-def read_ikat(path: Path, left_out: Counter[str]) -> Iterator[Session]:
+def read_ikat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Session]:
     """Each turn from the second on: the utterances so far are the history, the self-contained
     rewrite of the last one is the target, the person's statements are the profile.
 
@@ -25,68 +25,33 @@ def read_ikat(path: Path, left_out: Counter[str]) -> Iterator[Session]:
     Raises DataError naming the line where a topic begins, and the field in it.
     """
     first_line = Fingerprints()
-    for line in _topics(path):
-        number = str(line.get("number", _is_number, "a text or a whole number"))
-        check_new(first_line, line, number)
-        profile = _profile(line)
-        history: list[Event] = []
-        for index, (turn, utterance, rewrite) in enumerate(_turns(line)):
-            history.append(Event("utterance", utterance))
-            if index == 0:
-                left_out["first turn of a topic"] += 1
-            elif rewrite is None:
-                left_out["turn without a resolved utterance"] += 1
-            else:
-                yield Session(
-                    id=f"ikat-{number}-{turn}",
-                    user=f"ikat-topic-{number.split('-')[0]}",
-                    source="ikat",
-                    profile=profile,
-                    history=tuple(history),
-                    targets=(rewrite,),
-                )
+    for line in read_array(path, bad, "topic", "an object with 'number', 'ptkb' and 'turns'"):
+        with bad:
+            number = str(line.get("number", _is_number, "a text or a whole number"))
+            sessions = list(_sessions(line, number, left_out))  # of a wrong topic none
+            check_new(first_line, line, number)
+            yield from sessions
 
 
-def _topics(path: Path) -> Iterator[Line]:
-    """The objects of a JSON list, each with the line where it begins."""
-    text = "".join(
-        decode_line(path, number, raw) for number, raw in enumerate(read_lines(path), start=1)
-    )
-    if text[(at := _skip(text, 0)) : at + 1] != "[":
-        raise _error(path, text, at, "a JSON list of topics")
-    at = _skip(text, at + 1)
-    while text[at : at + 1] != "]":
-        try:
-            topic, end = json.JSONDecoder().raw_decode(text, at)
-        except RecursionError:
-            raise _error(path, text, at, "a topic, not nested so deeply") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-            ) from None
-        if not isinstance(topic, dict):
-            raise _error(path, text, at, "an object with 'number', 'ptkb' and 'turns'")
-        yield Line(path, text.count("\n", 0, at) + 1, topic)
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise _error(path, text, at, "a comma or the end of the list")
-    if (at := _skip(text, at + 1)) < len(text):
-        raise _error(path, text, at, "nothing after the list")
-
-
-def _skip(text: str, at: int) -> int:
-    """The next place that is not white space."""
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
-
-
-def _error(path: Path, text: str, at: int, expected: str) -> DataError:
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    was = short(text[at : at + 80].split("\n")[0]) if at < len(text) else "the end of the file"
-    return DataError(f"{path}: line {line}: column {column}: was {was}, expected {expected}")
+def _sessions(line: Line, number: str, left_out: Counter[str]) -> Iterator[Session]:
+    """The sessions of one topic."""
+    profile = _profile(line)
+    history: list[Event] = []
+    for index, (turn, utterance, rewrite) in enumerate(_turns(line)):
+        history.append(Event("utterance", utterance))
+        if index == 0:
+            left_out["first turn of a topic"] += 1
+        elif rewrite is None:
+            left_out["turn without a resolved utterance"] += 1
+        else:
+            yield Session(
+                id=f"ikat-{number}-{turn}",
+                user=f"ikat-topic-{number.split('-')[0]}",
+                source="ikat",
+                profile=profile,
+                history=tuple(history),
+                targets=(rewrite,),
+            )
 
 
 def _profile(line: Line) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, is_text, short
+from tppo.jsonl import BadRows, DataError, is_text, short
 from tppo.sessions import Event, Session, collapse
 
 REQUIRED = ("session_id", "final_search_term")
@@ -43,34 +43,44 @@ class _Row(NamedTuple):
         return collapse(str(value)) or None if value is not None else None
 
 
-def read_qac(path: Path, left_out: Counter[str]) -> Iterator[Session]:
+def read_qac(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Session]:
     """A row's past searches and its prefix are the history, its search is the target.
 
     Raises DataError naming row and column, or what to install where pyarrow is not.
     """
     first_row = Fingerprints()
-    for _, group in groupby(_rows(path), key=lambda row: row.text("session_id")):
+    for _, group in groupby(_sound(path, bad), key=lambda row: row.text("session_id")):
         past: list[Event] = []
         for row in sorted(group, key=lambda row: row.time() or ""):
-            id, term = _id(row), row.text("final_search_term")
-            earlier = first_row.setdefault(id, row.number)
-            if earlier != row.number:
-                raise row.error("query_id", f"an id that is used once (row {earlier} has it too)")
-            told = row.values.get("past_search_terms")
-            history = past if told is None else list(_past(row, told))
-            history = [*history, *_prefix(row, term)]
-            past = [*past, Event("search", term, row.time())]
-            if not history:
-                left_out["row without a past search or a prefix"] += 1
-                continue
-            yield Session(
-                id=f"qac-{id}",
-                user=f"qac-{row.text('session_id')}",
-                source="qac",
-                profile=(),
-                history=tuple(history),
-                targets=(term,),
-            )
+            with bad:
+                id, term = _id(row), row.text("final_search_term")
+                told = row.values.get("past_search_terms")
+                history = past if told is None else list(_past(row, told))
+                history = [*history, *_prefix(row, term)]
+                earlier = first_row.setdefault(id, row.number)
+                if earlier != row.number:
+                    expected = f"an id that is used once (row {earlier} has it too)"
+                    raise row.error("query_id", expected)
+                past = [*past, Event("search", term, row.time())]
+                if not history:
+                    left_out["row without a past search or a prefix"] += 1
+                    continue
+                yield Session(
+                    id=f"qac-{id}",
+                    user=f"qac-{row.text('session_id')}",
+                    source="qac",
+                    profile=(),
+                    history=tuple(history),
+                    targets=(term,),
+                )
+
+
+def _sound(path: Path, bad: BadRows) -> Iterator[_Row]:
+    """The rows that say of which session they are."""
+    for row in _rows(path):
+        with bad:
+            row.text("session_id")
+            yield row
 
 
 def _rows(path: Path) -> Iterator[_Row]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, decode_line, read_lines, short
+from tppo.jsonl import BadRows, DataError, decode_line, read_lines, short
 from tppo.sessions import Event, Session, collapse
 
 COLUMNS = ("row", "user", "session_id", "query", "date", "results", "search_id", "clicks")
@@ -31,7 +31,7 @@ class _Row(NamedTuple):
     event: Event
 
 
-def read_sim4ia(path: Path, left_out: Counter[str]) -> Iterator[Session]:
+def read_sim4ia(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Session]:
     """A session's last search is the target, the earlier ones are the history.
 
     Searches of one query in a row count as one, with the clicks of all.  The data hides its users,
@@ -40,25 +40,26 @@ def read_sim4ia(path: Path, left_out: Counter[str]) -> Iterator[Session]:
     Raises DataError naming line and column.
     """
     seen = Fingerprints()
-    for name, group in groupby(_rows(path, left_out), key=lambda row: row.session):
+    for name, group in groupby(_rows(path, left_out, bad), key=lambda row: row.session):
         rows = list(group)
-        if not seen.add(name):
-            raise DataError(
-                f"{path}: line {rows[0].number}: column 'session_id': was {name!r} again after "
-                f"other sessions, expected the rows of a session together"
+        with bad:
+            if not seen.add(name):
+                raise DataError(
+                    f"{path}: line {rows[0].number}: column 'session_id': was {name!r} again after "
+                    f"other sessions, expected the rows of a session together"
+                )
+            searches = _merged([row.event for row in rows])
+            if len(searches) < 2:
+                left_out["session with fewer than 2 different searches"] += 1
+                continue
+            yield Session(
+                id=f"sim4ia-{name}",
+                user=f"sim4ia-{name}",
+                source="sim4ia",
+                profile=(),
+                history=tuple(searches[:-1]),
+                targets=(searches[-1].text,),
             )
-        searches = _merged([row.event for row in rows])
-        if len(searches) < 2:
-            left_out["session with fewer than 2 different searches"] += 1
-            continue
-        yield Session(
-            id=f"sim4ia-{name}",
-            user=f"sim4ia-{name}",
-            source="sim4ia",
-            profile=(),
-            history=tuple(searches[:-1]),
-            targets=(searches[-1].text,),
-        )
 
 
 def _merged(events: list[Event]) -> list[Event]:
@@ -72,24 +73,25 @@ def _merged(events: list[Event]) -> list[Event]:
     return merged
 
 
-def _rows(path: Path, left_out: Counter[str]) -> Iterator[_Row]:
+def _rows(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[_Row]:
     columns: tuple[str, ...] = ()
-    for number, values in _records(path):
+    for number, values in _records(path, bad):
         if not columns:
             header = tuple(value.strip().lower() for value in values)
             columns = header if set(NEEDED) <= set(header) else COLUMNS
             if columns is header:
                 continue
-        if len(values) != len(columns):
-            raise DataError(
-                f"{path}: line {number}: {len(values)} columns, expected {len(columns)}: "
-                f"{', '.join(columns)}"
-            )
-        row = _row(path, number, dict(zip(columns, values, strict=True)))
-        if row.event.text:
-            yield row
-        else:
-            left_out["row without a query"] += 1
+        with bad:
+            if len(values) != len(columns):
+                raise DataError(
+                    f"{path}: line {number}: {len(values)} columns, expected {len(columns)}: "
+                    f"{', '.join(columns)}"
+                )
+            row = _row(path, number, dict(zip(columns, values, strict=True)))
+            if row.event.text:
+                yield row
+            else:
+                left_out["row without a query"] += 1
     if not columns:
         raise DataError(f"{path}: empty, expected CSV with the columns {', '.join(COLUMNS)}")
 
@@ -117,15 +119,28 @@ def _row(path: Path, number: int, values: dict[str, str]) -> _Row:
     return _Row(number, session, Event("search", collapse(values["query"]), time, clicks))
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file, each with the line where it begins."""
-    lines = (decode_line(path, number, raw) for number, raw in enumerate(read_lines(path), start=1))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(_lines(path, bad), strict=True)
     number = 1
-    try:
-        for values in reader:
+    while True:
+        with bad:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the next record begins at the next line
+                raise DataError(f"{path}: line {number}: not CSV: {error}") from None
+            finally:
+                begins, number = number, reader.line_num + 1
             if values:
-                yield number, values
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: line {number}: not CSV: {error}") from None
+                yield begins, values
+
+
+def _lines(path: Path, bad: BadRows) -> Iterator[str]:
+    """The lines of the file; one that is not UTF-8 and may be left out still counts as a line."""
+    for number, raw in enumerate(read_lines(path), start=1):
+        text = "\n"
+        with bad:
+            text = decode_line(path, number, raw)
+        yield text
