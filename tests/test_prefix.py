@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _weights import enlarged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,16 +25,16 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 
 
 def tiny(family="llama", auto=transformers.AutoModel, **settings):
-    """A random model in training mode, with weights large enough for attention to matter."""
+    """A random model in training mode, with weights large enough for attention to matter.
+
+    `assert_equals_dense` has the control: without the block the packed batch is far off.
+    """
     torch.manual_seed(0)
     plain = transformers.AutoConfig.for_model(family)
     known = {k: v for k, v in SIZES.items() if hasattr(plain, k)} | {"pad_token_id": 0}
     known |= {"sliding_window": None} if family == "mistral" else {}
     model = auto.from_config(transformers.AutoConfig.for_model(family, **{**known, **settings}))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.train()
+    return enlarged(model).train()
 
 
 def sample(prompts=PROMPTS, responses=RESPONSES, seed=0):
@@ -80,7 +81,11 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 def assert_equals_dense(model, run=None, batch=None):
-    """Forward and gradients, for a random projection of the states as loss."""
+    """Forward and gradients, for a random projection of the states as loss.
+
+    Control: read without the layout, the same packed batch is wrong. An answer behind another one of
+    its prompt sees that one too, or not even the prompt.
+    """
     batch, run = batch or sample(), run or model
     expected = dense_states(run, batch)
     expected_gradients = gradients(model, (expected * batch.projection).sum())
@@ -89,6 +94,14 @@ def assert_equals_dense(model, run=None, batch=None):
     assert_close({"states": actual, **actual_gradients},
                  {"states": expected, **expected_gradients})
     assert any(g.abs().max() > 1e-3 for g in expected_gradients.values())
+    with torch.no_grad():
+        hidden = run(input_ids=batch.ids, position_ids=batch.layout.position_ids, use_cache=False)
+        wrong = batch.layout.response_states(hidden.last_hidden_state[0])
+    later = batch.layout.response_mask.clone()
+    later[:, 0] = False  # its state is the prompt's
+    later[[i == 0 for group in batch.layout.response_lengths for i in range(len(group))]] = False
+    apart = ((wrong - expected).abs().amax(-1) / expected.abs().max())[later]
+    assert len(apart) and apart.min() > 0.02, apart
     assert_same_bits(dense_states(run, batch).detach(), expected.detach())  # as it was before
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _weights import enlarged
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.batch import Batch, pad_rows
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
         pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model") / "sft"
-    LlamaForCausalLM(config).save_pretrained(path)
+    enlarged(LlamaForCausalLM(config)).save_pretrained(path)
     return path
 
 
