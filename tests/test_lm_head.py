@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _processes import two_processes
+from _weights import enlarged
 from torch import nn
 
 import tppo_kernels as tk
@@ -29,15 +30,11 @@ MAIN = ("llama", "qwen2", "qwen3", "gemma2", "cohere", "granite", "gpt2", "gpt_n
 
 
 def tiny(family, **more):
-    """A random model with large weights, so that a forgotten softcap or scale shows."""
+    """A random model with large weights, so that a forgotten softcap, scale or context shows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**{**OWN.get(family, COMMON), **more})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
+    return enlarged(transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
 def rows():
@@ -68,6 +65,10 @@ def assert_equal(model, head):
     given = rows()
     expected, actual = dense(model, *given, temperature=0.7), fused(head, *given, temperature=0.7)
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-4, atol=1e-4)
+    others = given[0].clone()
+    others[:, 0] = 3  # control: states that have read another first token
+    wrong = fused(head, others, *given[1:], temperature=0.7).logprobs - expected.logprobs
+    assert wrong[given[2]].abs().max() > 0.1
     wanted = gradients(model, dense(model, *given, temperature=0.7))
     found = gradients(model, fused(head, *given, temperature=0.7))
     assert found.keys() == wanted.keys()

@@ -83,8 +83,8 @@ def assert_close(actual, expected, tolerance=1e-5):
 def assert_equals_dense(model, run=None, batch=None):
     """Forward and gradients, for a random projection of the states as loss.
 
-    Control: read without the layout, the same packed batch is wrong. An answer behind another one of
-    its prompt sees that one too, or not even the prompt.
+    Control: read without the layout, the same packed batch is wrong. An answer behind another one
+    of its prompt sees that one too, or not even the prompt.
     """
     batch, run = batch or sample(), run or model
     expected = dense_states(run, batch)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from _weights import enlarged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -212,18 +213,31 @@ def test_word_labels_reach_the_policy_through_a_trained_model(ours, theirs):
     assert right > 0.95 * count  # it misses rare words; a gather that is off by one has under 0.45
 
 
-def test_longformer_reads_a_row_as_if_it_were_alone():
-    """Padded to the longest row and to its window, on both sides of a window's edge."""
-    own = OwnTokens(longformer(tokenizer("word-piece")), tokenizer("word-piece"))
+def padding_seen(module, args, kwargs):
+    """A hook by which a model attends to its padding."""
+    return args, {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+
+
+@pytest.mark.parametrize("make", [longformer, bert])
+def test_a_row_is_read_as_if_it_were_alone(make):
+    """Padded to the longest row, and to Longformer's window on both sides of a window's edge."""
+    own = OwnTokens(enlarged(make(tokenizer("word-piece"))), tokenizer("word-piece"))
     words = "cheap camera lightweight corvano where cinema tickets student".split()
     texts = [" ".join(words[:n]) for n in (1, 2, 5, 8)]
     readings = own.read(["search: portrait camera\nnext 3:\n" * n for n in (1, 3, 2, 1)], texts)
     widths = [len(r.prompt_ids) + len(r.response_ids) + 1 for r in readings]
     assert len({-(-width // WINDOW) for width in widths}) > 1 and any(w % WINDOW for w in widths)
-    logits, mask = own([r.prompt_ids for r in readings], [r.response_ids for r in readings])
+    given = [r.prompt_ids for r in readings], [r.response_ids for r in readings]
+    logits, mask = own(*given)
+    expected = []
     for row, real, reading in zip(logits, mask, readings, strict=True):
         alone, _ = own([reading.prompt_ids], [reading.response_ids])
-        torch.testing.assert_close(row[real], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row[real], alone[0], rtol=1e-4, atol=1e-4)
+        expected.append(alone[0])
+    own.model.register_forward_pre_hook(padding_seen, with_kwargs=True)
+    for row, real, alone, width in zip(*own(*given), expected, widths, strict=True):
+        seen = (row[real] - alone).abs().max() > 0.1
+        assert seen == (width < max(widths)), (widths, width)
 
 
 def test_scoring_in_parts_gives_the_same(monkeypatch):
@@ -268,7 +282,7 @@ def test_a_long_history_loses_its_start_and_a_long_answer_its_end(capsys):
 def llama(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **WIDTHS)
-    return LlamaForTokenClassification(config)
+    return enlarged(LlamaForTokenClassification(config))
 
 
 @pytest.mark.parametrize("make, family, own", [

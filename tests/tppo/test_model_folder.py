@@ -360,7 +360,7 @@ def test_the_evil_folder_would_run_its_code(evil, tmp_path):
 
 def test_pickled_weights_are_read_without_their_code(tokenizer, tmp_path):
     path = write(tmp_path / "given", tokenizer, weights="pickle")
-    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marks(tmp_path / "mark")}))
+    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marks(tmp_path / "mark")}, 2))
     with pytest.raises(Exception, match="weights_only|torch.load|pickle|Unsupported"):
         load_policy(path, CPU)
     assert not (tmp_path / "mark").exists()

@@ -41,9 +41,8 @@ def models(family):
     """Policy, reference, critic and reward model of one family, each with weights of its own."""
     torch.manual_seed(0)
     if family == "llama":
-        config = LlamaConfig(
-            hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, **SIZES
-        )
+        config = LlamaConfig(hidden_size=16, intermediate_size=40, num_hidden_layers=2,
+                             num_attention_heads=2, **SIZES)  # fmt: skip
         causal, classifier = LlamaForCausalLM, LlamaForTokenClassification
     else:
         config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SIZES)
