@@ -1,4 +1,4 @@
-"""How operators are timed: gate first, then interleaved medians beside the copy bandwidth.
+"""How operators are timed: gate first, then interleaved medians, beside what the machine can do.
 
 A `Case` is one operator at one shape: its inputs, the bytes it must move, and the contenders, all
 functions of the inputs that return the same tuple of tensors. `run` holds every contender to the
@@ -8,22 +8,27 @@ in turn, round by round, so that whatever else the machine does falls on all of 
 Peers, what other projects offer, run beside them and decide nothing: one that rounds more than the
 policy allows has its error in its row's note; one that raises, or whose results are another thing,
 has a row without numbers that says so.
+
+With a journal every step is written down before it is taken, so that a peer, or an operator, that
+ends the process or spoils its CUDA context is known by name, and the next process leaves it out.
 """
 
 from __future__ import annotations
 
 import os
-import platform
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from _peers import said, versions
+from _journal import CONTEXT_LOST, Journal
+from _machine import copy_gb_s, machine, matmul_tflop_s, wait, wall_us
+from _peers import said
+from _timing import device_us, launches_of, peak_mb, timed, waits
 from torch import Tensor
 
 from tppo_kernels.testing import FLOOR, assert_accurate, max_error
@@ -31,6 +36,7 @@ from tppo_kernels.testing import FLOOR, assert_accurate, max_error
 Function = Callable[..., tuple[Tensor, ...]]
 PEER_LIMIT = 0.05  # of a result's largest value: further off, a peer computes something else
 CASE_S = 10.0  # a slow case gets fewer rounds than asked for, at least three
+PEER_S, OURS_S = 45, 120  # in which a peer's call, all of ours, must end where there is a journal
 
 
 class RedGate(AssertionError):
@@ -39,9 +45,12 @@ class RedGate(AssertionError):
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape. `make(seed)` gives the inputs; `exact` and `eager` judge the rest.
+    """One operator at one shape. `make(seed)` draws the inputs where they are used, which is on
+    `device`; `exact` and `eager` judge the rest.
 
     exact: run on the inputs in fp64. eager: plain PyTorch as users write it, in fp32.
+    beats: the contender that "op" has to be faster than, at the sizes of a benchmark.
+    nflop: of the products alone, in `dtype`; 0 where bytes are what counts.
     """
 
     op: str
@@ -53,6 +62,9 @@ class Case:
     contenders: dict[str, Function]
     floor: float = FLOOR
     grad: bool = False
+    beats: str = ""
+    nflop: int = 0
+    dtype: torch.dtype = torch.float32
     notes: dict[str, str] = field(default_factory=dict)
     peers: dict[str, Function] = field(default_factory=dict)
 
@@ -62,7 +74,7 @@ class Row:
     """What is known of one contender or peer, None where it has no number.
 
     wall_us: one call from Python; device_us: on a GPU alone; errors: of each result, the largest
-    against fp64.
+    against fp64; launches: of one call.
     """
 
     op: str
@@ -79,6 +91,9 @@ class Row:
     rounds: int
     note: str = ""
     errors: list[float] = field(default_factory=list)
+    tflop_s: float | None = None
+    percent_of_matmul: float | None = None
+    launches: int | None = None
 
 
 @dataclass
@@ -95,10 +110,84 @@ def as_double(x: Any) -> Any:
     return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def gate(case: Case, device: str, inputs: tuple[Any, ...] | None = None) -> Verdict:
+class Attempts:
+    """What one case, `unit`, tries, in a journal before it is tried, where there is a journal.
+
+    A peer whose call ends the process (as no answer in `PEER_S` does) or leaves the CUDA context
+    unusable is left out by the next process, which the parent of this one starts.
+    """
+
+    def __init__(self, unit: str, device: str, journal: Journal | None = None,
+                 seconds: int = OURS_S):
+        self.unit, self.device, self.journal, self.seconds = unit, device, journal, seconds
+        self.refused: dict[str, str] = {}
+        self._said: str | None = None
+
+    def about(self, who: str) -> None:
+        """The next calls are those of a peer, or of what is ours: ""."""
+        if self.journal is None:
+            return
+        if who != self._said:
+            self.journal.add("trying", unit=self.unit, who=who)
+        self._said = who
+        # unhandled, the alarm ends the process even inside a driver's call
+        signal.alarm(PEER_S if who else self.seconds)
+
+    def end(self) -> None:
+        """Nothing is tried any more."""
+        if self.journal is not None:
+            signal.alarm(0)
+
+    def peer(self, who: str, call: Callable[[], Any]) -> Any:
+        """What a peer's call gives; None where it raised, and why is in `refused`."""
+        self.about(who)
+        try:
+            found = call()
+            wait(self.device)
+            return found
+        except Exception as error:  # a stranger's code may raise anything
+            self.refused[who] = f"no number: {said(error)}"
+            self.leave_if_lost(who, error)
+            return None
+        finally:
+            self.about("")
+
+    def leave_if_lost(self, who: str, error: BaseException) -> None:
+        """Ends the process where no call on the GPU can succeed any more."""
+        if not context_lost(self.device):
+            return
+        why = f"it left the CUDA context unusable: {said(error)}"
+        if self.journal is None:
+            raise RuntimeError(f"{who or 'an operator'} of {self.unit}: {why}") from error
+        self.journal.add("broken", unit=self.unit, who=who, why=why)
+        os._exit(CONTEXT_LOST)
+
+
+def context_lost(device: str) -> bool:
+    """Whether every call of the CUDA runtime fails from now on: it does after an illegal access."""
+    try:
+        wait(device)
+        wait(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def without_the_broken(case: Case, journal: Journal) -> tuple[Case, dict[str, str]]:
+    """The case without peers that ended a process before, and why each is missing."""
+    broken = {r["who"]: f"no number: {r['why']}"
+              for r in journal.of("broken", unit=f"{case.op} {case.shape}") if r["who"]}
+    peers = {name: f for name, f in case.peers.items() if name not in broken}
+    return replace(case, peers=peers), broken
+
+
+def gate(case: Case, device: str, inputs: tuple[Any, ...] | None = None,
+         attempts: Attempts | None = None) -> Verdict:
     """Raises `RedGate` naming the contender whose results leave the accuracy policy."""
-    inputs = place(case.make(0), device) if inputs is None else inputs
-    verdict = Verdict(notes=dict(case.notes))
+    inputs = case.make(0) if inputs is None else inputs
+    attempts = attempts or Attempts(f"{case.op} {case.shape}", device)
+    verdict = Verdict(notes=dict(case.notes), refused=attempts.refused)
+    attempts.about("")
     with _grad(case):
         exact = [x.detach() for x in case.exact(*(as_double(x) for x in inputs))]
         eager = [x.detach() for x in case.eager(*inputs)]
@@ -109,14 +198,14 @@ def gate(case: Case, device: str, inputs: tuple[Any, ...] | None = None) -> Verd
                 raise RedGate(f"red gate, no number: {name} of {case.op} {case.shape}: {off[0]}")
             verdict.errors[name] = errors(results, exact)
         for name, function in case.peers.items():
-            try:
+            def judged(function: Function = function) -> tuple[list[float], list[str]]:
                 results = [x.detach() for x in function(*inputs)]
                 off = shortfalls(results, exact, eager, case.floor, PEER_LIMIT)
-            except Exception as error:  # a stranger's code may raise anything
-                verdict.refused[name] = f"no number: {said(error)}"
-                continue
-            verdict.errors[name] = errors(results, exact)
-            verdict.notes[name] = f"less exact: {'; '.join(off)}" if off else ""
+                return errors(results, exact), off
+
+            if (found := attempts.peer(name, judged)) is not None:
+                verdict.errors[name], off = found
+                verdict.notes[name] = f"less exact: {'; '.join(off)}" if off else ""
     return verdict
 
 
@@ -141,64 +230,125 @@ def shortfalls(results: list[Tensor], exact: list[Tensor], eager: list[Tensor], 
 
 
 def run(case: Case, device: str = "cpu", *, rounds: int = 15,
-        round_robin: Callable[[Callable[[], None], int], None] | None = None) -> list[Row]:
+        round_robin: Callable[[Callable[[], None], int], None] | None = None,
+        journal: Journal | None = None) -> list[Row]:
     """The rows of a case, or `RedGate`.
 
     `round_robin(one_round, rounds)` may take over the loop (pytest-benchmark does).
     """
-    given = place(case.make(0), device)
-    verdict = gate(case, device, given)
-    functions = {**case.contenders,
-                 **{name: f for name, f in case.peers.items() if name in verdict.errors}}
+    attempts = Attempts(f"{case.op} {case.shape}", device, journal)
+    attempts.about("")
+    given = case.make(0)
+    verdict = gate(case, device, given, attempts)
     copies = 1 if device == "cpu" else min(64, int(2e8 // max(1, case.nbytes)) + 2)  # L2-cold
-    inputs = [given, *(place(given, device) for _ in range(copies - 1))]
-    walls: dict[str, list[float]] = {name: [] for name in functions}
-    count = 0
-
-    def one_round() -> None:
-        nonlocal count
-        count += 1
-        for name, function in functions.items():
-            walls[name].append(wall_us(function, inputs[count % copies], device))
-
+    inputs = [given, *(copy_of(given) for _ in range(copies - 1))]
+    measured = Measured({**case.contenders, **{
+        name: f for name, f in case.peers.items() if name in verdict.errors}}, attempts, case.peers)
     with _grad(case):
         for _ in range(2):  # warm-up, compilation; then for how long a round takes
             start = time.perf_counter()
-            for function in functions.values():
-                function(*given)
+            measured.each(lambda name, function: measured.warm_up(name, function, given, device))
         rounds = min(rounds, max(3, int(CASE_S / (time.perf_counter() - start))))
-        if round_robin is None:
-            for _ in range(rounds):
-                one_round()
-        else:
-            round_robin(one_round, rounds)
-        on_device: dict[str, float | None] = dict.fromkeys(functions)
+        (round_robin or repeat)(lambda: measured.round(inputs, device), rounds)
         if device != "cpu":
-            for name, function in functions.items():
-                captured = name in case.contenders or not waits(function, given)
-                on_device[name] = device_us(function, inputs, captured=captured)
-                if not captured:
-                    verdict.notes[name] += " no graph: it waits for the device"
-        peaks = {name: peak_mb(f, given, device) for name, f in functions.items()}
-    return [*_rows(case, device, walls, on_device, peaks, verdict),
-            *(Row(case.op, case.shape, name, device, None, None, None, None, None, None, {}, 0, why)
-              for name, why in verdict.refused.items())]
+            measured.alone_on_the_device(inputs, verdict)
+        measured.each(lambda name, function: measured.peaks.__setitem__(
+            name, peak_mb(function, given, device)))
+        measured.each(lambda name, function: measured.launches.__setitem__(
+            name, launches_of(function, given, device)))
+    return [*_rows(case, device, measured, verdict),
+            *(no_number(case, device, name, why) for name, why in verdict.refused.items())]
 
 
-def _rows(case: Case, device: str, walls: dict[str, list[float]],
-          on_device: dict[str, float | None], peaks: dict[str, float],
-          verdict: Verdict) -> list[Row]:
+def repeat(call: Callable[[], None], times: int) -> None:
+    """The call, so many times."""
+    for _ in range(times):
+        call()
+
+
+def no_number(case: Case, device: str, name: str, why: str) -> Row:
+    """The row of what has no number, and why."""
+    return Row(case.op, case.shape, name, device, None, None, None, None, None, None, {}, 0, why)
+
+
+class Measured:
+    """The functions of a case that get numbers, and their times so far."""
+
+    def __init__(self, functions: dict[str, Function], attempts: Attempts, peers: Iterable[str]):
+        self.functions, self.attempts, self.peers = functions, attempts, set(peers)
+        self.last_us = dict.fromkeys(functions, 0.0)
+        self.walls: dict[str, list[float]] = {name: [] for name in functions}
+        self.between: dict[str, list[float]] = {name: [] for name in functions}
+        self.on_device: dict[str, float | None] = dict.fromkeys(functions)
+        self.peaks: dict[str, float] = {}
+        self.launches: dict[str, int | None] = {}
+        self.count = 0
+
+    def each(self, call: Callable[[str, Function], Any]) -> None:
+        """Calls it with every function; a peer that raises is refused and left out from there."""
+        for name, function in list(self.functions.items()):
+            if name not in self.peers:
+                call(name, function)
+                continue
+            self.attempts.peer(name, lambda: call(name, function))  # noqa: B023
+            if name in self.attempts.refused:
+                del self.functions[name]
+
+    def warm_up(self, name: str, function: Function, given: tuple[Any, ...], device: str) -> None:
+        """One call that counts for nothing but how slow it is."""
+        self.last_us[name] = wall_us(function, given, device)
+
+    def round(self, inputs: list[tuple[Any, ...]], device: str) -> None:
+        """One call of each, on the next copy of the inputs."""
+        self.count += 1
+
+        def once(name: str, function: Function) -> None:
+            wall, between = timed(function, inputs[self.count % len(inputs)], device,
+                                  self.last_us[name])
+            self.walls[name].append(wall)
+            if between is not None:
+                self.between[name].append(between)
+
+        self.each(once)
+
+    def alone_on_the_device(self, inputs: list[tuple[Any, ...]], verdict: Verdict) -> None:
+        """A slow call's time is that between events, which its launches fill; a fast one's is that
+        of a graph, where the host is out of the way."""
+        def once(name: str, function: Function) -> None:
+            if self.between[name]:
+                self.on_device[name] = statistics.median(self.between[name])
+                return
+            why = "it waits for the device" if waits(function, inputs[0]) else ""
+            try:
+                self.on_device[name] = device_us(function, inputs, captured=not why)
+            except RuntimeError as error:  # of the capture: the calls themselves ran before
+                self.attempts.leave_if_lost(name if name in self.peers else "", error)
+                why = said(error)
+                self.on_device[name] = device_us(function, inputs, captured=False)
+            if why:
+                verdict.notes[name] = f"{verdict.notes.get(name, '')} no graph: {why}"
+
+        self.each(once)
+
+
+def _rows(case: Case, device: str, measured: Measured, verdict: Verdict) -> list[Row]:
     copy = copy_gb_s(device)
-    median = {name: on_device[name] or statistics.median(us) for name, us in walls.items()}
+    rate = matmul_tflop_s(device, case.dtype) if case.nflop else 0.0
+    median = {name: measured.on_device[name] or statistics.median(measured.walls[name])
+              for name in measured.functions}
     rows = []
     for name, us in median.items():
         gb_s = case.nbytes / us / 1e3
         over = {other: round(slower / us, 2) for other, slower in median.items() if other != name}
+        tflop_s = case.nflop / us / 1e6
         rows.append(Row(case.op, case.shape, name, device, round(us, 2),
-                        round(statistics.median(walls[name]), 2), on_device[name], round(gb_s, 3),
-                        round(100 * gb_s / copy, 1), round(peaks[name], 2), over,
-                        len(walls[name]), verdict.notes.get(name, "").strip(),
-                        verdict.errors[name]))
+                        round(statistics.median(measured.walls[name]), 2),
+                        measured.on_device[name], round(gb_s, 3), round(100 * gb_s / copy, 1),
+                        round(measured.peaks[name], 2), over, len(measured.walls[name]),
+                        verdict.notes.get(name, "").strip(), verdict.errors[name],
+                        round(tflop_s, 3) if rate else None,
+                        round(100 * tflop_s / rate, 1) if rate else None,
+                        measured.launches[name]))
     return rows
 
 
@@ -206,131 +356,10 @@ def _grad(case: Case) -> Any:
     return nullcontext() if case.grad else torch.no_grad()
 
 
-def place(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    """The inputs copied to a device; a leaf that wants its gradient stays one."""
-    return tuple(x.detach().to(device, copy=True).requires_grad_(x.requires_grad)
+def copy_of(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs elsewhere in memory; a leaf that wants its gradient stays one."""
+    return tuple(x.detach().clone().requires_grad_(x.requires_grad)
                  if isinstance(x, Tensor) else x for x in inputs)
-
-
-def wall_us(function: Function, inputs: tuple[Any, ...], device: str) -> float:
-    """One call from Python, waited for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function(*inputs)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e6
-
-
-def waits(function: Function, inputs: tuple[Any, ...]) -> bool:
-    """Whether a call waits for the device (a count of valid rows read, say): no graph holds it."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        function(*inputs)
-    except RuntimeError:
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return False
-
-
-def device_us(function: Function, inputs: list[tuple[Any, ...]], replays: int = 20,
-              captured: bool = True) -> float:
-    """A call in a replayed CUDA graph that goes through all copies of the inputs, so that the L2
-    cache is cold and the host is out of the way. Slow functions go through fewer, fewer times.
-    Not captured: the same calls from Python, between the same events."""
-    slow = wall_us(function, inputs[0], "cuda") / 1e6
-    inputs = inputs[:max(2, int(0.2 / slow))]
-    replays = max(3, min(replays, int(0.5 / slow / len(inputs))))
-
-    def through_all() -> None:
-        for given in inputs:
-            function(*given)
-
-    once = graph_of(through_all) if captured else through_all
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        start.record()
-        once()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(inputs))
-    return statistics.median(times)
-
-
-def graph_of(call: Callable[[], None]) -> Callable[[], None]:
-    """The call captured in a CUDA graph, as a function that replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a capture cannot free what earlier calls left cached
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def peak_mb(function: Function, inputs: tuple[Any, ...], device: str) -> float:
-    """The most memory that a call holds beyond its inputs, in 1e6 bytes."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*inputs)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        kept = function(*inputs)
-    del kept
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 1e6
-
-
-_copies: dict[str, float] = {}
-
-
-def copy_gb_s(device: str, nbytes: int = 1 << 28) -> float:
-    """The bandwidth of a large copy in this process, read and written bytes counted; once."""
-    if device not in _copies:
-        nbytes = nbytes if device == "cpu" else 8 * nbytes
-        source = torch.ones(nbytes // 4, device=device)
-        target = torch.empty_like(source)
-
-        def copy() -> tuple[Tensor]:
-            return (target.copy_(source),)
-
-        best = (min(wall_us(copy, (), device) for _ in range(10)) if device == "cpu"
-                else device_us(copy, [()]))
-        _copies[device] = 2 * nbytes / best / 1e3
-    return _copies[device]
-
-
-def machine(device: str) -> dict[str, Any]:
-    """The description that every file of results carries."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines()
-                 if x.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if device != "cpu" else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "isa": torch.backends.cpu.get_cpu_capability(), "gpu": gpu,
-            "system": platform.platform(), "python": platform.python_version(),
-            "torch": torch.__version__, "load_average": [round(x, 2) for x in os.getloadavg()],
-            "copy_gb_s": round(copy_gb_s(device), 2),
-            "peers": versions(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def number(x: float | None, form: str) -> str:

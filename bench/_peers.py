@@ -7,16 +7,20 @@ which the run says once. `pip install --no-deps` keeps them from replacing torch
 
 from __future__ import annotations
 
-import os
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKAGES = ("trl", "verl", "liger-kernel", "cut-cross-entropy", "torchrl", "rl-triton")
+PACKAGES = ("trl", "verl", "liger-kernel", "cut-cross-entropy", "torchrl", "nvidia-cutlass-dsl")
 IGNORED = -100
 REASONS: dict[str, str] = {}  # why a peer has no row
 Builder = Callable[[str], Callable]
@@ -28,11 +32,10 @@ def said(error: BaseException, width: int = 160) -> str:
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
-def collect(device: str, **builders: Builder) -> dict[str, Callable]:
-    """Those that can be had on this device, by name; `_` in a keyword is a space in the name."""
+def collect(device: str, builders: dict[str, Builder]) -> dict[str, Callable]:
+    """Those that can be had on this device, by name."""
     found: dict[str, Callable] = {}
-    for key, build in builders.items():
-        name = key.replace("_", " ")
+    for name, build in builders.items():
         try:
             found[name] = build(device)
         except Exception as error:  # an import of a stranger may raise anything
@@ -84,12 +87,25 @@ def trl(device: str, entropy: bool = True) -> Callable:
     return call
 
 
-def verl(device: str) -> Callable:
-    """verl's loop over chunks of 512 tokens in PyTorch."""
-    os.environ.setdefault("VERL_USE_EXTERNAL_PLUGINS", "none")  # this package may be one of them
-    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+def bare(package: str, *rooms: str) -> None:
+    """Makes modules of a package importable that ask for less than its `__init__` does: it and
+    `rooms` in it become packages that nothing has run in, unless they are imported already."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"No module named {package!r}")
+    top = Path(found.origin).parent
+    for name in (package, *(f"{package}.{room}" for room in rooms)):
+        if name not in sys.modules:
+            module = ModuleType(name)
+            module.__path__ = [str(top.joinpath(*name.split(".")[1:]))]
+            sys.modules[name] = module
 
-    fused = FusedLinearForPPO()
+
+def verl(device: str) -> Callable:
+    """verl's loop over chunks of 512 tokens in PyTorch; verl itself would want ray."""
+    bare("verl", "utils", "utils.experimental")
+    module = importlib.import_module("verl.utils.experimental.torch_functional")
+    fused = module.FusedLinearForPPO()
     return lambda hidden, weight, targets, mask, rows: _masked(
         mask, *fused(hidden, weight, targets))
 
@@ -97,19 +113,34 @@ def verl(device: str) -> Callable:
 def verl_triton(device: str) -> Callable:
     """verl's kernel."""
     _gpu_only(device)
-    os.environ.setdefault("VERL_USE_EXTERNAL_PLUGINS", "none")
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
+    bare("verl", "utils", "utils.kernel", "plugin")
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
     return lambda hidden, weight, targets, mask, rows: _masked(
-        mask, *linear_cross_entropy(hidden, weight, targets, 1.0, "none"))
+        mask, *module.linear_cross_entropy(hidden, weight, targets, 1.0, "none"))
+
+
+def hopper_kernels() -> bool:
+    """Whether Liger's CuTe kernels for a Hopper GPU can be had: they are written in that DSL."""
+    return importlib.util.find_spec("cutlass") is not None
+
+
+def liger_names(device: str) -> tuple[str, str]:
+    """What the rows of Liger's log-probs with entropy, and of its sum of log-probs, are called."""
+    if device != "cpu" and torch.cuda.get_device_capability() == (9, 0) and hopper_kernels():
+        return "Liger (Hopper)", "Liger (Hopper)"
+    return "Liger (PyTorch)", "Liger (Triton)"
 
 
 def liger_scaled(device: str) -> Callable:
-    """Liger's CuTe kernel on a Hopper GPU, elsewhere its loop in PyTorch."""
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Fused
+    """Liger's CuTe kernel on a Hopper GPU where it can be had, elsewhere its loop in PyTorch: on
+    Hopper Liger itself does not fall back to it."""
+    module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    if liger_names(device)[0] == "Liger (PyTorch)":
+        module._resolve_implementation = lambda device: module._FusedLinearPPOFallbackFunction
+    fused = module.LigerFusedLinearScaledCrossEntropyFunction
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, rows: Any) -> tuple:
-        nll, entropy = Fused.apply(hidden, weight, _ignoring(targets, mask), 1.0, IGNORED, 1, True)
+        nll, entropy = fused.apply(hidden, weight, _ignoring(targets, mask), 1.0, IGNORED, 1, True)
         return -nll, entropy
 
     return call
@@ -177,7 +208,7 @@ def trl_triton(device: str) -> Callable:
 
 
 def _ended(mask: Tensor) -> Tensor:
-    """The last valid token of each sequence: both know `done`, not a mask."""
+    """The last valid token of each sequence: it knows `done`, not a mask."""
     return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
 
 
@@ -191,17 +222,5 @@ def torchrl(device: str, gamma: float, lam: float) -> Callable:
         results = vec_generalized_advantage_estimate(
             gamma, lam, *(x[..., None] for x in (values, behind, rewards, done, done)))
         return _masked(mask, *(x[..., 0] for x in results))
-
-    return call
-
-
-def rl_triton(device: str, gamma: float, lam: float) -> Callable:
-    """rl-triton's scan; it gives no returns."""
-    _gpu_only(device)
-    from rl_triton import compute_gae
-
-    def call(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        advantages = compute_gae(rewards, values, _ended(mask).float(), gamma=gamma, lambda_=lam)
-        return _masked(mask, advantages, advantages + values)
 
     return call

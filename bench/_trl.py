@@ -35,7 +35,8 @@ def available() -> bool:
 class TrlUpdate:
     """One update a call, in seconds."""
 
-    def __init__(self, policy: Any, ref: Any, settings: dict[str, Any], batch: Any, device: str):
+    def __init__(self, policy: Any, ref: Any, settings: dict[str, Any], batch: Any, device: str,
+                 tokens_at_once: int):
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -46,6 +47,8 @@ class TrlUpdate:
         ids = torch.tensor([p + r for p, r in
                             zip(batch.prompt_ids, batch.response_ids, strict=True)], device=device)
         length = len(batch.response_ids[0])
+        held = max(1, tokens_at_once // ids.shape[1])
+        at_once = max(k for k in range(1, rows + 1) if rows % k == 0 and k <= held)
         with torch.no_grad():
             logits = policy(ids, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
         words = {f"w{i}": i for i in range(settings["vocab_size"])}
@@ -65,7 +68,9 @@ class TrlUpdate:
             self.trainer = PPOTrainer(
                 PPOConfig(
                     output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no",
-                    per_device_train_batch_size=rows, local_rollout_forward_batch_size=rows,
+                    per_device_train_batch_size=at_once,
+                    gradient_accumulation_steps=rows // at_once,
+                    local_rollout_forward_batch_size=at_once,
                     num_mini_batches=1, num_ppo_epochs=1, response_length=length,
                     total_episodes=rows, num_sample_generations=0, learning_rate=1e-5,
                     use_cpu=device == "cpu", bf16=False, fp16=False, disable_tqdm=True),

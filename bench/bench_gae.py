@@ -1,4 +1,4 @@
-"""`gae` against a Python loop over T. Goal on a CPU: 8 x 2048 at least 50 times the loop."""
+"""`gae` against a Python loop over T."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import _peers
 import pytest
 import torch
 from _harness import Case, Function
+from _machine import generator, normal
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -45,23 +46,22 @@ def on_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
     """One shape; responses of half to all of T tokens, right-padded as trainers have them."""
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        rewards, values = torch.randn(2, batch, tokens, generator=g)
-        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), generator=g)
-        return rewards, values, torch.arange(tokens) < lengths
+        g = generator(device, seed)
+        rewards, values = normal(g, 2, batch, tokens)
+        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), generator=g, device=device)
+        return rewards, values, torch.arange(tokens, device=device) < lengths
 
     contenders: dict[str, Function] = {"op": op, "loop": loop}
     if device == "cuda":
         contenders["triton"] = on_triton
     if not smoke and tokens <= 128:  # it unrolls the loop: at 2,048 steps it compiles for an hour
         contenders["compiled"] = torch.compile(loop)
-    peers = _peers.collect(device, **{f.__name__: functools.partial(f, gamma=GAMMA, lam=LAM)
-                                      for f in (_peers.torchrl, _peers.rl_triton)})
+    peers = _peers.collect(
+        device, {"torchrl": functools.partial(_peers.torchrl, gamma=GAMMA, lam=LAM)})
     return Case("gae", f"{batch} x {tokens}", NBYTES_PER_TOKEN * batch * tokens, make, loop, loop,
-                contenders, floor=SEQUENTIAL_FLOOR, peers=peers)
+                contenders, floor=SEQUENTIAL_FLOOR, beats="loop", peers=peers)
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_gae(measure, shape_of, device, smoke, index):
-    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), smoke, device))
-    assert smoke or measured["op"].speed_up["loop"] > 1
+    measure(case(*shape_of(SHAPES, index, (3, 17)), smoke, device))

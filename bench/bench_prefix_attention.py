@@ -1,7 +1,6 @@
 """`prefix_attention` and a decoder that shares its prompts, against each (prompt, response) apart.
 
-On a GPU in bf16, with every backend that takes it. Goal on a CPU: forward and backward of the
-decoder at P 512, R 16, G 8 at least 3.5 times dense.
+On a GPU in bf16, with every backend that takes it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _harness import Case, Function
+from _machine import generator, normal
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -68,21 +68,18 @@ def attention_case(prompt: int, response: int, group: int, device: str) -> Case:
     layout = tk.PrefixLayout.from_lengths([prompt], [[response] * group]).to(device)
 
     def make(seed: int) -> tuple:
-        g = torch.Generator().manual_seed(seed)
-        q, k, v, grad = (torch.randn(layout.n_tokens, h, dim, generator=g).to(DTYPE[device])
+        g = generator(device, seed)
+        q, k, v, grad = (normal(g, layout.n_tokens, h, dim).to(DTYPE[device])
                          .transpose(0, 1)[None] for h in (heads, kv_heads, kv_heads, heads))
         return q, k, v, layout, grad
-
-    def exact(q: Tensor, k: Tensor, v: Tensor, _: object, grad: Tensor) -> tuple[Tensor, ...]:
-        return with_backward(tk.prefix_attention)(q, k, v, layout.to("cpu"), grad)
 
     functions = {"op": tk.prefix_attention, "dense": dense, "masked": masked}
     functions |= {b: forced(b) for b in OPS["prefix_attention"].order[device]
                   if not missing(b) and device == "cuda" and b != "reference"}
     shape = f"P {prompt}, R {response}, G {group} {str(DTYPE[device])[6:]} forward+backward"
-    return Case("prefix_attention", shape, nbytes(*make(0)[:3], backward=True), make, exact,
-                with_backward(dense), {n: with_backward(f) for n, f in functions.items()},
-                grad=True)
+    return Case("prefix_attention", shape, nbytes(*make(0)[:3], backward=True), make,
+                with_backward(tk.prefix_attention), with_backward(dense),
+                {n: with_backward(f) for n, f in functions.items()}, grad=True, beats="dense")
 
 
 def decoder(device: str) -> torch.nn.Module:
@@ -108,13 +105,13 @@ def decoder_case(prompt: int, response: int, group: int, device: str) -> Case:
     """The states before the response tokens, and the backward pass of a projection of them."""
     layout = tk.PrefixLayout.from_lengths([prompt], [[response] * group]).to(device)
     model = decoder(device)
-    double = copy.deepcopy(model).double().cpu()
+    double = copy.deepcopy(model).double()
 
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        return (torch.randint(4096, (prompt,), generator=g),
-                torch.randint(4096, (group, response), generator=g),
-                torch.randn(group, response, 256, generator=g).to(DTYPE[device]))
+        g = generator(device, seed)
+        return (torch.randint(4096, (prompt,), generator=g, device=device),
+                torch.randint(4096, (group, response), generator=g, device=device),
+                normal(g, group, response, 256).to(DTYPE[device]))
 
     def apart(model: torch.nn.Module, prompts: Tensor, responses: Tensor,
               projection: Tensor) -> tuple[Tensor, ...]:
@@ -133,7 +130,7 @@ def decoder_case(prompt: int, response: int, group: int, device: str) -> Case:
     eager = functools.partial(apart, model)
     return Case("shared_prefix", f"P {prompt}, R {response}, G {group} Llama 4 x 256 "
                 "forward+backward", 4 * weights, make, functools.partial(apart, double), eager,
-                {"op": shared, "dense": eager}, grad=True,
+                {"op": shared, "dense": eager}, grad=True, beats="dense",
                 notes={"op": "bytes: the weights and their gradients, read and written once"})
 
 
@@ -142,5 +139,4 @@ def decoder_case(prompt: int, response: int, group: int, device: str) -> Case:
 def test_prefix_attention(measure, device, smoke, kind, which):
     if smoke and which:
         pytest.skip("one tiny shape")
-    measured = measure(kind(*((9, 3, 4) if smoke else SHAPES[device][which]), device))
-    assert smoke or measured["op"].speed_up["dense"] > 1
+    measure(kind(*((9, 3, 4) if smoke else SHAPES[device][which]), device))

@@ -2,22 +2,27 @@
 
 An update is old and reference log-probs, values, rewards, advantages, and one optimiser step of
 policy and critic on `GROUPS` prompts. Both ways compute the same: losses, metrics and gradients
-are compared before anything is timed. Goals: at least 3 times dense at P 256, R 16, G 8 on a CPU
-with the demo's model; at least 5 times at P 2048, R 24, G 8 with the 1.5B shape on a GPU.
+are compared before anything is timed. On a GPU as many tokens go through a model at once as its
+memory holds, in both ways and in TRL's.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from typing import Any
 
+import _goals
 import pytest
 import torch
-from _harness import RedGate, peak_mb, wall_us
+from _harness import Attempts, RedGate
+from _journal import Journal
+from _machine import wait, wall_us
 from _steps import StepRow
+from _timing import peak_mb
 
 pytest.importorskip("transformers")
 import _trl  # noqa: E402
@@ -44,6 +49,8 @@ MODELS = {
            "tie_word_embeddings": False},
 }
 MODELS_OF = {"cpu": ("demo",), "cuda": ("1.5B", "8B")}
+TOKENS_AT_ONCE = {"demo": 1 << 20, "1.5B": 1 << 14, "8B": 1 << 13}  # about 55 GB of activations
+TRL = f"TRL {_trl.VERSION.rpartition('.')[0]}"
 TRAINED = {"8B": ("q_proj", "v_proj")}  # what adapters train: with all of it one GPU is too small
 
 
@@ -82,11 +89,11 @@ def models_of(name: str, device: str) -> Models:
     return Models(policy, ref, critic, RewardModel(reward))
 
 
-def trainer(models: Models, prefix: Prefix, response: int, group: int, groups: int
-            ) -> PPOTrainer:
+def trainer(models: Models, prefix: Prefix, response: int, group: int, groups: int,
+            tokens_at_once: int = 1 << 20) -> PPOTrainer:
     """With a learning rate of 0, both ways and every round work on the same weights."""
     config = PPOConfig(lr=0.0, critic_lr=0.0, epochs=1, minibatch_size=group * groups,
-                       responses_per_prompt=group, max_tokens=1 << 20)
+                       responses_per_prompt=group, max_tokens=tokens_at_once)
     engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)
     return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,
                       seed=0, prefix=prefix)
@@ -126,41 +133,81 @@ def gate(ways: dict[str, PPOTrainer], batch: RolloutBatch, tolerance: float) -> 
             raise RedGate(f"red gate, no number: gradient {i} is off by {error:.1e}")
 
 
-def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: int, rounds: int
-                  ) -> list[StepRow]:
-    """Both ways at one shape, in turn, round by round."""
-    prompt, response, group = shape
-    vocab = MODELS[name]["vocab_size"]
-    batch = rollout(vocab, prompt, response, group, groups)
-    models = models_of(name, device)
-    both: tuple[Prefix, ...] = ("shared", "dense")
-    ways = {prefix: trainer(models, prefix, response, group, groups) for prefix in both}
-    gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
+@dataclass
+class Times:
+    """What the ways of one shape took."""
+
+    ms: dict[tuple[str, str], list[float]]  # (prefix, what)
+    peak_mb: dict[str, float]
+    trl_ms: list[float]
+
+
+def measured(ways: dict[str, PPOTrainer], batch: RolloutBatch, device: str, rounds: int,
+             trl: Callable[[], float] | None, attempts: Attempts) -> Times:
+    """Updates and rollouts of both ways, and TRL's update, in turn, round by round."""
     work: dict[str, Callable[[PPOTrainer], Any]] = {
         "update": lambda ppo: update(ppo, batch),
         "rollout": lambda ppo: ppo.rollout.generate(batch.prompt_ids, ppo.sampling),
     }
-    us: dict[tuple[str, str], list[float]] = {(p, w): [] for p in ways for w in work}
-    trl = _trl_update(ways["dense"], name, batch, device)
+    times = Times({(p, w): [] for p in ways for w in work}, {}, [])
     for ppo in ways.values():
         work["rollout"](ppo)
-    trl_ms = []
     for _ in range(rounds):
-        for (prefix, what), times in us.items():
-            times.append(wall_us(work[what], (ways[prefix],), device))
+        for (prefix, what), ms in times.ms.items():
+            wait(device)
+            if device != "cpu":  # of an update that is timed as well: a dense one takes long
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            ms.append(wall_us(work[what], (ways[prefix],), device) / 1e3)
+            if device != "cpu" and what == "update":
+                times.peak_mb[prefix] = (torch.cuda.max_memory_allocated() - before) / 1e6
         if trl is not None:
-            trl_ms.append(1e3 * trl())
-    middle = {key: median(times) / 1e3 for key, times in us.items()}
+            seconds = attempts.peer(TRL, trl)
+            trl = trl if seconds else None
+            times.trl_ms += [1e3 * seconds] if seconds else []
+    if device == "cpu":
+        times.peak_mb = {p: peak_mb(work["update"], (ppo,), device) for p, ppo in ways.items()}
+    return times
+
+
+def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: int, rounds: int,
+                  journal: Journal | None = None) -> list[StepRow]:
+    """Both ways at one shape."""
+    prompt, response, group = shape
+    attempts = Attempts(unit_of(name, shape, groups), device, journal)
+    attempts.about("")
+    batch = rollout(MODELS[name]["vocab_size"], prompt, response, group, groups)
+    models = models_of(name, device)
+    both: tuple[Prefix, ...] = ("shared", "dense")
+    ways = {prefix: trainer(models, prefix, response, group, groups, TOKENS_AT_ONCE[name])
+            for prefix in both}
+    gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
+    trl = attempts.peer(TRL, lambda: _trl_update(ways["dense"], name, batch, device)
+                        ) if not broken(attempts) else None
+    times = measured(ways, batch, device, rounds, trl, attempts)
+    middle = {key: median(ms) for key, ms in times.ms.items()}
     tokens = {"shared": groups * (prompt + group * response),
               "dense": groups * group * (prompt + response)}
-    theirs = round(median(trl_ms), 1) if trl_ms else None
+    theirs = round(median(times.trl_ms), 1) if times.trl_ms else None
     return [StepRow(name, device, groups, prompt, response, group, prefix, tokens[prefix],
                     round(middle[prefix, "update"], 1), round(middle[prefix, "rollout"], 1),
-                    round(peak_mb(work["update"], (ppo,), device), 1),
+                    round(times.peak_mb[prefix], 1),
                     round(middle["dense", "update"] / middle[prefix, "update"], 2),
                     round(middle["dense", "rollout"] / middle[prefix, "rollout"], 2),
                     theirs, round(theirs / middle[prefix, "update"], 2) if theirs else None)
-            for prefix, ppo in ways.items()]
+            for prefix in ways]
+
+
+def unit_of(name: str, shape: tuple[int, int, int], groups: int) -> str:
+    """What a journal calls a shape; goals name it so."""
+    prompt, response, group = shape
+    return f"step {name} P {prompt}, R {response}, G {group}, {groups} prompts"
+
+
+def broken(attempts: Attempts) -> bool:
+    """Whether TRL's update ended a process before."""
+    return attempts.journal is not None and bool(
+        attempts.journal.of("broken", unit=attempts.unit, who=TRL))
 
 
 def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) -> Any:
@@ -168,14 +215,27 @@ def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) ->
     if not _trl.available():
         return None
     policy, ref = (copy.deepcopy(model) for model in (ppo.models.policy, ppo.models.ref))
-    update = _trl.TrlUpdate(policy, ref, settings_of(name), batch, device)
+    update = _trl.TrlUpdate(policy, ref, settings_of(name), batch, device, TOKENS_AT_ONCE[name])
     update()  # warm-up
     return update
 
 
+def asked_for(name: str, device: str, shape: tuple[int, int, int], groups: int,
+              goals_only: bool, journal: Journal | None) -> None:
+    """Skips a shape that has no goal, where only those are measured, or is measured already; fails
+    one that ended a process before."""
+    unit = unit_of(name, shape, groups)
+    if goals_only and not _goals.of("step", unit.removeprefix("step "), device):
+        pytest.skip("no goal on this device")
+    if journal and journal.of("unit", unit=unit, state="ok"):
+        pytest.skip("measured before")
+    if journal and (died := journal.of("broken", unit=unit, who="")):
+        pytest.fail(died[-1]["why"])
+
+
 @pytest.mark.parametrize("index", range(len(shapes("cpu"))))
 @pytest.mark.parametrize("size", range(2), ids=("small", "large"))
-def test_step(steps, shape_of, device, smoke, size, index, request):
+def test_step(steps, shape_of, device, smoke, size, index, request, goals_only, journal):
     if size >= len(MODELS_OF[device]):
         pytest.skip("fewer models on this device")
     listed = shapes(device)
@@ -183,10 +243,18 @@ def test_step(steps, shape_of, device, smoke, size, index, request):
         listed = listed[:LISTED]
     name = "demo" if smoke else MODELS_OF[device][size]
     shape = shape_of({device: listed}, index, (24, 4, 3))
-    rounds = 1 if smoke else min(5, request.config.getoption("--bench-rounds"))
+    rounds = 1 if smoke else min(2 if device == "cuda" else 5,
+                                 request.config.getoption("--bench-rounds"))
     groups = 1 if smoke else 4 if shape == GOAL else GROUPS[device]
-    rows = measure_shape(name, device, shape, groups, rounds)
-    steps.extend(rows)
+    asked_for(name, device, shape, groups, goals_only, journal)
+    try:
+        rows = measure_shape(name, device, shape, groups, rounds, journal)
+    finally:
+        Attempts(unit_of(name, shape, groups), device, journal).end()
+    steps(rows)
+    if journal:
+        journal.add("unit", part="benchmarks", unit=unit_of(name, shape, groups), state="ok",
+                    said="")
     shared, dense = rows
     assert shared.tokens <= dense.tokens
     assert smoke or shared.group == 1 or shared.speed_up > 1

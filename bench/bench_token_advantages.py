@@ -1,12 +1,11 @@
-"""`token_advantages` against what trainers run: a KL penalty, a Python loop over T, whitening.
-
-Goals on a GPU: 512 x 2048 in 15 us on the device; 60 % of the copy bandwidth at 29 B a token."""
+"""`token_advantages` against what trainers run: a KL penalty, a Python loop over T, whitening."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from _harness import Case, Function
+from _machine import generator, normal, random_mask
 from bench_gae import GAMMA, LAM, loop
 from torch import Tensor
 
@@ -45,19 +44,18 @@ def on_triton(*inputs: Tensor) -> tuple[Tensor, ...]:
 def case(batch: int, tokens: int, device: str) -> Case:
     """One shape; a quarter of the tokens are masked."""
     def make(seed: int) -> tuple[Tensor, ...]:
-        g = torch.Generator().manual_seed(seed)
-        rewards, values, logprobs, noise = torch.randn(4, batch, tokens, generator=g)
+        g = generator(device, seed)
+        rewards, values, logprobs, noise = normal(g, 4, batch, tokens)
         return (rewards, values, logprobs, logprobs + 0.1 * noise,
-                torch.rand(batch, tokens, generator=g) < 0.75)
+                random_mask(g, batch, tokens))
 
     contenders: dict[str, Function] = {"op": op, "composed": composed}
     if device == "cuda":
         contenders["triton"] = on_triton
     return Case("token_advantages", f"{batch} x {tokens}", NBYTES_PER_TOKEN * batch * tokens, make,
-                composed, composed, contenders, floor=SEQUENTIAL_FLOOR)
+                composed, composed, contenders, floor=SEQUENTIAL_FLOOR, beats="composed")
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_token_advantages(measure, shape_of, device, smoke, index):
-    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), device))
-    assert smoke or measured["op"].speed_up["composed"] > 1
+    measure(case(*shape_of(SHAPES, index, (3, 17)), device))

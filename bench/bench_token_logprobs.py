@@ -1,5 +1,4 @@
-"""`token_logprobs` against what users write, and that compiled. Goal on a CPU: 512 x 32,000 in
-fp32 forward at least 6 times eager."""
+"""`token_logprobs` against what users write, and that compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import _peers
 import pytest
 import torch
 from _harness import Case, Function
+from _machine import generator, normal
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -45,24 +45,23 @@ def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: 
          device: str = "cpu") -> Case:
     """One shape; the contender "op" is the operator on its best backend."""
     def make(seed: int) -> tuple[Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        some = (3 * torch.randn(min(rows, 512), vocabulary, generator=g)).to(dtype)
-        logits = some.repeat(-(-rows // len(some)), 1)[:rows]  # a billion draws take minutes
-        return logits, torch.randint(vocabulary, (rows,), generator=g)
+        g = generator(device, seed)
+        logits = (3 * normal(g, rows, vocabulary)).to(dtype)
+        return logits, torch.randint(vocabulary, (rows,), generator=g, device=device)
 
     functions: dict[str, Callable] = {"op": tk.token_logprobs, "eager": eager}
     if dtype == torch.float32:
         functions["frugal"] = frugal
     if not smoke:
         functions["compiled"] = torch.compile(eager)
-    peers = _peers.collect(device, trl=_peers.trl_logits, trl_triton=_peers.trl_triton)
+    peers = _peers.collect(device, {"trl": _peers.trl_logits, "trl triton": _peers.trl_triton})
     wrap = with_backward if backward else lambda f: f
     logits = torch.empty(rows, vocabulary, dtype=dtype, device="meta")
     name = str(dtype).removeprefix("torch.")
     return Case("token_logprobs", f"{rows} x {vocabulary} {name} "
                 f"{'forward+backward' if backward else 'forward'}",
                 nbytes(logits, backward=backward), make, wrap(eager), wrap(eager),
-                {n: wrap(f) for n, f in functions.items()}, grad=backward,
+                {n: wrap(f) for n, f in functions.items()}, grad=backward, beats="eager",
                 peers={n: wrap(f) for n, f in peers.items()})
 
 
@@ -70,6 +69,4 @@ def case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool, smoke: 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("index", range(2))
 def test_token_logprobs(measure, shape_of, device, smoke, index, dtype, backward):
-    measured = measure(case(*shape_of(SHAPES, index, (8, 100)), dtype, backward, smoke,
-                            device))
-    assert smoke or device != "cpu" or measured["op"].speed_up["eager"] > 1
+    measure(case(*shape_of(SHAPES, index, (8, 100)), dtype, backward, smoke, device))

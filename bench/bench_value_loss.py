@@ -1,5 +1,5 @@
 """`value_loss` forward and backward, with the metrics that trainers log, against what users write
-and that compiled. Goal on a CPU: at least eager."""
+and that compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _harness import Case, Function
+from _machine import generator, normal, random_mask
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -42,12 +43,12 @@ def with_backward(function: Callable) -> Function:
     return both
 
 
-def case(batch: int, tokens: int, smoke: bool) -> Case:
+def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
     """One shape in fp32; a quarter of the tokens are masked."""
     def make(seed: int) -> tuple[Tensor, ...]:
-        g = torch.Generator().manual_seed(seed)
-        drift, returns, old = torch.randn(3, batch, tokens, generator=g)
-        return old + 0.3 * drift, returns, old, torch.rand(batch, tokens, generator=g) < 0.75
+        g = generator(device, seed)
+        drift, returns, old = normal(g, 3, batch, tokens)
+        return old + 0.3 * drift, returns, old, random_mask(g, batch, tokens)
 
     functions: dict[str, Callable] = {"op": op, "eager": eager}
     if not smoke:
@@ -55,10 +56,9 @@ def case(batch: int, tokens: int, smoke: bool) -> Case:
     return Case("value_loss", f"{batch} x {tokens} forward+backward",
                 NBYTES_PER_TOKEN * batch * tokens, make, with_backward(eager),
                 with_backward(eager), {n: with_backward(f) for n, f in functions.items()},
-                grad=True)
+                grad=True, beats="eager")
 
 
 @pytest.mark.parametrize("index", range(2))
-def test_value_loss(measure, shape_of, smoke, index):
-    measured = measure(case(*shape_of(SHAPES, index, (3, 17)), smoke))
-    assert smoke or measured["op"].speed_up["eager"] > 1
+def test_value_loss(measure, shape_of, device, smoke, index):
+    measure(case(*shape_of(SHAPES, index, (3, 17)), smoke, device))

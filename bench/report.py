@@ -8,26 +8,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _goals import LIGER_NOTE
+from _journal import replace_text
+
 Row = dict[str, Any]
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 420, 70, 370, 30
+FORMS = {"device_us": "device us", "wall_us": "call us", "gb_s": "GB/s",
+         "percent_of_copy": "% of copy", "tflop_s": "TFLOP/s", "percent_of_matmul": "% of product",
+         "launches": "launches", "peak_mb": "peak MB"}
+ROUNDED = dict.fromkeys(FORMS, ",.1f") | {"percent_of_copy": ".0f", "percent_of_matmul": ".0f",
+                                          "launches": "d"}
 COLOURS = ("#1b6ca8", "#c0392b", "#27815b", "#8e44ad", "#b9770e", "#34495e", "#d35400", "#16a085")
 
 
 def markdown(results: dict[str, Any], plot: str | None) -> str:
-    """The report: the machine, a table of operators, a table of whole steps, the checks."""
-    machine = results["machine"]
-    where = machine.get("gpu") or machine["cpu"]
-    lines = [f"# Measured on {where}", "",
-             f"torch {machine['torch']}, Python {machine['python']}, copy bandwidth "
-             f"{machine['copy_gb_s']:,.0f} GB/s in the same session, {machine['time']}.", ""]
-    if "peers" in machine:
-        lines += [f"Peers: {', '.join(f'{k} {v}' for k, v in machine['peers'].items())}.", ""]
+    """The report: the machine, goals, operators, whole steps, kernels, checks and parts."""
+    lines = _head(results["machine"])
+    goals: list[Row] = results.get("goals", [])
+    if goals:
+        lines += ["", "## Goals", "", *_table(("goal", "measured", "verdict"), [
+            [g["goal"], _text(g["value"]), f"{g['verdict']}{': ' * bool(g['why'])}{g['why']}"]
+            for g in goals])]
     rows: list[Row] = results.get("rows", [])
     if rows:
-        lines += _table(("operator", "shape", "implementation", "device us", "call us", "GB/s",
-                         "% of copy", "peak MB", "speed-up of op over it", "errors",
-                         "note"),
-                        [_cells(row, rows) for row in rows])
+        lines += ["", "## Operators", "", *_table(
+            ("operator", "shape", "implementation", *FORMS.values(), "speed-up of op over it",
+             "errors", "note"), [_cells(row, rows) for row in rows])]
+        if any("Liger" in row["implementation"] for row in rows) and not any(
+                row["implementation"] == "Liger (Hopper)" for row in rows):
+            lines += ["", LIGER_NOTE]
     if plot:
         lines += ["", f"![bytes moved against bandwidth reached]({plot})"]
     steps: list[Row] = results.get("steps", [])
@@ -35,25 +44,49 @@ def markdown(results: dict[str, Any], plot: str | None) -> str:
         keys = [k for k in steps[0] if k != "device"]
         lines += ["", "## A PPO step", "", *_table(keys, [[_text(s[k]) for k in keys]
                                                           for s in steps])]
-    checks: list[Row] = results.get("checks", [])
-    if checks:
-        lines += ["", "## Checks", "", *_table(
-            ("part", "state", "seconds", "what it said"),
-            [[c["name"], c["state"], f"{c['seconds']:.0f}", "; ".join(c["said"])] for c in checks])]
-    return "\n".join(lines) + "\n"
+    for title, name in (("Kernels, by ncu", "kernels"), ("First touch", "first_touch")):
+        found: list[Row] = results.get(name, [])
+        if found:
+            keys = [k for k in found[0] if k != "part"]
+            lines += ["", f"## {title}", "", *_table(keys, [
+                [_text(x.get(k)) for k in keys] for x in found])]
+    return "\n".join([*lines, *_parts(results.get("checks", []))]) + "\n"
+
+
+def _head(machine: Row) -> list[str]:
+    lines = [f"# Measured on {machine.get('gpu') or machine['cpu']}", "",
+             f"torch {machine['torch']}, Python {machine['python']}, copy bandwidth "
+             f"{machine['copy_gb_s']:,.0f} GB/s in the same session, {machine['time']}.", ""]
+    if "matmul_tflop_s" in machine:
+        lines[2] += (f" A product of random {machine['matmul_dtype']} matrices: "
+                     f"{machine['matmul_tflop_s']:,.3g} TFLOP/s.")
+    if "peers" in machine:
+        lines += [f"Peers: {', '.join(f'{k} {v}' for k, v in machine['peers'].items())}."]
+    return lines
+
+
+def _parts(checks: list[Row]) -> list[str]:
+    """The parts of a gpu-check; where the code changed between them, that is said."""
+    if not checks:
+        return []
+    states = list(dict.fromkeys(c.get("code", "") for c in checks))
+    lines = ["", "## Checks", "", *_table(
+        ("part", "state", "seconds", "code", "what it said"),
+        [[c["name"], c["state"], f"{c['seconds']:.0f}", c.get("code", ""), "; ".join(c["said"])]
+         for c in checks])]
+    if len(states) > 1:
+        lines += ["", f"The parts ran on {len(states)} states of the code: {', '.join(states)}."]
+    return lines
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
     op = next((r for r in rows if (r["op"], r["shape"], r["implementation"])
                == (row["op"], row["shape"], "op")), None)
     over = op["speed_up"].get(row["implementation"]) if op else None
-    forms = {"device_us": ",.1f", "wall_us": ",.1f", "gb_s": ",.1f", "percent_of_copy": ".0f",
-             "peak_mb": ",.1f"}
     return [row["op"], row["shape"], row["implementation"],
-            *("-" if row[k] is None else format(row[k], form) for k, form in forms.items()),
+            *("-" if row.get(k) is None else format(row[k], form) for k, form in ROUNDED.items()),
             "-" if over is None else f"{over:.2f}",
-            " ".join(f"{x:.0e}" for x in row.get("errors", [])),
-            row.get("note", "").replace("|", "/")]
+            " ".join(f"{x:.0e}" for x in row.get("errors", [])), row.get("note", "")]
 
 
 def _text(value: Any) -> str:
@@ -61,13 +94,16 @@ def _text(value: Any) -> str:
 
 
 def _table(head: Any, body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+    """What a cell says stays in it, and on its line."""
+    return [f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in cells)} |"
+            for cells in (head, ["---"] * len(head), *body)]
 
 
 def roofline(results: dict[str, Any]) -> str | None:
     """An SVG: bytes moved (x) against bandwidth reached (y) of "op"; the copy is the roof."""
+    ours = [r for r in results.get("rows", []) if r["implementation"] == "op" and r["median_us"]]
     points = [(r["gb_s"] * r["median_us"] * 1e3, r["gb_s"], r["op"], r["shape"])
-              for r in results.get("rows", []) if r["implementation"] == "op" and r["gb_s"] > 0]
+              for r in ours if r["gb_s"] > 0]
     if not points:
         return None
     roof = results["machine"]["copy_gb_s"]
@@ -99,14 +135,14 @@ def roofline(results: dict[str, Any]) -> str | None:
             f'font-family="sans-serif" font-size="13">{frame}{"".join(parts)}</svg>\n')
 
 
-def write(source: Path) -> Path:
-    """Renders a file of results beside it; returns the report's path."""
+def write(source: Path, stem: str | None = None) -> Path:
+    """Renders a file of results beside it, under its own name or another; the report's path."""
     results = json.loads(source.read_text())
+    target = source.with_name(f"{stem or source.stem}.md")
     plot = roofline(results)
     if plot:
-        source.with_suffix(".svg").write_text(plot)
-    target = source.with_suffix(".md")
-    target.write_text(markdown(results, source.with_suffix(".svg").name if plot else None))
+        replace_text(target.with_suffix(".svg"), plot)
+    replace_text(target, markdown(results, target.with_suffix(".svg").name if plot else None))
     return target
 
 
