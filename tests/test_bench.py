@@ -23,7 +23,10 @@ def harness(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", False)
     module = importlib.import_module("_harness")
-    monkeypatch.setitem(module._copies, "cpu", 10.0)
+    machine = importlib.import_module("_machine")
+    monkeypatch.setitem(machine._copies, "cpu", 10.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setitem(machine._products, ("cpu", dtype), 0.05)
     return module
 
 
@@ -113,8 +116,8 @@ def test_a_peer_that_cannot_be_had_says_why(harness, monkeypatch):
     def absent(device):
         import no_such_package_x  # noqa: F401
 
-    found = peers.collect("cpu", here=lambda device: len, not_here=absent,
-                          verl_triton=peers.verl_triton)
+    found = peers.collect("cpu", {"here": lambda device: len, "not here": absent,
+                                  "verl triton": peers.verl_triton})
     assert found == {"here": len}
     assert peers.REASONS == {
         "not here": "ModuleNotFoundError: No module named 'no_such_package_x'",
@@ -122,13 +125,16 @@ def test_a_peer_that_cannot_be_had_says_why(harness, monkeypatch):
     assert set(harness.machine("cpu")["peers"]) == set(peers.PACKAGES)
 
 
-def test_few_valid_rows_are_listed_for_a_gpu_and_never_none(harness):
+def test_few_valid_rows_are_listed_for_a_gpu_and_never_none(harness, monkeypatch):
     module = importlib.import_module("bench_linear_logprobs")
-    for device in ("cpu", "cuda"):
-        *_, mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1e-9, device, 0)
-        assert mask.sum() == 1
-        assert rows is None if device == "cpu" else torch.equal(rows, mask.nonzero()[:, 0])
-    *_, mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1.0, "cuda", 0)
+    *_, mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1e-9, "cpu", 0)
+    assert mask.sum() == 1 and rows is None
+    monkeypatch.setattr(module, "random_mask", lambda g, n, share: torch.rand(n) < share)
+    monkeypatch.setattr(module, "states", lambda *given: ())
+    monkeypatch.setattr(module, "generator", lambda *given: None)
+    mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1e-9, "cuda", 0)
+    assert torch.equal(rows, mask.nonzero()[:, 0]) and len(rows) == 1
+    mask, rows = module.make_inputs(16, 8, 100, torch.float32, 1.0, "cuda", 0)
     assert mask.all() and rows is None
 
 
@@ -151,12 +157,12 @@ def test_rounds_are_interleaved_and_rows_follow_from_them(harness, gae_case, mon
     order = []
     clock = {"op": 10.0, "loop": 50.0}
 
-    def timed(function, inputs, device):
+    def timed(function, inputs, device, last_us):
         name = next(n for n, f in gae_case.contenders.items() if f is function)
         order.append(name)
-        return clock[name]
+        return clock[name], None
 
-    monkeypatch.setattr(harness, "wall_us", timed)
+    monkeypatch.setattr(harness, "timed", timed)
     op, loop = harness.run(gae_case, rounds=3)
     assert order == ["op", "loop"] * 3
     assert op.median_us == 10.0 and op.rounds == 3 and op.speed_up == {"loop": 5.0}
@@ -170,8 +176,9 @@ def test_peak_memory_is_the_most_held_at_once(harness):
         del big
         return (torch.empty(n),)
 
-    assert harness.peak_mb(holds, (10, 0), "cpu") == pytest.approx(4.0, abs=0.1)
-    assert harness.peak_mb(holds, (2_000_000, 0), "cpu") == pytest.approx(8.0, abs=0.1)
+    timing = importlib.import_module("_timing")
+    assert timing.peak_mb(holds, (10, 0), "cpu") == pytest.approx(4.0, abs=0.1)
+    assert timing.peak_mb(holds, (2_000_000, 0), "cpu") == pytest.approx(8.0, abs=0.1)
 
 
 def test_pytest_bench_writes_rows_and_machine(tmp_path):
@@ -183,14 +190,14 @@ def test_pytest_bench_writes_rows_and_machine(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(target.read_text())
-    assert {"cpu", "threads", "torch", "copy_gb_s", "load_average",
+    assert {"cpu", "threads", "torch", "copy_gb_s", "matmul_tflop_s", "load_average",
             "peers"} <= set(written["machine"])
     assert {(r["op"], r["implementation"]) for r in written["rows"]} >= {
         ("gae", "op"), ("gae", "loop"), ("token_logprobs", "op"), ("token_logprobs", "eager")}
     assert all(r["median_us"] > 0 and r["gb_s"] >= 0 for r in written["rows"]
                if not r["note"].startswith("no number"))
     assert "token_logprobs" in done.stdout and "speed-up over" in done.stdout
-    assert "no row: rl triton: RuntimeError: runs on a GPU only" in done.stdout
+    assert "no row: trl triton: RuntimeError: runs on a GPU only" in done.stdout
 
 
 @pytest.fixture
