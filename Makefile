@@ -4,6 +4,7 @@
 #   PYTHON       the interpreter for the environment (default python3, 3.10 or newer)
 #   TORCH_INDEX  a package index for torch alone; without an NVIDIA GPU the CPU build saves
 #                gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   CHECK        options of gpu-check: make gpu-check CHECK="--resume --only goals tests"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench check gpu-check clean
+.PHONY: help demo test test-full lint bench check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -41,8 +42,12 @@ lint: .venv/dev
 bench: .venv/dev  ## the operators against eager and compiled PyTorch on this machine
 	$(BIN)/python -m pytest bench
 
-gpu-check:  ## on a machine with an NVIDIA GPU, no network: build in place, test, train, measure (9 minutes)
-	$(PYTHON) bench/gpu_check.py
+gpu-check:  ## on a machine with an NVIDIA GPU, no network: build, measure, test, train (10 minutes)
+	$(PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(CHECK)
+
+gpu-wheels:  ## make gpu-wheels DIR=wheels: what gpu-check wants beyond PyTorch, for WHEELS=wheels
+	@test -n "$(DIR)" || { echo "make gpu-wheels DIR=...: which folder?"; exit 2; }
+	$(PYTHON) bench/gpu_wheels.py "$(DIR)"
 
 check: .venv/train  ## the demo at several seeds, held to what it promises (about 6 minutes each)
 	for seed in $(SEEDS); do \

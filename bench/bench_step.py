@@ -50,6 +50,7 @@ MODELS = {
 }
 MODELS_OF = {"cpu": ("demo",), "cuda": ("1.5B", "8B")}
 TOKENS_AT_ONCE = {"demo": 1 << 20, "1.5B": 1 << 14, "8B": 1 << 13}  # about 55 GB of activations
+UNMOVED = 1e-30  # of a weight this is less than a rounding
 TRL = f"TRL {_trl.VERSION.rpartition('.')[0]}"
 TRAINED = {"8B": ("q_proj", "v_proj")}  # what adapters train: with all of it one GPU is too small
 
@@ -91,8 +92,8 @@ def models_of(name: str, device: str) -> Models:
 
 def trainer(models: Models, prefix: Prefix, response: int, group: int, groups: int,
             tokens_at_once: int = 1 << 20) -> PPOTrainer:
-    """With a learning rate of 0, both ways and every round work on the same weights."""
-    config = PPOConfig(lr=0.0, critic_lr=0.0, epochs=1, minibatch_size=group * groups,
+    """With a learning rate that moves no weight, both ways and every round work on the same."""
+    config = PPOConfig(lr=UNMOVED, critic_lr=UNMOVED, epochs=1, minibatch_size=group * groups,
                        responses_per_prompt=group, max_tokens=tokens_at_once)
     engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)
     return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,

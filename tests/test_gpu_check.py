@@ -340,6 +340,19 @@ def test_wheels_are_unpacked_and_their_absence_is_said(gpu_check, tmp_path):
     assert len(names) == len(set(names)) and all("==" in n for n in (*wheels.PEERS, *wheels.APART))
 
 
+def test_the_trainers_needs_are_present_or_among_the_wheels(gpu_check):
+    import re
+
+    wheels = gpu_check.gpu_wheels
+    extra = re.search(r"^train = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(),
+                      re.MULTILINE | re.DOTALL)[1]
+    needs = set(re.findall(r'"([\w.-]+?)[><=]', extra))
+    fetched = {name.split("==")[0] for name in wheels.TRAINER}
+    assert needs <= fetched | set(wheels.PRESENT), "a GPU machine cannot train"
+    source = (ROOT / "bench/_parts.py").read_text().split("def learning(")[1]
+    assert all(f'"{n.split(".")[0]}"' in source for n in needs)
+
+
 def test_every_benchmark_is_in_a_part(gpu_check):
     present = {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")}
     parts = gpu_check._parts
