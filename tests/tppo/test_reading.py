@@ -190,7 +190,7 @@ def test_a_batch_that_is_read_wrongly_shows_in_the_losses_of_sft(family, way, ho
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_experience_and_with_it_the_heat_map_is_that_of_each_answer_alone(family, way):
     """Rewards, values, log-probs and advantages of a batch with padding, unwhitened."""
-    config = PPOConfig(lr=0.0, critic_lr=0.0, normalize=False, kl_coef=0.3)
+    config = PPOConfig(lr=1e-3, critic_lr=1e-3, normalize=False, kl_coef=0.3)
 
     def score(prompts, responses, way):
         used = models(family)
