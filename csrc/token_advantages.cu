@@ -20,14 +20,26 @@ struct Tally {
   }
 };
 
-__device__ inline float kl_value(int estimator, float logprob, float ref) {
-  if (estimator == kK2) return kl_of<kK2>(logprob, ref).value;
-  if (estimator == kAbs) return kl_of<kAbs>(logprob, ref).value;
-  if (estimator == kK3 || estimator == kK3Plus) return kl_of<kK3>(logprob, ref).value;
-  return kl_of<kK1>(logprob, ref).value;
+// out = the estimator's value for each of a group; asked once, not once a token.
+__device__ inline void kl_values(int estimator, const float* logprob, const float* ref,
+                                 float* out) {
+#define TPPO_EACH(kEstimator)         \
+  _Pragma("unroll")                   \
+  for (int j = 0; j < kGroup; ++j) out[j] = kl_of<kEstimator>(logprob[j], ref[j]).value
+  if (estimator == kK2) {
+    TPPO_EACH(kK2);
+  } else if (estimator == kAbs) {
+    TPPO_EACH(kAbs);
+  } else if (estimator == kK3 || estimator == kK3Plus) {
+    TPPO_EACH(kK3);
+  } else {
+    TPPO_EACH(kK1);
+  }
+#undef TPPO_EACH
 }
 
-template <bool kEmit>
+// What is not valid counts as 0 in every sum, and adds nothing to it.
+template <bool kEmit, bool kFloats>
 struct AdvantageTokens {
   const AdvantageInputs& in;
   AdvantageOutputs out;
@@ -38,59 +50,67 @@ struct AdvantageTokens {
 
   struct Raw {
     Group reward, value, logprob, ref;
-    uint32_t valid, trained;
+    uint32_t inside, valid, trained;
   };
 
   __device__ Raw load(const Span& span, int64_t t) const {
-    Raw raw = {sequence::load(in.walk.rewards, span, t), sequence::load(in.walk.values, span, t)};
+    Raw raw;
+    raw.inside = inside(span, t);
+    raw.reward = sequence::load<kFloats>(in.walk.rewards, span, t, raw.inside);
+    raw.value = sequence::load<kFloats>(in.walk.values, span, t, raw.inside);
     if (in.logprobs.data) {
-      raw.logprob = sequence::load(in.logprobs, span, t);
-      raw.ref = sequence::load(in.ref_logprobs, span, t);
+      raw.logprob = sequence::load<kFloats>(in.logprobs, span, t, raw.inside);
+      raw.ref = sequence::load<kFloats>(in.ref_logprobs, span, t, raw.inside);
     }
-    raw.valid = load_mask(in.walk.mask, span, t);
-    if (kEmit) raw.trained = load_mask(in.train_mask, span, t);
+    raw.valid = load_mask(in.walk.mask, span, t, raw.inside);
+    if (kEmit) raw.trained = load_mask(in.train_mask, span, t, raw.inside);
     return raw;
   }
 
   __device__ Steps steps(const Raw& raw) {
     Steps steps;
-    steps.valid = raw.valid;
+    steps.valid = flags(raw.valid);
+    unpack<kFloats>(raw.reward, in.walk.rewards.dtype, steps.reward);
+    unpack<kFloats>(raw.value, in.walk.values.dtype, steps.value);
+    if (in.logprobs.data) {
+      float logprob[kGroup], ref[kGroup], divergence[kGroup];
+      unpack<kFloats>(raw.logprob, in.logprobs.dtype, logprob);
+      unpack<kFloats>(raw.ref, in.ref_logprobs.dtype, ref);
+      kl_values(in.estimator, logprob, ref, divergence);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        steps.reward[j] -= times(kl_coef, divergence[j]);
+        if (kEmit) tallies[kDivergence].sum += has(steps.valid, j) ? divergence[j] : 0.f;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      steps.reward[j] = steps.value[j] = 0.f;
-      if (!has(raw.valid, j)) continue;
-      steps.reward[j] = value_of(raw.reward, in.walk.rewards.dtype, j);
-      steps.value[j] = value_of(raw.value, in.walk.values.dtype, j);
-      if (!in.logprobs.data) continue;
-      const float divergence =
-          kl_value(in.estimator, value_of(raw.logprob, in.logprobs.dtype, j),
-                   value_of(raw.ref, in.ref_logprobs.dtype, j));
-      steps.reward[j] -= times(kl_coef, divergence);
-      if (kEmit) tallies[kDivergence].add(divergence);
+      steps.reward[j] = has(steps.valid, j) ? steps.reward[j] : 0.f;
+      steps.value[j] = has(steps.valid, j) ? steps.value[j] : 0.f;
     }
     return steps;
   }
 
   __device__ void emit(const Span& span, int64_t t, const Raw& raw, const Steps& steps,
                        const GaeResult* results) {
+    const uint32_t both = steps.valid & flags(raw.trained);
+    valid += __popc(steps.valid);
+    trained += __popc(both);
     float advantage[kGroup], back[kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       advantage[j] = results[j].advantage;
       back[j] = results[j].returns;
-      if (!has(raw.valid, j)) continue;
-      ++valid;
       tallies[kRewards].add(steps.reward[j]);
       tallies[kAdvantages].add(advantage[j]);
       tallies[kReturns].add(back[j]);
-      if (!has(raw.trained, j)) continue;
-      ++trained;
-      tallies[kTrained].add(advantage[j]);
-      largest = fmaxf(largest, fabsf(advantage[j]));
+      const float whitened = has(both, j) ? advantage[j] : 0.f;
+      tallies[kTrained].add(whitened);
+      largest = fmaxf(largest, fabsf(whitened));
     }
-    store(out.advantages, span, t, advantage);
-    store(out.returns, span, t, back);
-    store(out.rewards, span, t, steps.reward);
+    store(out.advantages, span, t, raw.inside, advantage);
+    store(out.returns, span, t, raw.inside, back);
+    store(out.rewards, span, t, raw.inside, steps.reward);
   }
 };
 
@@ -124,28 +144,35 @@ __device__ Moments moments_of(double n, const Tally& tally, double largest) {
   return {n, mean, m2 < 0 ? 0 : m2, largest};
 }
 
-template <int kWarps, bool kEmit>
-__global__ void __launch_bounds__(kThreads, 2)
-    token_advantages_fwd_kernel(AdvantageInputs in, int parts, GaeMap* maps, AdvantageOutputs out,
-                                Moments* partials) {
-  constexpr int kTasks = kThreads / kWarp / kWarps;  // of a block at a time
-  __shared__ GaeMap shared[2][kWarps];
-  AdvantageTokens<kEmit> tokens{in, out, value_at(in.kl_coef, 0)};
-  int turn = 0;
-  for (int64_t task = int64_t(blockIdx.x) * kTasks + threadIdx.x / kWarp / kWarps;
-       task < in.walk.sequences.B * parts; task += int64_t(gridDim.x) * kTasks)
-    walk_task<kWarps, kEmit>(tokens, in.walk, task, parts, maps, shared, turn);
-  if constexpr (kEmit) {
-    const double valid = block_sum(tokens.valid), trained = block_sum(tokens.trained);
-    const double largest = block_max(tokens.largest);
+// partials [5, blocks]: the statistics of a block's tokens.
+template <class Source>
+__device__ void leave_moments(const Source& tokens, Moments* partials) {
+  const double valid = block_sum(tokens.valid), trained = block_sum(tokens.trained);
+  const double largest = block_max(tokens.largest);
 #pragma unroll
-    for (int q = 0; q < kQuantities; ++q) {
-      const Tally all{block_sum(tokens.tallies[q].sum), block_sum(tokens.tallies[q].squares)};
-      if (threadIdx.x == q)  // [5, blocks]
-        partials[q * int64_t(gridDim.x) + blockIdx.x] =
-            moments_of(q == kTrained ? trained : valid, all, q == kTrained ? largest : 0);
-    }
+  for (int q = 0; q < kQuantities; ++q) {
+    const Tally all{block_sum(tokens.tallies[q].sum), block_sum(tokens.tallies[q].squares)};
+    if (threadIdx.x == q)
+      partials[q * int64_t(gridDim.x) + blockIdx.x] =
+          moments_of(q == kTrained ? trained : valid, all, q == kTrained ? largest : 0);
   }
+}
+
+template <bool kEmit, bool kFloats>
+__global__ void __launch_bounds__(kThreads, 2)
+    token_advantages_blocks_kernel(AdvantageInputs in, int parts, GaeMap* maps,
+                                   AdvantageOutputs out, Moments* partials) {
+  AdvantageTokens<kEmit, kFloats> tokens{in, out, value_at(in.kl_coef, 0)};
+  walk_by_blocks<kEmit>(tokens, in.walk, parts, maps);
+  if (kEmit) leave_moments(tokens, partials);
+}
+
+template <bool kFloats>
+__global__ void __launch_bounds__(kThreads, 2)
+    token_advantages_warps_kernel(AdvantageInputs in, AdvantageOutputs out, Moments* partials) {
+  AdvantageTokens<true, kFloats> tokens{in, out, value_at(in.kl_coef, 0)};
+  walk_by_warps(tokens, in.walk);
+  leave_moments(tokens, partials);
 }
 
 // The moments of all blocks' tokens: the common mean first, then the spread around it.
@@ -194,15 +221,28 @@ __global__ void __launch_bounds__(kThreads)
   const Tokens x{in.x, kFp32, 0};
   for (int64_t t = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kGroup; t < in.N;
        t += int64_t(gridDim.x) * kThreads * kGroup) {
-    const Group group = sequence::load(x, span, t);
-    const uint32_t valid =
-        load_mask({in.mask, 0}, span, t) & load_mask({in.train_mask, 0}, span, t);
+    const uint32_t there = inside(span, t);
     float result[kGroup];
+    unpack<true>(sequence::load<true>(x, span, t, there), kFp32, result);
+    const uint32_t valid = flags(load_mask({in.mask, 0}, span, t, there)) &
+                           flags(load_mask({in.train_mask, 0}, span, t, there));
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      result[j] = has(valid, j) ? whitened(value_of(group, kFp32, j), by) : 0.f;
-    store(out, span, t, result);
+    for (int j = 0; j < kGroup; ++j) result[j] = has(valid, j) ? whitened(result[j], by) : 0.f;
+    store(out, span, t, there, result);
   }
+}
+
+template <bool kFloats>
+const char* fwd_typed(const AdvantageInputs& in, bool wide, int parts, int blocks, GaeMap* maps,
+                      Moments* partials, const AdvantageOutputs& out, void* stream) {
+  if (!wide)
+    return launch(token_advantages_warps_kernel<kFloats>, blocks, stream, in, out, partials);
+  if (parts > 1)
+    if (const char* error = launch(token_advantages_blocks_kernel<false, kFloats>, blocks, stream,
+                                   in, parts, maps, out, partials))
+      return error;
+  return launch(token_advantages_blocks_kernel<true, kFloats>, blocks, stream, in, parts, maps, out,
+                partials);
 }
 
 }  // namespace
@@ -214,15 +254,12 @@ using namespace sequence;
 const char* token_advantages_fwd_cuda(const AdvantageInputs& in, bool wide, int parts, int blocks,
                                       float* maps, double* partials, const AdvantageOutputs& out,
                                       void* stream) {
-  const auto joined = reinterpret_cast<GaeMap*>(maps);
-  const auto left = reinterpret_cast<Moments*>(partials);
-  if (!wide)
-    return launch(token_advantages_fwd_kernel<1, true>, blocks, stream, in, 1, joined, out, left);
-  if (parts > 1)
-    if (const char* error = launch(token_advantages_fwd_kernel<8, false>, blocks, stream, in,
-                                   parts, joined, out, left))
-      return error;
-  return launch(token_advantages_fwd_kernel<8, true>, blocks, stream, in, parts, joined, out, left);
+  bool floats = true;
+  for (const Tokens* x : {&in.walk.rewards, &in.walk.values, &in.logprobs, &in.ref_logprobs})
+    floats = floats && (!x->data || x->dtype == kFp32);
+  return (floats ? fwd_typed<true> : fwd_typed<false>)(
+      in, wide, parts, blocks, reinterpret_cast<GaeMap*>(maps),
+      reinterpret_cast<Moments*>(partials), out, stream);
 }
 
 const char* token_advantages_whiten_cuda(const WhitenInputs& in, const double* partials, int count,

@@ -26,7 +26,8 @@ class Loop(NamedTuple):
         fewest[0] = 1
         for i, (_, text) in enumerate(self.code[:-1]):
             branch = _BRANCH.match(text)
-            ahead = [] if branch and not branch[1] else [i + 1]
+            always = branch and not branch[1] and not re.search(r"BRA\.(DIV|CONV)", text)
+            ahead = [] if always else [i + 1]
             if branch and places.get(int(branch[2], 16), 0) > i:
                 ahead.append(places[int(branch[2], 16)])
             for j in ahead:

@@ -267,8 +267,26 @@ def test_cuda_plan_spreads_any_shape_over_the_chip():
 
     assert plan(8192, 8192 * 24) == (False, 1)  # a warp a sequence
     assert plan(512, 512 * 2048) == plan(8192, 8192 * 4096) == plan(64, 64 * 512) == (True, 1)
-    assert plan(1, 131_072) == (True, 64) and plan(8, 8 * 131_072) == (True, 64)
+    assert plan(1, 131_072) == (True, 64) and plan(8, 8 * 131_072) == (True, 33)
+    assert plan(100, 100 * 32_768) == (True, 3) and plan(264, 264 * 32_768) == (True, 1)
     assert plan(0, 0) == plan(3, 0) == (True, 1)
+
+
+def test_cuda_kernel_emulated_gives_a_block_what_is_long_among_the_short(monkeypatch):
+    """One warp walked a sequence of 32k tokens among a thousand of 300, alone."""
+    _emulated.on_the_cpu(monkeypatch, "gae")
+    from tppo_kernels.ops.gae import _cuda as backend
+
+    monkeypatch.setattr(backend, "plan", lambda *_: (False, 1))
+    lengths = [3, 0, 1024, 5, 1, 1025, 2, 7, 9, 4100, 6]
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    rewards, values = torch.randn(2, sum(lengths))
+    mask, bootstrap = torch.rand(sum(lengths)) < 0.9, torch.randn(len(lengths))
+    for flags in (mask, None, (mask * 2).to(torch.uint8).view(torch.bool)):
+        args = {"gamma": 0.99, "lam": 0.97, "bootstrap": bootstrap, "cu_seqlens": cu}
+        exact = tk.gae(rewards.double(), values.double(), None if flags is None else mask, **args)
+        for a, e in zip(tk.gae(rewards, values, flags, **args), exact, strict=True):
+            assert_accurate(a, e, floor=SEQUENTIAL_FLOOR)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

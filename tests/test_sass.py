@@ -6,8 +6,13 @@ shall wait for memory alone takes fewer by a good margin. The bounds lie a littl
 reached; before them `kept` took 46.6 and `keep` 26, with two exchanges through shared memory.
 """
 
+import functools
 import importlib.util
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +21,12 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("Triton is not here, or interprets", allow_module_level=True)
 
 from _sass import functions, hot_loop
-from test_aot import TOOLS, compile_for, linear_call, token_logprobs_call
+from test_aot import ROOT, TOOLS, compile_for, linear_call, token_logprobs_call, usage
 
 __all__ = ["compile_for"]
 
 PER_BYTE = 7
+ARCH = "sm_90"
 SLOW = ("STS", "LDS", "BAR", r"F2F\.B?F16")  # exchanges, and conversions of one number, not two
 
 
@@ -53,3 +59,37 @@ def test_row_kernels_wait_for_memory_alone(name, compile_for, tmp_path):
     assert loop.turn() / columns <= most < PER_BYTE * nbytes
     of_few_rows = name in ("_linear_logprobs_kept_kernel", "_linear_logprobs_gradient_kernel")
     assert [loop.count(x) for x in SLOW] == [0, 0, int(of_few_rows), 0]  # see `_write`
+
+
+# Parts of the names of CUDA kernels (their template arguments: the results are written, all inputs
+# are fp32): bytes a token, tokens of a thread in a turn of the loop, the most instructions a token
+CUDA = {("gae", "gae_blocks_kernelILb1ELb1E"): (17, 8, 99),
+        ("gae", "gae_warps_kernelILb1E"): (17, 4, 122),
+        ("token_advantages", "token_advantages_blocks_kernelILb1ELb1E"): (29, 8, 202),
+        ("token_advantages", "token_advantages_warps_kernelILb1E"): (29, 4, 232)}
+
+
+@functools.cache
+def compiled(source):
+    """(code, resources) of every kernel of csrc/<source>.cu by name."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not here")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        subprocess.run([nvcc, "-cubin", f"-arch={ARCH}", "-O3", "-std=c++17", "-o", cubin,
+                        ROOT / f"csrc/{source}.cu"], check=True)
+        resources = {name: found for (_, name), found in usage(cubin).items()}
+        return functions(TOOLS / "cuobjdump", cubin), resources
+
+
+@pytest.mark.parametrize("source, name", CUDA)
+def test_cuda_kernels_take_few_instructions_a_token(source, name):
+    """All that stands in the loop is counted, what only the ends of a sequence take too."""
+    nbytes, tokens, most = CUDA[source, name]
+    code, resources = compiled(source)
+    (kernel,) = (k for k in code if name in k)
+    loop = hot_loop(code[kernel])
+    assert len(loop.code) / tokens <= most
+    assert loop.turn() / tokens < PER_BYTE * nbytes  # without a KL
+    assert not any(k["STACK"] or k["LOCAL"] for k in resources.values())

@@ -46,6 +46,8 @@ inline float __uint_as_float(unsigned bits) {
   return x;
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 namespace emulated {
 
 constexpr int kWarp = 32;

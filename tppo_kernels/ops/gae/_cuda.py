@@ -1,7 +1,8 @@
 """`gae` on an NVIDIA GPU through the compiled extension, on the current stream.
 
-17 B a token, each moved once, in one launch: a parallel scan by a warp or a block a sequence. Few
-long sequences are split over blocks, and a first launch reads them for the maps of their parts.
+17 B a token, each moved once, in one launch: a parallel scan by a warp or a block a sequence. Where
+warps take sequences, a packed one that is long is taken by a block: the device knows its length.
+Few long sequences are split over blocks, and a first launch reads them for the maps of their parts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = ["fwd", "supports"]
 
 CHUNK = 2048  # tokens that a block takes at once
 NARROW = 512  # tokens up to which a warp is enough for a sequence, where sequences are many
+BUSY = 264  # blocks, two for each multiprocessor of a large GPU; the same on all, as results are
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/kernels.h
 
 
@@ -52,13 +54,13 @@ def column(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, float]
 def plan(batch: int, tokens: int) -> tuple[bool, int]:
     """(whether a block walks a sequence, or a warp; into how many parts a sequence is split).
 
-    By shapes alone: the same call gives the same bits.
+    By shapes alone: the same call gives the same bits. A split costs a second reading.
     """
     length = tokens // max(1, batch)
     if length <= NARROW and batch >= 1024:
         return False, 1
     chunks = -(-length // CHUNK)
-    return True, min(chunks, 512 // max(1, batch)) if batch <= 64 and chunks >= 4 else 1
+    return True, min(chunks, -(-BUSY // batch)) if batch < BUSY and chunks >= 4 else 1
 
 
 class Arguments:
