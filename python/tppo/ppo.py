@@ -28,14 +28,19 @@ from transformers import PreTrainedModel
 import tppo_kernels as tk
 from tppo.batch import Batch
 from tppo.config import PPOConfig, Prefix
+from tppo.guards import (
+    check_figures,
+    check_gradients,
+    check_shared_prefix,
+    check_step,
+    check_step_zero_ratio,
+    check_weights,
+)
 from tppo.models import Critic, policy_head, policy_logprobs, policy_states
 from tppo.parallel import ALONE, World
-from tppo.progress import say
-from tppo.reward_model import GuardError
 from tppo.rollout import Rollout, RolloutBatch, Sampling
 
-MAX_RATIO_DRIFT = 1e-4  # of the first minibatch of the first step, in fp32
-MAX_PREFIX_ERROR = 1e-4  # of shared against dense, of the largest value, in fp32
+PPO_REMEDY = "usually a smaller --ppo.lr or --ppo.critic-lr helps"
 
 
 class Models(NamedTuple):
@@ -100,7 +105,7 @@ class PPOTrainer:
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
         self.pad_id, self.seed, self.prefix, self.world = pad_id, seed, prefix, world
         self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
-        self.step_count = 0
+        self.step_count, self.weights_checked = 0, False
         models.ref.requires_grad_(False)
         models.reward.requires_grad_(False)
         assert config.lr is not None and config.critic_lr is not None
@@ -120,6 +125,9 @@ class PPOTrainer:
         The G rows of one prompt follow each other.
         """
         self.step_count += 1
+        if not self.weights_checked:  # later steps begin where an update was checked
+            check_weights(f"before ppo step {self.step_count}", self.models._asdict())
+            self.weights_checked = True
         rollout = self._sample(prompts)
         experience, metrics = self.score(rollout, suggested_lengths)
         metrics |= self.update(experience)
@@ -171,6 +179,17 @@ class PPOTrainer:
             bootstrap=self.bootstrap(rollout.finish, after),
             normalize=config.normalize,
         )
+        check_figures(
+            f"ppo step {self.step_count}",
+            {
+                "log-probs of the policy": old,
+                "log-probs of the reference": ref,
+                "class logits of the reward model": classes,
+                "values of the critic": values,
+                "values of the critic after the last tokens": after,
+                "advantages": result.advantages,
+            },
+        )
         experience = Experience(
             batch=batch,
             category=reward.category,
@@ -219,6 +238,8 @@ class PPOTrainer:
             for first in range(0, len(order), config.minibatch_size):
                 data = experience.rows(order[first : first + config.minibatch_size])
                 parts.append(self._minibatch(data, not parts))
+        trained = {"policy": self.models.policy, "critic": self.models.critic}
+        check_weights(f"after ppo step {self.step_count}", trained)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         return means | {"val/ratio_var": ratios.var(correction=0).item()}
@@ -236,10 +257,20 @@ class PPOTrainer:
             world.add_gradients(model.parameters())
         if step_zero:
             check_gradients(models, data)
-        for model in (models.policy, models.critic):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+        trained = {"policy": models.policy, "critic": models.critic}
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+            for name, model in trained.items()
+        }
+        # Of all processes: each of them has the same figures, and stops or goes on as they do.
+        whole = [*chain.from_iterable(world.exchanged(losses))]
+        sums = {
+            "policy loss": sum(part.policy for part in whole),
+            "value loss": sum(part.value for part in whole),
+        }
+        check_step(f"ppo step {self.step_count}", trained, sums, norms, PPO_REMEDY)
         self.optimizer.step()
-        return _minibatch_metrics([*chain.from_iterable(world.exchanged(losses))])
+        return _minibatch_metrics(whole)
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
@@ -328,70 +359,6 @@ def _minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
         "val/ratio": policy.ratio_mean.item(),
         "val/explained_variance": value.explained_variance.item(),
     }
-
-
-def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
-    """Before the first update new and old log-probs are those of one model.
-
-    Errors: GuardError where max|ratio - 1| >= 1e-4: dropout, a second temperature or a mask that
-    differs between the two passes.
-    """
-    ratio = torch.where(mask, logprobs.detach() - old, 0.0).exp()  # [B, T]
-    drift = (ratio - 1).abs().max().item()
-    if not drift < MAX_RATIO_DRIFT:
-        raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
-
-
-def check_shared_prefix(models: Models, batch: Batch, temperature: float) -> None:
-    """A shared prompt gives what dense prompts give: states of every model, and gradients.
-
-    Compared by the largest error over the largest value: log-probs, values, class logits, and the
-    gradients of policy and critic of the sums of log-probs and of values.
-    Errors: GuardError naming the first of them that is off by 1e-4 or more.
-    """
-    results = []
-    for way in (batch, batch.dense()):
-        logprobs, _ = policy_logprobs(models.policy, way, temperature)  # [B, T]
-        values, _ = models.critic(way)  # [B, T]
-        found = {"log-probs": logprobs, "values": values}
-        with torch.no_grad():
-            found["class logits"] = models.reward(way)  # [B, T, 3]
-        for name, model, output in (
-            ("policy", models.policy, logprobs),
-            ("critic", models.critic, values),
-        ):
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-            kept = [g.flatten() for g in gradients if g is not None]
-            found[f"{name}'s gradients"] = torch.cat(kept)
-        results.append({name: tensor.detach() for name, tensor in found.items()})
-    shared, dense = results
-    for name, expected in dense.items():
-        error = (shared[name] - expected).abs().max().item()
-        error /= max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny)
-        if not error < MAX_PREFIX_ERROR:
-            raise GuardError(
-                f"step 0: {name} with a shared prefix differ from dense ones by {error:.1e} of the "
-                f"largest, expected < {MAX_PREFIX_ERROR:.0e}; --prefix dense goes on without it"
-            )
-    say("step 0: the shared prefix agrees with dense prompts, forward and backward")
-
-
-def check_gradients(models: Models, data: Experience) -> None:
-    """Before the first update the policy and the critic's head have gradients.
-
-    Errors: GuardError naming the model whose gradients are all zero or not finite.  Where the
-    reward model rates all tokens alike there is nothing to learn from: only a warning.
-    """
-    if not data.advantages.any():
-        say("WARNING: step 0: every advantage is zero, the reward model rates all tokens alike")
-        return
-    for name, model in (("policy", models.policy), ("critic", models.critic)):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not any(bool(g.any()) for g in gradients):
-            raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")
-        if not all(bool(g.isfinite().all()) for g in gradients):
-            raise GuardError(f"step 0: a gradient of the {name} is not finite")
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

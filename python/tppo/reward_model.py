@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 import tppo_kernels as tk
 from tppo.batch import Batch, pad_rows
 from tppo.config import Prefix, RewardModelConfig
+from tppo.guards import GuardError, check_step, check_weights
 from tppo.models import class_logits
 from tppo.progress import say, status
 
+RM_REMEDY = "usually a smaller --reward-model.lr helps"
 IRRELEVANT, RELEVANT = 1, 2  # classes of a token; 0 is a token of no labelled word
 
 
@@ -27,10 +29,6 @@ class LabelledAnswer(NamedTuple):
     response_ids: Sequence[int]
     categories: Sequence[int]  # 0, 1 or 2 a response token
     sentence: int  # 1 irrelevant, 2 relevant
-
-
-class GuardError(RuntimeError):
-    """A check that stands before PPO did not hold."""
 
 
 class Reader(Protocol):
@@ -67,10 +65,11 @@ def train_reward_model(
     """Train on local and global loss; returns one row of losses an epoch.
 
     Errors: GuardError if the trunk is frozen or no gradient reaches its embeddings in the first
-    step.
+    step, or if loss, gradients or weights are not finite in any.
     """
     model, rng = reader.model, random.Random(seed)
     assert config.lr is not None
+    check_weights("before train-rm step 1", {"reward model": model})
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     per_epoch = math.ceil(len(train) / config.batch_size)
     step, history = 0, []
@@ -85,15 +84,18 @@ def train_reward_model(
                 parts[0].backward()
                 if step == 0:
                     check_trunk_gradients(model)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-                optimizer.step()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
                 step += 1
+                check_step(f"train-rm step {step}", {"reward model": model}, {"loss": parts[0]},
+                           {"reward model": norm}, RM_REMEDY)  # fmt: skip
+                optimizer.step()
                 losses.append(torch.stack(parts).detach())
                 bar.advance()
             mean = torch.stack(losses).mean(0).tolist()
             names = ("loss", "local_loss", "global_loss")
             history.append({"epoch": epoch, **dict(zip(names, mean, strict=True))})
             bar.note(f"loss {mean[0]:.3f}")
+    check_weights(f"after train-rm step {step}", {"reward model": model})
     return history
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from tppo.batch import pad
 from tppo.config import Prefix
+from tppo.guards import GuardError, check_weights
 from tppo.model_folder import without_generation_settings
 from tppo.progress import track
 
@@ -105,13 +106,23 @@ class HFRollout:
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
         )
-        with without_generation_settings(self.model):
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                **{_CACHE: self._prefill(prompts)},
-                generation_config=config,
-            )
+        try:
+            with without_generation_settings(self.model):
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    **{_CACHE: self._prefill(prompts)},
+                    generation_config=config,
+                )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            check_weights("while sampling", {"model": self.model})
+            raise GuardError(
+                "while sampling: the model's probabilities of a next token are not finite, though "
+                "its weights are: they are far too large, or the temperature "
+                f"({sampling.temperature:g}) is far too small"
+            ) from None
         rows = output[:, batch.prompt_length :].tolist()
         return [_until(row, self.eos_ids) for row in rows]
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tppo.batch import Batch
 from tppo.config import Prefix, SFTConfig
+from tppo.guards import GuardError, check_step, check_weights
 from tppo.models import policy_head, policy_logprobs, policy_states, snapshot
 from tppo.progress import status
 
@@ -51,6 +52,7 @@ def train_sft(
     """
     start = time.monotonic()
     assert config.lr is not None
+    check_weights("before sft step 1", {"model": model})
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
@@ -59,10 +61,13 @@ def train_sft(
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _decay(step, config)
-            loss = sft_step(model, next(batches), optimizer, config)
+            loss = sft_step(model, next(batches), optimizer, config, step)
             bar.advance()
             if step % eval_every == 0 or step == steps:
                 heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id, prefix)
+                if not math.isfinite(heldout_loss):
+                    check_weights(f"after sft step {step}", {"model": model})
+                    raise GuardError(f"sft step {step}: the held-out loss is {heldout_loss}")
                 history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
                 if heldout_loss < best_loss - config.min_delta:
                     best_loss, best_step, best = heldout_loss, step, snapshot(model)
@@ -98,8 +103,8 @@ def continue_sft(
     start, step = time.monotonic(), 0
     with status(f"sft continued for {seconds:.0f} s") as bar:
         while time.monotonic() - start < seconds:
-            sft_step(model, next(batches), optimizer, config)
             step += 1
+            sft_step(model, next(batches), optimizer, config, step)
             bar.advance()
     return step
 
@@ -109,14 +114,20 @@ def sft_step(
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     config: SFTConfig,
+    step: int,
 ) -> float:
-    """One optimiser step on the mean negative log-likelihood of a batch."""
+    """One optimiser step on the mean negative log-likelihood of a batch.
+
+    Errors: GuardError, before the step, where its loss or gradient is not finite.
+    """
     loss = _full_loss(model, batch) if config.prompt_loss else _answer_loss(model, batch)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+    figures = check_step(f"sft step {step}", {"model": model}, {"loss": loss}, {"model": norm},
+                         "usually a smaller --sft.lr helps")  # fmt: skip
     optimizer.step()
-    return loss.item()
+    return figures[0]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Several processes train one model: balanced shares, and the step of one process."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from _processes import two_processes
@@ -9,6 +10,7 @@ from test_shared_prefix import PAD, new_trainer
 
 from tppo.batch import Batch
 from tppo.config import PPOConfig
+from tppo.guards import GuardError
 from tppo.parallel import ALONE, World
 
 PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
@@ -72,22 +74,50 @@ def given_answers():
     return ppo.rollout.generate(PROMPTS, ppo.sampling)
 
 
+def spoilt_gradient(world):
+    """What a process says where a gradient of the second one alone is not finite."""
+    ppo = new_trainer("shared", CONFIG, 6)
+    ppo.world = world
+    ppo.step(PROMPTS, [6.0] * 12)
+    if world.rank == 1:
+        ppo.models.critic.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(GuardError) as caught:
+        ppo.step(PROMPTS, [6.0] * 12)
+    return str(caught.value)
+
+
+def spoilt_loss(world):
+    """The same for a loss that is not finite though its gradients are."""
+    ppo = new_trainer("shared", CONFIG, 6)
+    ppo.world, real = world, ppo._backward
+    ppo._backward = lambda *part: (
+        real(*part)._replace(value=torch.tensor(float("inf"))) if world.rank == 1 else real(*part)
+    )
+    with pytest.raises(GuardError) as caught:
+        ppo.step(PROMPTS, [6.0] * 12)
+    return str(caught.value)
+
+
 def worker(rank, meeting, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     world = World(rank, 2)
     updated, stepped = run_steps(world, given_answers()), run_steps(world)
-    queue.put((rank, [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped)]))
+    results = [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped)]
+    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world)]))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_processes_take_the_step_of_one():
     results = two_processes(worker, timeout=120)
-    for first, second in zip(results[0], results[1], strict=True):
+    for first, second in zip(results[0][:2], results[1][:2], strict=True):
         assert first[0] == second[0], "the processes log different figures"
         for a, b in zip(first[1], second[1], strict=True):
             assert (a == b).all(), "the processes hold different weights"
+    assert results[0][2:] == results[1][2:], "the processes stop for different reasons"
+    assert results[0][2].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
+    assert results[0][3].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
     metrics, weights = run_steps(ALONE, given_answers())
     for alone, shared in zip(metrics, results[0][0][0], strict=True):
         for name, value in alone.items():
