@@ -15,7 +15,7 @@ from pydantic import Field
 from tppo import environment, inspect_log
 from tppo.config import Config, fill_defaults
 from tppo.jsonl import DataError, plain, refuse_pipe
-from tppo.label_config import check_address
+from tppo.label_config import check_address, check_key
 from tppo.progress import say, status
 from tppo.run_folder import differences
 from tppo.settings import Count, Seed, from_dict, section
@@ -165,6 +165,8 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         check_address(options.settings.label.endpoint.base_url)
     for line in environment.ignored(options.settings.label.endpoint.api_key_env):
         say(line)
+    if options.settings.label.labeller == "endpoint":  # before hours of other stages
+        check_key(options.settings.label.endpoint)
     with status("loading torch and transformers"):
         import torch
 
@@ -221,12 +223,17 @@ def _keep_settings(options: Options) -> None:
 
 def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str) -> None:
     if command == "run":
+        from tppo.label_lost import lost_by_endpoint
+        from tppo.stages import label_lost_again
+
         for name, stage in stages.items():
-            if run.done(name):
-                say(f"{name}: finished before, skipped")
-            else:
+            if not run.done(name):
                 say(f"{name}: {COMMANDS[name]}")
                 stage(run)
+            elif name == "label" and lost_by_endpoint(run.label_lost):
+                label_lost_again(run)
+            else:
+                say(f"{name}: finished before, skipped")
     else:
         stages[command](run)
 

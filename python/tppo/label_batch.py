@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tppo.fingerprints import Fingerprints
-from tppo.jsonl import DataError, is_text, read_jsonl, write_jsonl
-from tppo.label_cache import Work, chat_request, judgement_in
-from tppo.label_config import EndpointConfig, check, need_libraries
-from tppo.label_prompt import BadAnswer, LabelItem, prompt, response_format
+from tppo.jsonl import DataError, Line, is_text, read_jsonl, write_jsonl
+from tppo.label_ask import EndpointError, too_many
+from tppo.label_cache import Work, chat_request
+from tppo.label_config import EndpointConfig, check, need_libraries, without_key
+from tppo.label_prompt import Judgement, LabelItem, prompt
+from tppo.label_replies import Reply, Trouble, outcome
 from tppo.mapping import fold
 from tppo.progress import say, track
 
@@ -55,10 +57,7 @@ def _requests(
             "custom_id": key,
             "method": "POST",
             "url": "/v1/chat/completions",
-            "body": {
-                **chat_request(config, [message]),
-                "response_format": response_format(config.template),
-            },
+            "body": chat_request(config, [message], config.schema),
         }
 
 
@@ -67,52 +66,91 @@ def import_batch(
 ) -> Counter[str]:
     """Put every valid answer of a batch's output or error file into the cache; counts by outcome.
 
-    An answer is checked like one of the live endpoint. The counts: "imported", "known" (in the
+    A line is read like a reply of the live endpoint, by the same table, but that nothing is tried
+    again: what has no answer is in the next `export_batch`. The counts: "imported", "known" (in the
     cache before), "foreign" (of no item), "dropped" (no valid answer).
 
-    Errors: DataError naming the line that is no line of such a file, and for a file of which no
-    answer belongs to an item; what came before stays in the cache.
+    Errors, before which all that was answered is in the cache: DataError naming the line that is no
+    line of such a file, and for a file of which no answer belongs to an item; EndpointError for a
+    reply that stops a run, and for more lost items than `config.max_dropped` of all allows.
     """
     work = _work(config, cache)
     responses = {work.key(item): item.response for item in items if fold(item.response)}
     counts: Counter[str] = Counter()
-    reason = ""
+    lost: Counter[str] = Counter()
+    troubles: dict[str, Trouble] = {}  # by form, the first of each
     for line in track(read_jsonl(path), "import"):
         key = line.get("custom_id", is_text, "the id of a request")
-        response = line.get("response", lambda v: isinstance(v, dict), "an object", default=None)
         if key not in responses:
             counts["foreign"] += 1
         elif work.get(key) is not None:
             counts["known"] += 1
         else:
-            try:
-                judgement = judgement_in(_body(response), responses[key], config.template)
-            except BadAnswer as error:
-                counts["dropped"] += 1
-                reason = reason or f"; the first dropped: {error}"
-            else:
-                work.finish(key, judgement)
+            result = outcome(_reply(line), config, responses[key])
+            if isinstance(result, Judgement):
+                work.finish(key, result)
                 counts["imported"] += 1
+            else:
+                counts["dropped"] += 1
+                lost[result.form.by or "endpoint"] += 1
+                troubles.setdefault(result.form.name, result)
     if set(counts) == {"foreign"}:
         raise DataError(
             f"{path}: none of its {counts['foreign']} answers belongs to an answer of this run "
             f"asked of model {config.model!r} at temperature {config.temperature}"
         )
-    say(f"{path}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}{reason}")
+    _tell(path, config, counts, troubles)
+    _judge_losses(config, lost["endpoint"] + lost["judge"], len(responses), counts, troubles)
     return counts
+
+
+def _tell(
+    path: str | os.PathLike[str],
+    config: EndpointConfig,
+    counts: Counter[str],
+    troubles: dict[str, Trouble],
+) -> None:
+    """Say what became of the lines."""
+    text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
+    if troubles:
+        text += f"; the first dropped: {_reason(next(iter(troubles.values())), config)}"
+    say(f"{path}: {text}")
+
+
+def _judge_losses(
+    config: EndpointConfig,
+    lost: int,
+    total: int,
+    counts: Counter[str],
+    troubles: dict[str, Trouble],
+) -> None:
+    """Raise EndpointError where the table stops a run, or where too many items are lost."""
+    answered = bool(counts["imported"] or counts["known"])
+    fatal = [each for each in troubles.values() if each.form.action(answered) == "stop"]
+    if fatal:
+        reason = _reason(fatal[0], config)
+    elif lost > config.max_dropped * total:
+        counted = [each for each in troubles.values() if each.form.by != "item"]
+        reason = too_many(lost, total, config, _reason(counted[0], config))
+    else:
+        return
+    raise EndpointError(f"{reason}; what was answered is kept: --export-batch writes the rest")
+
+
+def _reason(trouble: Trouble, config: EndpointConfig) -> str:
+    return without_key(trouble.reason, os.environ.get(config.api_key_env or "", ""))
+
+
+def _reply(line: Line) -> Reply:
+    """What a line holds: a response, or an error in place of one."""
+    response = line.get("response", lambda v: isinstance(v, dict), "an object", default=None)
+    if response is None:
+        return Reply(None, {"error": line.values.get("error")})
+    status = response.get("status_code")
+    return Reply(status if type(status) is int else None, response.get("body"))
 
 
 def _work(config: EndpointConfig, cache: Path) -> Work:
     need_libraries()
     check(config)
     return Work(config, cache)
-
-
-def _body(response: dict[str, Any] | None) -> Any:
-    """The chat completion of a line. No error text goes on: it may quote the key."""
-    if response is None:
-        raise BadAnswer("the request failed")
-    status = response.get("status_code")
-    if status != 200:
-        raise BadAnswer(f"HTTP {status}" if type(status) is int else "no status_code of 200")
-    return response.get("body")

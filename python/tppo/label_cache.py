@@ -14,13 +14,13 @@ from typing import Any
 
 from tppo.fingerprints import Fingerprints
 from tppo.label_config import EndpointConfig
+from tppo.label_forms import FORMS, Form
 from tppo.label_prompt import (
     BadAnswer,
     Judgement,
     LabelItem,
-    Template,
-    parse,
     prompt,
+    response_format,
     validated,
 )
 from tppo.progress import say, status
@@ -39,9 +39,14 @@ class Work:
     def __init__(self, config: EndpointConfig, path: Path) -> None:
         self.config, self.path = config, path
         self._offsets = Fingerprints()
-        self.failed = Fingerprints()
-        """Keys that got no judgement by this object's owner."""
+        self._failed = Fingerprints()
+        """Keys that got no judgement by this object's owner, and by what form of reply."""
+        self.hits = 0
+        """Judgements given out."""
         self._scan()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
 
     def key(self, item: LabelItem) -> str:
         """The key of an item: it covers model, temperature and the whole message."""
@@ -60,7 +65,19 @@ class Work:
                 entry: _Entry = validated(_Entry, file.readline(), "cache")
             except BadAnswer:  # another process wrote between: asked again, not lost
                 return None
-        return entry if entry.key == key else None
+        if entry.key != key:
+            return None
+        self.hits += 1
+        return entry
+
+    def fail(self, key: str, form: Form) -> None:
+        """Remember that a question got no judgement."""
+        self._failed.setdefault(key, FORMS.index(form))
+
+    def failure(self, key: str) -> Form | None:
+        """The form of reply that a question failed by before."""
+        place = self._failed.get(key)
+        return None if place is None else FORMS[place]
 
     def finish(self, key: str, judgement: Judgement) -> None:
         """Keep a judgement, on disk first."""
@@ -130,27 +147,16 @@ class Spent:
         return ", ".join(parts)
 
 
-def chat_request(config: EndpointConfig, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """The body of a chat completion without the form of its answer."""
-    options = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+def chat_request(
+    config: EndpointConfig, messages: list[dict[str, str]], schema: bool
+) -> dict[str, Any]:
+    """The body of a chat completion."""
+    limit, newer = config.max_tokens, config.max_completion_tokens
+    options = {
+        "temperature": config.temperature,
+        "max_tokens": limit if newer is None else None,
+        "max_completion_tokens": newer,
+        "response_format": response_format(config.template) if schema else None,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     return {"model": config.model, "messages": messages, **given}
-
-
-def answer_text(body: Any) -> str:
-    """The text of a chat completion; raises BadAnswer for one without."""
-    try:
-        text = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        text = None
-    if not isinstance(text, str) or not text.strip():
-        raise BadAnswer("the server's reply holds no text")
-    return text
-
-
-def judgement_in(body: Any, response: str, template: Template) -> Judgement:
-    """The judgement in a chat completion; raises BadAnswer with the reason that there is none."""
-    text = answer_text(body)
-    if body["choices"][0].get("finish_reason") == "length":
-        raise BadAnswer("the answer was cut at the server's limit of tokens")
-    return parse(text, response, template)

@@ -8,35 +8,31 @@ may quote it, goes into a message.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import json
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from tppo.label_cache import Spent, Work, answer_text, chat_request, judgement_in
-from tppo.label_config import EndpointConfig, api_key, check, need_libraries, prices
-from tppo.label_prompt import REPAIR, BadAnswer, Judgement, LabelItem, prompt, response_format
+from tppo.label_ask import Asker, EndpointError, too_many
+from tppo.label_cache import Spent, Work
+from tppo.label_config import EndpointConfig, check, need_libraries, prices, without_key
+from tppo.label_forms import FORM, LostBy
+from tppo.label_prompt import Judgement, LabelItem
+from tppo.label_replies import Trouble
 from tppo.labels import Label
 from tppo.mapping import fold
 from tppo.progress import Bar, say, status
-
-if TYPE_CHECKING:
-    import openai
 
 __all__ = ["Dropped", "EndpointConfig", "EndpointError", "LabelItem", "label"]
 
 HELD = 32  # items held for each request in flight: a slow answer holds up those behind it no sooner
 T = TypeVar("T")
-
-
-class EndpointError(RuntimeError):
-    """The endpoint as a whole does not work: there is no point in asking on."""
+Known = Judgement | Trouble | None
+"""What is known of an item; None: the run stopped before it was."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,8 @@ class Dropped:
 
     id: str
     reason: str
+    by: LostBy = "item"
+    """Who lost it: the endpoint, the judging model, or its own content."""
 
 
 def label(
@@ -55,59 +53,52 @@ def label(
     Results come in the order of the items, which are read as they are needed: at most
     `config.concurrency` are with the endpoint, and 32 times as many are held.
 
-    Equal content is asked once. An answer that is not a judgement of exactly its words is sent
-    back once with the reason. An item whose request fails for good, or whose second answer is no
-    judgement either, is dropped with the reason, and asked again by the next call.
+    Equal content is asked once. What is done with each form of reply is the table of
+    docs/labelling-endpoints.md; an item that is dropped is asked again by the next call.
 
-    `total` is the number of items, for the display.
+    `total` is the number of items, for the display, and so that too many lost ones end the run as
+    soon as they are.
 
     Raises ImportError without the libraries, ValueError for a configuration that cannot work, and
-    EndpointError when the endpoint cannot be reached or refuses key or model.
+    EndpointError for a reply that stops the run, or after more lost items than
+    `config.max_dropped` allows; all results that are known are given out before.
     """
     need_libraries()
     check(config)
-    return _results(_Live(config, Work(config, cache), Spent(prices(config))), items, total)
+    work = Work(config, cache)
+    return _results(_Live(config, work, Asker(config, work, Spent(prices(config)), total)), items)
 
 
 @dataclass
 class _Live:
-    """One run of questions to an endpoint."""
+    """The items of a run and their questions."""
 
     config: EndpointConfig
     work: Work
-    spent: Spent
-    api_key: str = ""
-    client: openai.AsyncOpenAI | None = None
-    """Made for the first question: a full cache needs neither key nor server."""
-    schema: bool = True
-    """Whether a JSON schema is asked for: until the server turns out to refuse it."""
-    fatal: str = ""
-    lost: int = 0
+    asker: Asker
+    lost: Counter[LostBy] = field(default_factory=Counter)
     reason: str = ""
     """Why the first item was dropped."""
-    asked: dict[str, asyncio.Task[Judgement | str]] = field(default_factory=dict)
+    asked: dict[str, asyncio.Task[Known]] = field(default_factory=dict)
     """By key, what is not answered yet."""
-    held: deque[tuple[LabelItem, asyncio.Future[Judgement | str]]] = field(default_factory=deque)
+    held: deque[tuple[LabelItem, asyncio.Future[Known]]] = field(default_factory=deque)
     """Items and their answers, in order, that are not given out yet."""
     started: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def without_key(self, text: str) -> str:
-        return text.replace(self.api_key, "***") if self.api_key else text
-
 
 def _results(
-    live: _Live, items: Iterable[LabelItem], total: int | None
+    live: _Live, items: Iterable[LabelItem]
 ) -> Generator[Label | Dropped, None, None]:
     """The results as they are needed, of questions that run in a thread of their own: there they
     meet no other event loop (notebooks) and no Ctrl-C."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="labelling", daemon=True)
     thread.start()
-    count = 0
-    with status(f"labelling by {live.config.model}", total) as bar:
+    asker, count = live.asker, 0
+    with status(f"labelling by {live.config.model}", asker.total) as bar:
         results = _answers(live, items, bar)
         try:
             while (result := _wait(loop, _next(results))) is not None:
@@ -118,12 +109,16 @@ def _results(
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
-            if live.spent.replies:
-                say(f"labelling: {live.spent.replies} replies, {live.spent.text(live.seconds())}")
+            if asker.spent.replies:
+                say(f"labelling: {asker.spent.replies} replies, {asker.spent.text(live.seconds())}")
             if live.lost:
-                say(f"{live.lost} of {count} items got no label; the first: {live.reason}")
-    if live.fatal:
-        raise EndpointError(live.without_key(live.fatal))
+                say(f"{live.lost.total()} of {count} items got no label; the first: {live.reason}")
+    lost = live.lost["endpoint"] + live.lost["judge"]
+    if not asker.fatal and lost > live.config.max_dropped * count:
+        asker.fatal = too_many(lost, count, live.config, live.reason)
+    if asker.fatal:
+        kept = f"what was answered is kept in {live.work.path}: the next call asks for the rest"
+        raise EndpointError(f"{without_key(asker.fatal, asker.api_key)}; {kept}")
 
 
 def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
@@ -137,76 +132,72 @@ async def _next(results: AsyncGenerator[Label | Dropped, None]) -> Label | Dropp
 async def _answers(
     live: _Live, items: Iterable[LabelItem], bar: Bar
 ) -> AsyncGenerator[Label | Dropped, None]:
-    """The results in order, until an error that concerns the endpoint as a whole."""
+    """The results in order; after the run has stopped, those that are known by then."""
+    asker, held = live.asker, live.held
     free = asyncio.Semaphore(live.config.concurrency)
-    held = live.held
     for item in chain(items, [None]):
-        if item is not None:
+        if item is not None and not asker.fatal:
             held.append((item, _begin(live, item, free)))
+        last = item is None or bool(asker.fatal)
         while held and (
-            item is None or held[0][1].done() or len(held) > HELD * live.config.concurrency
+            last or held[0][1].done() or len(held) > HELD * live.config.concurrency
         ):
             first, future = held.popleft()
             result = _result(live, first, await future)
-            if live.fatal:
-                await asyncio.gather(*live.asked.values())  # what was asked is paid for
-                return
-            if live.spent.replies:
-                lost = f"; {live.lost} without a label" if live.lost else ""
-                bar.note(live.spent.text(live.seconds()) + lost)
-            bar.advance()
-            yield result
+            if asker.spent.replies:
+                lost = f"; {live.lost.total()} without a label" if live.lost else ""
+                bar.note(asker.spent.text(live.seconds()) + lost)
+            if result is not None:
+                bar.advance()
+                yield result
+        if asker.fatal and not held:
+            return
 
 
-def _begin(
-    live: _Live, item: LabelItem, free: asyncio.Semaphore
-) -> asyncio.Future[Judgement | str]:
+def _begin(live: _Live, item: LabelItem, free: asyncio.Semaphore) -> asyncio.Future[Known]:
     """The judgement of an item, or the reason that there is none: known, or to be waited for."""
     if not fold(item.response):
-        return _known("the response has no words")
+        return _known(Trouble(FORM["no words"], FORM["no words"].advice))
     key = live.work.key(item)
     judgement = live.work.get(key)
     if judgement is not None:
         return _known(judgement)
-    if key in live.work.failed:
-        return _known("an equal item got no label before")
+    failure = live.work.failure(key)
+    if failure is not None:
+        return _known(Trouble(failure, "an equal item got no label before"))
+    if not live.config.base_url and len(live.work):
+        return _known(Trouble(FORM["unanswered"], FORM["unanswered"].advice))
     if key not in live.asked:
-        live.client = live.client or _new_client(live)
-        live.asked[key] = asyncio.ensure_future(_asked(live, live.client, key, item, free))
+        live.asker.open()
+        live.asked[key] = asyncio.ensure_future(_asked(live, key, item, free))
     return live.asked[key]
 
 
-def _known(value: Judgement | str) -> asyncio.Future[Judgement | str]:
-    future: asyncio.Future[Judgement | str] = asyncio.get_running_loop().create_future()
+def _known(value: Known) -> asyncio.Future[Known]:
+    future: asyncio.Future[Known] = asyncio.get_running_loop().create_future()
     future.set_result(value)
     return future
 
 
-def _result(live: _Live, item: LabelItem, judgement: Judgement | str) -> Label | Dropped:
-    if isinstance(judgement, str):
-        reason = live.without_key(judgement)
-        live.lost, live.reason = live.lost + 1, live.reason or reason
-        return Dropped(item.id, reason)
-    words = tuple((word.word, word.label) for word in judgement.words)
-    return Label(item.id, item.response, words, judgement.sentence, live.config.model)
-
-
-async def _asked(
-    live: _Live, client: openai.AsyncOpenAI, key: str, item: LabelItem, free: asyncio.Semaphore
-) -> Judgement | str:
-    """Ask when a place is free; a judgement is on disk before the place is free again."""
+async def _asked(live: _Live, key: str, item: LabelItem, free: asyncio.Semaphore) -> Known:
+    """Ask when a place is free."""
     try:
         async with free:
-            if live.fatal:
-                return live.fatal
-            judgement = await _judge(live, client, item)
-            live.work.finish(key, judgement)
-            return judgement
-    except BadAnswer as error:
-        live.work.failed.add(key)
-        return str(error)
+            return await live.asker.ask(key, item)
     finally:
         del live.asked[key]
+
+
+def _result(live: _Live, item: LabelItem, known: Known) -> Label | Dropped | None:
+    if known is None:
+        return None
+    if isinstance(known, Trouble):
+        reason, by = without_key(known.reason, live.asker.api_key), known.form.by or "endpoint"
+        live.lost[by] += 1
+        live.reason = live.reason or reason
+        return Dropped(item.id, reason, by)
+    words = tuple((word.word, word.label) for word in known.words)
+    return Label(item.id, item.response, words, known.sentence, live.config.model)
 
 
 async def _close(live: _Live, results: AsyncGenerator[Label | Dropped, None]) -> None:
@@ -216,105 +207,5 @@ async def _close(live: _Live, results: AsyncGenerator[Label | Dropped, None]) ->
         task.cancel()
     await asyncio.gather(*left, *(future for _, future in live.held), return_exceptions=True)
     await results.aclose()
-    if live.client is not None:
-        await live.client.close()
-
-
-def _new_client(live: _Live) -> openai.AsyncOpenAI:
-    import openai
-
-    config = live.config
-    live.api_key = api_key(config)
-    return openai.AsyncOpenAI(
-        api_key=live.api_key,
-        base_url=config.base_url,
-        timeout=config.timeout_s,
-        max_retries=config.max_retries,
-        http_client=_http_client(config.timeout_s),
-    )
-
-
-def _http_client(limit_s: float) -> Any:
-    """A client whose limit holds for a whole try: the usual one starts anew with every byte."""
-    import openai
-
-    # httpx or its successor, whichever this release of openai is built on.
-    package = openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
-    timeout = importlib.import_module(package).ReadTimeout
-
-    class Limited(openai.DefaultAsyncHttpxClient):
-        async def send(self, *arguments: Any, **options: Any) -> Any:
-            try:
-                return await asyncio.wait_for(super().send(*arguments, **options), limit_s)
-            except asyncio.TimeoutError:
-                raise timeout("the whole reply took too long") from None
-
-    return Limited()
-
-
-async def _judge(live: _Live, client: openai.AsyncOpenAI, item: LabelItem) -> Judgement:
-    """The judgement of an item: an answer that gives none is sent back once, with the reason."""
-    template = live.config.template
-    messages = [{"role": "user", "content": prompt(item, template)}]
-    body = await _ask(live, client, messages)
-    text = answer_text(body)
-    try:
-        return judgement_in(body, item.response, template)
-    except BadAnswer as error:
-        repair = REPAIR.format(reason=error)
-    messages += [{"role": "assistant", "content": text}, {"role": "user", "content": repair}]
-    return judgement_in(await _ask(live, client, messages), item.response, template)
-
-
-async def _ask(live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str, str]]) -> Any:
-    """The server's reply; a refusal is asked again without the schema, which may be its cause."""
-    if live.schema:
-        try:
-            form = {"response_format": response_format(live.config.template)}
-            return await _send(live, client, messages, form)
-        except _Refused:
-            reply = await _send(live, client, messages, {})
-            if live.schema:
-                say(f"{live.config.base_url} refuses a JSON schema: from now on asked without")
-            live.schema = False
-            return reply
-    return await _send(live, client, messages, {})
-
-
-class _Refused(BadAnswer):
-    """The server holds the request itself for wrong."""
-
-
-async def _send(
-    live: _Live, client: openai.AsyncOpenAI, messages: list[dict[str, str]], form: dict[str, Any]
-) -> Any:
-    """One request. No error text of the server goes on: it may quote the key."""
-    import openai
-
-    config, kind = live.config, BadAnswer
-    create: Any = client.chat.completions.with_raw_response.create
-    try:
-        reply = await create(**chat_request(config, messages), **form)
-        body = json.loads(reply.content)
-    except openai.APITimeoutError:
-        reason = f"no answer within {config.timeout_s:g} s, {config.max_retries + 1} times"
-    except openai.APIConnectionError as error:
-        if "Connect" in type(error.__cause__).__name__:  # httpx, or whatever openai is built on
-            reason = live.fatal = f"{config.base_url} cannot be reached"
-        else:
-            reason = f"the connection broke off, {config.max_retries + 1} times"
-    except openai.APIStatusError as error:
-        reason = f"HTTP {error.status_code} from {config.base_url}"
-        if error.status_code in (401, 403):
-            source = config.api_key_env or "no variable (api_key_env is None)"
-            live.fatal = f"{reason}: the key, from {source}, is refused"
-        elif error.status_code == 404:
-            live.fatal = f"{reason}: no such path, or no model {config.model!r}"
-        elif error.status_code in (400, 422):
-            kind = _Refused
-    except (openai.OpenAIError, ValueError, RecursionError):
-        reason = "the server's reply is not a chat completion"
-    else:
-        live.spent.add(body)
-        return body
-    raise kind(reason)
+    if live.asker.client is not None:
+        await live.asker.client.close()

@@ -3,7 +3,7 @@
 The slots are those of token-level PPO (Ouyang et al., EMNLP 2025), phase I: the user's history, the
 true queries, the returned queries; a second template asks for the label of the answer alone. A JSON
 schema is asked for, but servers ignore it or refuse it: an answer counts between the tags or as the
-schema's object, and is checked here either way.
+schema's object, whatever prose, fences or thoughts stand around it, and is checked here either way.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tppo.mapping import fold, map_labels
 
@@ -108,12 +109,29 @@ class LabelItem:
     """The returned queries, one a line."""
 
 
+class _WholeNumber:
+    """For pydantic: 1.0 counts as 1, which is all that some models write; "1" and true do not."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(cls._read, handler(source))
+
+    @staticmethod
+    def _read(value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Binary = Annotated[int, _WholeNumber]
+
+
 @dataclass
 class Word:
     """One word and its label."""
 
     word: str
-    label: int
+    label: Binary
 
     def __post_init__(self) -> None:
         _check_binary(self.label)
@@ -123,7 +141,7 @@ class Word:
 class Sentence:
     """The label of a whole answer."""
 
-    label: int
+    label: Binary
 
     def __post_init__(self) -> None:
         _check_binary(self.label)
@@ -180,29 +198,110 @@ def prompt(item: LabelItem, template: Template = "words") -> str:
     )
 
 
-def parse(answer: str, response: str, template: Template = "words") -> Judgement:
-    """The judgement in an answer; raises BadAnswer where it is not one of exactly these words."""
-    bare = _unfenced(answer.rpartition("</think>")[2])
-    as_object = bare.startswith("{") and bare.endswith("}")
-    if template == "sentence":
-        if as_object:
-            sentence = validated(_SentenceAnswer, bare, "the JSON object").ACROSS_QUERY_JUDGEMENTS
-        else:
-            sentence = validated(Sentence, _between(answer, SENTENCE_TAG), SENTENCE_TAG)
-        return Judgement([], sentence.label)
-    if as_object:
-        whole = validated(_Answer, bare, "the JSON object")
-        listed, sentence = whole.WORD_SEQUENCE_JUDGEMENTS, whole.ACROSS_QUERY_JUDGEMENTS
-    else:
-        listed = validated(list[Word], _between(answer, WORDS_TAG), WORDS_TAG)
-        sentence = validated(Sentence, _between(answer, SENTENCE_TAG), SENTENCE_TAG)
-    words = [word for word in listed if fold(word.word)]  # some models list commas too
-    judgement = Judgement(words, sentence.label)
-    _check_words(judgement, response)
+def parse(
+    answer: str, response: str, template: Template = "words", *, cut: bool = False
+) -> Judgement:
+    """The judgement in an answer; raises BadAnswer where it is not one of exactly these words.
+
+    Of several the last one counts. cut: the answer was cut at the limit of tokens; then what stands
+    in a thought that has no end is a draft, and no judgement.
+    """
+    text = _said(answer, cut)
+    try:
+        judgement = _in_tags(text, template)
+        _check_words(judgement, response, template)
+        return judgement
+    except BadAnswer as error:
+        found = _object_in(text, template)
+        if found is None:
+            raise error from None
+        judgement = _in_object(found, template)
+    _check_words(judgement, response, template)
     return judgement
 
 
-def _check_words(judgement: Judgement, response: str) -> None:
+def _said(answer: str, cut: bool) -> str:
+    """What an answer says after its thought; all of it where the thought is all that there is."""
+    text = answer.removeprefix("\ufeff")
+    thought, end, rest = text.rpartition("</think>")
+    if end:
+        return rest if rest.strip() else thought
+    if cut and "<think>" in text:
+        raise BadAnswer("the answer was cut in its thought")
+    return text
+
+
+def _in_tags(text: str, template: Template) -> Judgement:
+    listed = []
+    if template == "words":
+        listed = validated(list[Word], _between(text, WORDS_TAG, _is_list), WORDS_TAG)
+    found = _between(text, SENTENCE_TAG, lambda value: "label" in value)
+    return _judgement(listed, validated(Sentence, found, SENTENCE_TAG))
+
+
+def _in_object(text: str, template: Template) -> Judgement:
+    what = "the JSON object"
+    if template == "sentence":
+        return _judgement([], validated(_SentenceAnswer, text, what).ACROSS_QUERY_JUDGEMENTS)
+    whole: _Answer = validated(_Answer, text, what)
+    return _judgement(whole.WORD_SEQUENCE_JUDGEMENTS, whole.ACROSS_QUERY_JUDGEMENTS)
+
+
+def _judgement(listed: list[Word], sentence: Sentence) -> Judgement:
+    words = [word for word in listed if fold(word.word)]  # some models list commas too
+    return Judgement(words, sentence.label)
+
+
+def _object_in(text: str, template: Template) -> str | None:
+    """The last object that has the tags as keys, else with one of them, else a text that is to be
+    one."""
+    keys = _TAGS[template]
+    found = list(_values(text, "{", lambda value: any(key in value for key in keys)))
+    whole = [each for each in found if all(f'"{key}"' in each for key in keys)]
+    if found:
+        return (whole or found)[-1]
+    bare = _unfenced(text)
+    return bare if bare.startswith("{") and bare.endswith("}") else None
+
+
+def _between(answer: str, tag: str, fits: Callable[[Any], bool]) -> str:
+    """The JSON between the last pair of tags: a model may think aloud before it answers."""
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", answer, re.DOTALL)
+    if not found:
+        raise BadAnswer(f"no <{tag}>...</{tag}> in the answer")
+    values = list(_values(found[-1], "[" if tag == WORDS_TAG else "{", fits))
+    return values[-1] if values else _unfenced(found[-1])
+
+
+def _is_list(value: Any) -> bool:
+    return all(isinstance(item, dict) for item in value)
+
+
+def _values(text: str, opening: str, fits: Callable[[Any], bool]) -> Iterator[str]:
+    """The JSON objects or lists in a text that fit, also inside of those that do not."""
+    decoder, start = json.JSONDecoder(), text.find(opening)
+    while start >= 0:
+        end = start + 1
+        try:
+            value, after = decoder.raw_decode(text, start)
+        except ValueError:
+            pass
+        except RecursionError:
+            return
+        else:
+            if fits(value):
+                yield text[start:after]
+                end = after
+        start = text.find(opening, end)
+
+
+def _unfenced(text: str) -> str:
+    return re.sub(r"^```\w*|```$", "", text.strip()).strip()
+
+
+def _check_words(judgement: Judgement, response: str, template: Template) -> None:
+    if template == "sentence":
+        return
     # Without spaces, because in some scripts it is the labeller who decides what a word is.
     got = fold(" ".join(word.word for word in judgement.words)).replace(" ", "")
     want = fold(response).replace(" ", "")
@@ -216,18 +315,6 @@ def _check_words(judgement: Judgement, response: str) -> None:
         map_labels(response, [(word.word, word.label) for word in judgement.words], [])
     except ValueError as error:
         raise BadAnswer(str(error)) from None
-
-
-def _between(answer: str, tag: str) -> str:
-    """What stands between the last pair of tags: a model may think aloud before it answers."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", answer, re.DOTALL)
-    if not found:
-        raise BadAnswer(f"no <{tag}>...</{tag}> in the answer")
-    return _unfenced(found[-1])
-
-
-def _unfenced(text: str) -> str:
-    return re.sub(r"^```\w*|```$", "", text.strip()).strip()
 
 
 @functools.cache

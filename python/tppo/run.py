@@ -66,6 +66,11 @@ class Run:
         """Beside the stages: a stage that fails must not lose what was paid for."""
         return self.out / "label-cache.jsonl"
 
+    @property
+    def label_lost(self) -> Path:
+        """The record of the items without a label, beside the stages like the cache."""
+        return self.out / "label-lost.jsonl"
+
     def done(self, stage: str) -> bool:
         """Whether the stage has finished with these inputs and settings."""
         inputs = self._inputs(stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from tppo.aligned_reward import OwnTokens, start_reward_model
 from tppo.data import split_log, write_generated
 from tppo.jsonl import is_text, read_jsonl, read_lines, write_json, write_jsonl
 from tppo.label_batch import export_batch, import_batch
-from tppo.label_openai import LabelItem, label
+from tppo.label_config import NoKey
+from tppo.label_lost import forget, lost_by_endpoint, recorded
+from tppo.label_openai import EndpointError, LabelItem, label
 from tppo.label_rule import label_by_rule
 from tppo.labels import Label, iter_labels, read_labels, write_labels
 from tppo.line_index import LineIndex
@@ -147,6 +149,7 @@ def label_answers(run: Run) -> None:
         counts: Counter[str] = Counter()
         labels: Iterable[Label]
         if config.labeller == "rule":
+            forget(run.label_lost)
             labels = (
                 label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)
                 for a in track(run.iter_answers(), "label")
@@ -154,13 +157,28 @@ def label_answers(run: Run) -> None:
         else:
             answers = sum(1 for _ in read_lines(run.path("generate/answers.jsonl")))
             found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
-            open_until_then.enter_context(closing(found))  # no question stays open after an error
-            labels = (each for each in found if isinstance(each, Label))
+            labels = open_until_then.enter_context(recorded(found, run.label_lost))
         write_labels(out / "labels.jsonl", _counted(labels, counts))
         if not counts["labels"]:
             raise DataError("none of the generated answers got a label")
         relevant = counts["relevant"] / counts["labels"]
         say(f"label: {counts['labels']} answers, {relevant:.1%} of them relevant")
+    if lost := lost_by_endpoint(run.label_lost):
+        say(
+            f"label: the endpoint lost {lost} items ({run.label_lost}): the next `tppo run` asks "
+            "them again; new labels change what map and train-rm read, so that these and the "
+            "stages after them run again"
+        )
+
+
+def label_lost_again(run: Run) -> None:
+    """Ask for the labels that a finished stage lost to the endpoint; without an endpoint that
+    answers, the labels stay as they were."""
+    say(f"label: the endpoint lost {lost_by_endpoint(run.label_lost)} items, asked again")
+    try:
+        label_answers(run)
+    except (EndpointError, NoKey) as error:
+        say(f"label: its labels stay as they were: {error}")
 
 
 def export_labels(run: Run, path: Path) -> None:

@@ -25,7 +25,7 @@ from tppo.jsonl import DataError, write_jsonl  # noqa: E402
 from tppo.label_batch import export_batch, import_batch  # noqa: E402
 from tppo.label_openai import EndpointConfig  # noqa: E402
 
-NO_SERVER = EndpointConfig("", "judge-1")
+NO_SERVER = EndpointConfig("", "judge-1", max_dropped=1.0)
 
 
 def rows(path):
