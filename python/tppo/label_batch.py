@@ -81,12 +81,13 @@ def import_batch(
     troubles: dict[str, Trouble] = {}  # by form, the first of each
     for line in track(read_jsonl(path), "import"):
         key = line.get("custom_id", is_text, "the id of a request")
+        reply = _reply(line)
         if key not in responses:
             counts["foreign"] += 1
         elif work.get(key) is not None:
             counts["known"] += 1
         else:
-            result = outcome(_reply(line), config, responses[key])
+            result = outcome(reply, config, responses[key])
             if isinstance(result, Judgement):
                 work.finish(key, result)
                 counts["imported"] += 1

@@ -12,12 +12,12 @@ Action = Literal["label", "repair", "plain", "retry", "drop", "stop"]
 LostBy = Literal["endpoint", "judge", "item"]
 
 ACTIONS: dict[Action, str] = {
-    "label": "the item is labelled",
-    "repair": "tried again: sent back once with the reason, then the item is dropped",
-    "plain": "tried again without the schema; the rest of the run asks for none if that helps",
+    "label": "item labelled",
+    "repair": "tried again: sent back once with the reason, then item dropped",
+    "plain": "tried again without the schema, and from now on where that helps, else item dropped",
     "retry": "tried again",
-    "drop": "the item is dropped",
-    "stop": "the run stops, what was paid is kept",
+    "drop": "item dropped",
+    "stop": "run stops, what was paid is kept",
 }
 BY: dict[LostBy, str] = {
     "endpoint": "the endpoint: counted, asked again by the next run",
@@ -242,10 +242,9 @@ def table() -> str:
     for form in FORMS:
         shown = []
         for action in (form.first, form.later):
-            then = ""
-            if action == "retry":
-                then = f"; after the last try {ACTIONS[form.spent]}"
+            then = f"; after the last try {ACTIONS[form.spent]}" if action == "retry" else ""
             shown.append(ACTIONS[action] + then)
+        later = "the same" if form.first == form.later else shown[1]
         by = BY[form.by] if form.by else ""
-        lines.append(f"| {form.seen} | {shown[0]} | {shown[1]} | {by} |")
+        lines.append(f"| {form.seen} | {shown[0]} | {later} | {by} |")
     return "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ from test_label_openai import (  # noqa: E402
 from tppo.cli import main  # noqa: E402
 from tppo.jsonl import DataError, write_jsonl  # noqa: E402
 from tppo.label_batch import export_batch, import_batch  # noqa: E402
-from tppo.label_openai import EndpointConfig  # noqa: E402
+from tppo.label_openai import EndpointConfig, EndpointError  # noqa: E402
 
 NO_SERVER = EndpointConfig("", "judge-1", max_dropped=1.0)
 
@@ -100,6 +100,73 @@ def test_failed_requests_and_lines_of_others_are_counted(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "the first dropped: HTTP 429" in shown and KEY not in shown
     assert len(cache.read_text().splitlines()) == 1
+
+
+STRICT = EndpointConfig("", "judge-1")
+
+
+def batch(tmp_path, plays, reply):
+    """The items of a batch and its answers, with `reply(n, key)` in place of some of them."""
+    items = [item(n, response=f"red hat {n}") for n in range(40)]
+    export_batch(items, STRICT, tmp_path / "cache.jsonl", tmp_path / "out.jsonl")
+    lines = answered(rows(tmp_path / "out.jsonl"))
+    for n in plays:
+        lines[n] = reply(n, lines[n]["custom_id"])
+    write_jsonl(tmp_path / "in.jsonl", lines)
+    return items
+
+
+def coded(status, code):
+    return lambda n, key: output(key, {"error": {"message": KEY, "code": code}}, status)
+
+
+@pytest.mark.parametrize(
+    ("lost", "reply", "message"),
+    [
+        (1, coded(402, None), "HTTP 402: .*no credit left"),
+        (2, coded(429, "insufficient_quota"), r"HTTP 429 \(insufficient_quota\): .*no credit left"),
+        (1, coded(200, "insufficient_quota"), "error insufficient_quota: .*no credit left"),
+        (40, coded(401, None), "HTTP 401: the key"),
+        (3, coded(401, None), "3 of 40 items got no label, more than the 5 % .*HTTP 401"),
+        (3, coded(400, "unsupported_parameter"), r"3 of 40 .*HTTP 400 \(unsupported_parameter"),
+        (3, lambda n, key: output(key, {"choices": None}), "3 of 40 .*not a chat completion"),
+        (3, lambda n, key: output(key, completion(None, "length")), "3 of 40 .*raise .*max-tokens"),
+        (3, lambda n, key: {"custom_id": key, "response": None,
+                            "error": {"code": "batch_expired", "message": KEY}},
+         "3 of 40 .*error batch_expired: no answer of a batch file"),
+    ],
+)  # fmt: skip
+def test_a_batch_file_is_read_by_the_same_table(tmp_path, lost, reply, message):
+    """What was answered is kept, the command fails, and the next export holds the rest."""
+    items, cache = batch(tmp_path, range(lost), reply), tmp_path / "cache.jsonl"
+    with pytest.raises(EndpointError, match=message) as error:
+        import_batch(items, STRICT, cache, tmp_path / "in.jsonl")
+    assert KEY not in str(error.value) and "--export-batch writes the rest" in str(error.value)
+    assert export_batch(items, STRICT, cache, tmp_path / "out.jsonl") == lost
+
+
+@pytest.mark.parametrize(
+    ("lost", "reply", "counts"),
+    [
+        (2, coded(403, None), {"imported": 38, "dropped": 2}),
+        (9, coded(400, "content_filter"), {"imported": 31, "dropped": 9}),
+        (1, lambda n, key: output(key, completion([{"type": "text", "text": answer(
+            [("red", 1), ("hat", 0), ("0", 0)])}])), {"imported": 40}),
+        (1, lambda n, key: output(key, completion(answer(
+            [("red", 1), ("hat", 0), ("0", 0)]), "length")), {"imported": 40}),
+    ],
+)  # fmt: skip
+def test_a_few_losses_of_a_batch_are_told_and_no_error(tmp_path, lost, reply, counts):
+    items = batch(tmp_path, range(lost), reply)
+    assert import_batch(items, STRICT, tmp_path / "cache.jsonl", tmp_path / "in.jsonl") == counts
+
+
+def test_a_batch_may_leave_parameters_out(tmp_path):
+    settings = EndpointConfig("", "judge-1", schema=False, temperature=None,
+                              max_completion_tokens=99)  # fmt: skip
+    export_batch([item()], settings, tmp_path / "cache.jsonl", tmp_path / "out.jsonl")
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert set(row["body"]) == {"model", "messages", "max_completion_tokens"}
 
 
 @pytest.mark.parametrize(

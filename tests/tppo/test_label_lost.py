@@ -1,0 +1,161 @@
+"""Items without a label: what the label stage records, asks again, and refuses to finish."""
+
+import json
+
+import pytest
+
+pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
+
+from test_label_batch import rows  # noqa: E402
+from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
+
+from tppo import cli, stages  # noqa: E402
+from tppo.jsonl import write_jsonl  # noqa: E402
+
+COUNT = 40
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run folder with COUNT generated answers; `tppo run` in it is labelling alone."""
+    out = tmp_path / "run"
+    for name in ("data", "generate"):
+        (out / name).mkdir(parents=True)
+    history = [{"type": "search", "text": "boots"}]
+    session = {"id": "s", "user": "u", "source": "x", "history": history, "targets": ["red"]}
+    write_jsonl(out / "data/train.jsonl", [session])
+    answers = [
+        {"id": f"s#{n}", "session": "s", "prompt_ids": [1], "response_ids": [1], "finish": "eos",
+         "text": f"red hat {n}"}
+        for n in range(COUNT)
+    ]  # fmt: skip
+    write_jsonl(out / "generate/answers.jsonl", answers)
+    monkeypatch.setattr(cli, "_stages", lambda: {"label": stages.label_answers})
+    return out
+
+
+def run(command, folder, server, *flags):
+    cli.main([
+        command, "--out", str(folder), "--label.labeller", "endpoint",
+        "--label.endpoint.base-url", server.url, "--label.endpoint.model", "judge-1",
+        "--label.endpoint.api-key-env", "TPPO_TEST_KEY", "--label.endpoint.max-retries", "0",
+        *flags,
+    ])  # fmt: skip
+
+
+def number_of(request):
+    return int(slots(request)["returned_queries"][0].split()[-1])
+
+
+def sick(*lost, status=503):
+    """A server that answers all but some items."""
+    body = {"error": {"code": "overloaded"}}
+    return lambda request, n: (status, {}, body) if number_of(request) in lost else judge(request)
+
+
+def healthy(request, number):
+    return judge(request)
+
+
+@pytest.mark.parametrize("command", ["run", "label"])
+def test_above_the_share_the_stage_is_not_finished_and_the_next_call_completes_it(
+    folder, command, capsys
+):
+    lost = [n for n in range(COUNT) if n % 4]
+    with serving(sick(*lost)) as server:
+        with pytest.raises(SystemExit, match=r"tppo .*30 of 40 items got no label, more than the 5 "
+                           r"% of .*max-dropped.*HTTP 503 \(overloaded\)") as ended:  # fmt: skip
+            run(command, folder, server)
+        assert isinstance(ended.value.code, str)  # exit code 1
+        assert not (folder / "label").exists() and len(rows(folder / "label-cache.jsonl")) == 10
+        record = rows(folder / "label-lost.jsonl")
+        assert [row["id"] for row in record] == [f"s#{n}" for n in lost]
+        assert {row["by"] for row in record} == {"endpoint"}
+        asked, server.reply = len(server.requests), healthy
+        run(command, folder, server)
+        assert sorted(map(number_of, server.requests[asked:])) == lost
+    assert len(rows(folder / "label/labels.jsonl")) == COUNT
+    assert not (folder / "label-lost.jsonl").exists()
+
+
+def test_below_the_share_the_stage_finishes_and_the_next_run_asks_the_lost_again(folder, capsys):
+    labels, lost = folder / "label/labels.jsonl", folder / "label-lost.jsonl"
+    with serving(sick(7, 9)) as server:
+        run("run", folder, server)
+        said = capsys.readouterr().err
+        assert "the endpoint lost 2 items" in said and "next `tppo run` asks" in said
+        assert len(rows(labels)) == 38 and [row["id"] for row in rows(lost)] == ["s#7", "s#9"]
+        before, asked = labels.read_bytes(), len(server.requests)
+        run("run", folder, server)  # as sick as before: asked, and nothing changes
+        assert len(server.requests) == asked + 2 and labels.read_bytes() == before
+        assert len(rows(lost)) == 2
+        server.reply = sick(*range(COUNT), status=401)  # the endpoint as a whole
+        run("run", folder, server)
+        assert "its labels stay as they were: HTTP 401" in capsys.readouterr().err
+        assert labels.read_bytes() == before and len(rows(lost)) == 2
+        asked, server.reply = len(server.requests), sick(9)
+        run("run", folder, server)
+        assert sorted(map(number_of, server.requests[asked:])) == [7, 9]
+        assert len(rows(labels)) == 39 and [row["id"] for row in rows(lost)] == ["s#9"]
+        server.reply = healthy
+        run("run", folder, server)
+        assert len(rows(labels)) == COUNT and not lost.exists()
+        asked = len(server.requests)
+        run("run", folder, server)
+        assert "label: finished before, skipped" in capsys.readouterr().err
+        assert len(server.requests) == asked
+
+
+def test_a_finished_run_needs_no_key_for_the_lost(folder, capsys, monkeypatch):
+    with serving(sick(7)) as server:
+        run("run", folder, server)
+        monkeypatch.delenv("TPPO_TEST_KEY")
+        run("run", folder, server)
+    assert "stay as they were: environment variable TPPO_TEST_KEY was" in capsys.readouterr().err
+    assert len(rows(folder / "label/labels.jsonl")) == 39
+
+
+def test_the_share_is_a_flag_in_percent_or_as_a_number(folder):
+    with serving(sick(*range(20, 30))) as server:
+        for share in ("24.9%", "0.24"):
+            with pytest.raises(SystemExit, match="10 of 40 items got no label"):
+                run("run", folder, server, "--label.endpoint.max-dropped", share)
+        run("run", folder, server, "--label.endpoint.max-dropped", "25%")
+        assert len(rows(folder / "label/labels.jsonl")) == 30
+        with pytest.raises(SystemExit):
+            run("run", folder, server, "--label.endpoint.max-dropped", "130%")
+
+
+def test_what_a_filter_or_the_judge_lost_does_not_open_a_finished_stage(folder, capsys):
+    """A filter's refusals are not counted; an answer without a judgement is, and stays as it is."""
+    flagged = {"error": {"code": "content_filter"}}
+
+    def reply(request, number):
+        n = number_of(request)
+        return (400, {}, flagged) if n < 10 else "no" if n < 12 else judge(request)
+
+    with serving(reply) as server:
+        run("run", folder, server)
+        record = rows(folder / "label-lost.jsonl")
+        assert [row["by"] for row in record] == ["item"] * 10 + ["judge"] * 2
+        asked = len(server.requests)
+        run("run", folder, server)
+        assert len(server.requests) == asked
+    assert "finished before, skipped" in capsys.readouterr().err
+
+
+def test_a_damaged_record_means_asking_again_and_the_rule_leaves_none(folder, capsys):
+    with serving(sick(7)) as server:
+        run("run", folder, server)
+        (folder / "label-lost.jsonl").write_text('{"id": ')
+        server.reply = healthy
+        run("run", folder, server)
+        assert "label-lost.jsonl: line 1: not JSON" in capsys.readouterr().err
+        assert len(rows(folder / "label/labels.jsonl")) == COUNT
+        server.reply = sick(7)
+        (folder / "label-cache.jsonl").unlink()
+        run("label", folder, server)
+        assert (folder / "label-lost.jsonl").exists()
+        run("run", folder, server, "--label.labeller", "rule")
+    assert not (folder / "label-lost.jsonl").exists()
+    assert json.loads((folder / "label/labels.jsonl").read_text().split("\n")[0])
