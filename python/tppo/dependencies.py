@@ -82,7 +82,8 @@ _GENERATED = (
 _OF_AN_ENDPOINT = (
     "label.endpoint", "-label.endpoint.base_url", "-label.endpoint.api_key_env",
     "-label.endpoint.concurrency", "-label.endpoint.max_retries", "-label.endpoint.timeout_s",
-    "-label.endpoint.price_read", "-label.endpoint.price_written",
+    "-label.endpoint.price_read", "-label.endpoint.price_written", "-label.endpoint.max_wait_s",
+    "-label.endpoint.max_dropped",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tppo.cli import main  # noqa: E402
 from tppo.jsonl import DataError, write_jsonl  # noqa: E402
 from tppo.label_batch import export_batch, import_batch  # noqa: E402
 from tppo.label_openai import EndpointConfig, EndpointError  # noqa: E402
+from tppo.run_folder import RunFolder  # noqa: E402
 
 NO_SERVER = EndpointConfig("", "judge-1", max_dropped=1.0)
 
@@ -190,27 +191,24 @@ def test_a_batch_needs_the_name_of_a_model(tmp_path):
         export_batch([], EndpointConfig(), tmp_path / "cache.jsonl", tmp_path / "out.jsonl")
 
 
+def answered_run(out, count):
+    """A run folder whose model gave so many answers to one session."""
+    history = [{"type": "search", "text": "boots"}]
+    session = {"id": "s", "user": "u", "source": "x", "history": history, "targets": ["red shoes"]}
+    ids = {"session": "s", "prompt_ids": [1], "response_ids": [1], "finish": "eos"}
+    texts = [{"id": f"s#{n}", "text": f"red hat {n}", **ids} for n in range(count)]
+    for stage, file, lines in (("data", "train", [session]), ("generate", "answers", texts)):
+        with RunFolder(out).stage(stage) as work:
+            write_jsonl(work / f"{file}.jsonl", lines)
+
+
 def test_the_flags_of_the_label_command(tmp_path, capsys, monkeypatch):
     """Export, import, label without a server, and agreement, all by the command line."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     folder, batch, back = tmp_path / "run", tmp_path / "out.jsonl", tmp_path / "in.jsonl"
     with pytest.raises(SystemExit, match="train.jsonl: no such file; run `tppo data --out"):
         main(["label", "--out", str(folder), "--export-batch", str(batch)])
-    for name in ("data", "generate"):
-        (folder / name).mkdir(parents=True)
-    session = {
-        "id": "s",
-        "user": "u",
-        "source": "x",
-        "history": [{"type": "search", "text": "boots"}],
-    }
-    write_jsonl(folder / "data/train.jsonl", [{**session, "targets": ["red shoes"]}])
-    answers = [
-        {"id": f"s#{n}", "session": "s", "prompt_ids": [1], "response_ids": [1], "finish": "eos",
-         "text": f"red hat {n}"}
-        for n in range(3)
-    ]  # fmt: skip
-    write_jsonl(folder / "generate/answers.jsonl", answers)
+    answered_run(folder, 3)
     flags = ["--out", str(folder), "--label.labeller", "endpoint"]
     flags += ["--label.endpoint.model", "judge-1"]
     main(["label", *flags, "--export-batch", str(batch)])

@@ -6,11 +6,10 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 
-from test_label_batch import rows  # noqa: E402
+from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli, stages  # noqa: E402
-from tppo.jsonl import write_jsonl  # noqa: E402
 
 COUNT = 40
 
@@ -19,17 +18,7 @@ COUNT = 40
 def folder(tmp_path, monkeypatch):
     """A run folder with COUNT generated answers; `tppo run` in it is labelling alone."""
     out = tmp_path / "run"
-    for name in ("data", "generate"):
-        (out / name).mkdir(parents=True)
-    history = [{"type": "search", "text": "boots"}]
-    session = {"id": "s", "user": "u", "source": "x", "history": history, "targets": ["red"]}
-    write_jsonl(out / "data/train.jsonl", [session])
-    answers = [
-        {"id": f"s#{n}", "session": "s", "prompt_ids": [1], "response_ids": [1], "finish": "eos",
-         "text": f"red hat {n}"}
-        for n in range(COUNT)
-    ]  # fmt: skip
-    write_jsonl(out / "generate/answers.jsonl", answers)
+    answered_run(out, COUNT)
     monkeypatch.setattr(cli, "_stages", lambda: {"label": stages.label_answers})
     return out
 
