@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels import _eager, _op
+from tppo_kernels import _backends, _eager, _op
 
 
 @pytest.fixture
@@ -80,6 +80,23 @@ def test_forcing_ends_with_the_block_and_nests(inputs):
         with pytest.raises(tk.BackendError):
             tk.gae(*inputs)
     tk.gae(*inputs)
+
+
+@pytest.mark.parametrize("old", (False, True))
+def test_what_autograds_threads_are_told_lives_and_ends_with_the_block(monkeypatch, old):
+    """torch 2.11 keeps it without a reference, and cannot take it back."""
+    if old:
+        monkeypatch.delattr(torch._C, "_remove_obj_from_tls", raising=False)
+    for i in range(300):
+        with tk.use_backend("reference"):
+            with tk.use_backend("cpp"):
+                assert torch._C._get_obj_in_tls(_backends._TO_AUTOGRAD)[1] == "cpp"
+            [(j, str(j + i)) for j in range(50)]  # where memory that was freed would be used again
+            assert torch._C._get_obj_in_tls(_backends._TO_AUTOGRAD)[1] == "reference"
+        assert _backends.forced() is None
+    monkeypatch.undo()
+    with tk.use_backend("cpp"):
+        pass  # takes back what an old torch would have left
 
 
 def test_the_environment_forces_a_backend(inputs, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -64,11 +66,26 @@ def forced() -> str | None:
 
 def _pass_on(name: str | None) -> None:
     """Lets the threads that autograd runs a backward on see the backend; a context variable does
-    not reach them, but what is stashed on the thread that calls backward does."""
-    if name is not None:
-        torch._C._stash_obj_in_tls(_TO_AUTOGRAD, (threading.get_ident(), name))
-    elif torch._C._is_key_in_tls(_TO_AUTOGRAD):
-        torch._C._remove_obj_from_tls(_TO_AUTOGRAD)
+    not reach them, but what is stashed on the thread that calls backward does.
+
+    torch 2.11 cannot take back what is stashed, and aborts where a thread with something ends as
+    Python does: there only the main thread passes its backend on.
+    """
+    remove = getattr(torch._C, "_remove_obj_from_tls", None)
+    if remove is None and threading.current_thread() is not threading.main_thread():
+        return
+    if name is None and not torch._C._is_key_in_tls(_TO_AUTOGRAD):
+        return
+    if name is None and remove is not None:
+        remove(_TO_AUTOGRAD)
+        return
+    passed = (threading.get_ident(), name)
+    references = sys.getrefcount(passed)
+    torch._C._stash_obj_in_tls(_TO_AUTOGRAD, passed)
+    if sys.getrefcount(passed) == references:
+        # torch 2.11 keeps the object without a reference of its own, yet gives one back for it
+        # when another takes its place: without this one the memory would be freed while in use
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(passed))
 
 
 @contextlib.contextmanager
@@ -77,7 +94,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     An operator that cannot run on it raises `BackendError` with the reason. A context variable:
     other threads and tasks do not see it, but the threads on which autograd runs a backward that
-    was called inside the block do. Enter it around a compiled function, not within one.
+    was called inside the block do (with torch 2.11: inside a block of the main thread). Enter it
+    around a compiled function, not within one.
     `TPPO_BACKEND=name` does the same for a whole process.
     """
     if name not in BACKENDS:

@@ -2,7 +2,8 @@
 
 It keeps bf16 as bit patterns: arithmetic, `dot` and casts other than to and from fp32 act on those
 bits, casts from fp32 truncate. Here values are computed in fp32 and rounded to nearest even once.
-Its maximum and minimum propagate NaN, a GPU's return the other operand.
+Its maximum and minimum propagate NaN, a GPU's return the other operand. Triton 3.6 makes a whole
+number of an array of one element by a conversion that numpy 2.4 and later refuse.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ _convert_float = interpreter._convert_float
 _unary, _binary, _dot, _cast = (InterpreterBuilder.unary_op, InterpreterBuilder.binary_op,
                                 InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl)
 _apply = ReduceScanOpInterface.apply
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def widen(bits):
@@ -80,9 +82,14 @@ def apply(self, values):
     return _apply(self, values)
 
 
+def patch_tensor(tensor, scope):
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def patch():
     """Puts all of it in the interpreter's place, for the life of the process."""
-    interpreter._convert_float = convert_float
+    interpreter._convert_float, interpreter._patch_lang_tensor = convert_float, patch_tensor
     InterpreterBuilder.unary_op, InterpreterBuilder.binary_op = unary_op, binary_op
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
