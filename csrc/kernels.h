@@ -130,10 +130,10 @@ struct Slopes {  // derivatives to be scaled into `out`, of type `dtype`; count 
 // out = slope * factor, and 0 where the slope is 0 whatever the factor.
 void loss_bwd(const Slopes& x, float factor, int threads);
 
-// Each returns null, or the CUDA error's text. parts: kMaxBlocks * kPolicySums of loss.cuh and
+// Each returns null, or the CUDA error's text. sums: kMaxBlocks * kPolicySums of loss.cuh and
 // ppo_loss.h, 1024 x 13 doubles. grad_loss, scale: one float each.
-const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* parts, void* stream);
-const char* value_loss_fwd_cuda(const ValueBatch& in, double* parts, void* stream);
+const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* sums, void* stream);
+const char* value_loss_fwd_cuda(const ValueBatch& in, double* sums, void* stream);
 const char* loss_bwd_cuda(const Slopes& a, const Slopes& b, const float* grad_loss,
                           const float* scale, void* stream);
 

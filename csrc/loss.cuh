@@ -1,9 +1,11 @@
 // How ppo_loss and value_loss sum over a GPU in one cooperative launch: every block walks over its
-// sequences and leaves its sums; behind the grid's barrier the first block adds them up, in their
-// order. No atomics, no counter that someone must have zeroed, equal bits for equal grids.
+// parts of sequences and leaves its sums; behind the grid's barrier the first block adds them up, in
+// their order. No atomics, no counter that someone must have zeroed, equal bits for equal grids.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
+
+#include <atomic>
 
 #include "kernels.h"
 #include "loss.h"
@@ -12,7 +14,7 @@ namespace tppo {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kItems = 4;         // tokens of a thread in flight
-constexpr int kBlocksPerSm = 2;   // resident at once, by __launch_bounds__: what the barrier needs
+constexpr int kBlocksPerSm = 2;   // resident at once at least, by __launch_bounds__
 constexpr int kMaxBlocks = 1024;  // rows of the workspace
 
 // Element i of a column; kFloats: all columns are fp32, and nothing is asked.
@@ -43,6 +45,37 @@ __device__ __forceinline__ double block_total(double x, double* shared) {
   double total = 0;
   for (int w = 0; w < kWarps; ++w) total += shared[w];
   return total;
+}
+
+// The tokens [first, last) of a sequence that are one of its parts: whole turns of a block, so that
+// a short sequence is its first part alone.
+struct Range {
+  int64_t first, last;
+};
+
+__device__ __forceinline__ Range range_of(int64_t count, int part, int parts) {
+  constexpr int64_t kTurn = kThreads * kItems;
+  const int64_t each = (count + parts * kTurn - 1) / (parts * kTurn) * kTurn;
+  const int64_t first = each * part < count ? each * part : count;
+  return {first, first + each < count ? first + each : count};
+}
+
+// The valid tokens of a whole sequence, in every thread of the block.
+__device__ __forceinline__ double count_tokens(const uint8_t* mask, int64_t count,
+                                               double* shared) {
+  if (!mask) return double(count);
+  int64_t own = 0;
+  const int64_t ahead = -reinterpret_cast<intptr_t>(mask) & 15;
+  const int64_t lead = ahead < count ? ahead : count, fours = (count - lead) / 16;
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    const uint4 bytes = reinterpret_cast<const uint4*>(mask + lead)[i];
+    for (const uint32_t x : {bytes.x, bytes.y, bytes.z, bytes.w})  // the bytes that are not 0
+      own += __popc((((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u);
+  }
+  if (threadIdx.x < lead) own += mask[threadIdx.x] != 0;
+  const int64_t rest = lead + fours * 16 + threadIdx.x;
+  if (rest < count) own += mask[rest] != 0;
+  return block_total(double(own), shared);
 }
 
 // parts [grid, kSums] is written, and read behind the barrier; column kMaximum of the sums is a
@@ -79,26 +112,47 @@ __device__ bool grid_totals(const double (&sums)[kSums], double* parts, double* 
   return threadIdx.x == 0;
 }
 
-// Launches a kernel of (batch, parts) over as many blocks as are of use and fit on the device.
-template <typename Batch>
-const char* launch_over(void (*kernel)(Batch, double*), Batch batch, int64_t B, double* parts,
-                        void* stream) {
-  int device = 0, processors = 1;
+// How many blocks of a kernel are resident on the current device at once; asked once a device.
+template <auto kKernel>
+cudaError_t resident_blocks(int* blocks) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, processors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  *blocks = device < kDevices ? known[device].load() : 0;
+  if (*blocks) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, 0);
+  *blocks = processors * each;
+  if (device < kDevices) known[device].store(*blocks);
+  return error;
+}
+
+// Launches a kernel of (batch, parts of a sequence, sums of blocks) over as many blocks as are of
+// use and resident together, which the grid's barrier needs. Sequences of few are split, if they
+// can be, so that every block has a part.
+template <auto kKernel, typename Batch>
+const char* launch_over(const Batch& batch, bool divisible, double* sums, void* stream) {
+  int resident = 0;
+  cudaError_t error = resident_blocks<kKernel>(&resident);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t room = std::min(kMaxBlocks, kBlocksPerSm * processors);
+  if (resident == 0) return "no block of the loss's kernel fits on this device";
+  const int64_t B = batch.layout.B, room = std::min(kMaxBlocks, resident);
+  const int64_t longest = batch.layout.offsets ? batch.layout.N : batch.layout.T;  // at most
+  const int64_t turns = (longest + kThreads * kItems - 1) / (kThreads * kItems);
+  const int parts = divisible && B > 0 ? int(std::max<int64_t>(1, std::min(room / B, turns))) : 1;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min(B, room)));
+  config.gridDim = dim3(unsigned(std::min(B * parts, room)));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, batch, parts);
+  error = cudaLaunchKernelEx(&config, kKernel, batch, parts, sums);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

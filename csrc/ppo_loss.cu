@@ -85,54 +85,58 @@ __device__ __forceinline__ void write(const PolicyBatch& in, const PolicyScalars
   if (in.dentropy) in.dentropy[i] = x.valid ? c * -s.entropy_coef : 0.f;
 }
 
-// (tokens, sum of d) of one sequence, in every thread of the block.
+// The sum of d of one sequence, in every thread of the block.
 template <bool kFloats>
-__device__ void first_pass(const PolicyBatch& in, const PolicyScalars& s, const Firsts& first,
-                           const uint8_t* mask, int64_t count, double* shared, double* tokens,
-                           double* d) {
-  double own_tokens = 0, own_d = 0;
+__device__ double sum_ratios(const PolicyBatch& in, const PolicyScalars& s, const Firsts& first,
+                             const uint8_t* mask, int64_t count, double* shared) {
+  double own = 0;
   for (int64_t t = threadIdx.x; t < count; t += kThreads) {
     const Token x = load_ratio<kFloats>(in, first, mask, t, count);
-    if (!x.valid) continue;
-    own_tokens += 1.0;
-    own_d += double(log_ratio(x.logprob, x.old, s.limit).d);
+    if (x.valid) own += double(log_ratio(x.logprob, x.old, s.limit).d);
   }
-  *tokens = block_total(own_tokens, shared);
-  *d = in.sequence_ratio ? block_total(own_d, shared) : 0.0;
+  return block_total(own, shared);
 }
 
 // One pass over a token's columns; 33 B a token with all of them and both gradients in fp32. One
-// more over logprobs, old and mask where a sequence's length or mean ratio is asked for, and one
-// more over those and ref for the gradient of a sequence ratio: from the L2 cache.
+// more over the whole sequence's mask where its length is asked for; under a sequence ratio, whose
+// sequences are never split, one more over logprobs, old and mask, and one more over those and ref
+// for the gradient: from the L2 cache.
 template <bool kFloats>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    ppo_loss_fwd_kernel(PolicyBatch in, double* parts) {
+    ppo_loss_fwd_kernel(PolicyBatch in, int parts, double* sums_of_blocks) {
   __shared__ double shared[kWarps], totals[kPolicySums];
   const Layout& at = in.layout;
   const PolicyScalars s = scalars_of(in);
+  const bool counts_live = in.share.count_of == Share::kSequences;
   double sums[kPolicySums] = {};
-  for (int64_t b = blockIdx.x; b < at.B; b += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < at.B * parts; task += gridDim.x) {
+    const int64_t b = task / parts;
+    const int part = int(task % parts);
     const Span whole = span(at, b);
+    const Range range = range_of(whole.count, part, parts);
+    if (range.first == range.last) continue;
     const uint8_t* mask = mask_of(at, b, whole.begin);
     const auto from = [&](const Column& x) { return first_of(x, at, b, whole.begin); };
     const Firsts first{from(in.logprobs), from(in.old_logprobs), from(in.advantages),
                        from(in.weights), from(in.entropy), from(in.ref_logprobs)};
     double length = 1.0, d = 0.0, slopes = 0.0;
-    if (in.sequence_ratio || in.share.by_length)
-      first_pass<kFloats>(in, s, first, mask, whole.count, shared, &length, &d);
+    if (in.sequence_ratio || in.share.by_length || counts_live)
+      length = count_tokens(mask, whole.count, shared);
+    if (in.sequence_ratio) d = sum_ratios<kFloats>(in, s, first, mask, whole.count, shared);
+    if (counts_live && part == 0 && threadIdx.x == 0 && length > 0.0) sums[kLive] += 1.0;
     length = length < 1.0 ? 1.0 : length;
     const Sequence own{in.share.by_length ? float(1.0 / length) : 1.f,
                        in.sequence_ratio ? exp_of(float(d / length)) : 0.f, whole.begin};
-    const double tokens_before = sums[kTokens];
-    for (int64_t start = threadIdx.x; start < whole.count; start += kThreads * kItems) {
+    for (int64_t start = range.first + threadIdx.x; start < range.last;
+         start += kThreads * kItems) {
       Token x[kItems];
 #pragma unroll
       for (int j = 0; j < kItems; ++j)
-        x[j] = load_token<kFloats>(in, first, mask, start + j * kThreads, whole.count);
+        x[j] = load_token<kFloats>(in, first, mask, start + j * kThreads, range.last);
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
         const int64_t t = start + j * kThreads;
-        if (t >= whole.count) break;
+        if (t >= range.last) break;
         float slope = 0.f;
         Kl apart{0.f, 0.f};
         LogRatio ratio{0.f, 0u};
@@ -146,10 +150,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           write(in, s, x[j], ratio.clamped, slope, apart.slope, own.c, own.begin + t);
       }
     }
-    if (in.share.count_of == Share::kSequences) {
-      const bool any = __syncthreads_or(sums[kTokens] > tokens_before);
-      if (threadIdx.x == 0 && any) sums[kLive] += 1.0;
-    }
     if (!in.sequence_ratio) continue;
     const float slope = float(block_total(slopes, shared) / length);
     for (int64_t t = threadIdx.x; t < whole.count; t += kThreads) {
@@ -161,18 +161,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       write(in, s, x, ratio.clamped, slope, apart.slope, own.c, own.begin + t);
     }
   }
-  if (grid_totals<kPolicySums, kMax>(sums, parts, totals)) finish(in, totals);
+  if (grid_totals<kPolicySums, kMax>(sums, sums_of_blocks, totals)) finish(in, totals);
 }
 
 }  // namespace
 
-const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* parts, void* stream) {
+const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* sums, void* stream) {
   bool floats = true;
   for (const Column* x : {&in.logprobs, &in.old_logprobs, &in.advantages, &in.entropy,
                           &in.ref_logprobs, &in.weights})
     floats = floats && (!x->data || x->dtype == kFp32);
-  return launch_over(floats ? ppo_loss_fwd_kernel<true> : ppo_loss_fwd_kernel<false>, in,
-                     in.layout.B, parts, stream);
+  return floats ? launch_over<ppo_loss_fwd_kernel<true>>(in, !in.sequence_ratio, sums, stream)
+                : launch_over<ppo_loss_fwd_kernel<false>>(in, !in.sequence_ratio, sums, stream);
 }
 
 }  // namespace tppo

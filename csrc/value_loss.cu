@@ -10,35 +10,36 @@ struct Token {
 };
 
 // One pass over a token's columns: 17 B a token with old values, mask and gradient in fp32; one
-// more over the mask where a sequence's length is asked for.
+// more over the whole sequence's mask where its length is asked for.
 template <bool kFloats>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    value_loss_fwd_kernel(ValueBatch in, double* parts) {
+    value_loss_fwd_kernel(ValueBatch in, int parts, double* sums_of_blocks) {
   __shared__ double shared[kWarps], totals[kValueSums];
   const Layout& at = in.layout;
   const float clip = float(value_of(in.clip));
+  const bool counts_live = in.share.count_of == Share::kSequences;
   double sums[kValueSums] = {};
-  for (int64_t b = blockIdx.x; b < at.B; b += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < at.B * parts; task += gridDim.x) {
+    const int64_t b = task / parts;
+    const int part = int(task % parts);
     const Span whole = span(at, b);
+    const Range range = range_of(whole.count, part, parts);
+    if (range.first == range.last) continue;
     const uint8_t* mask = mask_of(at, b, whole.begin);
     const int64_t first_value = first_of(in.values, at, b, whole.begin);
     const int64_t first_target = first_of(in.returns, at, b, whole.begin);
     const int64_t first_old = first_of(in.old_values, at, b, whole.begin);
-    float c = 1.f;
-    if (in.share.by_length) {
-      double tokens = 0;
-      for (int64_t t = threadIdx.x; t < whole.count; t += kThreads)
-        if (!mask || mask[t]) tokens += 1.0;
-      tokens = block_total(tokens, shared);
-      c = float(1.0 / (tokens < 1.0 ? 1.0 : tokens));
-    }
-    const double tokens_before = sums[kSumTokens];
-    for (int64_t start = threadIdx.x; start < whole.count; start += kThreads * kItems) {
+    double length = 1.0;
+    if (in.share.by_length || counts_live) length = count_tokens(mask, whole.count, shared);
+    if (counts_live && part == 0 && threadIdx.x == 0 && length > 0.0) sums[kSumLive] += 1.0;
+    const float c = in.share.by_length ? float(1.0 / (length < 1.0 ? 1.0 : length)) : 1.f;
+    for (int64_t start = range.first + threadIdx.x; start < range.last;
+         start += kThreads * kItems) {
       Token x[kItems];
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
         const int64_t t = start + j * kThreads;
-        x[j] = {t < whole.count, 0.f, 0.f, 0.f};
+        x[j] = {t < range.last, 0.f, 0.f, 0.f};
         if (!x[j].valid) continue;
         x[j].value = read<kFloats>(in.values, first_value, t);
         x[j].target = read<kFloats>(in.returns, first_target, t);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
         const int64_t t = start + j * kThreads;
-        if (t >= whole.count) break;
+        if (t >= range.last) break;
         float slope = 0.f;
         if (x[j].valid) {
           const Squared squared = squared_error(x[j].value, x[j].target, x[j].old, clip);
@@ -65,22 +66,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         if (in.dvalues) in.dvalues[whole.begin + t] = slope;
       }
     }
-    if (in.share.count_of == Share::kSequences) {
-      const bool any = __syncthreads_or(sums[kSumTokens] > tokens_before);
-      if (threadIdx.x == 0 && any) sums[kSumLive] += 1.0;
-    }
   }
-  if (grid_totals<kValueSums, -1>(sums, parts, totals)) finish(in, totals);
+  if (grid_totals<kValueSums, -1>(sums, sums_of_blocks, totals)) finish(in, totals);
 }
 
 }  // namespace
 
-const char* value_loss_fwd_cuda(const ValueBatch& in, double* parts, void* stream) {
+const char* value_loss_fwd_cuda(const ValueBatch& in, double* sums, void* stream) {
   bool floats = true;
   for (const Column* x : {&in.values, &in.returns, &in.old_values})
     floats = floats && (!x->data || x->dtype == kFp32);
-  return launch_over(floats ? value_loss_fwd_kernel<true> : value_loss_fwd_kernel<false>, in,
-                     in.layout.B, parts, stream);
+  return floats ? launch_over<value_loss_fwd_kernel<true>>(in, true, sums, stream)
+                : launch_over<value_loss_fwd_kernel<false>>(in, true, sums, stream);
 }
 
 }  // namespace tppo

@@ -179,3 +179,29 @@ def check_nothing_but_kernels(backend, forward, gradients):
         loss, *slopes, _, scale = backend.fwd(*forward)
         backend.bwd(loss, scale, *slopes, *gradients)
     assert launching.names == []
+
+
+def check_long_sequences(monkeypatch, backend, run, sample, options):
+    """Sequences of which there are fewer than blocks are shared out: each block has tokens of its
+    own, whatever the mask's address, and a short or an empty sequence loses none."""
+    rooms = []
+
+    def workspace(like):
+        rooms.append(torch.full((1024 * 13,), float("nan"), dtype=torch.float64))
+        return rooms[-1]
+
+    monkeypatch.setattr(backend, "workspace", workspace)
+    for reduction in ("seq-mean-token-mean", "seq-mean-token-sum"):
+        x = sample(1, 3075, seed=4)
+        mask = (torch.rand(1, 3083) < 0.9)[:, 3:-5]
+        hold_to_fp64(run, x, mask, reduction=reduction, **options)
+        by_block = rooms[-1][:int(rooms[-1].isfinite().sum())].reshape(4, -1)
+        assert (by_block[:, 1] > 0).all() and int(by_block[:, 1].sum()) == int(mask.sum())
+        lengths = [0, 3000]
+        packed = {k: v[0, :3000] for k, v in x.items()}
+        got = run(packed, mask[0, :3000], cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(
+            torch.int32), reduction=reduction, **options)
+        alone = {k: v[:, :3000] for k, v in x.items()}
+        expected = reference(run, alone, mask[:, :3000], reduction=reduction, **options)
+        torch.testing.assert_close([y.reshape(-1) for y in flat(got)],
+                                   [y.reshape(-1) for y in flat(expected)], rtol=1e-5, atol=1e-6)

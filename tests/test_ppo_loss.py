@@ -8,6 +8,7 @@ import torch
 from _loss_cases import (
     ALL_TERMS,
     check_layouts,
+    check_long_sequences,
     check_mixed_dtypes_and_nan,
     check_nothing_but_kernels,
     check_packed,
@@ -623,6 +624,7 @@ def test_cuda_kernel_emulated(monkeypatch):
         "seq-mean-token-sum-norm", True, True], (torch.bfloat16, torch.float16))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), **ALL_TERMS)
+    check_long_sequences(monkeypatch, backend, run, sample, {"kl_coef": 0.1})
     options = {**ALL_TERMS, "reduction": REDUCTIONS[-1], "num_sequences": torch.tensor(5),
                "norm_length": 7, "clip_low": torch.tensor(0.25).bfloat16()}
     expected = flat(run(sample(3, 9), **options))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _loss_cases import (
     check_layouts,
+    check_long_sequences,
     check_mixed_dtypes_and_nan,
     check_nothing_but_kernels,
     check_packed,
@@ -397,6 +398,7 @@ def test_cuda_kernel_emulated(monkeypatch):
         None, None, None, "seq-mean-token-mean", True], (torch.bfloat16,))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), clip=0.2)
+    check_long_sequences(monkeypatch, backend, run, sample, {"clip": 0.2})
     options = {"clip": 0.2, "num_tokens": torch.tensor(20)}
     expected = flat(run(sample(3, 9), **options))
     monkeypatch.setattr("tppo_kernels._losses.on_host", lambda x: False)
