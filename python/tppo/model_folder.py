@@ -27,8 +27,10 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     """`auto.from_pretrained` of a local folder, without its Python code and without a question.
 
     auto: `AutoModelForCausalLM`, `AutoTokenizer` or another such class.
-    Errors: ValueError where the folder cannot be read without running code of its own.
+    Errors: ValueError where the folder cannot be read without running code of its own, or names a
+    kernel of a hub, which transformers would fetch and run.
     """
+    _check_kernels(Path(path) / "config.json")
     try:
         loaded = auto.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, **options
@@ -44,6 +46,27 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     vars(getattr(loaded, "config", loaded)).pop("auto_map", None)
     getattr(loaded, "init_kwargs", {}).pop("auto_map", None)
     return loaded
+
+
+def _check_kernels(file: Path) -> None:
+    """Refuse a configuration whose attention or experts come from a repository of a hub."""
+    if not file.exists():
+        return
+    try:
+        pending = [json.loads(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; expected a JSON object") from error
+    while pending:
+        settings = pending.pop()
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            pending.append(value)
+            if name.endswith(("attn_implementation", "experts_implementation")):
+                values = value.values() if isinstance(value, dict) else [value]
+                if remote := [v for v in values if isinstance(v, str) and "/" in v]:
+                    raise ValueError(
+                        f"{file}: {name} is {remote[0]!r}, expected one of transformers' own, such "
+                        "as 'sdpa': code from a hub is never executed"
+                    )
 
 
 def read_generation_config(path: str | Path) -> GenerationConfig | None:

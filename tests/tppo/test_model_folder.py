@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from _weights import enlarged
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,10 +49,7 @@ def write(path, tokenizer, generation=None, eos=None, weights="safetensors", **c
             eos_token_id=eos, pad_token_id=0,
         )
     )  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(path)
+    enlarged(model).save_pretrained(path)
     tokenizer.save_pretrained(path)
     (path / "generation_config.json").unlink()
     if generation is not None:
@@ -356,6 +354,27 @@ def test_the_evil_folder_would_run_its_code(evil, tmp_path):
     assert (tmp_path / "mark").exists() and sys.stdin.tell() > 0
     (tmp_path / "mark").unlink()
     sys.stdin.seek(0)
+
+
+def test_a_broken_configuration_is_named(tokenizer, tmp_path):
+    path = write(tmp_path, tokenizer)
+    (path / "config.json").write_text('{"model_type": "llama"')
+    for load in loads(path, tokenizer).values():
+        with pytest.raises(ValueError, match="config.json: .*expected a JSON object"):
+            load()
+
+
+@pytest.mark.parametrize("settings", [
+    {"attn_implementation": "someone/kernel"}, {"_attn_implementation": "someone/kernel@v1:run"},
+    {"text_config": {"attn_implementation": {"": "someone/kernel"}}},
+    {"experts_implementation": "someone/kernel"},
+])  # fmt: skip
+def test_kernels_of_a_hub_are_refused(settings, tokenizer, tmp_path):
+    path = write(tmp_path, tokenizer, **settings)
+    for name, load in loads(path, tokenizer).items():
+        with pytest.raises(ValueError, match="config.json: .*someone/kernel.* never executed"):
+            load()
+            raise AssertionError(name)
 
 
 def test_pickled_weights_are_read_without_their_code(tokenizer, tmp_path):

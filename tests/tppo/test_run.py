@@ -227,6 +227,12 @@ def test_exports_are_plain_models(finished):
         ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
         config = model.generation_config
         assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == ids
+        prompt = rows(finished / "generate" / "answers.jsonl")[0]["prompt_ids"]
+        answers = model.generate(torch.tensor([prompt] * 32), max_new_tokens=60, do_sample=True)
+        ended = [row for row in answers[:, len(prompt) :].tolist() if ids[1] in row]
+        assert len(ended) > 8
+        for row in ended:  # behind its end there is nothing but filler
+            assert set(row[row.index(ids[1]) + 1 :]) <= {ids[2]}
     assert not list((finished / "train").glob("**/*.pt"))
 
 
