@@ -1,8 +1,7 @@
-"""Builds `tppo_kernels._C`: C++ wherever a compiler is, CUDA where nvcc is; nothing links torch.
-
-TPPO_BUILD_CUDA=auto|1|0 (default auto) and TPPO_CUDA_ARCHS="80;90;100" choose.
+"""Builds `tppo_kernels._C`: C++ where a compiler works, CUDA where nvcc does; nothing links torch.
+TPPO_BUILD_CUDA=auto|1|0 (default auto), TPPO_CUDA_ARCHS="80;90;100" choose.  An installation keeps
+why it lacks what could not be built; `setup.py build_ext` and TPPO_BUILD_CUDA=1 fail instead.
 """
-
 import os
 import re
 import shutil
@@ -11,70 +10,71 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
 
+WISH, CXX = os.environ.get("TPPO_BUILD_CUDA", "auto"), os.environ.get("CXX", "g++").split()[0]
+STRICT = WISH == "1" or "build_ext" in sys.argv  # fail where a part cannot be built
 ARCHS = os.environ.get("TPPO_CUDA_ARCHS", "80;90;100").split(";")
+if WISH not in ("auto", "0", "1") or not all(re.fullmatch(r"\d+[af]?", a) for a in ARCHS):
+    sys.exit(f"TPPO_BUILD_CUDA={WISH}, expected auto, 1 or 0; TPPO_CUDA_ARCHS={ARCHS}, all numbers")
+HOMES = [f"{os.environ[k]}/bin" for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
+NVCC = shutil.which("nvcc", path=os.pathsep.join([*HOMES, os.environ.get("PATH", "")]))
+if NVCC is None and WISH == "1":
+    sys.exit("TPPO_BUILD_CUDA=1, but nvcc is neither on PATH nor under CUDA_HOME")
+NO_CUDA = "TPPO_BUILD_CUDA=0 at build time" if WISH == "0" else "" if NVCC else "nvcc not found"
 
+def run(command, **_):
+    """Runs a tool; where it fails, all its output ends the build, or its first error is raised."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode and STRICT:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}{done.stdout}exit status {done.returncode}")
+    if done.returncode:
+        first = re.search(r".*error.*|$", done.stderr + done.stdout, re.IGNORECASE)[0][:300]
+        raise RuntimeError(f"{Path(command[0]).name} failed at build time: {first.strip()}")
 
-def find_nvcc():
-    """(nvcc or None, why not)."""
-    wish = os.environ.get("TPPO_BUILD_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"TPPO_BUILD_CUDA is {wish!r}, expected auto, 1 or 0")
-    if wish == "0":
-        return None, "TPPO_BUILD_CUDA=0 at build time"
-    homes = [f"{os.environ[k]}/bin" for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", "")]))
-    if nvcc is None and wish == "1":
-        sys.exit("TPPO_BUILD_CUDA=1, but nvcc is neither on PATH nor under CUDA_HOME")
-    return nvcc, "" if nvcc else "nvcc was not found at build time"
-
-
-def toolkit(nvcc):
-    """The root that nvcc itself uses: right for wrappers, symlinks and pip layouts."""
-    out = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
-                         capture_output=True, text=True)
-    top = re.search(r'^#\$ TOP="?(.*?)"?\s*$', out.stderr + out.stdout, re.MULTILINE)
-    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
-
-
-def extension():
-    """(ext_modules, cmdclass, the one line that says what is built)."""
-    wanted = os.environ.get("CXX", "g++").split()[0]
-    if shutil.which(wanted) is None:
-        return [], {}, f"pure Python: no compiler {wanted} was found (install g++, or set CXX)"
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
-
-    nvcc, why_not = find_nvcc()
-    ext = Pybind11Extension("tppo_kernels._C", sorted(map(str, Path("csrc").glob("*.cpp"))),
-                            cxx_std=17, extra_compile_args=["-O3", "-pthread"],
-                            depends=sorted(map(str, Path("csrc").glob("*"))))
-    ext.define_macros += [("TPPO_CUDA", int(bool(nvcc))), ("TPPO_WHY_NO_CUDA", f'"{why_not}"'),
-                          ("TPPO_CUDA_ARCHS", f'"{" ".join(ARCHS) * bool(nvcc)}"')]
-
-    class BuildExt(build_ext):
-        def build_extension(self, ext):
-            if nvcc:
-                self.compile_cuda(ext, toolkit(nvcc))
+class Build(build_ext):
+    def build_extension(self, ext):
+        (note := Path("" if self.inplace else self.build_lib, "tppo_kernels/_why.txt")).unlink(True)
+        no_cuda = NO_CUDA or self.without_cuda(ext) or ""
+        ext.define_macros += [("TPPO_CUDA", int(not no_cuda)), ("TPPO_WHY_NO_CUDA", f'"{no_cuda}"'),
+                              ("TPPO_CUDA_ARCHS", f'"{" ".join(ARCHS) * (not no_cuda)}"')]
+        self.compiler.spawn = self.compiler.call = run  # older and newer setuptools
+        try:
             super().build_extension(ext)
+        except Exception as error:  # where STRICT holds, `run` has ended the build
+            print(f"tppo-kernels: pure Python: {error}", file=sys.stderr)
+            note.write_text(str(error), encoding="utf-8")  # read by tppo_kernels/_backends.py
+            ext.optional = True  # an editable installation looks for its file otherwise
 
-        def compile_cuda(self, ext, root):
-            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-            targets += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
-            for source in sorted(Path("csrc").glob("*.cu")):
-                target = str(Path(self.build_temp, f"{source.name}.o"))
-                self.spawn([nvcc, "-c", str(source), "-o", target, "-O3", "-std=c++17",
-                            "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets])
-                ext.extra_objects.append(target)
-            ext.include_dirs.append(str(root / "include"))
-            ext.library_dirs += [str(root / "lib64"), str(root / "lib")]
-            ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    def without_cuda(self, ext):
+        """Compiles the CUDA part, under the root that nvcc itself uses; returns why that failed."""
+        objects = [str(Path(self.build_temp, f"{p.name}.o")) for p in Path("csrc").glob("*.cu")]
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        targets += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        try:
+            for o in objects:
+                run([NVCC, "-c", f"csrc/{Path(o).stem}", "-o", o, "-O3", "-std=c++17", "--threads",
+                     "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets])
+        except (RuntimeError, OSError) as error:
+            print(f"tppo-kernels: no CUDA: {error}", file=sys.stderr)
+            return re.sub(r"[^\w .,:;/+-]", " ", str(error))  # it becomes a macro
+        said = subprocess.run([NVCC, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+                              capture_output=True, text=True)
+        top = re.search(r'^#\$ TOP="?(.*?)"?\s*$', said.stderr + said.stdout, re.MULTILINE)
+        root = Path(top[1] if top else Path(NVCC).resolve().parent.parent).resolve()
+        ext.extra_objects += objects
+        ext.include_dirs.append(str(root / "include"))
+        ext.library_dirs += [str(root / "lib64"), str(root / "lib")]
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
-    cuda = f"CUDA for sm_{', sm_'.join(ARCHS)}" if nvcc else f"no CUDA ({why_not})"
-    return [ext], {"build_ext": BuildExt}, f"C++ with {wanted}, {cuda}"
-
-
-ext_modules, cmdclass, built = extension()
-print(f"tppo-kernels: building {built}", file=sys.stderr)
+EXT, BUILT = [], f"pure Python: no compiler {CXX} was found (install g++, or set CXX)"
+if shutil.which(CXX):
+    from pybind11.setup_helpers import Pybind11Extension
+    EXT = [Pybind11Extension("tppo_kernels._C", sorted(map(str, Path("csrc").glob("*.cpp"))),
+                             cxx_std=17, extra_compile_args=["-O3", "-pthread"],
+                             depends=sorted(map(str, Path("csrc").glob("*"))))]
+    BUILT = f"C++ with {CXX}, {f'no CUDA ({NO_CUDA})' if NO_CUDA else f'CUDA for {ARCHS}'}"
+print(f"tppo-kernels: building {BUILT}", file=sys.stderr)
 setup(packages=[*find_packages(include=["tppo_kernels*"]), *find_packages("python")],
-      package_dir={"tppo": "python/tppo"}, ext_modules=ext_modules, cmdclass=cmdclass)
+      package_dir={"tppo": "python/tppo"}, ext_modules=EXT, cmdclass={"build_ext": Build})

@@ -55,10 +55,10 @@ def empty(tmp_path_factory) -> Path:
 
 
 def unpacked(archive: Path, where: Path) -> Path:
+    where.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         tar.extractall(where, filter="data")
-    (tree,) = where.iterdir()
-    return tree
+    return where / archive.name.removesuffix(".tar.gz")
 
 
 def wheel(tree: Path, **env: str) -> tuple[Path, str]:
@@ -96,6 +96,78 @@ def test_without_a_compiler(sdist, empty, tmp_path):
     run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
     said = run(empty, "-m", "tppo_kernels", cwd=tmp_path)
     assert "no compiled part" in said and "self-test: all passed" in said
+
+
+@pytest.fixture
+def broken(tmp_path) -> dict[str, str]:
+    """A PATH whose compilers are there and fail, as without Python's headers."""
+    tools = tmp_path / "broken tools"
+    tools.mkdir()
+    for name in ("cc", "gcc", "c++", "g++"):
+        (tools / name).write_text(
+            "#!/bin/sh\necho 'In file included from csrc/bindings.cpp:1:' >&2\n"
+            "echo 'pybind11.h:5:10: fatal error: Python.h: No such file or directory' >&2\n"
+            "echo 'compilation terminated.' >&2\nexit 1\n")
+        (tools / name).chmod(0o755)
+    return {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CXX": "g++", "CC": "gcc",
+            "TPPO_BUILD_CUDA": "0"}
+
+
+REASON = ("g++ failed at build time: pybind11.h:5:10: fatal error: Python.h: No such file or "
+          "directory")
+
+
+def test_pip_installs_the_rest_where_the_compiler_cannot_build(sdist, empty, tmp_path, broken):
+    said = run(empty, "-m", "pip", "install", "-v", "--force-reinstall", "--no-deps",
+               unpacked(sdist, tmp_path / "tree"), cwd=tmp_path, **broken)
+    assert said.count(f"tppo-kernels: pure Python: {REASON}") == 1
+    said = run(empty, "-m", "tppo_kernels", cwd=tmp_path)
+    assert f"compiled part none: no compiled part ({REASON}): install" in said
+    assert "self-test: all passed" in said
+
+
+def setup_py(tree, *command, **env):
+    return subprocess.run([sys.executable, "setup.py", *command], cwd=tree, capture_output=True,
+                          text=True, env={**os.environ, **env}, timeout=600)
+
+
+def test_a_compiler_without_its_second_half_and_a_developers_build(sdist, tmp_path, broken):
+    tree = unpacked(sdist, tmp_path / "tree")
+    tool = tmp_path / "broken tools" / "g++"
+    said = "g++: fatal error: cannot execute 'cc1plus': execvp: No such file or directory"
+    tool.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 1\n')
+    done = setup_py(tree, "build", **broken)
+    assert done.returncode == 0 and done.stderr.count("cc1plus") == 1, done.stderr
+    (note,) = (tree / "build").glob("lib*/tppo_kernels/_why.txt")
+    assert note.read_text() == f"g++ failed at build time: {said}"
+    done = setup_py(tree, "build_ext", **broken)  # whoever changes csrc wants the error
+    assert done.returncode and said in done.stderr and "bindings.cpp" in done.stderr
+    done = setup_py(tree, "build", **{**broken, "TPPO_CUDA_ARCHS": "80;;x"})
+    assert done.returncode and "TPPO_CUDA_ARCHS=['80', '', 'x'], all numbers" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")
+def test_an_nvcc_that_fails_costs_the_cuda_part_alone(sdist, tmp_path):
+    tree, home = unpacked(sdist, tmp_path / "tree"), tmp_path / "cuda"
+    for source in (tree / "csrc").glob("*.cpp"):  # one source says as much as all, sooner
+        source.unlink()
+    (tree / "csrc/bindings.cpp").write_text(
+        '#include <Python.h>\nstatic PyModuleDef C = {PyModuleDef_HEAD_INIT, "_C"};\n'
+        "PyMODINIT_FUNC PyInit__C() {\n  PyObject *m = PyModule_Create(&C);\n"
+        '  PyModule_AddStringConstant(m, "why_no_cuda", TPPO_WHY_NO_CUDA);\n  return m;\n}\n')
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text(
+        "#!/bin/sh\necho 'host_config.h:143:2: error: #error -- unsupported GNU version!' >&2\n"
+        "exit 2\n")
+    (home / "bin/nvcc").chmod(0o755)
+    done = setup_py(tree, "build", CUDA_HOME=str(home), TPPO_BUILD_CUDA="auto", CXX="g++")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no CUDA: nvcc failed at build time: host_config.h:143:2: error") == 1
+    (built,) = (tree / "build").glob("lib*/tppo_kernels/_C*.so")
+    why = run(sys.executable, "-c", "import _C; print(_C.why_no_cuda)", cwd=built.parent)
+    assert why.startswith("nvcc failed at build time: host_config.h:143:2: error:")
+    done = setup_py(tree, "build", CUDA_HOME=str(home), TPPO_BUILD_CUDA="1", CXX="g++")
+    assert done.returncode and "unsupported GNU version" in done.stderr
 
 
 def test_a_wish_for_cuda_that_cannot_be_met_stops_the_build(sdist, tmp_path):

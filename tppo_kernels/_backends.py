@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def missing(backend: str) -> str | None:
         try:
             why_no_cuda = importlib.import_module("tppo_kernels._C").why_no_cuda
         except ImportError as error:
-            return f"no compiled part ({error}): install a C++ compiler, then tppo-kernels anew"
+            note = Path(__file__).with_name("_why.txt")  # of setup.py, where a tool failed
+            why = note.read_text(encoding="utf-8") if note.exists() else error
+            return f"no compiled part ({why}): install a C++ compiler, then tppo-kernels anew"
         if backend == "cuda" and why_no_cuda:
             return f"the extension has no CUDA part: {why_no_cuda}"
     return None
