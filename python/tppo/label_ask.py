@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FEW = 3  # items lost by an endpoint that has answered none: enough to stop
 MANY = 20  # items lost in a row, where more are lost than is allowed: enough to stop
-LOOK_S = 0.02  # between two looks at what is on its way
+LOOK_S = 0.02  # between two looks at whether an item that was begun is answered
 FIRST_WAIT_S, MOST_WAIT_S = 0.5, 8.0  # between tries where the server asks for no wait
 LONG_WAIT_S = 10.0  # a wait that is worth a line
 
@@ -66,8 +66,8 @@ class Asker:
     """Questions lost by the endpoint."""
     newest: str = ""
     """Why the newest was lost."""
-    on_their_way: int = 0
-    """Requests that are with the endpoint."""
+    begun: int = 0
+    """Items of which a request is with the endpoint, or was and is to be tried again."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     resume_at: float = 0.0
     """Until then the server has asked everybody to wait."""
@@ -79,7 +79,12 @@ class Asker:
         """The judgement of an item, on disk before it is returned; or what is wrong; or None, where
         the run stopped before it was known."""
         try:
-            result = await self._judge(item)
+            await self._wait_for_a_sign()
+            self.begun += 1
+            try:
+                result = await self._judge(item)
+            finally:
+                self.begun -= 1
         except _Stopped:
             return None
         if isinstance(result, Judgement):
@@ -142,11 +147,7 @@ class Asker:
         while True:
             number += 1
             await self._ready()
-            self.on_their_way += 1
-            try:
-                reply = await exchange(client, request)
-            finally:
-                self.on_their_way -= 1
+            reply = await exchange(client, request)
             result = outcome(reply, config, item.response, schema and not self.schema_works)
             action = self._action(reply, result, schema)
             if isinstance(result, Judgement) or action != "retry":
@@ -168,18 +169,18 @@ class Asker:
             self.schema_works = self.schema_works or schema
         return form.action(self.answered)
 
-    async def _ready(self) -> None:
-        """Wait until a request may be sent.  Raises _Stopped where none will be.
-
-        After the first few losses nothing is sent until the replies that are on their way tell
-        whether the endpoint answers anything: refusals come sooner than answers.
-        """
-        while not self.fatal and (wait := self.resume_at - time.monotonic()) > 0:
-            await self._sleep(wait)
+    async def _wait_for_a_sign(self) -> None:
+        """After the first few losses begin no item until those that are begun tell whether the
+        endpoint answers anything: refusals come sooner than answers."""
         while not self.fatal and self.unheard >= FEW and not (self.answered or self.work.hits):
-            if not self.on_their_way:
+            if not self.begun:
                 self.stop(f"the first {self.unheard} items all failed: {self.newest}")
             await self._sleep(LOOK_S)
+
+    async def _ready(self) -> None:
+        """Wait until a request may be sent.  Raises _Stopped where none will be."""
+        while not self.fatal and (wait := self.resume_at - time.monotonic()) > 0:
+            await self._sleep(wait)
         if self.fatal:
             raise _Stopped
 

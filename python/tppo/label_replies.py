@@ -68,8 +68,10 @@ def outcome(
         choice = _choice(reply.body)
         text = _text(choice)
         if choice and text and text.strip():
-            return _read(text, choice, config, response)
-        if error is None and choice is not None:
+            found = _read(text, choice, config, response)
+            if error is None or isinstance(found, Judgement):
+                return found
+        elif error is None and choice is not None:
             return _trouble(_form_without_text(choice), reply, config)
     return _trouble(_form(reply.status, error or {}, schema), reply, config, error or {})
 
@@ -96,12 +98,15 @@ def _choice(body: Any) -> dict[str, Any] | None:
     return first if isinstance(first, dict) and isinstance(first.get("message"), dict) else None
 
 
+_TEXT = ("text", "output_text")
+
+
 def _text(choice: dict[str, Any] | None) -> str | None:
     """The text of a message: as it stands, or its text parts joined; thoughts are left out."""
     content = choice["message"].get("content") if choice else None
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict)]
-        texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+        texts = [part.get("text") for part in parts if part.get("type", "text") in _TEXT]
         return "".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else None
 

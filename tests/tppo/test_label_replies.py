@@ -64,6 +64,13 @@ def always(reply):
     return lambda request, tries: reply(request)
 
 
+def half(request):
+    """Half a verdict, after which the provider behind the endpoint failed."""
+    status, headers, body = ended(request, "error", judge(request)[:50])
+    body["choices"][0]["error"] = {"code": 502, "message": KEY}
+    return status, headers, body
+
+
 def cut_off(request):
     return "cut off"
 
@@ -112,6 +119,7 @@ PLAYS = {  # form -> what the server plays, (who loses the item, requests it cos
         (once(lambda r: error(200, "rate_limit_exceeded")), ("labelled", 2)),
         (always(lambda r: error(503)), ("endpoint", 3)),
         (always(lambda r: (200, {}, {"choices": [{"error": {"code": 502}}]})), ("endpoint", 3)),
+        (once(half), ("labelled", 2)),
     ],
     "slow": [(once(lambda r: time.sleep(2.5) or judge(r)), ("labelled", 2))],
     "broken": [(once(cut_off), ("labelled", 2)), (always(cut_off), ("endpoint", 3))],
@@ -224,21 +232,28 @@ def test_a_refusal_of_one_item_of_40_costs_that_item(tmp_path, status, requests)
 
 
 def test_flagged_items_that_come_before_any_answer_blame_no_key(tmp_path):
-    """Refusals are quick and answers are slow: what is on its way decides. In a second run only
-    refused items are left; the answers of the first one stand for the key."""
+    """Refusals are quick and answers are slow, or have to be asked for again: what was begun
+    decides. In a second run only refused items are left; the first one's answers stand for the key.
+    """
     items = [item(n, response=f"red hat {n}") for n in range(40)]
+    asked = Counter()
 
     def reply(request, number):
-        if int(slots(request)["returned_queries"][0].split()[-1]) < 4:
+        n = int(slots(request)["returned_queries"][0].split()[-1])
+        with server.lock:
+            asked[n] += 1
+        if n < 4:
             return error(403)
-        time.sleep(0.3)
+        if n < 8 and asked[n] == 1:
+            return 429, {"Retry-After": "0.3"}, {}
+        time.sleep(0.2 if n < 12 else 0)
         return judge(request)
 
     with serving(reply) as server:
         run = label(items, config(server, max_dropped=0.1), tmp_path / "cache.jsonl")
-        assert len(run.labels) == 36 and len(server.requests) == 40
+        assert len(run.labels) == 36 and len(server.requests) == 44
         assert label(items, config(server, max_dropped=0.1), tmp_path / "cache.jsonl") == run
-        assert len(server.requests) == 44
+        assert len(server.requests) == 48
 
 
 @pytest.mark.parametrize(
