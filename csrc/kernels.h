@@ -36,11 +36,11 @@ void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const f
 // fp16 times 2^15 where `half`; fp32 may take the place of the logits.
 void linear_exponentials(const TokenRows& in, const float* top, bool half, void* out);
 
-// in.logits: those exponentials. dx: [N, columns], the gradient by the logits; it may take their
+// Both without a softcap. in.logits: those exponentials. dx: [N, columns], the gradient by the logits; it may take their
 // place. A target of -1 is not in this shard. g_logprobs, g_entropy: or null.
 void linear_gradient(const TokenRows& in, const float* g_logprobs, const float* g_entropy,
-                     const float* logprobs, const float* entropy, const float* top,
-                     const float* log_sum, float* dx);
+                     const float* logprobs, const float* entropy, const float* log_sum,
+                     float* dx);
 
 // mask may be null; moments: n, mean, M2, max|x| of the valid tokens.
 void whiten_stats(const float* x, const uint8_t* mask, int64_t n, double* moments, int threads);

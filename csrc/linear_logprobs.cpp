@@ -11,17 +11,10 @@ namespace {
 constexpr int64_t kBlock = 2048;
 constexpr float kFp16Scale = 32768.f;  // a kept fp16 exponential is normal down to e^-20
 
-// z = u * factor, u = x, or tanh(x pre) under a softcap.
-struct RowScale {
-  float pre, factor, slope;  // slope: dz/dx without 1 - u^2
-  bool capped;
-};
-
-RowScale scale_at(const TokenRows& in, int64_t i) {
+// dz/dx; there is no softcap where exponentials are kept.
+float factor_at(const TokenRows& in, int64_t i) {
   const double t = in.row_temperature ? in.row_temperature[i] : in.temperature;
-  const bool capped = in.softcap > 0;
-  return {capped ? float(in.logit_scale / in.softcap) : 1.f,
-          float((capped ? in.softcap : in.logit_scale) / t), float(in.logit_scale / t), capped};
+  return float(in.logit_scale / t);
 }
 
 // ln x to 1e-7 for normal x > 0; finite garbage at 0, where the caller's factor is 0. x = 2^n m,
@@ -44,16 +37,13 @@ TPPO_INLINE float log_fast(float x) {
 }
 
 // e = exp(z - top). z is rounded before the subtraction, as `top` was: hence two loops.
-TPPO_CLONES void exponentials_of(const float* x, int64_t V, RowScale s, float top, bool half,
+TPPO_CLONES void exponentials_of(const float* x, int64_t V, float factor, float top, bool half,
                                  void* out) {
   alignas(64) float z[kBlock];
   const float low = exp_floor();
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t count = std::min(kBlock, V - begin);
-    if (s.capped)
-      for (int64_t j = 0; j < count; ++j) z[j] = tanh_fast(x[begin + j] * s.pre, low) * s.factor;
-    else
-      for (int64_t j = 0; j < count; ++j) z[j] = x[begin + j] * s.factor;
+    for (int64_t j = 0; j < count; ++j) z[j] = x[begin + j] * factor;
     for (int64_t j = 0; j < count; ++j) z[j] = exp_in_range(at_least(z[j] - top, low));
     if (half) {
       uint16_t* e = static_cast<uint16_t*>(out) + begin;
@@ -66,17 +56,16 @@ TPPO_CLONES void exponentials_of(const float* x, int64_t V, RowScale s, float to
 }
 
 struct KeptRow {
-  float g_logprob, g_entropy, logprob, entropy, top, log_sum;
+  float g_logprob, g_entropy, logprob, entropy, log_sum;
   int64_t target;  // -1: of another shard
 };
 
-// dx = slope (1 - u^2 if capped) (g_lp (1[target] - p) - g_ent p (log p + entropy)); p, u from e.
-TPPO_CLONES void gradient_of(const void* kept, bool half, int64_t V, RowScale s, const KeptRow& g,
-                             float* dx) {
+// dx = factor (g_lp (1[target] - p) - g_ent p (log p + entropy)); p from e.
+TPPO_CLONES void gradient_of(const void* kept, bool half, int64_t V, float factor,
+                             const KeptRow& g, float* dx) {
   alignas(64) float e[kBlock], d[kBlock];
   const float norm = (half ? 1.f / kFp16Scale : 1.f);
   const float share = std::exp(-g.log_sum);
-  const bool needs_log = g.g_entropy != 0.f || s.capped;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t count = std::min(kBlock, V - begin);
     if (half)
@@ -85,7 +74,7 @@ TPPO_CLONES void gradient_of(const void* kept, bool half, int64_t V, RowScale s,
     else
       for (int64_t j = 0; j < count; ++j) e[j] = static_cast<const float*>(kept)[begin + j];
     float* out = dx + begin;
-    if (needs_log) {
+    if (g.g_entropy != 0.f) {
       for (int64_t j = 0; j < count; ++j) d[j] = log_fast(e[j]);
       const float offset = g.g_logprob + g.g_entropy * (g.entropy - g.log_sum);
       for (int64_t j = 0; j < count; ++j)
@@ -93,20 +82,12 @@ TPPO_CLONES void gradient_of(const void* kept, bool half, int64_t V, RowScale s,
     } else {
       for (int64_t j = 0; j < count; ++j) out[j] = -(e[j] * share) * g.g_logprob;
     }
-    if (s.capped) {
-      const float back = 1.f / s.factor;
-      for (int64_t j = 0; j < count; ++j) {
-        const float u = at_least(std::min((d[j] + g.top) * back, 1.f), -1.f);
-        out[j] *= 1.f - u * u;
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) out[j] *= s.slope;
+    for (int64_t j = 0; j < count; ++j) out[j] *= factor;
   }
   if (g.target < 0) return;
-  const float u = s.capped ? (g.logprob + g.log_sum + g.top) / s.factor : 0.f;
   const float p = std::exp(g.logprob);  // exact here: 1 - p is a difference
   const float of_entropy = p > 0 ? g.g_entropy * p * (g.logprob + g.entropy) : 0.f;
-  dx[g.target] = (-std::expm1(g.logprob) * g.g_logprob - of_entropy) * s.slope * (1.f - u * u);
+  dx[g.target] = (-std::expm1(g.logprob) * g.g_logprob - of_entropy) * factor;
 }
 
 template <typename Body>
@@ -123,19 +104,19 @@ void linear_exponentials(const TokenRows& in, const float* top, bool half, void*
   each_row(in, [&](int64_t i) {
     const float* x = static_cast<const float*>(in.logits) + i * in.inner_stride;
     char* e = static_cast<char*>(out) + i * in.columns * (half ? 2 : 4);
-    exponentials_of(x, in.columns, scale_at(in, i), top[i], half, e);
+    exponentials_of(x, in.columns, factor_at(in, i), top[i], half, e);
   });
 }
 
 void linear_gradient(const TokenRows& in, const float* g_logprobs, const float* g_entropy,
-                     const float* logprobs, const float* entropy, const float* top,
-                     const float* log_sum, float* dx) {
+                     const float* logprobs, const float* entropy, const float* log_sum,
+                     float* dx) {
   const bool half = in.dtype == kFp16;
   each_row(in, [&](int64_t i) {
     const char* e = static_cast<const char*>(in.logits) + i * in.inner_stride * (half ? 2 : 4);
     const KeptRow row{g_logprobs ? g_logprobs[i] : 0.f, g_entropy ? g_entropy[i] : 0.f,
-                      logprobs[i], entropy[i], top[i], log_sum[i], in.targets[i]};
-    gradient_of(e, half, in.columns, scale_at(in, i), row, dx + i * in.columns);
+                      logprobs[i], entropy[i], log_sum[i], in.targets[i]};
+    gradient_of(e, half, in.columns, factor_at(in, i), row, dx + i * in.columns);
   });
 }
 

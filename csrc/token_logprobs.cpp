@@ -50,13 +50,19 @@ struct Fp32 {
   TPPO_INLINE static Fp32 of(float x) { return {x}; }
 };
 
-// u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length.
+// u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length. Under
+// a softcap also du/d(x pre), where `slope` is given.
 template <typename T>
-TPPO_INLINE int64_t load_block(const T* x, int64_t count, const Scaling& scaling, float* u) {
+TPPO_INLINE int64_t load_block(const T* x, int64_t count, const Scaling& scaling, float* u,
+                               float* slope = nullptr) {
   const float pre = float(scaling.pre), exp_low = exp_floor();
   for (int64_t j = 0; j < count; ++j) u[j] = float(x[j]) * pre;
   if (scaling.capped)
-    for (int64_t j = 0; j < count; ++j) u[j] = tanh_fast(u[j], exp_low);
+    for (int64_t j = 0; j < count; ++j) {
+      const Tanh of = tanh_fast(u[j], exp_low);
+      u[j] = of.value;
+      if (slope) slope[j] = of.slope;
+    }
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t j = count; j < padded; ++j) u[j] = -kInfinity;
   return padded;
@@ -73,19 +79,23 @@ TPPO_INLINE float block_max(const float* u, int64_t count) {
 }
 
 // sum += e^d and weighted += d e^d over a block, d = (u - top) factor; a column of -inf adds 0 to
-// both, NaN makes both NaN.
-TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float top, double* sum,
-                            double* weighted) {
+// both, NaN makes both NaN. What has d = 0 is counted in `tops` instead: beside its 1, an fp32 sum
+// would lose what the others add, which is all of 1 - p where the top column is probable.
+TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float top, double* tops,
+                            double* sum, double* weighted) {
   const float exp_low = exp_floor();
-  float s[kLanes] = {}, w[kLanes] = {};
+  float n[kLanes] = {}, s[kLanes] = {}, w[kLanes] = {};
   for (int64_t j = 0; j < count; j += kLanes)
     for (int l = 0; l < kLanes; ++l) {
       const float d = at_least((u[j + l] - top) * factor, exp_low);
       const float e = exp_in_range(d);
-      s[l] += e;
+      const float is_top = d == 0.f ? 1.f : 0.f;
+      n[l] += is_top;
+      s[l] += e - is_top;
       w[l] += e * d;
     }
   for (int l = 0; l < kLanes; ++l) {
+    *tops += n[l];
     *sum += s[l];
     *weighted += w[l];
   }
@@ -93,7 +103,8 @@ TPPO_INLINE void block_sums(const float* u, int64_t count, float factor, float t
 
 struct RowSums {
   float target, top;     // u of the target, max u
-  double sum, weighted;  // of e^d and of d e^d, d = (u - top) factor
+  double tops;           // columns with d = 0, d = (u - top) factor
+  double sum, weighted;  // of e^d of the other columns, and of d e^d
 };
 
 // One read of the row: per block its maximum, a rescaling of the sums where it is a new one, and
@@ -102,7 +113,7 @@ template <typename T>
 TPPO_INLINE RowSums row_sums(const T* x, int64_t V, int64_t target, const Scaling& scaling) {
   alignas(64) float u[kBlock];
   const float factor = float(scaling.factor);
-  RowSums row{0.f, -kInfinity, 0.0, 0.0};
+  RowSums row{0.f, -kInfinity, 0.0, 0.0, 0.0};
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t count = load_block(x + begin, std::min(kBlock, V - begin), scaling, u);
     if (target >= begin && target < begin + count) row.target = u[target - begin];
@@ -110,13 +121,16 @@ TPPO_INLINE RowSums row_sums(const T* x, int64_t V, int64_t target, const Scalin
     if (top > row.top) {
       if (row.top > -kInfinity) {
         const double shift = (double(row.top) - top) * scaling.factor, shrink = std::exp(shift);
-        row.weighted = shrink > 0 ? shrink * (row.weighted + row.sum * shift) : row.weighted * 0;
-        row.sum *= shrink;
+        const double all = row.sum + row.tops;
+        row.weighted = shrink > 0 ? shrink * (row.weighted + all * shift) : row.weighted * 0;
+        row.sum = shrink * all;
+        row.tops = 0;
       }
       row.top = top;
     }
     // While all is -inf the shift is 0: the columns add 0, and NaN among them still shows.
-    block_sums(u, count, factor, row.top > -kInfinity ? row.top : 0.f, &row.sum, &row.weighted);
+    block_sums(u, count, factor, row.top > -kInfinity ? row.top : 0.f, &row.tops, &row.sum,
+               &row.weighted);
   }
   return row;
 }
@@ -134,26 +148,33 @@ struct RowGrad {
   int64_t target;
 };
 
-// dx = slope (1 - u^2 if capped) (g_lp (1[target] - p) - g_ent p (log p + entropy)).
+// dx = slope (1 - tanh^2 if capped) (g_lp (1[target] - p) - g_ent p (log p + entropy)).
 template <typename T>
 TPPO_INLINE void row_grad(const T* x, int64_t V, const Scaling& scaling, const RowGrad& g,
                           T* dx) {
-  alignas(64) float u[kBlock], out[kBlock];
+  alignas(64) float u[kBlock], of_tanh[kBlock], out[kBlock];
   const float factor = float(scaling.factor), slope = float(scaling.slope);
   const float exp_low = exp_floor();
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t live = std::min(kBlock, V - begin);
-    load_block(x + begin, live, scaling, u);
+    load_block(x + begin, live, scaling, u, of_tanh);
     // z is rounded here, as `top` was: fused into the subtraction, it would keep a difference.
     for (int64_t j = 0; j < live; ++j) out[j] = u[j] * factor;
+    const int64_t target = g.target - begin;
+    const bool here = target >= 0 && target < live;
+    const float at_target = here ? (out[target] - g.top) - g.log_sum : 0.f;
     for (int64_t j = 0; j < live; ++j) {
       const float log_p = at_least((out[j] - g.top) - g.log_sum, exp_low);
       out[j] = -exp_in_range(log_p) *
                (g.grad_logprob + g.grad_entropy * (log_p + g.entropy));
     }
-    if (g.target >= begin && g.target < begin + live) out[g.target - begin] += g.grad_logprob;
+    if (here) {  // from expm1, because 1 - p is a difference
+      const float log_p = at_least(at_target, exp_low);
+      out[target] = -std::expm1(log_p) * g.grad_logprob -
+                    exp_in_range(log_p) * (g.grad_entropy * (log_p + g.entropy));
+    }
     if (scaling.capped)
-      for (int64_t j = 0; j < live; ++j) out[j] *= 1.f - u[j] * u[j];
+      for (int64_t j = 0; j < live; ++j) out[j] *= of_tanh[j];
     for (int64_t j = 0; j < live; ++j) dx[begin + j] = T::of(out[j] * slope);
   }
 }
@@ -211,10 +232,10 @@ void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, fl
     }
     const Scaling scaling = scaling_at(in, i);
     const RowSums row = row_sums_of(in, row_at(in, i), in.targets[i], scaling);
-    const double log_of_sum = std::log(row.sum);
+    const double log_of_sum = std::log1p(row.sum + (row.tops - 1));
     const double d = (double(row.target) - row.top) * scaling.factor;
     logprobs[i] = float(d - log_of_sum);
-    entropy[i] = float(log_of_sum - row.weighted / row.sum);
+    entropy[i] = float(log_of_sum - row.weighted / (row.sum + row.tops));
     top[i] = row.top * float(scaling.factor);
     log_sum[i] = float(log_of_sum);
   });

@@ -86,8 +86,10 @@ def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, l
     kept, blocks = hidden.new_empty(0), 0
     if regime == "store":
         columns = shard_of(weight.shape[0], valid_vocab, group).columns
-        blocks = reference.blocks_of(columns, hidden.device)
-        kept = hidden.new_empty((m, columns), dtype=reference.kept_dtype(hidden, weight, bias))
+        blocks = reference.blocks_of(columns, hidden.device, softcap)
+        dtype_of_kept = reference.kept_dtype(hidden, weight, bias, softcap)
+        width = reference.kept_width(columns, softcap)
+        kept = hidden.new_empty((m, width), dtype=dtype_of_kept)
     elif regime == "frozen":
         kept = hidden.new_empty((m, hidden.shape[-1]), dtype=dtype)
     return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
@@ -222,11 +224,11 @@ def budget_of(check: Check, memory: str | int, device: torch.device) -> int:
     return memory
 
 
-def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, slots: int,
-                valid_vocab: int | None) -> int:
-    """Bytes of the exponentials that "store" keeps; of a shard, at most."""
+def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: Tensor | None,
+                slots: int, valid_vocab: int | None) -> int:
+    """Bytes of the exponentials or logits that "store" keeps; of a shard, at most."""
     columns = weight.shape[0] if valid_vocab is None else min(weight.shape[0], valid_vocab)
-    return slots * columns * reference.kept_dtype(hidden, weight, bias).itemsize
+    return slots * columns * reference.kept_dtype(hidden, weight, bias, softcap).itemsize
 
 
 @suggests
@@ -253,10 +255,11 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     memory: "store" keeps exponentials of every row for backward (6NVD flops in all), "recompute"
     nothing of size V (8NVD), "auto" and a number of bytes take "store" where exponentials and a
     chunk fit, and size the chunk. One row is always computed. Exponentials have the inputs' dtype,
-    fp16 for bf16. Without gradients for weight and bias, `entropy_grad=False` keeps
-    dlogprob/dhidden [M, D] in fp32, whatever `memory` is (4NVD). On top of it come fp32 dW and the
-    results. On a GPU 6 bytes a logit: the budget is best where it holds about 2,450 rows. Of up to
-    64 rows 8 bytes: their gradients by the logits are not rounded to 16 bits.
+    fp16 for bf16; under a softcap logits are kept in their place, in fp32. Without gradients for
+    weight and bias, `entropy_grad=False` keeps dlogprob/dhidden [M, D] in fp32, whatever `memory`
+    is (4NVD). On top of it come fp32 dW and the results. On a GPU 6 bytes a logit: the budget is
+    best where it holds about 2,450 rows. Of up to 64 rows 8 bytes: their gradients by the logits
+    are not rounded to 16 bits.
     The three words take chunks of 1 GiB on a CPU, and on a GPU of a sixteenth of its memory, 1 to
     8 GiB: of the memory that it has, not of what is free, so that a call repeats bit by bit.
 
@@ -289,7 +292,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     elif head_trains or (trains and hidden.requires_grad):
         regime = memory if isinstance(memory, str) and memory != "auto" else "recompute"
         slots = slot_count(targets.numel(), rows, capacity)
-        nbytes = kept_nbytes(hidden, weight, bias, slots, valid_vocab)
+        nbytes = kept_nbytes(hidden, weight, bias, scaling.softcap, slots, valid_vocab)
         if not isinstance(memory, str) or memory == "auto":
             regime = "store" if nbytes <= budget else "recompute"
         if regime == "store" and memory != "store":

@@ -65,8 +65,9 @@ def surplus(g_logprobs: Tensor | None, x: Tensor, owned: Tensor | None,
     """What the row formula adds at column 0 for a target of another shard, which stands as 0."""
     if owned is None or g_logprobs is None:
         return None
-    u = 0 if scale.softcap is None else torch.tanh(x[:, :1] * scale.logit_scale / scale.softcap)
-    return select(g_logprobs, ~owned)[:, None] * (1 - u * u) * scale.factor()  # [R, 1]
+    slope = 1.0 if scale.softcap is None else token.tanh_slope(
+        x[:, :1] * scale.logit_scale / scale.softcap)
+    return select(g_logprobs, ~owned)[:, None] * slope * scale.factor()  # [R, 1]
 
 
 def write(dx: Tensor, out: Tensor) -> None:
@@ -88,10 +89,13 @@ def row_gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor,
 
 
 def row_kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
-    """`row_stats`; out = exp(z - top), times 2^15 in fp16; may take the place of x."""  # [R, v]
+    """`row_stats`; out = exp(z - top), times 2^15 in fp16; may take the place of x.
+
+    Without a softcap, as `row_gradient_of_kept`: see `Head.keeps_logits`.
+    """  # [R, v]
     stats = row_stats(x, targets, scale)
     t = scale.temperature
-    z = token.scaled(x, t[:, None] if t.dim() else t, scale.softcap, scale.logit_scale)
+    z = token.scaled(x, t[:, None] if t.dim() else t, None, scale.logit_scale)
     e = z.sub_(stats.top[:, None]).exp_()
     out.copy_(e.mul_(FP16_SCALE) if out.dtype == torch.float16 else e)
     return stats
@@ -117,10 +121,6 @@ def row_gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e:
                    torch.zeros_like(stats.top), stats.log_sum)
     if owned is not None and g_logprobs is not None:
         dz[:, 0] -= select(g_logprobs, ~owned)
-    if scale.softcap is not None:  # z = cap u / T, u = tanh, du = 1 - u^2
-        t = scale.temperature
-        u = (d + stats.top[:, None]) * (t[:, None] if t.dim() else t) / scale.softcap
-        dz = dz * (1 - u.clamp(-1, 1).square())
     if out.dtype == dtype:
         torch.mul(dz, scale.factor(), out=out)
     else:
@@ -149,6 +149,9 @@ class Head:
         self.problem = Problem(hidden, weight, targets, mask, bias, rows, temperature, valid_vocab,
                                capacity, budget, group, steps.aligned)
         self.softcap, self.logit_scale, self.steps = softcap, logit_scale, steps
+        # Under a softcap, backward is given the logits instead of their exponentials: where tanh
+        # is near 1, its slope 1 - tanh^2 is a difference that no rounded exponential holds.
+        self.keeps_logits = softcap is not None
         self.fit: Tensor | None = None  # [], see `_fit`; of every chunk where the factors are bf16
 
     def scale(self, chunk: Chunk) -> Scale:
@@ -158,16 +161,22 @@ class Head:
     def stats(self, chunk: Chunk, x: Tensor, kept: Tensor | None = None) -> Stats:
         """Statistics of a chunk from its logits [R, v]; NaN where the target is no live column.
 
-        kept [R, v]: room for the exponentials, where backward shall have them.
+        kept [R, v]: room for the exponentials, where backward shall have them, or the logits.
         """
         if x.shape[1] == 0:  # a shard of dead columns only
             none = x.new_zeros(x.shape[0])
             stats = Stats(none, none, none - float("inf"), none)
-        elif kept is None:
+        elif kept is None or self.keeps_logits:
+            if kept is not None and kept.data_ptr() != x.data_ptr():
+                kept.copy_(x)
             stats = self.steps.stats(x, chunk.targets, self.scale(chunk))
         else:
             stats = self.steps.kept(x, chunk.targets, self.scale(chunk), kept)
         return stats if self.problem.group is None else self._merged(stats, chunk)
+
+    def rows_of(self, kept: Tensor, chunk: Chunk) -> Tensor:
+        """What is kept of a chunk."""  # [R, v]
+        return kept[chunk.first:chunk.last, :self.problem.shard.columns]
 
     def _merged(self, mine: Stats, chunk: Chunk) -> Stats:
         """The statistics over all shards: one all-gather of four numbers a row.
@@ -209,7 +218,8 @@ class Head:
             g_logprobs, g_entropy = (None if g is None else g * fit for g in slopes)
         out = room[:rows]
         if out.shape[1]:
-            step = self.steps.gradient_of_kept if kept else self.steps.gradient
+            of_kept = kept and not self.keeps_logits
+            step = self.steps.gradient_of_kept if of_kept else self.steps.gradient
             step(g_logprobs, g_entropy, x, chunk.targets, chunk.owned, scale, stats, out)
         gradients.add(chunk, out, fit)
 
@@ -239,17 +249,26 @@ def largest(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0).amax()
 
 
-def kept_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+def kept_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None,
+               softcap: Tensor | None) -> torch.dtype:
     """Of the exponentials: that of hidden, but fp16 for bf16, because its eight bits cost the
-    gradient of the entropy its accuracy; fp64 where that is computed in."""
-    if compute_dtype(hidden, weight, bias) == torch.float64:
-        return torch.float64
+    gradient of the entropy its accuracy; fp64 where that is computed in. Of logits under a softcap:
+    that of the computation."""
+    dtype = compute_dtype(hidden, weight, bias)
+    if dtype == torch.float64 or softcap is not None:
+        return dtype
     return torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype
 
 
-def blocks_of(columns: int, device: torch.device) -> int:
-    """How many shifts the kept exponentials of a row have; on a CPU they are relative to top."""
-    return 0 if device.type == "cpu" else -(-columns // KEPT_BLOCK)
+def kept_width(columns: int, softcap: Tensor | None) -> int:
+    """Numbers in a row of kept exponentials; rows of fp32 logits begin at multiples of 16 bytes."""
+    return columns if softcap is None else columns + -columns % 4
+
+
+def blocks_of(columns: int, device: torch.device, softcap: Tensor | None = None) -> int:
+    """How many shifts the kept exponentials of a row have: on a CPU they are relative to top, and
+    logits under a softcap to nothing."""
+    return 0 if device.type == "cpu" or softcap is not None else -(-columns // KEPT_BLOCK)
 
 
 def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bias: Tensor | None,
@@ -259,8 +278,8 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
     """(logprobs [...], entropy [...], stats, kept); see `tppo_kernels.linear_logprobs`.
 
     stats [4 + blocks, M]: `Stats`. kept: "store": exponentials [M, v], relative to the shift of
-    their block of columns, or without blocks to top; "frozen": dlogprob/dhidden [M, D], unrounded;
-    otherwise empty [0].
+    their block of columns, or without blocks to top; under a softcap the logits, each row padded
+    (`kept_width`); "frozen": dlogprob/dhidden [M, D], unrounded; otherwise empty [0].
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
@@ -274,10 +293,10 @@ def fwd(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, bi
         if regime == "frozen":
             frozen.hidden = kept[:problem.selection.count]
         for chunk in problem.chunks():
-            here = slice(chunk.first, chunk.last)
-            x = problem.logits(chunk.h, kept[here] if in_place
+            of_chunk = head.rows_of(kept, chunk) if regime == "store" else None
+            x = problem.logits(chunk.h, of_chunk if of_chunk is not None and in_place
                                else room[:chunk.last - chunk.first])
-            row = head.stats(chunk, x, kept[here] if regime == "store" else None)
+            row = head.stats(chunk, x, of_chunk)
             row.put(stats, chunk.first, chunk.last)
             if regime == "frozen":
                 head.add_gradient(frozen, chunk, row, (torch.ones_like(row.top), None), x, room_dx)
@@ -300,9 +319,9 @@ def kept_of(head: Head, m: int, regime: str) -> tuple[Tensor, Tensor]:
         kept = hidden.new_zeros((m, hidden.shape[1]), dtype=problem.dtype)
     elif regime == "store":
         blocks = blocks_of(columns, torch.device("cuda") if head.steps.by_blocks
-                           else hidden.device)
-        dtype = kept_dtype(hidden, problem.weight, problem.bias)
-        kept = hidden.new_empty((m, columns), dtype=dtype)
+                           else hidden.device, head.softcap)
+        dtype = kept_dtype(hidden, problem.weight, problem.bias, head.softcap)
+        kept = hidden.new_empty((m, kept_width(columns, head.softcap)), dtype=dtype)
         kept[problem.selection.count:] = 0
     return hidden.new_zeros((4 + blocks, m), dtype=problem.dtype), kept
 
@@ -326,11 +345,11 @@ def bwd(g_logprobs: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, wei
         stored = kept.dim() == 2
         room, room_dx = problem.rooms(not stored, True)
         for chunk in problem.chunks():
-            here = slice(chunk.first, chunk.last)
             g = [None if g is None else problem.selection.take(g, chunk.first, chunk.last)
                  .to(problem.dtype) for g in grads]
             row = Stats.of(stats, chunk.first, chunk.last)
-            x = kept[here] if stored else problem.logits(chunk.h, room[:chunk.last - chunk.first])
+            x = (head.rows_of(kept, chunk) if stored
+                 else problem.logits(chunk.h, room[:chunk.last - chunk.first]))
             head.add_gradient(gradients, chunk, row, g, x, room_dx, kept=stored)
         x = room = room_dx = hidden.new_empty(0)  # before the results are copied
         dhidden, dweight, dbias = gradients.results()

@@ -209,7 +209,8 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     budget = budget_of(check, memory, hidden.device)
     if ratio == "sequence" and any(wanted):
         budget = _sequence_budget(memory, budget, kept_nbytes(
-            hidden, weight, bias, slot_count(targets.numel(), rows, capacity), valid_vocab))
+            hidden, weight, bias, scaling.softcap, slot_count(targets.numel(), rows, capacity),
+            valid_vocab))
     loss, metrics, logprobs, entropy, *_ = _fwd(
         hidden, weight, targets, mask, bias, rows, *scaling, valid_vocab, capacity, budget, name,
         *(x if x is None else x.detach() for x in (old_logprobs, advantages, ref_logprobs,

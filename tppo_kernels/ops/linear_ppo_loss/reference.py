@@ -140,7 +140,7 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
     room = problem.rooms(True, False)[0]
     for chunk in problem.chunks():
         x = problem.logits(chunk.h, room[:chunk.last - chunk.first])
-        row = head.stats(chunk, x, kept[chunk.first:chunk.last] if any(wanted) else None)
+        row = head.stats(chunk, x, head.rows_of(kept, chunk) if any(wanted) else None)
         row.put(stats, chunk.first, chunk.last)
     logprobs, entropy = (selection.put(s).reshape(tokens.mask.shape) for s in stats[:2])
     terms = tokens.terms(logprobs, entropy, formula, cu_seqlens)
@@ -152,7 +152,7 @@ def _by_sequences(head: linear.Head, tokens: Tokens, formula: Formula, cu_seqlen
             g = [None if s is None else selection.take(s.reshape(-1), chunk.first, chunk.last)
                  for s in slopes]
             head.add_gradient(gradients, chunk, linear.Stats.of(stats, chunk.first, chunk.last), g,
-                              kept[chunk.first:chunk.last], room_dx, kept=True)
+                              head.rows_of(kept, chunk), room_dx, kept=True)
     return terms.loss.sum(dtype=torch.float64), terms.metrics, stats, gradients
 
 

@@ -16,6 +16,12 @@ def scaled(x: Tensor, temperature: Tensor, softcap: Tensor | None, logit_scale: 
     return z / temperature
 
 
+def tanh_slope(y: Tensor) -> Tensor:
+    """1 - tanh(y)^2, which is a difference of equal numbers where tanh(y) is nearly 1."""
+    e = torch.exp(-2 * y.abs())
+    return 4 * e / (1 + e).square()
+
+
 def rows(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor,
          valid_vocab: int | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """(x [N, v], targets [N], mask [N], temperature 0-d or [N, 1], good targets [N]).
@@ -75,14 +81,14 @@ def bwd(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tenso
     if grad_logprobs is not None:
         g = select(grad_logprobs.reshape(-1, 1).to(z.dtype),
                    None if valid is None else valid[:, None])
-        dz = -g * p
-        dz = dz.scatter(1, target[:, None], dz.gather(1, target[:, None]) + g)
+        at_target = -g * torch.expm1(log_p.gather(1, target[:, None]))  # 1 - p is a difference
+        dz = (-g * p).scatter(1, target[:, None], at_target)
     if grad_entropy is not None:
         g = select(grad_entropy.reshape(-1, 1).to(z.dtype),
                    None if valid is None else valid[:, None])
         dz = dz - g * p * (select(log_p, p != 0) + entropy.reshape(-1, 1))
-    if softcap is not None:  # d tanh = 1 - tanh^2
-        dz = dz * (1 - torch.tanh(x * logit_scale / softcap).square())
+    if softcap is not None:
+        dz = dz * tanh_slope(x * logit_scale / softcap)
     dx = select(dz * logit_scale / temperature, None if valid is None else valid[:, None])
     out = logits.new_zeros((dx.shape[0], logits.shape[-1]))
     out[:, :dx.shape[1]] = dx
