@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench check gpu-check gpu-wheels clean
+.PHONY: help demo test test-full lint bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -41,6 +41,9 @@ lint: .venv/dev
 
 bench: .venv/dev  ## the operators against eager and compiled PyTorch on this machine
 	$(BIN)/python -m pytest bench
+
+fuzz: .venv/dev  ## 100,000 random gradients of the log-prob operators against fp64 (about 5 minutes)
+	$(BIN)/python tests/fuzz_gradients.py 100000
 
 gpu-check:  ## on a machine with an NVIDIA GPU, no network: build, measure, test, train (10 minutes)
 	$(PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(CHECK)

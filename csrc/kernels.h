@@ -36,8 +36,9 @@ void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const f
 // fp16 times 2^15 where `half`; fp32 may take the place of the logits.
 void linear_exponentials(const TokenRows& in, const float* top, bool half, void* out);
 
-// Both without a softcap. in.logits: those exponentials. dx: [N, columns], the gradient by the logits; it may take their
-// place. A target of -1 is not in this shard. g_logprobs, g_entropy: or null.
+// Both without a softcap. in.logits: those exponentials. dx: [N, columns], the gradient by the
+// logits; it may take their place. A target of -1 is not in this shard. g_logprobs, g_entropy: or
+// null.
 void linear_gradient(const TokenRows& in, const float* g_logprobs, const float* g_entropy,
                      const float* logprobs, const float* entropy, const float* log_sum,
                      float* dx);

@@ -50,8 +50,8 @@ struct Fp32 {
   TPPO_INLINE static Fp32 of(float x) { return {x}; }
 };
 
-// u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length. Under
-// a softcap also du/d(x pre), where `slope` is given.
+// u of `count` columns into fp32 u[], filled up with -inf to whole lanes; returns that length.
+// Under a softcap also the slope of tanh, where `slope` is given.
 template <typename T>
 TPPO_INLINE int64_t load_block(const T* x, int64_t count, const Scaling& scaling, float* u,
                                float* slope = nullptr) {

@@ -26,7 +26,8 @@ SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py
                 "_weights.py", "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
                 "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py",
                 "test_prefix.py", "test_lm_head.py", "test_aot.py", "test_host_cost.py",
-                "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py"}
+                "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
+                "fuzz_gradients.py", "test_fuzz_gradients.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_op.py": 150}

@@ -263,6 +263,11 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     The three words take chunks of 1 GiB on a CPU, and on a GPU of a sixteenth of its memory, 1 to
     8 GiB: of the memory that it has, not of what is free, so that a call repeats bit by bit.
 
+    Gradients are within 1e-5 (fp32) or 3e-3 (bf16, fp16) of the norm of fp64's from the same
+    inputs. Where their terms nearly cancel (a nearly uniform row under the entropy alone, rows of
+    opposite slopes), within 2^-22 or, from kept exponentials of 16 bits, 2^-11 of the norm that the
+    terms would have if all were positive, and 2^-23 more for each unit of the largest |z|.
+
     A GPU multiplies hidden and weight of one 16-bit dtype as they are; of two dtypes, or in fp32,
     it casts to fp32, several times slower: give the weight in the dtype of the states.
 
