@@ -305,3 +305,49 @@ def test_a_compiled_call_runs_on_the_backend_that_is_forced_around_it():
     torch.testing.assert_close(compiled(x), tk.whiten(x))
     with tk.use_backend("triton"), pytest.raises(tk.BackendError):
         compiled(x)
+
+
+def chosen_inside():
+    """Calls on rows that the compiled function chooses itself: their number is not known."""
+    weight, targets = torch.randn(11, 8), torch.randint(11, (6,))
+    old, advantages = -torch.rand(6), torch.randn(6)
+    cu = {"cu_seqlens": torch.tensor([0, 2, 4], dtype=torch.int32)}
+
+    def linear(hidden, i, memory):
+        return tk.linear_logprobs(hidden[i], weight, targets[i], memory=memory).logprobs.sum()
+
+    def linear_loss(hidden, i, advantages):
+        return tk.linear_ppo_loss(hidden[i], weight, targets[i], old[i], advantages, **cu,
+                                  ratio="sequence", memory=1 << 20).loss
+
+    return {
+        "linear_logprobs auto": lambda h, i: linear(h, i, "auto"),
+        "linear_logprobs store": lambda h, i: linear(h, i, "store"),
+        "linear_logprobs 99": lambda h, i: linear(h, i, 99),
+        "linear_ppo_loss": lambda h, i: linear_loss(h, i, advantages[i]),
+        "ppo_loss B": lambda h, i: tk.ppo_loss(h[i, 0], old[i], advantages[:2], **cu).loss,
+        "ppo_loss B 1": lambda h, i: tk.ppo_loss(h[i, 0], old[i], advantages[:2, None], **cu).loss,
+        "token_logprobs": lambda h, i: tk.token_logprobs(h[i], targets[i] % 8).logprobs.sum(),
+        "value_loss": lambda h, i: tk.value_loss(h[i, 0], old[i], **cu).loss,
+        "gae": lambda h, i: tk.gae(h[i, 0], old[i], **cu).returns.sum() + h.sum(),
+    }
+
+
+@pytest.mark.parametrize("call", chosen_inside())
+def test_rows_chosen_inside_a_compiled_function(call):
+    """A data-dependent guard at the default memory, whether so many rows fit; also [B] or [N]."""
+    function = chosen_inside()[call]
+    hidden = torch.randn(6, 8, requires_grad=True)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1]).bool()
+
+    def step(hidden, mask):
+        return function(hidden, mask.nonzero()[:, 0])
+
+    torch.manual_seed(0)
+    expected = step(hidden, mask)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+        actual = compiled(hidden, mask)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (actual, expected)))

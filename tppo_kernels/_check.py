@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ._eager import constant
+from ._eager import constant, surely
 from ._sequence import REDUCTIONS, sequence_index
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -73,13 +74,22 @@ class Check:
         sizes = value.shape
         if sizes == self.seen.get(shape):
             return
-        for text, letters, leading, plain in _PARSED.get(shape) or _parse(shape):
+        alternatives = _PARSED.get(shape) or _parse(shape)
+        if len(alternatives) > 1 and is_compiling():  # first those known to fit: no guard is asked
+            alternatives = sorted(alternatives, key=lambda a: not self._fits(sizes, a[1]))
+        for text, letters, leading, plain in alternatives:
             if (sizes == self.seen.get(text)
                     or self._bind(name, sizes, letters, leading, plain)):
                 self.seen[text] = sizes
                 return
         raise ValueError(f"{self.op}: {name} has shape {list(sizes)}, expected "
                          f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
+
+    def _fits(self, sizes: Any, letters: tuple[str, ...]) -> bool:
+        """Whether sizes are surely those of letters that are bound."""
+        return len(sizes) == len(letters) and all(
+            letter in self.sizes and surely(self.sizes[letter] == size)
+            for letter, size in zip(letters, sizes, strict=True))
 
     def _bind(self, name: str, sizes: Any, letters: tuple[str, ...], leading: bool,
               plain: bool) -> bool:
@@ -168,9 +178,10 @@ class Check:
         if value is None or value.dim() == 1 or value.shape[1] != 1 or self.sizes.get("T") == 1:
             return value
         value, batch = value[:, 0], self.sizes["B"]
-        if cu_seqlens is None or self.sizes["N"] != batch:
+        if cu_seqlens is None or surely(self.sizes["N"] != batch):
             return value
-        return value[sequence_index(batch, cu_seqlens).clamp(max=batch - 1)]  # [B] would be [N]
+        index = sequence_index(self.sizes["N"], cu_seqlens)  # [B] would be taken for [N]
+        return value[index.clamp(max=batch - 1)]
 
     def packing(self, cu_seqlens: Any) -> None:
         """Holds `cu_seqlens` to int32 [B + 1], which binds B."""

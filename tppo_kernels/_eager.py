@@ -29,6 +29,16 @@ def plain_device(args: tuple) -> str | None:
     return None
 
 
+def surely(condition: Any) -> bool:
+    """A comparison of sizes; False where `torch.compile` cannot know it, as of the number of rows
+    that were chosen inside: a plain `if` would stop it with a data-dependent guard."""
+    if not is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def recorded(function: Any, *args: Any) -> Any:
     """`function.apply(*args)` of an `autograd.Function`, without what its wrapper does for
     functorch where no transform is active."""

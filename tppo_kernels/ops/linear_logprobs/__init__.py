@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._check import FP32_MAX, LABELS, Check, describe, values_between
 from ..._derivatives import first_only, refuse_forward_mode
+from ..._eager import surely
 from ..._keywords import suggests
 from ..._linear import auto_bytes, shard_of
 from ..._op import _LIB, Op
@@ -250,7 +251,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     Only valid rows are computed. `rows`: `tk.valid_rows(mask)`, found once outside a compiled or
     captured region. `capacity=n`: the first n valid rows, found on the device; a valid row beyond
     gives NaN, and so do its gradient and that of the weight. Neither: eager mode counts the
-    valid rows itself; under `torch.compile` a CPU compacts inside, a GPU runs all N rows.
+    valid rows itself; under `torch.compile` a CPU compacts inside, a GPU runs all N rows. Of rows
+    that are chosen inside a compiled function the number is not known: "auto" recomputes there.
 
     memory: "store" keeps exponentials of every row for backward (6NVD flops in all), "recompute"
     nothing of size V (8NVD), "auto" and a number of bytes take "store" where exponentials and a
@@ -299,7 +301,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
         slots = slot_count(targets.numel(), rows, capacity)
         nbytes = kept_nbytes(hidden, weight, bias, scaling.softcap, slots, valid_vocab)
         if not isinstance(memory, str) or memory == "auto":
-            regime = "store" if nbytes <= budget else "recompute"
+            regime = "store" if surely(nbytes <= budget) else "recompute"
         if regime == "store" and memory != "store":
             budget = budget - nbytes
     logprobs, entropy, _, _ = _fwd(hidden, weight, targets, mask, bias, rows, *scaling,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._check import FP32_MAX, LABELS, Check, offsets, values_between
 from ..._derivatives import refuse_forward_mode
+from ..._eager import surely
 from ..._keywords import suggests
 from ..._linear import shard_of
 from ..._op import _LIB, Op
@@ -226,7 +227,7 @@ def _sequence_budget(memory: str | int, budget: int, nbytes: int) -> int:
                          "because ratio is 'sequence'")
     if isinstance(memory, str):
         return budget
-    if nbytes > budget:
+    if surely(nbytes > budget):
         raise ValueError(f"linear_ppo_loss: memory is {memory}, expected at least {nbytes} bytes "
                          "or 'store', because ratio is 'sequence'")
     return budget - nbytes
