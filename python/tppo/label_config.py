@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import tyro
 
@@ -116,17 +116,17 @@ def check_address(base_url: str) -> None:
         )
 
 
-def origin(url: str) -> str:
-    """`https://host:port` of an address, without anything else that may stand in it."""
+def origin(url: str, base: str = "") -> str:
+    """`https://host:port` of an address, which may be relative to another, and nothing else."""
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
+        parts = urlsplit(urljoin(base, url))
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
     except ValueError:
-        host, port = "", None
+        scheme, host, port = "", "", None
     if not re.fullmatch(r"[A-Za-z0-9.:_-]{1,253}", host):
         return "an address that cannot be read"
     host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}{f':{port}' if port else ''}"
+    return f"{scheme}://{host}{f':{port}' if port else ''}"
 
 
 def check_key(config: EndpointConfig) -> None:

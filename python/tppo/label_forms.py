@@ -236,7 +236,7 @@ PARAMETERS = {
 
 
 def table() -> str:
-    """The forms of reply as a Markdown table."""
+    """The forms of reply as a Markdown table; print it where a test finds the documentation old."""
     lines = ["| the endpoint replies | nothing answered yet | later | an item dropped is lost by |",
              "|---|---|---|---|"]  # fmt: skip
     for form in FORMS:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urljoin
 
 from tppo.label_config import EndpointConfig, origin
 from tppo.label_forms import BY_CODE, BY_STATUS, FORM, PARAMETERS, SPECIFIC, Form
@@ -147,9 +146,10 @@ def _error(body: Any) -> dict[str, Any] | None:
 
 def _form(status: int | None, error: dict[str, Any], schema: bool) -> Form:
     """The row of an error, by its code where that says more than the status, else by the status."""
-    codes = [str(error.get(name) or "").lower() for name in ("code", "type", "status")]
     inner = error.get("innererror")
-    codes += [str(inner.get("code") or "").lower()] if isinstance(inner, dict) else []
+    given = [error.get(name) for name in ("code", "type", "status")]
+    given += [inner.get("code")] if isinstance(inner, dict) else []
+    codes = [str(code).lower() for code in given if isinstance(code, (str, int))]
     rows = [BY_CODE[code] for code in codes if code in BY_CODE]
     for row in rows:
         if row.name in SPECIFIC:
@@ -197,7 +197,7 @@ def _trouble(
         else " (should the base URL end in /v1?)",
         "proxy": f" through the proxy of {proxy}" if proxy else "",
         "here": origin(config.base_url),
-        "there": origin(urljoin(config.base_url, reply.headers.get("location") or "")),
+        "there": origin(reply.headers.get("location") or "", config.base_url),
     }  # fmt: skip
     advice = "" if form.name == "wait" else form.advice.format(**slots)
     code = _shown(error.get("code") or error.get("type"))

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -28,6 +29,7 @@ from tppo.label_config import EndpointConfig, without_key  # noqa: E402
 from tppo.label_forms import FORMS, table  # noqa: E402
 from tppo.label_openai import Dropped, EndpointError  # noqa: E402
 from tppo.label_prompt import BadAnswer, parse  # noqa: E402
+from tppo.label_replies import Reply, Trouble, outcome  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -359,6 +361,42 @@ def test_a_path_that_is_not_there_asks_for_v1(tmp_path, path, hint):
         settings = EndpointConfig(server.url.removesuffix("/v1") + path, "judge-1", "TPPO_TEST_KEY")
         with pytest.raises(EndpointError, match=f"HTTP 404 from .*no such .*{hint}"):
             label([item()], settings, tmp_path / "cache.jsonl")
+
+
+KEYS = ("choices", "message", "content", "error", "code", "type", "param", "detail", "loc", "text",
+        "finish_reason", "refusal", "object", "status", "innererror", "metadata", "flagged_input")
+WORDS = (f"secret {KEY}", "text", "length", "error", "refusal", "insufficient_quota", "401", 429,
+         1.5, None, True, "", "max_tokens", 10**30)  # fmt: skip
+
+
+def any_json(random, depth=0):
+    if depth > 5 or random.random() < 0.2:
+        return random.choice(WORDS)
+    if random.random() < 0.4:
+        return [any_json(random, depth + 1) for _ in range(random.randrange(3))]
+    return {random.choice(KEYS): any_json(random, depth + 1) for _ in range(random.randrange(4))}
+
+
+def deep(depth):
+    value = "x"
+    for _ in range(depth):
+        value = {"code": [value]}
+    return value
+
+
+def test_any_body_under_any_status_is_some_form_and_is_not_quoted():
+    random, settings = Random(0), EndpointConfig("http://h/v1", "m")
+    statuses = (200, 201, 302, 400, 401, 404, 413, 429, 500, 999)
+    headers = [{}, {"location": "http://[::1"}, {"location": "//x y/"}, {"retry-after": "inf"},
+               {"retry-after": "Mon, 99 Foo"}, {"retry-after": "-1"}, {"retry-after": "nan"}]
+    bodies = [any_json(random) for _ in range(4000)]
+    bodies += [deep(400), {"error": deep(400)}, {"error": {"code": deep(400), "type": deep(400)}}]
+    for number, body in enumerate(bodies):
+        reply = Reply(statuses[number % 10], body, headers[number % 7])
+        found = outcome(reply, settings, "red hat", schema=number % 2 == 0)
+        assert isinstance(found, Trouble) and found.form in FORMS
+        assert "secret" not in found.reason and KEY not in found.reason, found.reason
+        assert found.form.name == "unsound" or len(found.reason) < 300
 
 
 WRAPPED = {
