@@ -1,6 +1,7 @@
 """Items without a label: what the label stage records, asks again, and refuses to finish."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,16 +11,27 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli, stages  # noqa: E402
+from tppo.run_folder import RunFolder  # noqa: E402
 
 COUNT = 40
 
 
+def read_labels(run):
+    """In place of the stage map: it only reads the labels."""
+    with run.stage("map") as out:
+        shutil.copy(run.path("label/labels.jsonl"), out)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A run folder with COUNT generated answers; `tppo run` in it is labelling alone."""
+    """A run folder with COUNT generated answers; `tppo run` in it labels, and reads the labels."""
     out = tmp_path / "run"
     answered_run(out, COUNT)
-    monkeypatch.setattr(cli, "_stages", lambda: {"label": stages.label_answers})
+    with RunFolder(out).stage("sft") as work:
+        (work / "model").mkdir()
+        (work / "model" / "weights").write_text("x")
+    ours = {"label": stages.label_answers, "map": read_labels}
+    monkeypatch.setattr(cli, "_stages", lambda: ours)
     return out
 
 
@@ -77,15 +89,18 @@ def test_below_the_share_the_stage_finishes_and_the_next_run_asks_the_lost_again
         before, asked = labels.read_bytes(), len(server.requests)
         run("run", folder, server)  # as sick as before: asked, and nothing changes
         assert len(server.requests) == asked + 2 and labels.read_bytes() == before
-        assert len(rows(lost)) == 2
+        assert len(rows(lost)) == 2 and "map: finished before" in capsys.readouterr().err
         server.reply = sick(*range(COUNT), status=401)  # the endpoint as a whole
         run("run", folder, server)
-        assert "its labels stay as they were: HTTP 401" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "its labels stay as they were: HTTP 401" in said and "map: finished before" in said
         assert labels.read_bytes() == before and len(rows(lost)) == 2
         asked, server.reply = len(server.requests), sick(9)
         run("run", folder, server)
         assert sorted(map(number_of, server.requests[asked:])) == [7, 9]
         assert len(rows(labels)) == 39 and [row["id"] for row in rows(lost)] == ["s#9"]
+        assert "map: runs again, because input" in capsys.readouterr().err
+        assert (folder / "map/labels.jsonl").read_bytes() == labels.read_bytes()
         server.reply = healthy
         run("run", folder, server)
         assert len(rows(labels)) == COUNT and not lost.exists()
