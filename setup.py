@@ -12,8 +12,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-WISH, CXX = os.environ.get("TPPO_BUILD_CUDA", "auto"), os.environ.get("CXX", "g++").split()[0]
-STRICT = WISH == "1" or "build_ext" in sys.argv  # fail where a part cannot be built
+WISH = os.environ.get("TPPO_BUILD_CUDA", "auto")
+CXX, STRICT = (os.environ.get("CXX") or "g++").split()[0], WISH == "1" or "build_ext" in sys.argv
 ARCHS = os.environ.get("TPPO_CUDA_ARCHS", "80;90;100").split(";")
 if WISH not in ("auto", "0", "1") or not all(re.fullmatch(r"\d+[af]?", a) for a in ARCHS):
     sys.exit(f"TPPO_BUILD_CUDA={WISH}, expected auto, 1 or 0; TPPO_CUDA_ARCHS={ARCHS}, all numbers")

@@ -18,7 +18,7 @@ from tppo.jsonl import DataError, plain, refuse_pipe
 from tppo.label_config import check_address, check_key
 from tppo.progress import say, status
 from tppo.run_folder import differences
-from tppo.settings import Count, Seed, from_dict, section
+from tppo.settings import Count, FilePath, Seed, from_dict, section
 
 COMMANDS = {
     "run": "every stage below in one run folder; finished stages are skipped",
@@ -32,6 +32,8 @@ COMMANDS = {
     "eval": "the closing table and result.json",
     "heat": "token heat map, as HTML and in the terminal",
 }
+PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
+         "--import-batch")  # fmt: skip
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
 
@@ -39,20 +41,20 @@ SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that
 class Options:
     """Flags of every command; a single stage starts from the settings its run folder has."""
 
-    data: Path | None = None
+    data: FilePath | None = None
     """Log file, in any format of --format; by default sessions are generated."""
-    out: Path = Path("runs/default")
+    out: FilePath = Path("runs/default")
     """The run folder."""
     seed: Seed = 0
     """Decides everything random."""
-    model: Path | None = None
+    model: FilePath | None = None
     """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch. Any of
     the folder's EOS ids ends an answer; Python code in it is never executed."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None
     """CPU threads; by default 1 for the small model (more cost time there), else torch's own."""
-    config: Path | None = None
+    config: FilePath | None = None
     """YAML file of settings, or the run.yaml of an earlier run; flags go before it."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
@@ -61,11 +63,11 @@ class Options:
 class LabelOptions:
     """Flags of `tppo label`: with one of the first three, only that is done."""
 
-    agreement: Path | None = None
+    agreement: FilePath | None = None
     """Labels to compare the run's with: agreement of words and answers, Cohen's kappa."""
-    export_batch: Path | None = None
+    export_batch: FilePath | None = None
     """OpenAI batch file to write: what the endpoint's model has not answered yet."""
-    import_batch: Path | None = None
+    import_batch: FilePath | None = None
     """Output of such a batch, to be checked and kept for the label stage."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
@@ -101,6 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
+    for flag in PATHS:
+        if _flag(rest, flag) == "":
+            sys.exit(f"tppo {command}: {flag} was '', expected a path")
     name, text, default = f"tppo {command}", COMMANDS[command], _defaults(command, rest)
     try:
         if command == "label":

@@ -167,8 +167,8 @@ class PPOConfig:
     """By default 1e-3 from scratch, 1e-5 with --model."""
     gamma: Share = 1.0
     lam: Share = 0.95
-    clip: NonNegative = 0.2
-    value_clip: NonNegative | None = None
+    clip: Positive = 0.2
+    value_clip: Positive | None = None
     kl_coef: NonNegative = 0.2
     reward: Literal["argmax", "expected"] = "argmax"
     """Reward of a token: of its likeliest class (the paper) or the expectation over classes."""

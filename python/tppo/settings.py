@@ -11,11 +11,12 @@ import difflib
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import pydantic
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from typing_extensions import dataclass_transform
 
 from tppo.jsonl import DataError, short
@@ -31,6 +32,16 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
+
+
+def _not_empty(path: Any) -> Any:
+    if path == "":
+        raise ValueError("was '', expected a path")
+    return path
+
+
+# An empty text would be the current folder, which is what an unset shell variable gives.
+FilePath = Annotated[Path, BeforeValidator(_not_empty)]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _EXPECTED = {

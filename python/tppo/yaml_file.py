@@ -14,6 +14,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from tppo.jsonl import DataError, write_text
 
+MOST = 100_000
 Place = Sequence[str | int]
 
 
@@ -80,6 +81,8 @@ def _note(
 ) -> None:
     """Note the line of every value below a node, and refuse a key that stands twice."""
     lines.setdefault(place, node.start_mark.line + 1)
+    if len(lines) > MOST:  # aliases of aliases hold more than any memory
+        raise DataError(f"{path}: holds more than {MOST:,} values, expected settings")
     if any(node is parent for parent in above):
         raise DataError(f"{path}: line {node.start_mark.line + 1}: an alias that holds itself")
     if isinstance(node, SequenceNode):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -56,6 +57,10 @@ WRONG = {
     "ppo: {steps: " + "9" * 5000 + "}": "not YAML: Exceeds the limit",
     "ppo: {steps: " + "9" * 50 + "}": "line 1: field 'ppo.steps': was 9+, expected less than 9,22",
     "a: \0": "not YAML: unacceptable character",
+    "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n"
+    + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 8)}]\n" for x, y in pairwise("abcdefghi")):
+    "holds more than 100,000 values",
+    "settings: {}\nout: ''": "line 2: out: was '', expected a path",
 }
 
 
@@ -108,6 +113,30 @@ def test_flags_are_held_to_the_same(tmp_path, capsys, flags, message):
     said = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
     assert stopped.value.code == 2 and message in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data", "--model", "--config"])
+def test_a_path_that_is_empty_is_not_the_current_folder(flag):
+    """As `--out "$OUT"` gives it where the variable is not set."""
+    with pytest.raises(SystemExit, match=f"^tppo data: {flag} was '', expected a path"):
+        main(["data", flag, ""])
+
+
+MAY_BE_EMPTY = {"settings.label.endpoint.base_url", "settings.label.endpoint.model"}
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "", [], {}, True])
+def test_what_no_setting_means_is_refused_by_every_setting(value):
+    for place, hint in LEAVES:
+        name, values = ".".join(place), value
+        for part in reversed(place):
+            values = {part: values}
+        fits = value is True and bool in (hint, *get_args(hint))
+        if fits or value == "" and name in MAY_BE_EMPTY:
+            from_dict(Options, values)
+            continue
+        with pytest.raises(DataError, match=rf"config: (field '{name}'|{name}): was "):
+            from_dict(Options, values)
 
 
 def test_python_is_held_to_the_same():

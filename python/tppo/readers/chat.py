@@ -71,7 +71,8 @@ def _turn(line: Line, name: str, message: Any) -> str:
         raise line.error(name, message, "an object with 'role' and 'content'")
     role, said = ("from", "value") if "role" not in message and "from" in message else KEYS
     fields = Line(line.path, line.number, {f"{name}.{key}": v for key, v in message.items()})
-    if fields.get(f"{name}.{role}", is_text, "a text such as user or assistant") not in USER:
+    speaker = fields.get(f"{name}.{role}", is_text, "a text such as user or assistant")
+    if speaker.strip().lower() not in USER:
         return ""
     expected = "a text, or a list of parts with 'type' and 'text'"
     content = fields.get(f"{name}.{said}", lambda v: isinstance(v, (str, list)), expected)
