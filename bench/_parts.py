@@ -41,7 +41,7 @@ TINY = {
     "sft": {"max_steps": 10, "eval_every": 5, "decay_steps": 10},
     "generate": {"samples": 48}, "reward_model": {"epochs": 1},
     "ppo": {"steps": 2, "batch_size": 8, "minibatch_size": 8, "checkpoint_every": 2,
-            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0},
+            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0, "without_signal": True},
     "eval": {"temperatures": [1.0], "heat_users": 1},
 }
 

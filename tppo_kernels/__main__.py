@@ -15,8 +15,8 @@ from . import _op, testing
 
 def report() -> str:
     """Versions, what was built and what was not and why, and the backends of every operator."""
-    lines = [f"tppo_kernels {_version('tppo-kernels')} · torch {torch.__version__} · "
-             f"Python {platform.python_version()} · {platform.machine()}",
+    lines = [f"tppo_kernels {_version('tppo-kernels')}, torch {torch.__version__}, "
+             f"Python {platform.python_version()}, {platform.machine()}",
              f"triton        {_version('triton')}",
              f"GPU           {_gpu()}",
              f"compiled part {_built()}", "", *_table()]

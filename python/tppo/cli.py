@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tppo import environment, inspect_log
 from tppo.config import Config, fill_defaults
+from tppo.console import accept_any_text
 from tppo.jsonl import DataError, plain, refuse_pipe
 from tppo.label_config import check_address, check_key
 from tppo.progress import say, status
@@ -83,6 +84,7 @@ class LabelOptions:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `tppo`."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    accept_any_text()
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     command, rest = arguments[0], arguments[1:]

@@ -130,6 +130,8 @@ class RewardModelConfig:
     """By default 1e-3 from scratch, 1e-5 with --model or a model of its own (the paper)."""
     heldout_share: Part = 0.1
     """Share of the labelled answers kept for accuracy and AUC."""
+    repeated_share: Share = 0.5
+    """Share of the labelled answers that are trained on a second time, with one query repeated."""
     local_weight: NonNegative = 0.4
     global_weight: NonNegative = 0.6
     balance: Positive = 3.0
@@ -186,13 +188,16 @@ class PPOConfig:
     verify_prefix: bool = False
     """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
     eval_every: Count = 5
-    """PPO steps between two looks at held-out relevance, which decides the weights kept."""
+    """PPO steps between two looks at held-out relevance (the rule's), which decides the weights
+    kept."""
     min_format: Share = 0.9
     """Weights whose held-out format share is lower are not kept."""
     max_kl: NonNegative = 10.0
     """Weights whose held-out KL per response is larger, in nats, are not kept."""
     checkpoint_every: Count = 5
     """PPO steps between two checkpoints."""
+    without_signal: bool = False
+    """Go on where there is nothing to learn from: labels of one class, a policy that stays put."""
 
 
 @section

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tppo.config import Config
 from tppo.jsonl import plain
+from tppo.label_rule import RULE
 
 
 class Dependencies(NamedTuple):
@@ -23,6 +24,7 @@ class Dependencies(NamedTuple):
 
 
 SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix")  # of any temperature
+JUDGED = ("train", "eval")  # stages whose result depends on the rule's verdicts, as its labels do
 OPTIONAL = {"data/transfer.jsonl"}  # only generated sessions have it
 
 STAGES: dict[str, Dependencies] = {
@@ -37,7 +39,7 @@ STAGES: dict[str, Dependencies] = {
         ("sft/model", "generate/answers.jsonl", "label/labels.jsonl", "map/categories.jsonl"),
         (
             "reward_model", "-reward_model.model", "-reward_model.min_auc",
-            "-reward_model.min_auc_sessions", "prefix",
+            "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix",
         ),
     ),
     "train": Dependencies(
@@ -47,7 +49,7 @@ STAGES: dict[str, Dependencies] = {
         ),
         (
             "generate.temperature", *SAMPLING, "label.sentence_threshold", "ppo",
-            "-ppo.checkpoint_every", "-ppo.verify_prefix",
+            "-ppo.checkpoint_every", "-ppo.verify_prefix", "-ppo.without_signal",
         ),
     ),
     "eval": Dependencies(
@@ -57,7 +59,8 @@ STAGES: dict[str, Dependencies] = {
         ),
         (
             "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
-            *SAMPLING, "label.sentence_threshold", "eval.temperatures",
+            *SAMPLING, "label.sentence_threshold", "label.labeller", "reward_model.min_auc",
+            "eval.temperatures",
         ),
     ),
     "heat": Dependencies(
@@ -100,7 +103,10 @@ def settings(stage: str, config: Config, *, from_file: bool, from_model: bool) -
     elif stage == "label":
         rule = config.label.labeller == "rule"
         names += ["label.sentence_threshold"] if rule else _OF_AN_ENDPOINT
-    return _chosen(config, names)
+    found = _chosen(config, names)
+    if stage in JUDGED or stage == "label" and config.label.labeller == "rule":
+        found["rule"] = RULE
+    return found
 
 
 def _chosen(config: Config, names: Iterable[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tppo.fingerprints import Fingerprints
+from tppo.queries import query_text
 from tppo.sessions import Session
 
 __all__ = ["exact_key", "near_key", "normalize", "without_duplicates"]
@@ -40,19 +41,5 @@ def near_key(session: Session) -> str:
 
 
 def normalize(text: str) -> str:
-    """NFKC, case-folded, without punctuation, single spaces; as it was if nothing else is in it."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.translate(_SPACES).split()) or folded
-
-
-class _Spaces(dict[int, str]):
-    """Punctuation, separators and control characters become spaces, the rest stays."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        kept = unicodedata.category(character)[0] not in "PZC"
-        self[code] = character if kept else " "
-        return self[code]
-
-
-_SPACES = _Spaces()
+    """A text as the rule and the metrics compare it; case-folded NFKC if it holds no word."""
+    return query_text(text) or unicodedata.normalize("NFKC", text).casefold()

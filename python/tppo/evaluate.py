@@ -1,4 +1,4 @@
-"""Figures of answers against the true next queries, and the closing table."""
+"""Figures of answers against the true next queries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,21 +16,12 @@ from tppo.label_rule import label_by_rule, relevance_share
 from tppo.mapping import fold
 from tppo.model_folder import model_eos_ids
 from tppo.models import policy_logprobs
-from tppo.prompts import answer_text, has_format, parse_answer
+from tppo.queries import answer_text, distinct_queries, has_format, parse_answer, query_text
 from tppo.rollout import HFRollout, Sampling
 from tppo.sessions import Session
+from tppo.shares import wilson
 from tppo.tokenizer import decode
 
-COLUMNS = {
-    "relevance": "relevance",
-    "exact_match": "exact",
-    "chrf": "chrF",
-    "distinct_2": "dist-2",
-    "queries_per_answer": "queries",
-    "kl": "KL",
-    "length": "length",
-    "format": "format",
-}  # figure -> header of the closing table
 SEARCH = "search"  # type of the events whose text is a query
 
 
@@ -89,14 +78,19 @@ def score_answers(
 ) -> dict[str, Any]:
     """Figures of one answer a session.
 
-    relevance           share of answers that the rule calls relevant, with its standard error
+    relevance           share of answers that the rule calls relevant, with its standard error and
+                        Wilson's 95 % interval
     words               share of relevant words, mean over answers
-    exact_match         share of true next queries that were returned exactly (case-folded)
+    exact_match         share of true next queries that were returned exactly, both folded
     exact_match_new     the same over true queries that do not stand in the history
     chrf                of the whole answer against the true queries, 0 to 100
     distinct_2          distinct bigrams over bigrams, within queries, over all answers
-    distinct_queries    distinct queries of an answer, mean over answers
-    format              share of answers that end by themselves with the right number of queries
+    distinct_queries    queries of an answer that repeat no earlier one, mean over answers
+    format              share of answers that end by themselves with the right number of distinct
+                        queries
+
+    A query that has the words of an earlier one of its answer, in any order, is a repetition: its
+    words are irrelevant.
     """
     labels = [
         label_by_rule(session.id, text, session.targets, threshold)
@@ -105,7 +99,7 @@ def score_answers(
     relevance = _mean([label.sentence for label in labels])
     queries = [parse_answer(text) for text in texts]
     matches = [
-        (fold(target) in set(map(fold, answer)), _in_history(session, target))
+        (query_text(target) in set(map(query_text, answer)), _in_history(session, target))
         for session, answer in zip(sessions, queries, strict=True)
         for target in session.targets
     ]
@@ -114,13 +108,14 @@ def score_answers(
         "users": len(sessions),
         "relevance": relevance,
         "relevance_se": math.sqrt(relevance * (1 - relevance) / max(len(sessions), 1)),
+        "relevance_interval": list(wilson(relevance, len(sessions))),
         "words": _mean([relevance_share([r for _, r in label.words]) for label in labels]),
         "exact_match": _mean([match for match, _ in matches]),
         "exact_match_new": _mean([match for match, seen in matches if not seen]),
         "chrf": CHRF().corpus_score(list(texts), [references]).score,
         "distinct_2": distinct_n([query for answer in queries for query in answer], 2),
         "queries_per_answer": _mean([len(answer) for answer in queries]),
-        "distinct_queries": _mean([len(set(map(fold, answer))) for answer in queries]),
+        "distinct_queries": _mean([distinct_queries(text) for text in texts]),
         "format": _mean(
             [
                 has_format(text, len(session.targets), reason)
@@ -141,35 +136,14 @@ def distinct_n(queries: Sequence[str], n: int) -> float:
     """Distinct n-grams of words over all n-grams; 0 without any."""
     grams = [
         tuple(words[i : i + n])
-        for words in (query.casefold().split() for query in queries)
+        for words in (fold(query).split() for query in queries)
         for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
-    """The closing table, one row a way to answer; it fits 80 columns."""
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("answers by", no_wrap=True)
-    for header in COLUMNS.values():
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *(_cell(row, key) for key in COLUMNS))
-    Console().print(table)
-
-
-def _cell(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return "-"
-    if key == "relevance":
-        return f"{value:.3f}±{row['relevance_se']:.3f}"
-    digits = 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
-    return f"{value:.{digits}f}"
-
-
 def _in_history(session: Session, query: str) -> bool:
-    return fold(query) in {fold(event.text) for event in session.history}
+    return query_text(query) in {query_text(event.text) for event in session.history}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tppo.console import print_rows
 from tppo.heat_style import CSS
 from tppo.jsonl import write_text
 
@@ -140,11 +141,8 @@ def print_heat(
     table = Table("Answer", *HEADINGS, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in rows:
-        table.add_row(Text(_visible(row.id)), *_Summary.of([row]).cells())
-    table.add_section()
-    table.add_row("all", *_Summary.of(rows).cells())
-    console.print(table)
+    shown = [(_visible(row.id), _Summary.of([row]).cells()) for row in rows]
+    print_rows(console, table, [*shown, ("all", _Summary.of(rows).cells())], total=True)
     scale = _Scale.of(rows)
     for row in rows:
         console.print(Text.assemble((_visible(row.id), "bold"), "  true: "), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
@@ -13,9 +14,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from tppo.console import is_unicode
 from tppo.duplicates import exact_key, near_key, normalize
 from tppo.fingerprints import Fingerprints, fingerprint
 from tppo.jsonl import plain
+from tppo.mapping import count_words
 from tppo.progress import say, track, warn
 from tppo.readers import ReadConfig, SessionLog
 from tppo.sessions import Session
@@ -23,6 +26,7 @@ from tppo.settings import Natural, Seed, section
 
 SEARCH = "search"  # type of the events whose text is a query
 CLICK = "click"  # type of the events whose text is an address
+UNSPACED = {"Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"}
 LONGEST = 10_000  # longer texts and histories count as this long
 
 
@@ -53,7 +57,10 @@ def main(arguments: Sequence[str]) -> None:
         figures = inspect_log(options.file, options.read, options.examples, options.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"tppo data inspect: {error}")
-    print(json.dumps(plain(figures), ensure_ascii=False) if options.json else report(figures))
+    if options.json:
+        print(json.dumps(plain(figures), ensure_ascii=not is_unicode(sys.stdout)))
+    else:
+        print(report(figures))
     if not figures["sessions"]:
         warn("WARNING: 0 sessions were kept, there is nothing to train on: "
              f"see what was left out, and whether the format is {figures['format']}")  # fmt: skip
@@ -117,6 +124,7 @@ class _Figures:
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
+        self.characters: Counter[str] = Counter()
         self.users, self.exact, self.near = Fingerprints(), Fingerprints(), Fingerprints()
         self.lengths = {
             name: _Lengths()
@@ -134,9 +142,11 @@ class _Figures:
         self.lengths["targets"].add(len(session.targets))
         for event in session.history:
             if event.type != CLICK:
-                self.lengths["words_per_query"].add(len(event.text.split()))
+                self.lengths["words_per_query"].add(count_words(event.text))
+                self.characters.update(event.text)
         for target in session.targets:
-            self.lengths["words_per_target"].add(len(target.split()))
+            self.lengths["words_per_target"].add(count_words(target))
+            self.characters.update(target)
         self._add_leaks(session)
 
     def _add_duplicate(self, session: Session) -> None:
@@ -179,8 +189,20 @@ class _Figures:
             "users": len(self.users),
             **{name: self.count[name] for name in names},
             "events": dict(self.events),
+            "scripts": scripts(self.characters),
             "lengths": {name: lengths.result() for name, lengths in self.lengths.items()},
         }
+
+
+def scripts(characters: Counter[str]) -> dict[str, int]:
+    """Letters of each script, most first; a script by the first word of its letters' names."""
+    found: Counter[str] = Counter()
+    for character, n in characters.items():
+        plain = unicodedata.normalize("NFKC", character)[:1]
+        if plain.isalpha():
+            name = unicodedata.name(plain, "unnamed").split()[0].capitalize()
+            found[{"Cjk": "Han"}.get(name, name)] += n
+    return dict(found.most_common())
 
 
 class _Sample:
@@ -230,6 +252,7 @@ def _figure_rows(figures: dict[str, Any], part: Callable[[str, int], str]) -> li
     return [
         ("users", f"{figures['users']:,}"),
         ("events", events or "none"),
+        ("scripts", _scripts_row(figures["scripts"])),
         ("with profile", part("with_profile", sessions)),
         ("with times", part("with_times", sessions)),
         *((name.replace("_", " "), _row(v)) for name, v in figures["lengths"].items()),
@@ -241,6 +264,15 @@ def _figure_rows(figures: dict[str, Any], part: Callable[[str, int], str]) -> li
         ("  within the prompt", part("targets_within_prompt", targets)),
         ("repeat last query", f"{part('targets_equal_last_query', targets)} right"),
     ]
+
+
+def _scripts_row(found: dict[str, int]) -> str:
+    letters = sum(found.values())
+    shares = ", ".join(f"{name} {n / letters:.1%}" for name, n in found.items())
+    unspaced = [name for name in found if name in UNSPACED]
+    if unspaced:
+        shares += f"; no spaces are written in {', '.join(unspaced)}: words by ICU's dictionaries"
+    return shares or "no letters"
 
 
 def _row(lengths: dict[str, float]) -> str:

@@ -12,19 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tppo.unspaced import dictionary_borders, is_unspaced
+
 NONE, IRRELEVANT, RELEVANT = 0, 1, 2
 
 _REMEMBERED = 1 << 16  # words and characters of a log come again and again
 _ZWJ, _KEYCAP = "\u200d", "\u20e3"
+_JOINED = "\u200d\uff9e\uff9f"  # also the sound marks of Katakana in half width
 _VARIATION = "\ufe0e\ufe0f"
 _APOSTROPHES = "'\u2019\u02bc"
 _BETWEEN_DIGITS = ".,:/"
 _SEPARATORS = ',;:|<>()[]{}"\u201c\u201d\u201e\u00ab\u00bb\u3001\u3002\uff0c\uff1b\u2026\u200b'
-# Scripts written without spaces: inside a run of them any substring may be a word.
-_UNSPACED = (
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FFF), (0x3005, 0x3007),
-    (0x3040, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
-)  # fmt: skip
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
@@ -32,12 +30,15 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
     A word is a maximal run of letters, digits, symbols or emoji, in whole grapheme clusters. One
     punctuation mark between two of them belongs to it ("t-shirt", "3.5", "don't"), a separator such
-    as a comma only between digits; a run of emoji is a word of its own.
+    as a comma only between digits; a run of emoji is a word of its own. In a script without spaces
+    the words are those of ICU's dictionaries (Unicode's word boundaries, UAX #29).
     """
     spans: list[tuple[int, int]] = []
     previous: _Unit | None = None
+    borders = dictionary_borders(text) if is_unspaced(text) else frozenset()
     for unit in _units(text, frozenset()):
-        if previous and not unit.gap and unit.emoji == previous.emoji:
+        joined = previous is not None and not unit.gap and unit.emoji == previous.emoji
+        if joined and unit.start not in borders:
             spans[-1] = (spans[-1][0], unit.end)
         else:
             spans.append((unit.start, unit.end))
@@ -45,10 +46,37 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+def count_words(text: str) -> int:
+    """The number of words of a text."""
+    if is_unspaced(text):
+        return len(word_spans(text))
+    return sum(map(_count_spaced, text.split()))
+
+
+_count_spaced = lru_cache(maxsize=_REMEMBERED)(lambda text: len(word_spans(text)))
+
+
 @lru_cache(maxsize=_REMEMBERED)
 def fold(text: str) -> str:
-    """The words of a text as they are compared: case-folded, NFC, no punctuation, single spaces."""
-    return _content(text).key
+    """The words of a text as they are compared everywhere: case-folded, NFKC, without punctuation,
+    single spaces.
+    """
+    parts = text.split()
+    if not all(_begins_cluster(part[0]) for part in parts):  # an accent upon a space
+        return _content(text).key
+    return " ".join(filter(None, map(_fold_part, parts)))
+
+
+def _fold_part(part: str) -> str:
+    return part.lower() if part.isascii() and part.isalnum() else _fold_any_part(part)
+
+
+_fold_any_part = lru_cache(maxsize=_REMEMBERED)(lambda text: _Content(text, frozenset()).key)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _begins_cluster(character: str) -> bool:
+    return not _extends(f" {character}", 0, 1)
 
 
 def map_labels(
@@ -85,7 +113,14 @@ def map_labels(
     for first, last, label in _claims(content, words):
         for i in content.characters(first, last):
             categories[i] = NONE if i in unseen else IRRELEVANT + label
-    return [_majority(categories[start:end]) for start, end in offsets]
+    return token_categories(categories, offsets)
+
+
+def token_categories(
+    characters: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The category of every token from those of its characters: see `map_labels`."""
+    return [_majority(characters[start:end]) for start, end in offsets]
 
 
 def _majority(categories: Sequence[int]) -> int:
@@ -216,7 +251,7 @@ def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
         if start in unseen or _is_passed_over(base):
             continue
         if not _is_content(base):
-            between += base
+            between += _plain(base)
             continue
         cluster = text[start:end]
         key, emoji = _fold(cluster), _is_emoji(cluster)
@@ -260,7 +295,7 @@ def _clusters(text: str) -> Iterator[tuple[int, int]]:
 def _extends(text: str, start: int, i: int) -> bool:
     """Whether character i goes on with the cluster that began at `start`."""
     code, category = ord(text[i]), unicodedata.category(text[i])
-    if category.startswith("M") or text[i] == _ZWJ or 0x1160 <= code <= 0x11FF:
+    if category.startswith("M") or text[i] in _JOINED or 0x1160 <= code <= 0x11FF:
         return True
     if 0x1F3FB <= code <= 0x1F3FF or 0xE0020 <= code <= 0xE007F:  # skin tones, tags of a flag
         return True
@@ -271,8 +306,17 @@ def _extends(text: str, start: int, i: int) -> bool:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _fold(cluster: str) -> str:
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", cluster).casefold())
-    return "".join(character for character in folded if character not in _VARIATION)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", cluster).casefold())
+    return "".join(
+        character
+        for character in folded
+        if character not in _VARIATION and unicodedata.category(character)[0] not in "PZ"
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _plain(base: str) -> str:
+    return unicodedata.normalize("NFKC", base)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -310,7 +354,7 @@ def _is_gap(sides: tuple[str, str], between: str) -> bool:
 
 def _is_bound(sides: tuple[str, str], between: str) -> bool:
     """Whether no word can end where `between` stands."""
-    if any(_is_unspaced(side) or unicodedata.category(side) == "Sc" for side in sides):
+    if any(is_unspaced(side) or unicodedata.category(side) == "Sc" for side in sides):
         return False
     return (
         not between
@@ -321,11 +365,6 @@ def _is_bound(sides: tuple[str, str], between: str) -> bool:
 
 def _both_digits(sides: tuple[str, str]) -> bool:
     return all(side.isnumeric() for side in sides)
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _is_unspaced(character: str) -> bool:
-    return any(low <= ord(character) <= high for low, high in _UNSPACED)
 
 
 def _short(text: str, limit: int = 200) -> str:

@@ -11,9 +11,8 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from tppo.progress import say_once, track
+from tppo.queries import answer_text
 from tppo.sessions import DataError, Session
-
-SEPARATOR = "\n"
 
 
 def prompt_text(session: Session, skip: int = 0) -> str:
@@ -27,22 +26,6 @@ def prompt_text(session: Session, skip: int = 0) -> str:
     lines += [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
     lines.append(f"next {len(session.targets)}:\n")
     return "\n".join(lines)
-
-
-def answer_text(queries: Sequence[str]) -> str:
-    """The answer that lists `queries`."""
-    return SEPARATOR.join(queries)
-
-
-def parse_answer(text: str) -> list[str]:
-    """The queries of an answer; empty lines are dropped."""
-    return [query for line in text.split(SEPARATOR) if (query := line.strip())]
-
-
-def has_format(text: str, queries: int, finish: str) -> bool:
-    """Whether an answer ended by itself and is exactly `queries` non-empty lines."""
-    lines = text.split(SEPARATOR)
-    return finish == "eos" and len(lines) == queries and all(line.strip() for line in lines)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

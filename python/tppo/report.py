@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from tppo.evaluate import evaluate_policy, print_table, repeat_last_query, score_answers
+from tppo.evaluate import evaluate_policy, repeat_last_query, score_answers
 from tppo.heat import HeatRow, print_heat, write_heat
 from tppo.jsonl import read_json, write_json
 from tppo.models import load_policy
@@ -17,6 +18,7 @@ from tppo.prompts import encode_answer, prompt_text
 from tppo.run import Run
 from tppo.sessions import Session
 from tppo.sft import Examples, continue_sft
+from tppo.table import findings, print_table
 from tppo.tokenizer import token_offsets
 from tppo.train import new_trainer, suggested_lengths
 
@@ -27,8 +29,7 @@ def evaluate(run: Run) -> None:
         result = rows(run)
         write_json(out / "result.json", result)
     write_json(run.out / "result.json", result)
-    shown = {name: row for name, row in result.items() if "relevance" in row}
-    print_table(shown, f"{result['test']['users']} held-out users, seed {run.seed}")
+    print_table(result, f"{result['test']['users']} held-out users, seed {run.seed}")
 
 
 def rows(run: Run) -> dict[str, Any]:
@@ -44,11 +45,13 @@ def rows(run: Run) -> dict[str, Any]:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
         result[name] = _judge(run, ref, ref, test, temperature)
     tppo = load_policy(run.path("train/model"), run.device)
-    seconds = read_json(run.path("train/report.json"))["seconds"]
-    continued, steps = _continued(run, seconds)
+    training = read_json(run.path("train/report.json"))
+    steps = training["optimizer_steps"]
+    continued, seconds = _continued(run, steps)
     result["sft_continued"] = _judge(run, continued, ref, test, 1.0)
-    result["sft_continued"] |= {"seconds": seconds, "steps": steps}
-    result["tppo"] = _judge(run, tppo, ref, test, 1.0) | {"seconds": seconds}
+    result["sft_continued"] |= {"seconds": seconds, "optimizer_steps": steps}
+    result["tppo"] = _judge(run, tppo, ref, test, 1.0)
+    result["tppo"] |= {"seconds": training["seconds"], "optimizer_steps": steps}
     if run.path("data/transfer.jsonl").exists():
         transfer = run.sessions("transfer")
         result["sft_transfer"] = _judge(run, ref, ref, transfer, 1.0)
@@ -58,7 +61,12 @@ def rows(run: Run) -> dict[str, Any]:
         "sessions": len(test),
         "true_length": _mean_length(run, test),
         "seed": run.seed,
+        "judge": "rule",
+        "labeller": run.config.label.labeller,
+        "threshold": threshold,
     }
+    result["training"] = training | {"min_auc": run.config.reward_model.min_auc}
+    result["findings"] = findings(result)
     return result
 
 
@@ -78,20 +86,21 @@ def _judge(
     )
 
 
-def _continued(run: Run, seconds: float) -> tuple[Any, int]:
-    """SFT trained on for as long as PPO ran."""
+def _continued(run: Run, steps: int) -> tuple[Any, float]:
+    """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took."""
     model, sessions = run.sft_model(), run.sessions("train")
     answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
-    steps = continue_sft(
+    start = time.monotonic()
+    continue_sft(
         model,
         Examples(run.prompts(sessions, model), answers),
         run.config.sft,
         pad_id=run.tokenizer.pad_token_id,
-        seconds=seconds,
+        steps=steps,
         seed=run.seed + 1,
         prefix=run.config.prefix,
     )
-    return model, steps
+    return model, time.monotonic() - start
 
 
 def _mean_length(run: Run, sessions: Sequence[Session]) -> float:

@@ -31,6 +31,9 @@ class LabelledAnswer(NamedTuple):
     sentence: int  # 1 irrelevant, 2 relevant
 
 
+_NO_LABEL = torch.zeros(0, dtype=torch.bool)
+
+
 class Reader(Protocol):
     """A token classifier, and how it reads prompts and responses, both as its token ids."""
 
@@ -130,7 +133,7 @@ def evaluate_reward_model(
         judged = mask & (label > 0)
         scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
         labels.append(label[judged].cpu() == RELEVANT)
-    score, relevant = torch.cat(scores), torch.cat(labels)
+    score, relevant = torch.cat([*scores, torch.zeros(0)]), torch.cat([*labels, _NO_LABEL])
     return {
         "auc": area_under_curve(score, relevant),
         "accuracy": hits / max(count, 1),
@@ -169,6 +172,32 @@ def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
         f"WARNING: {problem}. Only {sessions} sessions are labelled (fewer than "
         f"{config.min_auc_sessions}), too few to judge by: PPO runs, but do not trust its reward"
     )
+
+
+def relevant_share(data: Sequence[LabelledAnswer]) -> float:
+    """Share of relevant tokens of all that are labelled; 0 where none is."""
+    judged = [label for row in data for label in row.categories if label]
+    return judged.count(RELEVANT) / max(len(judged), 1)
+
+
+def check_signal(report: dict[str, Any], allowed: bool) -> None:
+    """Stop before PPO where every label is the same: no token is better than another.
+
+    Errors: GuardError unless `allowed`.
+    """
+    share = report["relevant_share"]
+    if 0 < share < 1:
+        return
+    problem = (
+        f"there is nothing to learn from: {'all' if share else 'none'} of the labelled tokens of "
+        f"{report['answers']} answers are relevant"
+    )
+    if not allowed:
+        raise GuardError(
+            f"{problem}. Label more answers (--generate.samples), or judge otherwise (--label...); "
+            "--ppo.without-signal runs PPO all the same"
+        )
+    say(f"WARNING: {problem}")
 
 
 def check_trunk_gradients(model: PreTrainedModel) -> None:

@@ -179,7 +179,7 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
     found = {"python": platform.python_version()}
-    for name in ("tppo-kernels", "torch", "transformers"):
+    for name in ("tppo-kernels", "torch", "transformers", "icu4py"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

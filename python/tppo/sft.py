@@ -91,22 +91,19 @@ def continue_sft(
     config: SFTConfig,
     *,
     pad_id: int,
-    seconds: float,
+    steps: int,
     seed: int,
     prefix: Prefix = "shared",
-) -> int:
-    """Train on at the final learning rate for `seconds`; returns the number of steps."""
+) -> None:
+    """Train on for `steps` optimiser steps at the final learning rate."""
     assert config.lr is not None
     lr = config.lr * config.final_lr_share
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
-    start, step = time.monotonic(), 0
-    with status(f"sft continued for {seconds:.0f} s") as bar:
-        while time.monotonic() - start < seconds:
-            step += 1
+    with status("sft continued", steps) as bar:
+        for step in range(1, steps + 1):
             sft_step(model, next(batches), optimizer, config, step)
             bar.advance()
-    return step
 
 
 def sft_step(

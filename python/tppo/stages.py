@@ -15,26 +15,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.agreement import compare_files
 from tppo.aligned_reward import OwnTokens, start_reward_model
 from tppo.data import split_log, write_generated
-from tppo.jsonl import is_text, read_jsonl, read_lines, write_json, write_jsonl
+from tppo.jsonl import read_lines, write_json, write_jsonl
 from tppo.label_batch import export_batch, import_batch
 from tppo.label_config import NoKey
 from tppo.label_lost import forget, lost_by_endpoint, recorded
 from tppo.label_openai import EndpointError, LabelItem, label
 from tppo.label_rule import label_by_rule
-from tppo.labels import Label, iter_labels, read_labels, write_labels
+from tppo.labels import Label, iter_labels, write_labels
 from tppo.line_index import LineIndex
 from tppo.mapping import map_labels
 from tppo.model_folder import model_eos_ids, save_model
 from tppo.models import load_policy, new_policy, place
 from tppo.progress import say, track
-from tppo.prompts import SEPARATOR, check_separator, encode_answer, prompt_text
+from tppo.prompts import check_separator, encode_answer, prompt_text
+from tppo.queries import SEPARATOR, answer_text
 from tppo.reward_model import (
-    LabelledAnswer,
     PolicyTokens,
     Reader,
     evaluate_reward_model,
+    relevant_share,
     train_reward_model,
 )
+from tppo.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.rollout import HFRollout
 from tppo.run import Answer, Run, answer_cap, answer_of, fit_prompts
 from tppo.sessions import DataError, Session, session_of
@@ -84,7 +86,7 @@ def _base_model(
         tokenizer, model = load_tokenizer(run.model), load_policy(run.model, run.device)
         check_separator(tokenizer, model_eos_ids(tokenizer, model))
         return tokenizer, model
-    texts = (text for s in train for text in (prompt_text(s), SEPARATOR.join(s.targets)))
+    texts = (text for s in train for text in (prompt_text(s), answer_text(s.targets)))
     tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -288,54 +290,33 @@ def train_rm(run: Run) -> None:
         reader: Reader
         if model.config.own_tokens:
             reader = own = OwnTokens(model, tokenizer)
-            rows = _own_rows(run, own)
+            rows, twins = own_rows(run, own), own_twins(run, own)
         else:
             reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
-            rows = _policy_rows(run)
+            rows, twins = policy_rows(run), policy_twins(run)
         sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
         if len(sessions) < 2:
             raise DataError("1 session is labelled, expected at least 2: one is held out")
         n_heldout = max(1, round(config.heldout_share * len(sessions)))
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
-        history = train_reward_model(reader, train, config, seed=run.seed)
+        repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
+        history = train_reward_model(reader, train + repeated, config, seed=run.seed)
         report = evaluate_reward_model(reader, heldout, config)
+        unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
+        report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
+        report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
         write_jsonl(out / "metrics.jsonl", history)
         write_json(out / "report.json", report)
-        auc = "unknown" if report["auc"] is None else f"{report['auc']:.3f}"
-        say(f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers")
-
-
-def _policy_rows(run: Run) -> dict[str, list[LabelledAnswer]]:
-    """The labelled answers of every session in the policy's tokens."""
-    answers = {answer.id: answer for answer in run.iter_answers()}
-    rows: dict[str, list[LabelledAnswer]] = {}
-    for line in read_jsonl(run.path("map/categories.jsonl")):
-        answer = answers[line.get("id", is_text, "a text")]
-        categories = line.get("categories", lambda v: isinstance(v, list), "a list")
-        sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
-        rows.setdefault(answer.session, []).append(
-            LabelledAnswer(answer.prompt_ids, answer.response_ids, categories, sentence)
+        auc, of_repeated = (
+            "unknown" if report[name] is None else f"{report[name]:.3f}"
+            for name in ("auc", "auc_repeated")
         )
-    return rows
-
-
-def _own_rows(run: Run, reader: OwnTokens) -> dict[str, list[LabelledAnswer]]:
-    """The same in the reward model's own tokens: word labels mapped onto those."""
-    answers = {answer.id: answer for answer in run.iter_answers()}
-    labels = read_labels(run.path("label/labels.jsonl"))
-    readings = reader.read(
-        [decode(run.tokenizer, answers[item.id].prompt_ids) for item in labels],
-        [item.response for item in labels],
-    )
-    rows: dict[str, list[LabelledAnswer]] = {}
-    for item, (prompt, response, offsets) in zip(labels, readings, strict=True):
-        categories = map_labels(item.response, item.words, offsets)
-        rows.setdefault(answers[item.id].session, []).append(
-            LabelledAnswer(prompt, response, categories, item.sentence + 1)
+        say(
+            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers; AUC "
+            f"{of_repeated} where one of their queries is repeated"
         )
-    return rows

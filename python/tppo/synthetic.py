@@ -3,7 +3,8 @@
 A user follows one intent of a fixed library: a topic, a brand and a need.  The history shows early
 queries about the topic (its words of the first steps, the need, a click on the brand) and popular
 queries that have nothing to do with it; the targets are the three next queries, at least one of
-them a late reformulation of the intent, the others popular again.
+them a late reformulation of the intent, the others popular again.  None of the three has the words
+of another one in some order, which the rule would call a repetition.
 
 The noise is concentrated on purpose: more than half of the target queries are one of six popular
 ones, so each of them is as likely a next query as any single reformulation.  A model of the data
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tppo.config import SessionsConfig
+from tppo.queries import repeats
 from tppo.sessions import Event, Session
 
 # topic -> the words of its first steps, seen in the history and never in a target
@@ -150,12 +152,19 @@ def _session(user: str, rng: random.Random, intent: Intent) -> Session:
         history.insert(rng.randint(0, len(history)), Event("search", query, clicks=1))
 
     n_intent = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
-    targets = [
-        form.format(extra=rng.choice(EXTRAS), **words) for form in rng.sample(LATE_FORMS, n_intent)
-    ]
+    targets = _late_queries(rng, n_intent, words)
     targets += rng.sample(POPULAR, TARGETS - n_intent)
     rng.shuffle(targets)
     return Session(
         id=user, user=user, source="generated", profile=(habit,),
         history=tuple(history), targets=tuple(targets),
     )  # fmt: skip
+
+
+def _late_queries(rng: random.Random, n: int, words: dict[str, str]) -> list[str]:
+    """Reformulations of an intent, none of which has the words of another in some order."""
+    while True:
+        forms = rng.sample(LATE_FORMS, n)
+        queries = [form.format(extra=rng.choice(EXTRAS), **words) for form in forms]
+        if not any(repeats(queries)):
+            return queries

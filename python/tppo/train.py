@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +25,8 @@ from tppo.models import Critic, snapshot
 from tppo.parallel import ALONE, World, joined
 from tppo.ppo import Models, PPOTrainer
 from tppo.progress import say, status
-from tppo.prompts import parse_answer
-from tppo.reward_model import check_auc
+from tppo.queries import parse_answer, query_key
+from tppo.reward_model import GuardError, check_auc, check_signal
 from tppo.rollout import HFRollout, RolloutBatch
 from tppo.run import Run
 from tppo.run_folder import KEPT
@@ -43,7 +44,9 @@ def train(run: Run) -> None:
         out = world.of_first(
             stack.enter_context(run.stage("train", resume=True)) if first else None
         )
-        check_auc(read_json(run.path("train-rm/report.json")), run.config.reward_model)
+        report = read_json(run.path("train-rm/report.json"))
+        check_signal(report, run.config.ppo.without_signal)
+        check_auc(report, run.config.reward_model)
         Loop(run, out, world).run_all()
 
 
@@ -87,7 +90,10 @@ class Loop:
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         sessions = [self.sessions[i] for i in rows]
         lengths = suggested_lengths(self.settings, sessions)
+        before = _sums(self.trainer.models.policy) if step == 1 else None
         metrics, rollout = self.trainer.step([self.prompts[i] for i in rows], lengths)
+        if step == 1 and before == _sums(self.trainer.models.policy):
+            stands_still(self.config.without_signal)
         row = {"step": step, **metrics, **self.answer_metrics(sessions, rollout)}
         last = step == self.steps
         if step % self.config.eval_every == 0 or last:
@@ -108,15 +114,16 @@ class Loop:
         texts = [decode(tokenizer, ids, eos_ids) for ids in rollout.response_ids]
         threshold = self.settings.config.label.sentence_threshold
         figures = score_answers(sessions, texts, rollout.finish, threshold)
-        queries = [query for text in texts for query in parse_answer(text)]
+        keys = [query_key(query) for text in texts for query in parse_answer(text)]
         return {
             "reward/rule": figures["relevance"],
             "reward/rule_words": figures["words"],
             "response/length": sum(map(len, rollout.response_ids)) / len(texts),
             "response/format": figures["format"],
             "response/eos": rollout.finish.count("eos") / len(texts),
-            "response/distinct_words": len({word for query in queries for word in query.split()}),
-            "response/distinct_queries": len(set(queries)),
+            "response/distinct_words": len({word for key in keys for word in key}),
+            "response/distinct_queries": len(set(keys)),
+            "response/queries_not_repeated": figures["distinct_queries"],
         }
 
     def look(self, step: int) -> dict[str, float]:
@@ -181,8 +188,8 @@ class Loop:
             models.policy.load_state_dict(self.best["policy"])
             models.critic.load_state_dict(self.best["critic"])
             say(
-                f"ppo: kept step {self.best_step}, held-out relevance {self.best_score:.3f}, "
-                f"{self.seconds:.0f} s"
+                f"ppo: kept step {self.best_step}, held-out relevance {self.best_score:.3f} (by "
+                f"the rule), {self.seconds:.0f} s"
             )
         else:
             self.best_step = self.steps
@@ -193,8 +200,44 @@ class Loop:
         save_model(models.policy, self.settings.tokenizer, self.out / "model")
         critic = {name: t.detach().cpu().clone() for name, t in models.critic.state_dict().items()}
         save_file(critic, self.out / "critic.safetensors")
-        report = {"steps": self.steps, "kept_step": self.best_step, "seconds": self.seconds}
-        write_json(self.out / "report.json", report)
+        write_json(self.out / "report.json", self.report())
+
+    def report(self) -> dict[str, Any]:
+        """What the closing table needs to know of the training."""
+        reward, config = read_json(self.settings.path("train-rm/report.json")), self.config
+        responses = self.batch_size * config.responses_per_prompt
+        updates = config.epochs * math.ceil(responses / config.minibatch_size)
+        return {
+            "steps": self.steps,
+            "optimizer_steps": self.steps * updates,
+            "kept_step": self.best_step,
+            "qualified": bool(self.best),
+            "first_reward": self.metrics[0]["objective/scores"],
+            "last_reward": self.metrics[-1]["objective/scores"],
+            "auc": reward["auc"],
+            "relevant_share": reward["relevant_share"],
+            "sessions": reward["sessions"],
+            "seconds": self.seconds,
+        }
+
+
+def stands_still(allowed: bool) -> None:
+    """Stop after a first step that left the policy as it was.
+
+    Errors: GuardError unless `allowed`.
+    """
+    problem = (
+        "there is nothing to learn from: the first step left the policy as it was (every advantage "
+        "is zero, or the learning rate is too small for a weight to change)"
+    )
+    if not allowed:
+        raise GuardError(f"{problem}. --ppo.without-signal goes on all the same")
+    say(f"WARNING: {problem}")
+
+
+def _sums(model: PreTrainedModel) -> list[float]:
+    """A number a weight tensor that changes where the tensor does, but for a coincidence."""
+    return torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist()
 
 
 def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOTrainer:

@@ -1,16 +1,17 @@
 """Holds the result of a run to what the demo promises: `python tests/tppo/learning.py DIR ...`.
 
 Over at least 300 held-out users, token-level PPO is more relevant than SFT at every temperature and
-than SFT continued for as long, by two standard errors of the difference; its answers keep their
-format and length, and stay near the SFT policy.
+than SFT continued for as many steps, by two standard errors of the difference; its answers hold as
+many distinct queries, keep their format and length, and stay near the SFT policy.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
+
+from tppo.shares import difference
 
 RIVALS = ("sft", "sft_t0.5", "sft_t0.2", "sft_continued")
 
@@ -23,9 +24,13 @@ def shortfalls(result: dict) -> list[str]:
     for name in RIVALS:
         rival = result[name]
         gain = tppo["relevance"] - rival["relevance"]
-        error = math.hypot(tppo["relevance_se"], rival["relevance_se"])
-        if not gain > 2 * error:
-            failed.append(f"relevance is {gain:+.3f} over {name}, expected over {2 * error:.3f}")
+        shares = [(row["relevance"], row["users"]) for row in (tppo, rival)]
+        _, low, _ = difference(*shares, z=2.0)
+        if not low > 0:
+            failed.append(f"relevance is {gain:+.3f} over {name}, which may be chance")
+    kept = tppo["distinct_queries"] / result["sft"]["distinct_queries"]
+    if not kept >= 0.95:
+        failed.append(f"{kept:.1%} of SFT's distinct queries are left, expected at least 95 %")
     if not tppo["format"] >= 0.9:
         failed.append(f"format share is {tppo['format']:.3f}, expected at least 0.9")
     off = tppo["length"] - result["test"]["true_length"]
@@ -43,8 +48,10 @@ def main(folders: list[str]) -> int:
         result = json.loads((Path(folder) / "result.json").read_text())
         failed = shortfalls(result)
         rows = ", ".join(f"{name} {result[name]['relevance']:.3f}" for name in ("tppo", *RIVALS))
+        distinct = [f"{result[name]['distinct_queries']:.2f}" for name in ("tppo", "sft")]
         print(f"{folder}: {'; '.join(failed) if failed else 'holds'} ({rows}, "
-              f"KL {result['tppo']['kl']:.1f}, format {result['tppo']['format']:.2f})")
+              f"KL {result['tppo']['kl']:.1f}, format {result['tppo']['format']:.2f}, "
+              f"distinct queries {' of '.join(distinct)})")
         status |= bool(failed)
     return status
 

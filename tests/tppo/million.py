@@ -59,7 +59,8 @@ def prepare(out: str) -> None:
 
     from tppo.jsonl import write_jsonl
     from tppo.progress import track
-    from tppo.prompts import SEPARATOR, encode_answer
+    from tppo.prompts import encode_answer
+    from tppo.queries import SEPARATOR
     from tppo.sessions import iter_sessions
     from tppo.tokenizer import train_tokenizer
 

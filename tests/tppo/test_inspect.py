@@ -64,6 +64,22 @@ def test_counts(log):
     assert figures["lengths"]["history_events"] == {"mean": 1.5, "median": 1, "p99": 2, "max": 2}
 
 
+def test_the_script_is_named_and_words_without_spaces_are_counted(tmp_path):
+    rows = [Session("1", "a", "made", (), (search("東京ホテル cafe"),), ("東京ホテル",))]
+    write_sessions(tmp_path / "log.jsonl", rows)
+    figures = inspect_log(tmp_path / "log.jsonl", ReadConfig())
+    assert figures["scripts"] == {"Katakana": 6, "Han": 4, "Latin": 4}
+    assert figures["lengths"]["words_per_query"]["mean"] == 3
+    assert figures["lengths"]["words_per_target"]["mean"] == 2
+    text = report(figures)
+    assert "Katakana 42.9%, Han 28.6%, Latin 28.6%; no spaces are written in Katakana, Han" in text
+
+
+def test_a_log_in_latin_letters_says_so(log):
+    text = report(inspect_log(log, ReadConfig()))
+    assert "scripts                 Latin 100.0%\n" in text
+
+
 def test_a_target_is_looked_for_as_whole_words(tmp_path):
     rows = [Session("1", "a", "made", (), (search("chats online"),), ("hats",))]
     write_sessions(tmp_path / "log.jsonl", rows)

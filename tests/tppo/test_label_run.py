@@ -24,7 +24,8 @@ SMALL = {
     "sft": {"max_steps": 6, "eval_every": 3, "decay_steps": 6},
     "generate": {"samples": 40, "max_new_tokens": 24},
     "reward_model": {"epochs": 1},
-    "ppo": {"steps": 1, "batch_size": 16, "minibatch_size": 8, "min_format": 0.0, "max_kl": 100.0},
+    "ppo": {"steps": 1, "batch_size": 16, "minibatch_size": 8, "min_format": 0.0, "max_kl": 100.0,
+            "without_signal": True},
     "eval": {"temperatures": [1.0], "heat_users": 2},
 }
 STAGES = [name for name in COMMANDS if name != "run"]

@@ -8,10 +8,9 @@ from tppo.prompts import (
     encode_answer,
     encode_prompt,
     encode_prompts,
-    has_format,
-    parse_answer,
     prompt_text,
 )
+from tppo.queries import has_format, parse_answer
 from tppo.sessions import Event, Session
 from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 
@@ -65,6 +64,7 @@ def test_an_answer_is_one_query_a_line_and_eos(tokenizer):
         ("a\nb\nc", "eos", False),
         ("a\n ", "eos", False),
         ("a\nb\n", "eos", False),
+        ("a b\nB a", "eos", False),
     ],
 )
 def test_format(text, finish, good):

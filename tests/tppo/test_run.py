@@ -192,7 +192,10 @@ def test_every_stage_leaves_its_files_and_the_table_is_complete(finished):
             assert isinstance(result[name][figure], float), (name, figure)
     assert result["sft"]["kl"] == pytest.approx(0, abs=1e-4) and result["tppo"]["kl"] != 0
     assert result["tppo"]["length"] > 1 and result["test"]["users"] == 24
-    assert result["sft_continued"]["seconds"] == result["tppo"]["seconds"]
+    # 4 steps of 2 epochs over 16 responses, 8 a minibatch
+    assert result["sft_continued"]["optimizer_steps"] == result["tppo"]["optimizer_steps"] == 16
+    assert result["test"]["judge"] == result["test"]["labeller"] == "rule"
+    assert isinstance(result["findings"], list) and result["training"]["steps"] == 4
     assert "<html" in (finished / "heat" / "heat.html").read_text()
 
 
@@ -269,10 +272,50 @@ def test_the_same_seed_gives_the_same_run(finished, config, tmp_path):
     for name in ("data/train.jsonl", "generate/answers.jsonl", "train/model/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
     results = [json.loads((path / "result.json").read_text()) for path in (finished, tmp_path)]
-    for result in results:
-        result.pop("sft_continued")  # as many steps as fit into the time that PPO took
-        result["tppo"].pop("seconds")
-    assert results[0] == results[1]
+    assert without_seconds(results[0]) == without_seconds(results[1])
+    assert without_seconds(results[0])["sft_continued"]["optimizer_steps"] == 16
+
+
+def without_seconds(value):
+    """A value of JSON without the fields named seconds: only they may differ between two runs."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+
+
+def test_labels_of_one_class_stop_before_ppo_unless_told_otherwise(
+    finished, config, tmp_path, capsys
+):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    path = folder / "label" / "labels.jsonl"
+    labels = rows(path)
+    for row in labels:
+        row["words"], row["sentence"] = [[word, 0] for word, _ in row["words"]], 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in labels))
+    main(["map", "--out", str(folder)])
+    main(["train-rm", "--out", str(folder)])
+    shutil.rmtree(folder / "train")
+    message = r"nothing to learn from: none of the labelled tokens of 96 answers are relevant.*"
+    with pytest.raises(SystemExit, match=f"{message}--ppo.without-signal"):
+        main(["train", "--out", str(folder)])
+    assert not (folder / "train").exists()
+    flags = ["--ppo.without-signal", "--ppo.steps", "1"]
+    main(["train", "--out", str(folder), *flags])
+    assert "WARNING: there is nothing to learn from: none of the" in capsys.readouterr().err
+    main(["eval", "--out", str(folder), "--eval.temperatures", "1.0"])
+    shown, result = capsys.readouterr().out, json.loads((folder / "result.json").read_text())
+    if result["tppo"]["relevance"] <= result["sft"]["relevance"]:
+        assert "only 0.0% of the labelled tokens are relevant" in " ".join(shown.split())
+    assert result["findings"] and " ".join(shown.split()).startswith(result["findings"][0])
+
+
+def test_a_policy_that_does_not_move_stops_at_its_first_step(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(folder / "train")
+    flags = ["--ppo.lr", "1e-30", "--ppo.steps", "2"]
+    with pytest.raises(SystemExit, match="first step left the policy as it was.*without-signal"):
+        main(["train", "--out", str(folder), *flags])
+    assert not (folder / "train").exists()
 
 
 KILLED_AT_RENAME = """
@@ -390,7 +433,8 @@ def local_model(tmp_path_factory, finished):
 
 
 def test_a_local_model_with_a_chat_template(local_model, config, tmp_path, capsys):
-    flags = ["--sessions.train-users", "64", "--generate.samples", "48", "--sft.lr", "3e-3"]
+    flags = ["--sessions.train-users", "64", "--generate.samples", "48", "--sft.lr", "3e-3",
+             "--ppo.without-signal"]  # 30 steps of SFT find no relevant word
     main(["run", "--out", str(tmp_path), "--config", config, "--model", str(local_model), *flags])
     assert "no pad token" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "train" / "model")
@@ -459,6 +503,7 @@ def test_real_sessions(name, config, tmp_path):
         pytest.skip("TPPO_SESSIONS names no folder of real sessions")
     data = str(Path(folder) / f"{name}.jsonl")
     flags = ["--generate.samples", "32", "--ppo.steps", "1", "--sft.max-steps", "3"]
+    flags += ["--ppo.without-signal"]  # 3 steps of SFT find no relevant word
     flags += ["--generate.max-new-tokens", "24", "--scratch.max-length", "280"]
     main(["run", "--data", data, "--out", str(tmp_path), "--config", config, *flags])
     result = json.loads((tmp_path / "result.json").read_text())
