@@ -59,8 +59,7 @@ STAGES: dict[str, Dependencies] = {
         ),
         (
             "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
-            *SAMPLING, "label.sentence_threshold", "label.labeller", "reward_model.min_auc",
-            "eval.temperatures",
+            *SAMPLING, "label.sentence_threshold", "eval.temperatures",
         ),
     ),
     "heat": Dependencies(

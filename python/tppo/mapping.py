@@ -50,10 +50,12 @@ def count_words(text: str) -> int:
     """The number of words of a text."""
     if is_unspaced(text):
         return len(word_spans(text))
-    return sum(map(_count_spaced, text.split()))
+    return sum(map(_count_part, text.split()))
 
 
-_count_spaced = lru_cache(maxsize=_REMEMBERED)(lambda text: len(word_spans(text)))
+@lru_cache(maxsize=_REMEMBERED)
+def _count_part(part: str) -> int:
+    return len(word_spans(part))
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -71,7 +73,9 @@ def _fold_part(part: str) -> str:
     return part.lower() if part.isascii() and part.isalnum() else _fold_any_part(part)
 
 
-_fold_any_part = lru_cache(maxsize=_REMEMBERED)(lambda text: _Content(text, frozenset()).key)
+@lru_cache(maxsize=_REMEMBERED)
+def _fold_any_part(part: str) -> str:
+    return _Content(part, frozenset()).key
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -201,7 +205,7 @@ class _Content:
     def __init__(self, text: str, unseen: frozenset[int]) -> None:
         self.text = text
         self.units = list(_units(text, unseen))
-        self.key = ""
+        self.key: str = ""
         self._begins: dict[int, int] = {}  # index into key -> the unit that begins there
         self._ends: dict[int, int] = {}  # index into key -> the unit that ends there
         for index, unit in enumerate(self.units):

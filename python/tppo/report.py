@@ -62,10 +62,10 @@ def rows(run: Run) -> dict[str, Any]:
         "true_length": _mean_length(run, test),
         "seed": run.seed,
         "judge": "rule",
-        "labeller": run.config.label.labeller,
+        "labeller": training["labeller"],
         "threshold": threshold,
     }
-    result["training"] = training | {"min_auc": run.config.reward_model.min_auc}
+    result["training"] = training
     result["findings"] = findings(result)
     return result
 

@@ -48,8 +48,9 @@ def _twins(run: Run) -> Iterator[tuple[Answer, Twin]]:
 def policy_twins(run: Run) -> dict[str, list[LabelledAnswer]]:
     """The twins of every session in the policy's tokens."""
     rows: dict[str, list[LabelledAnswer]] = {}
+    longest = max(len(answer.response_ids) for answer in run.iter_answers())
     for answer, twin in _twins(run):
-        ids = encode_answer(run.tokenizer, parse_answer(twin.text))[: run.max_new_tokens]
+        ids = encode_answer(run.tokenizer, parse_answer(twin.text))[:longest]
         text, offsets = token_offsets(run.tokenizer, ids)
         if twin.text.startswith(text):  # else the tokenizer cannot spell what the policy can
             rows.setdefault(answer.session, []).append(

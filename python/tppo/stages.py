@@ -306,6 +306,7 @@ def train_rm(run: Run) -> None:
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
+        report["labeller"] = next(iter_labels(run.path("label/labels.jsonl"))).labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
         model.save_pretrained(out / "model")

@@ -20,6 +20,7 @@ COLUMNS = {
     "format": "format",
 }  # figure -> header of the closing table
 MIN_DISTINCT = 0.9  # of SFT's distinct queries: with fewer, a run repeats itself
+LOW_AUC = 0.8
 FEW_RELEVANT = 0.05  # share of relevant tokens below which a reward says little
 
 
@@ -48,8 +49,8 @@ def is_row(value: Any) -> bool:
 
 def judge_line(test: dict[str, Any]) -> str:
     """Who judged relevance, and what that means."""
-    labels = test["labeller"]
-    trained = "the same that labelled" if labels == "rule" else "not the endpoint that labelled"
+    labeller = test["labeller"]
+    trained = "which also labelled" if labeller == "rule" else f"not by {labeller}, which labelled"
     return (
         f"relevance: judged by the rule ({trained} the reward model's data), here and where PPO's "
         f"best step is kept: at least {test['threshold']:.0%} of an answer's words stand in the "
@@ -109,7 +110,7 @@ def _cause(result: dict[str, Any]) -> str:
             "little to be rewarded. Label more answers (--generate.samples), or train SFT on more "
             "sessions"
         )
-    if auc is None or auc < training["min_auc"]:
+    if auc is None or auc < LOW_AUC:
         shown = "unknown" if auc is None else f"{auc:.2f}"
         return (
             "Likely cause: the reward model hardly tells relevant from irrelevant words (AUC "

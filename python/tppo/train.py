@@ -217,6 +217,7 @@ class Loop:
             "auc": reward["auc"],
             "relevant_share": reward["relevant_share"],
             "sessions": reward["sessions"],
+            "labeller": reward["labeller"],
             "seconds": self.seconds,
         }
 
