@@ -19,6 +19,7 @@ from tppo.aligned_reward import load_frozen
 from tppo.checkpoint import load_latest, save_checkpoint
 from tppo.config import PPOConfig
 from tppo.evaluate import evaluate_policy, score_answers
+from tppo.guards import GuardError
 from tppo.jsonl import read_json, write_json, write_jsonl
 from tppo.model_folder import model_eos_ids, save_model
 from tppo.models import Critic, snapshot
@@ -26,7 +27,7 @@ from tppo.parallel import ALONE, World, joined
 from tppo.ppo import Models, PPOTrainer
 from tppo.progress import say, status
 from tppo.queries import parse_answer, query_key
-from tppo.reward_model import GuardError, check_auc, check_signal
+from tppo.reward_model import check_auc, check_signal
 from tppo.rollout import HFRollout, RolloutBatch
 from tppo.run import Run
 from tppo.run_folder import KEPT
