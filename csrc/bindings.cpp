@@ -174,7 +174,8 @@ void bind_linear_logprobs(py::module_& m) {
     linear_exponentials(unpack(rows), at<float>(top), half, at<void>(out));
   });
   m.def("linear_gradient", [](const Rows& rows, Address g_logprobs, Address g_entropy,
-                              Address logprobs, Address entropy, Address log_sum, Address dx) {
+                              Address logprobs, Address entropy, Address /*top*/, Address log_sum,
+                              Address dx) {  // the statistics of a row as forward gives them
     py::gil_scoped_release release;
     linear_gradient(unpack(rows), at<float>(g_logprobs), at<float>(g_entropy),
                     at<float>(logprobs), at<float>(entropy), at<float>(log_sum), at<float>(dx));

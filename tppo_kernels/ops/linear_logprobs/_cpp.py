@@ -57,7 +57,7 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
     here = targets if owned is None else torch.where(owned, targets, -1)
     rows = token._Rows(e, here, None, *scale, None)
     grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
-    kept = [token.dense(s) for s in (stats.logprobs, stats.entropy, stats.log_sum)]
+    kept = [token.dense(s) for s in stats[:4]]
     _C.linear_gradient(rows.tuple, *map(token.address, grads), *map(token.address, kept),
                        out.data_ptr())
 
