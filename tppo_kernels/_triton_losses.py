@@ -56,14 +56,14 @@ def number(scalar):
 
 @triton.jit
 def span(offsets_ptr, b, T, N):
-    """Sequence b: (offsets_ptr, b, its first token in a dense result, how many it has)."""
+    """Of sequence b: (its first token in a dense result, how many it has)."""
     if offsets_ptr is not None:
         begin = tl.load(offsets_ptr + b).to(tl.int64)
         count = tl.load(offsets_ptr + b + 1).to(tl.int64) - begin
     else:
         begin = b * T
         count = tl.minimum(N - begin, T)
-    return offsets_ptr, b, begin, count
+    return begin, count
 
 
 @triton.jit

@@ -243,7 +243,8 @@ def _ppo_loss_fwd_kernel(
             tl.zeros([BLOCK], tl.float32))
     live = tl.full([], 0, tl.int32)
     for b in range(tl.program_id(0).to(tl.int64), B, tl.num_programs(0)):
-        sequence = span(offsets_ptr, b, T, N)
+        begin, tokens = span(offsets_ptr, b, T, N)
+        sequence = (offsets_ptr, b, begin, tokens)  # here: Triton 3.6 returns no pointer of None
         size, mean_d = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
         if SEQUENCE or BY_LENGTH:
             size, mean_d = _sequence(logprobs, old, mask, sequence, numbers[3], BLOCK)

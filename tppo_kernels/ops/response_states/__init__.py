@@ -119,7 +119,7 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
     else:
         least = 1 if align in ("logprob", "value") and T > 0 and mask is None else 0
         check.number("prompt_length", prompt_length, low=least, kind=int)
-        end = prompt_length + T - (align in ("logprob", "value"))
+        end = prompt_length + T - int(align in ("logprob", "value"))  # no bool in a graph
         if mask is None and not packed and T > 0 and end > full.shape[1]:
             raise ValueError(
                 f"response_states: prompt_length is {prompt_length} and T is {T}: align={align!r} "

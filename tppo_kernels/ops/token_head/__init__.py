@@ -66,7 +66,11 @@ class _TokenHead(torch.autograd.Function):
             mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
         ctx.save_for_backward(hidden, weight, bias, mask)
         out = _fwd(hidden, weight, bias, mask)
-        return out.squeeze_(-1) if weight.shape[0] == 1 else out  # a node less than after `apply`
+        if weight.shape[0] != 1:
+            return out
+        if torch.compiler.is_compiling():  # in place, torch 2.11 would compile a gradient of 0
+            return out.squeeze(-1)
+        return out.squeeze_(-1)  # a node less than after `apply`
 
     @staticmethod
     @first_only(3)

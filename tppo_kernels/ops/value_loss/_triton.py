@@ -110,7 +110,8 @@ def _value_loss_fwd_kernel(
     sums = (zero, none, none, zero, zero, zero, zero)
     live = tl.full([], 0, tl.int32)
     for b in range(tl.program_id(0).to(tl.int64), B, tl.num_programs(0)):
-        sequence = span(offsets_ptr, b, T, N)
+        begin, tokens = span(offsets_ptr, b, T, N)
+        sequence = (offsets_ptr, b, begin, tokens)  # here: Triton 3.6 returns no pointer of None
         c = tl.full([], 1.0, tl.float32)
         if BY_LENGTH:
             c = tl.div_rn(1.0, _length(mask, sequence, BLOCK))
