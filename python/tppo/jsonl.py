@@ -134,8 +134,10 @@ def read_jsonl(path: str | os.PathLike[str], bad: BadRows = STOP) -> Iterator[Li
 
 
 def refuse_pipe(path: Path) -> None:
-    """Raise DataError for a log that cannot be read more than once."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    """Raise DataError for a log that cannot be read more than once, or is a folder."""
+    if path.is_dir():
+        raise DataError(f"{path}: a folder, expected a file")
+    if path.exists() and not path.is_file():
         raise DataError(
             f"{path}: a pipe or a device, which can be read only once, and a log is read several "
             "times; give a file (gzip files are read as they are)"

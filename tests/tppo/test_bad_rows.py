@@ -240,6 +240,8 @@ def test_a_pipe_is_refused_before_anything_is_read(tmp_path):
         with pytest.raises(SystemExit, match="pipe.: a pipe or a device, .* give a file"):
             main([*command, str(pipe)])
         assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=f"{tmp_path}: a folder, expected a file"):
+        main(["data", "--out", str(tmp_path / "out"), "--data", str(tmp_path)])
     shell = f"{sys.executable} -m tppo data inspect <(echo x)"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.returncode == 1 and "give a file" in done.stderr

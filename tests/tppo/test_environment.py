@@ -3,7 +3,7 @@
 import pytest
 
 from tppo.cli import main
-from tppo.environment import processes
+from tppo.environment import processes, whole
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 WRONG = {
@@ -50,6 +50,14 @@ def test_what_torchrun_sets_is_taken(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("MASTER_ADDR")
     assert processes() == (0, 1)
+
+
+def test_the_device_of_a_process_is_one_that_is_there(monkeypatch):
+    with pytest.raises(ValueError, match="LOCAL_RANK was not set, .* from 0 to 1: torchrun sets"):
+        whole("LOCAL_RANK", 0, 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK was '2', expected a whole number from 0 to 1"):
+        whole("LOCAL_RANK", 0, 2)
 
 
 def test_a_name_that_nothing_reads_is_said(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ COLUMNS = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 REMOVED = "-"  # AOL's mark of a query that was taken out
 # pandas and its like read a column of whole numbers with gaps as floats, and write gaps so:
 MISSING = ("nan", "<na>", "na", "n/a", "none", "null")
-_RANK = re.compile(rf"(\d+(\.0*)?|{'|'.join(MISSING)})?", re.ASCII | re.IGNORECASE)
+_RANK = re.compile(rf"(\d+(\.0*)?|{'|'.join(MISSING)})", re.ASCII | re.IGNORECASE)
 
 
 class _Row(NamedTuple):
@@ -56,8 +56,9 @@ def read_aol(
     users = Fingerprints()
     empty = True
     for user, group in groupby(_rows(path, left_out, bad), key=lambda row: row.user):
-        rows = sorted(group, key=lambda row: row.time)
-        empty, first = False, min(row.number for row in rows)
+        rows = list(group)
+        empty, first = False, rows[0].number
+        rows.sort(key=lambda row: row.time)
         with bad:
             if not users.add(user):
                 raise DataError(
@@ -124,10 +125,10 @@ def _row(path: Path, number: int, fields: list[str]) -> _Row:
         raise error(2, "a time as 2006-03-01 07:17:12") from None
     if when.tzinfo is not None:
         raise error(2, "a time without a zone, as 2006-03-01 07:17:12")
-    if not _RANK.fullmatch(rank):
+    if rank and not rank.isdecimal() and not _RANK.fullmatch(rank):
         raise error(3, "a whole number or nothing")
-    url = "" if url.casefold() in MISSING else url
-    return _Row(number, user, collapse(query), when, collapse(url))
+    url = "" if len(url) <= 4 and url.casefold() in MISSING else collapse(url)
+    return _Row(number, user, collapse(query), when, url)
 
 
 def _sessions(rows: Sequence[_Row], gap: float) -> Iterator[list[_Row]]:
