@@ -207,5 +207,5 @@ def too_many(lost: int, total: int, config: EndpointConfig, reason: str) -> str:
     """What is said where more items are lost than the configuration allows."""
     return (
         f"{lost} of {total} items got no label, more than the {config.max_dropped:.3%} of "
-        f"--label.endpoint.max-dropped; the newest: {reason}"
+        f"--label.endpoint.max-dropped; one of them: {reason}"
     ).replace(".000%", " %")

@@ -24,7 +24,7 @@ from test_label_openai import (  # noqa: E402
     slots,
 )
 
-from tppo import label_openai  # noqa: E402
+from tppo import label_ask, label_openai  # noqa: E402
 from tppo.label_config import EndpointConfig, without_key  # noqa: E402
 from tppo.label_forms import FORMS, table  # noqa: E402
 from tppo.label_openai import Dropped, EndpointError  # noqa: E402
@@ -297,8 +297,9 @@ def test_a_request_refused_without_a_reason_costs_no_second_request_once_the_sch
         assert len(run.dropped) == 24 and len(server.requests) == 28
 
 
-def test_the_wait_that_a_server_asks_for_holds_for_everybody(tmp_path):
+def test_the_wait_that_a_server_asks_for_holds_for_everybody(tmp_path, monkeypatch, capsys):
     """In milliseconds, in seconds or as a date; meanwhile nobody sends."""
+    monkeypatch.setattr(label_ask, "LONG_WAIT_S", 0.4)
     date = "%a, %d %b %Y %H:%M:%S GMT"
     for kind in ("retry-after-ms", "Retry-After", date):
         sent = []
@@ -317,6 +318,7 @@ def test_the_wait_that_a_server_asks_for_holds_for_everybody(tmp_path):
             assert len(label(items, config(server, concurrency=2), cache).labels) == 12
             waits = sorted(b - a for a, b in zip(sent, sent[1:], strict=False))
             assert len(sent) == 13 and waits[-1] > 0.45
+            assert capsys.readouterr().err.count("labelling: the server asks to wait ") == 1
     with serving(lambda request, number: (429, {"Retry-After": "2"}, {})) as server:
         with pytest.raises(EndpointError, match="asks to wait 2 s, the limit is 1 s"):
             label([item()], config(server, max_wait_s=1.0), tmp_path / "wait.jsonl")
