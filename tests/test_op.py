@@ -121,6 +121,7 @@ def test_everything_works_without_the_compiled_part(inputs, no_extension):
     assert tk.explain("gae", *inputs).backend == "reference"
     assert "no compiled part" in tk.explain("gae", *inputs).refused["cpp"]
     assert "none: no compiled part" in tk.doctor()
+    assert tk.doctor().isascii()  # `make demo` prints it, whatever PYTHONIOENCODING says
 
 
 def test_import_loads_neither_the_extension_nor_triton_nor_transformers():

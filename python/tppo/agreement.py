@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tppo.jsonl import DataError, short
 from tppo.labels import Label, read_labels
 from tppo.mapping import NONE, map_labels, word_spans
+from tppo.shares import wilson
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,17 @@ def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
 
 
 def compare_files(labels: str | os.PathLike[str], others: str | os.PathLike[str]) -> str:
-    """The agreement of two label files, as a table."""
+    """The agreement of two label files, as a table, with Wilson's 95 % intervals."""
     result = compare(read_labels(labels), read_labels(others))
-    rows = [("", "pairs", "agreement", "kappa")]
+    rows = [("", "pairs", "agreement", "95 %", "kappa")]
     for name, rate in (("words", result.words), ("answers", result.sentences)):
-        agreement = "-" if rate.agreement is None else f"{rate.agreement:.2%}"
+        agreement = interval = "-"
+        if rate.agreement is not None:
+            agreement = f"{rate.agreement:.2%}"
+            interval = "-".join(f"{100 * end:.1f}" for end in wilson(rate.agreement, rate.pairs))
         kappa = "-" if rate.kappa is None else f"{rate.kappa:.3f}"
-        rows.append((name, str(rate.pairs), agreement, kappa))
-    lines = [f"{a:<8}{b:>8}{c:>11}{d:>8}" for a, b, c, d in rows]
+        rows.append((name, str(rate.pairs), agreement, interval, kappa))
+    lines = [f"{a:<8}{b:>8}{c:>11}{d:>12}{e:>8}" for a, b, c, d, e in rows]
     if result.unpaired_words:
         lines.append(
             f"{result.unpaired_words} words that only one of the two labelled are left out"

@@ -61,6 +61,7 @@ def prepare(out: str) -> None:
     from tppo.progress import track
     from tppo.prompts import encode_answer
     from tppo.queries import SEPARATOR
+    from tppo.run_folder import RunFolder
     from tppo.sessions import iter_sessions
     from tppo.tokenizer import train_tokenizer
 
@@ -68,7 +69,9 @@ def prepare(out: str) -> None:
     train = root / "data" / "train.jsonl"
     texts = (SEPARATOR.join(s.targets) for s in islice(iter_sessions(train), 2_000))
     tokenizer = train_tokenizer(texts, 1024)
-    tokenizer.save_pretrained(root / "sft" / "model")
+    folder = RunFolder(root)
+    with folder.stage("sft") as work:
+        tokenizer.save_pretrained(work / "model")
 
     def rows():
         before = ("nothing",)
@@ -80,8 +83,8 @@ def prepare(out: str) -> None:
             }  # fmt: skip
             before = session.targets
 
-    (root / "generate").mkdir(parents=True, exist_ok=True)
-    write_jsonl(root / "generate" / "answers.jsonl", rows())
+    with folder.stage("generate") as work:
+        write_jsonl(work / "answers.jsonl", rows())
 
 
 def measure(name: str, arguments: list[str], interval_s: float) -> dict[str, object]:

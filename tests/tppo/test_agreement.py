@@ -66,7 +66,7 @@ def test_the_table_of_two_files(tmp_path):
     write_labels(tmp_path / "file.jsonl", [ONE, labelled("b", "red hat", [1, 0], 0)])
     table = compare_files(tmp_path / "own.jsonl", tmp_path / "file.jsonl").splitlines()
     assert [line.split() for line in table] == [
-        ["pairs", "agreement", "kappa"],
-        ["words", "4", "75.00%", "0.500"],
-        ["answers", "2", "100.00%", "1.000"],
+        ["pairs", "agreement", "95", "%", "kappa"],
+        ["words", "4", "75.00%", "30.1-95.4", "0.500"],
+        ["answers", "2", "100.00%", "34.2-100.0", "1.000"],
     ]
