@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._backends import forced, interpreting, missing, variable
+from ._backends import BACKENDS, forced, interpreting, missing, variable
 from ._eager import plain_device
 
 OPS: dict[str, Op] = {}
@@ -112,6 +112,8 @@ class Op:
     def _refusal(self, backend: str, device: str, args: tuple) -> str | None:
         if backend == "reference":
             return None
+        if backend not in BACKENDS:  # `use_backend` refuses such a name itself
+            return f"TPPO_BACKEND is {backend!r}, expected one of {', '.join(BACKENDS)}"
         if backend not in self.order[device]:
             if device != "cpu" or backend != "triton" or backend not in self.order["cuda"]:
                 return f"it has no such backend on {device}, only {', '.join(self.order[device])}"
