@@ -43,6 +43,9 @@ void linear_gradient(const TokenRows& in, const float* g_logprobs, const float* 
                      const float* logprobs, const float* entropy, const float* log_sum,
                      float* dx);
 
+// A hint for fresh memory that is written as a whole; no result depends on it.
+void expect_writes(char* begin, int64_t bytes);
+
 // mask may be null; moments: n, mean, M2, max|x| of the valid tokens.
 void whiten_stats(const float* x, const uint8_t* mask, int64_t n, double* moments, int threads);
 void whiten_fwd(const float* x, const uint8_t* mask, int64_t n, const double* moments, double eps,

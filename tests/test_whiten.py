@@ -1,6 +1,7 @@
 """`whiten`: the textbook, zero variance, and statistics over several processes."""
 
 import itertools
+import time
 from datetime import timedelta
 
 import pytest
@@ -94,8 +95,9 @@ def test_fp64_is_exact():
 
 @pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
 def test_threads_change_no_bit():
-    """Blocks are merged in order, whatever thread had them."""
-    x, mask, results = torch.randn(700_001), torch.rand(700_001) < 0.5, []
+    """Blocks are merged in order, whatever thread had them; a thread has a million tokens."""
+    n = (3 << 20) + 5001
+    x, mask, results = torch.randn(n), torch.rand(n) < 0.5, []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -104,6 +106,44 @@ def test_threads_change_no_bit():
     assert_same_bits(tuple(results[1:]), (results[0], results[0]))
     assert_accurate(results[0], textbook(x.double(), mask), textbook(x, mask),
                     floor=SEQUENTIAL_FLOOR)
+
+
+@pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e36])
+def test_no_square_overflows_or_vanishes(size):
+    """In fp32 the square of each would, and whitening would give 0 or NaN."""
+    x, mask = torch.randn(3, 1700), torch.rand(3, 1700) < 0.7
+    expected = tk.whiten(x, mask, eps=0.0)
+    with tk.use_backend("cpp"):
+        torch.testing.assert_close(tk.whiten(x * size, mask, eps=0.0), expected)
+        torch.testing.assert_close(tk.whiten(x * size, eps=0.0), tk.whiten(x, eps=0.0))
+
+
+@pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
+@pytest.mark.parametrize("shape", [(4, 64), (64, 512), (512, 2048)])
+def test_it_takes_no_longer_than_eager(shape):
+    """The benchmark's own eager, on one thread: the least of interleaved rounds of each. Threads
+    that were started for less than they cost once made the largest shape slower than it."""
+    x, mask = 3 + torch.randn(shape), torch.rand(shape) < 0.75
+
+    def eager():
+        valid = mask.to(x.dtype)
+        tokens = valid.sum()
+        mean = (x * valid).sum() / tokens
+        variance = ((x - mean).square() * valid).sum() / (tokens - 1)
+        return (x - mean) * torch.rsqrt(variance + 1e-8) * valid
+
+    torch.use_deterministic_algorithms(False)  # it fills every empty tensor
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = {eager: [], tk.whiten: []}
+    for _ in range(20):
+        for function in times:
+            start = time.thread_time()
+            function() if function is eager else function(x, mask)
+            times[function].append(time.thread_time() - start)
+    torch.set_num_threads(threads)
+    assert min(times[tk.whiten]) <= min(times[eager])
 
 
 def test_a_large_mean_costs_no_accuracy(backend):
