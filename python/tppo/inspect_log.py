@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             args=list(arguments),
         )
         figures = inspect_log(options.file, options.read, options.examples, options.seed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"tppo data inspect: {error}")
     if options.json:
         print(json.dumps(plain(figures), ensure_ascii=not is_unicode(sys.stdout)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_the_script_is_named_and_words_without_spaces_are_counted(tmp_path):
     assert figures["lengths"]["words_per_target"]["mean"] == 2
     text = report(figures)
     assert "Katakana 42.9%, Han 28.6%, Latin 28.6%; no spaces are written in Katakana, Han" in text
+
+
+def test_without_icu_a_script_without_spaces_names_what_to_install(tmp_path, monkeypatch):
+    rows = [Session("1", "a", "made", (), (), ("東京ホテル",))]
+    write_sessions(tmp_path / "log.jsonl", rows)
+    monkeypatch.setitem(sys.modules, "icu4py.breakers", None)
+    with pytest.raises(SystemExit, match=r"icu4py is not installed.*tppo-kernels\[train\]"):
+        main(["data", "inspect", str(tmp_path / "log.jsonl")])
 
 
 def test_a_log_in_latin_letters_says_so(log):

@@ -57,6 +57,7 @@ def test_it_starts_from_the_sft_trunk_and_learns(sft_folder):
     after = evaluate_reward_model(reader, answers(64, 1), CONFIG)
     assert history[-1]["loss"] < history[0]["loss"]
     assert after["auc"] > 0.95 and before["auc"] < 0.8 and after["accuracy"] > before["accuracy"]
+    assert evaluate_reward_model(reader, [], CONFIG)["auc"] is None  # no answer could be repeated
 
 
 def test_two_runs_are_bitwise_equal(sft_folder):

@@ -22,10 +22,12 @@ from tppo.config import fill_defaults
 from tppo.hashes import sha256
 from tppo.jsonl import write_json
 from tppo.prompts import prompt_text
+from tppo.queries import parse_answer, repeats
+from tppo.reward_rows import policy_twins
 from tppo.run import Run
 from tppo.run_folder import RunFolder
 from tppo.sessions import read_sessions
-from tppo.tokenizer import train_tokenizer
+from tppo.tokenizer import token_offsets, train_tokenizer
 
 TINY = {
     "sessions": {"train_users": 200, "heldout_users": 24, "test_users": 24, "transfer_users": 8},
@@ -221,6 +223,29 @@ def test_categories_line_up_with_the_sampled_tokens(finished):
         assert (ids[-1] != tokenizer.eos_token_id) or row["categories"][-1] == 0
         marked = {1 + relevant for _, relevant in words}
         assert set(row["categories"]) - {0} == marked
+
+
+@pytest.mark.parametrize("share", ["0.5", "0"])
+def test_the_reward_model_reads_answers_with_a_repeated_query(finished, config, share):
+    """Without them PPO said one relevant query three times, which the reward model paid thrice."""
+    flags = ["--config", config, "--out", str(finished), "--reward-model.repeated-share", share]
+    options, _ = _parse("run", flags)
+    run = Run(options.out, fill_defaults(options.settings, pretrained=False))
+    twins = [row for found in policy_twins(run).values() for row in found]
+    able = sum(len(parse_answer(answer.text)) > 1 for answer in run.iter_answers())
+    assert (0.2 * able < len(twins) < 0.8 * able) if share == "0.5" else not twins
+    for row in twins:
+        text, offsets = token_offsets(run.tokenizer, row.response_ids)
+        lines, start = text.split("\n"), 0
+        if row.response_ids[-1] == run.tokenizer.eos_token_id:
+            assert sum(repeats(lines)) == 1  # a cut one may have lost its repetition
+        for line, again in zip(lines, repeats(lines), strict=True):
+            tokens = {c for c, (a, b) in zip(row.categories, offsets, strict=True)
+                      if a < start + len(line) and b > start}  # fmt: skip
+            assert not again or tokens <= {0, 1}
+            start += len(line) + 1
+    report = json.loads((finished / "train-rm" / "report.json").read_text())
+    assert report["auc_repeated"] is None or 0 <= report["auc_repeated"] <= 1
 
 
 def test_exports_are_plain_models(finished):
