@@ -53,7 +53,7 @@ template <bool kEmit, bool kFloats>
 __global__ void __launch_bounds__(kThreads, 3)
     gae_blocks_kernel(GaeInputs in, int parts, GaeMap* maps, float* advantages, float* returns) {
   GaeTokens<kFloats> tokens{in, advantages, returns};
-  walk_by_blocks<kEmit>(tokens, in, parts, maps);
+  walk_by_blocks<kEmit, 2>(tokens, in, parts, maps);
 }
 
 template <bool kFloats>

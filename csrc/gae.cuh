@@ -1,6 +1,6 @@
 // The walk over a sequence that gae.cu and token_advantages.cu share: a parallel scan of gae.h's
 // maps. A thread holds kGroup adjacent tokens (one 16-byte load of fp32), a warp kRounds times 32
-// such groups, a block of kThreads one sequence (in two rounds), or one a warp (in one).
+// such groups, a block of kThreads one sequence, or one a warp (in one round).
 // Chunks go from the last token to the first and hand a carry on. Every token is read once.
 //
 // Positions count from a multiple of kGroup at or before the first token of the sequence in the
@@ -285,13 +285,13 @@ __device__ void walk_part(Source& tokens, const GaeInputs& in, const Span& span,
 }
 
 // All parts of all sequences, one after another for a block.
-template <bool kEmit, class Source>
+template <bool kEmit, int kRounds, class Source>
 __device__ void walk_by_blocks(Source& tokens, const GaeInputs& in, int parts, GaeMap* maps) {
   __shared__ GaeMap shared[2][kWarps];
   int turn = 0;
   for (int64_t task = blockIdx.x; task < in.sequences.B * parts; task += gridDim.x) {
     const int64_t b = task / parts;
-    walk_part<kEmit, 2>(tokens, in, span_of(in.sequences, b), b, int(task % parts), parts, maps,
+    walk_part<kEmit, kRounds>(tokens, in, span_of(in.sequences, b), b, int(task % parts), parts, maps,
                      kWarps, shared, turn);
   }
 }

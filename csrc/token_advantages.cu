@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     token_advantages_blocks_kernel(AdvantageInputs in, int parts, GaeMap* maps,
                                    AdvantageOutputs out, Moments* partials) {
   AdvantageTokens<kEmit, kFloats> tokens{in, out, value_at(in.kl_coef, 0)};
-  walk_by_blocks<kEmit>(tokens, in.walk, parts, maps);
+  walk_by_blocks<kEmit, kFloats ? 2 : 1>(tokens, in.walk, parts, maps);  // as registers allow
   if (kEmit) leave_moments(tokens, partials);
 }
 
