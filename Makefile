@@ -8,6 +8,10 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The versions of a GPU machine of today, for test-versions; numpy 2.5 wants Python 3.12.
+OLD := torch==2.11.0 triton==3.6.0 transformers==5.17.0
+OLD_PYTHON ?= $(shell python3.12 -c "" 2>/dev/null && echo python3.12 || echo $(PYTHON))
+OLD_NUMPY = $(shell $(OLD_PYTHON) -c "import sys; print('numpy==2.5.*' if sys.version_info >= (3, 12) else 'numpy>=2.2')")
 TORCH_INDEX ?=
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3
@@ -16,9 +20,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One process a core with one thread each: two threads on shared cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
+OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -33,6 +39,12 @@ test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 test-full: lint  ## everything, the large matrices whole
 	TPPO_TEST_FULL=1 $(PYTEST)
 	TPPO_TEST_FULL=1 TRITON_INTERPRET=1 $(PYTEST) tests/triton
+
+test-versions: .venv-versions/ready  ## the operators' tests with torch 2.11, triton 3.6, transformers 5.17, numpy 2.5
+	@echo "== $$(.venv-versions/bin/python --version), $(OLD) $(OLD_NUMPY)"
+	$(OLD_PYTEST) tests --ignore=tests/tppo --ignore=tests/test_packaging.py --ignore=tests/test_tree.py
+	$(OLD_PYTEST) tests/tppo/test_shared_prefix.py
+	TRITON_INTERPRET=1 $(OLD_PYTEST) tests/triton
 
 lint: .venv/dev
 	@echo "== ruff and mypy"
@@ -58,7 +70,7 @@ check: .venv/train  ## the demo at several seeds, held to what it promises (abou
 	  $(BIN)/python tests/tppo/learning.py runs/check-$$seed || exit 1; done
 
 clean:  ## remove the environment and what was built
-	rm -rf .venv build dist *.egg-info tppo_kernels/_C*.so
+	rm -rf .venv .venv-versions build dist *.egg-info tppo_kernels/_C*.so
 
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed")'
@@ -78,3 +90,12 @@ clean:  ## remove the environment and what was built
 	@echo "== installing tppo-kernels for development, with compiled operators where a compiler is"
 	$(PIP) --editable ".[train,label,data,dev]"
 	@touch $@ .venv/train
+
+.venv-versions/ready: $(SOURCES)
+	@echo "== making the environment .venv-versions with $(OLD) $(OLD_NUMPY)"
+	$(OLD_PYTHON) -m venv .venv-versions
+	$(OLD_PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(filter torch%,$(OLD)) "$(OLD_NUMPY)"
+	@printf '%s\n' $(OLD) "$(OLD_NUMPY)" > .venv-versions/versions.txt
+	$(OLD_PIP) --constraint .venv-versions/versions.txt $(OLD) --editable ".[train,bench]" \
+	  hypothesis peft pytest-xdist pybind11 setuptools
+	@touch $@

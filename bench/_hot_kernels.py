@@ -1,4 +1,4 @@
-"""Instructions of each hot kernel, as `ncu` counts them: a thread's, over the elements it handles.
+"""Instructions of the hot kernels, as `ncu` counts them: a thread's, over the elements it handles.
 
 `python bench/_hot_kernels.py JOURNAL` runs itself without an argument under ncu, which is one
 launch of each, and writes down what that counted. Exit status 3: ncu does not answer here.
@@ -22,12 +22,13 @@ METRICS = {"smsp__thread_inst_executed.sum": "instructions", "gpu__time_duration
            "dram__bytes.sum": "nbytes"}
 ROWS, COLUMNS, WIDTH, BATCH, TOKENS = 1024, 128_256, 1024, 8192, 4096  # one chunk of 1 GiB
 TINY = (4, 500, 16, 4, 64)
-KERNELS = {  # part of its name: elements
+KERNELS = {  # part of its name: elements; of one operator, those that a plan may choose among
     "_token_logprobs_fwd_kernel": ROWS * COLUMNS,
     "_linear_logprobs_keep_kernel": ROWS * COLUMNS,
     "_linear_logprobs_kept_kernel": ROWS * COLUMNS,
     "_linear_logprobs_gradient_kernel": ROWS * COLUMNS,
-    "token_advantages_fwd_kernel": BATCH * TOKENS,
+    "token_advantages_warps_kernel": BATCH * TOKENS,
+    "token_advantages_blocks_kernel": BATCH * TOKENS,
     "token_advantages_whiten_kernel": BATCH * TOKENS,
 }
 

@@ -208,7 +208,7 @@ def benchmarks(check: Check, part: Part) -> None:
 def learning(check: Check, part: Part) -> None:
     """`tppo run` on the fastest backends and on the reference, both at once: their curves agree."""
     if why := lacks(check, "transformers", "tokenizers", "safetensors", "tyro", "rich", "pydantic",
-                    "ruamel", "sacrebleu"):
+                    "ruamel", "icu4py", "sacrebleu"):
         return part.skip(f"{why}: the trainer cannot run")
     config = check.work / "learning.yaml"  # JSON is YAML
     config.write_text(json.dumps(TINY if check.smoke else SMALL))

@@ -20,7 +20,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 PRESENT = ("transformers", "tokenizers", "safetensors", "rich", "sacrebleu")  # of the trainer's
 TRAINER = ("tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.1", "pydantic==2.14.4",
            "pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-extensions==4.16.0",
-           "typing-inspection==0.4.5", "ruamel.yaml==0.19.1")
+           "typing-inspection==0.4.5", "ruamel.yaml==0.19.1", "icu4py==1.2.0")
 PEERS = ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "datasets==5.2.0",
          "dill==0.4.1", "multiprocess==0.70.19", "torchrl==0.14.1", "tensordict==0.14.3",
          "pyvers==0.2.3", "hoptorch==0.1.4", "verl==0.9.1")
