@@ -150,8 +150,8 @@ def sft_losses(used, way):
     still = torch.optim.SGD(used.policy.parameters(), lr=0.0)
     return {
         "held-out": answer_loss(used.policy, Examples(PROMPTS, RESPONSES), 99, PAD, way),
-        "step": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=False)),
-        "step on prompts too": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=True)),
+        "step": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=False), 1),
+        "step on prompts too": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=True), 1),
     }
 
 
