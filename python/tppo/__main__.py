@@ -13,6 +13,8 @@ def main() -> None:
         if (error.name or "").split(".")[0] in ("tppo", "tppo_kernels"):
             raise
         sys.exit(f"tppo: {error.name} is not installed: pip install 'tppo-kernels[train]'")
+    except KeyboardInterrupt:  # before the command line handles signals, nothing is under way
+        sys.exit(130)
     cli.main()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import field
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Annotated, Any
 
 import tyro
@@ -20,6 +22,7 @@ from tppo.label_config import check_address, check_key
 from tppo.progress import say, status
 from tppo.run_folder import differences
 from tppo.settings import Count, FilePath, Seed, from_dict, section
+from tppo.stopping import Stopped, listening
 
 COMMANDS = {
     "run": "every stage below in one run folder; finished stages are skipped",
@@ -35,6 +38,13 @@ COMMANDS = {
 }
 PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
          "--import-batch")  # fmt: skip
+LOST = {  # by a signal, of a stage that is under way
+    "sft": "its steps so far are lost",
+    "generate": "its answers so far are lost",
+    "label": "labels of an endpoint are kept in label-cache.jsonl",
+    "train-rm": "its steps so far are lost",
+    "train": "no step of this process is lost",
+}
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
 
@@ -85,6 +95,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `tppo`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     accept_any_text()
+    try:
+        with listening():
+            try:
+                _main(arguments)
+            finally:
+                sys.stdout.flush()
+    except Stopped as stop:
+        say(f"tppo {arguments[0]}: stopped by {stop.cause}: {stop.lost or 'nothing is lost'}. "
+            "The same command goes on from there")  # fmt: skip
+        sys.exit(stop.code)
+    except BrokenPipeError:  # such as `| head`: what it wants to read is all that it gets
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + SIGPIPE)
+
+
+def _main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     command, rest = arguments[0], arguments[1:]
@@ -98,6 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, extra = _parse(command, rest)
     try:
         _run(command, options, extra.task())
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if environment.flag("TPPO_TRACEBACK"):
             raise
@@ -229,20 +257,28 @@ def _keep_settings(options: Options) -> None:
 
 
 def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str) -> None:
-    if command == "run":
-        from tppo.label_lost import lost_by_endpoint
-        from tppo.stages import label_lost_again
-
-        for name, stage in stages.items():
-            if not run.done(name):
-                say(f"{name}: {COMMANDS[name]}")
-                stage(run)
-            elif name == "label" and lost_by_endpoint(run.label_lost):
-                label_lost_again(run)
+    for name in stages if command == "run" else [command]:
+        try:
+            if command == "run":
+                _run_unless_done(run, name, stages[name])
             else:
-                say(f"{name}: finished before, skipped")
+                stages[name](run)
+        except Stopped as stop:
+            lost = stop.lost or LOST.get(name, "its work so far is lost")
+            raise Stopped(stop.signum, f"{name}: {lost}, earlier stages are kept") from None
+
+
+def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
+    from tppo.label_lost import lost_by_endpoint
+    from tppo.stages import label_lost_again
+
+    if not run.done(name):
+        say(f"{name}: {COMMANDS[name]}")
+        stage(run)
+    elif name == "label" and lost_by_endpoint(run.label_lost):
+        label_lost_again(run)
     else:
-        stages[command](run)
+        say(f"{name}: finished before, skipped")
 
 
 def _label_task(run: Any, name: str, path: Path) -> None:

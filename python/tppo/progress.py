@@ -29,7 +29,10 @@ def say(text: str) -> None:
     if _live.progress is not None:
         _live.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:  # nobody reads on; that is no reason to stop what is under way
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def warn(text: str) -> None:
@@ -89,6 +92,7 @@ class Bar:
 
     def __init__(self, description: str, total: int | None = None) -> None:
         self.description, self.total, self.count, self.text = description, total, 0, ""
+        self.before = 0  # of `count`, done by an earlier process
         self.start = time.monotonic()
         self.closed = threading.Event()
         self.quiet = _silent()
@@ -104,6 +108,11 @@ class Bar:
         self.count += n
         if self.live:
             _live.update(self)
+
+    def resume(self, n: int) -> None:
+        """Begin after the n pieces of an earlier process, which say nothing of this one's rate."""
+        self.before = n
+        self.advance(n)
 
     def note(self, text: str) -> None:
         """Replace the short text beside the figures."""
@@ -136,10 +145,11 @@ class Bar:
             parts.append(f"{self.count}/{self.total}{share}")
         elif self.count:
             parts.append(str(self.count))
-        if self.count and seconds > 0:
-            parts.append(f"{self.count / seconds:.3g}/s,")
-        if self.count and self.total and self.count < self.total and not self.closed.is_set():
-            parts.append(f"{_duration(seconds / self.count * (self.total - self.count))} left")
+        done = self.count - self.before
+        if done and seconds > 0:
+            parts.append(f"{done / seconds:.3g}/s,")
+        if done and self.total and self.count < self.total and not self.closed.is_set():
+            parts.append(f"{_duration(seconds / done * (self.total - self.count))} left")
         else:
             parts.append(_duration(seconds))
         return " ".join(parts) + (f": {self.text}" if self.text else "")

@@ -119,8 +119,8 @@ def heat(run: Run) -> None:
         ]
         shown.sort(key=lambda row: row.id)
         write_heat(out / "heat.html", shown, "Token rewards of test answers")
-        print_heat(shown[:4])
-        say(f"heat map: {run.path('heat/heat.html')}")
+    print_heat(shown[:4])
+    say(f"heat map: {run.path('heat/heat.html')}")
 
 
 @torch.no_grad()

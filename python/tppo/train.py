@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tppo import stopping
 from tppo.aligned_reward import load_frozen
 from tppo.checkpoint import load_latest, save_checkpoint
 from tppo.config import PPOConfig
@@ -42,6 +43,7 @@ def train(run: Run) -> None:
     """
     with joined(run.device) as world, ExitStack() as stack:
         first = world.rank == 0
+        stack.enter_context(stopping.deferrable())  # ends after the stage: it has its name by then
         out = world.of_first(
             stack.enter_context(run.stage("train", resume=True)) if first else None
         )
@@ -72,8 +74,9 @@ class Loop:
         """Every step that is still to do, then the export."""
         self.resume()
         first = self.trainer.step_count + 1
+        stopping.defer()
         with status("ppo", self.steps) as bar:
-            bar.advance(first - 1)
+            bar.resume(first - 1)
             for step in range(first, self.steps + 1):
                 row = self.step(step)
                 bar.advance()
@@ -81,8 +84,21 @@ class Loop:
                     f"relevance {row['reward/rule']:.2f}, reward {row['objective/scores']:.2f}, "
                     f"KL {row['objective/kl']:.1f}, length {row['response/length']:.1f}"
                 )
+                if step < self.steps:
+                    self.stop_if_asked(step)
         if self.world.rank == 0:
             self.export()
+        self.world.of_first(None)
+
+    def stop_if_asked(self, step: int) -> None:
+        """Save and stop after a signal to any of the processes; raises Stopped in all of them."""
+        signum = max(self.world.exchanged(stopping.asked() or 0))
+        if not signum:
+            return
+        if self.world.rank == 0 and step % self.config.checkpoint_every:
+            self.save(step)
+        self.world.of_first(None)  # where one ends before the first has saved, torchrun ends it too
+        raise stopping.Stopped(signum, f"it is saved after step {step} of {self.steps}")
 
     def step(self, step: int) -> dict[str, Any]:
         """One PPO step; looks at held-out users and writes a checkpoint when it is time."""

@@ -1,0 +1,219 @@
+"""Ctrl-C and SIGTERM: a training saves, everything else ends in one line; a closed pipe in none."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+import yaml
+
+from tppo.cli import main
+from tppo.ppo import PPOTrainer
+from tppo.progress import Bar
+from tppo.run_folder import RunFolder
+from tppo.train import Loop
+
+TINY = {
+    "sessions": {"train_users": 40, "heldout_users": 8, "test_users": 8, "transfer_users": 4},
+    "scratch": {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 300, "heads": 2},
+    "sft": {"max_steps": 2, "eval_every": 2},
+    "generate": {"samples": 32, "max_new_tokens": 8},
+    "reward_model": {"epochs": 1},
+    "ppo": {"steps": 3, "batch_size": 8, "minibatch_size": 8, "checkpoint_every": 100,
+            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def before_ppo(tmp_path_factory):
+    """A run folder with every stage before PPO."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    config = ["--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")]
+    for stage in ("data", "sft", "generate", "label", "map", "train-rm"):
+        main([stage, *config])
+    return folder / "out"
+
+
+@dataclasses.dataclass
+class Ended:
+    """A process that has ended: its exit status, as a shell sees it, and what it said."""
+
+    code: int
+    said: str
+
+
+def run(tmp_path, arguments, prepare):
+    """`tppo` in a process of its own, a fork, which need not import torch again."""
+    log = tmp_path / "said"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            torch.set_num_threads(1)
+            prepare()
+            main(arguments)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 100
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return Ended(os.waitstatus_to_exitcode(ended[1]), log.read_text())
+
+
+def at(module, name, when, act):
+    """Call `act` before the call number `when` of a function; nobody undoes it in a fork."""
+    real, calls = getattr(module, name), []
+
+    def call(*arguments, **options):
+        calls.append(1)
+        if len(calls) == when:
+            act()
+        return real(*arguments, **options)
+
+    setattr(module, name, call)
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "called"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_signal_lets_ppo_finish_its_step_and_saves_it(
+    before_ppo, tmp_path, capsys, number, code, called
+):
+    """41 lines of traceback, and the steps since the last checkpoint were lost."""
+    train = ["train", "--out", str(before_ppo)]
+    done = run(tmp_path, train, lambda: at(PPOTrainer, "update", 1, signalled(number)))
+    assert done.code == code, done.said
+    assert "stopping: the step under way is finished and saved" in done.said
+    step = len(list(before_ppo.glob("train.tmp/checkpoints/step-*")))
+    assert done.said.splitlines()[-1] == (
+        f"tppo train: stopped by {called}: train: it is saved after step {step} of 3, earlier "
+        "stages are kept. The same command goes on from there"
+    )
+    assert "Traceback" not in done.said
+    if number == signal.SIGTERM:  # the second: it went on where the first had stopped
+        assert step == 2
+        main(train)
+        assert "ppo: resumes after step 2 of 3" in capsys.readouterr().err
+        metrics = (before_ppo / "train" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3]
+
+
+def test_a_signal_in_the_export_lets_the_stage_finish(before_ppo, tmp_path):
+    train = ["train", "--out", str(before_ppo), "--ppo.steps", "1"]
+    done = run(tmp_path, train, lambda: at(Loop, "export", 1, signalled(signal.SIGTERM)))
+    assert done.code == 143 and (before_ppo / "train" / "manifest.json").exists()
+    assert "tppo train: stopped by SIGTERM: train: nothing is lost" in done.said
+
+
+def test_a_second_signal_ends_it_at_once(before_ppo, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.5, signalled(signal.SIGINT)).start()
+        time.sleep(90)
+
+    start = time.monotonic()
+    train = ["train", "--out", str(before_ppo), "--ppo.lr", "1e-3"]
+    done = run(tmp_path, train, lambda: at(PPOTrainer, "update", 1, twice))
+    assert done.code == 130 and time.monotonic() - start < 60, done.said
+    assert "Traceback" not in done.said
+    with RunFolder(before_ppo).lock():  # it is free
+        pass
+
+
+@pytest.mark.parametrize(("stage", "module", "name", "lost"), [
+    ("sft", "tppo.sft", "sft_step", "its steps so far are lost"),
+    ("train-rm", "tppo.reward_model", "_losses", "its steps so far are lost"),
+    ("label", "tppo.stages", "label_by_rule",
+     "labels of an endpoint are kept in label-cache.jsonl"),
+])  # fmt: skip
+def test_a_stage_without_checkpoints_ends_at_once_and_says_what_is_lost(
+    before_ppo, tmp_path, stage, module, name, lost
+):
+    kept = (before_ppo / stage / "manifest.json").read_bytes()
+    stop = signalled(signal.SIGINT)
+    done = run(tmp_path, [stage, "--out", str(before_ppo)],
+               lambda: at(sys.modules[module], name, 1, stop))  # fmt: skip
+    assert done.code == 130, done.said
+    assert done.said.splitlines()[1:] == [
+        f"tppo {stage}: stopped by Ctrl-C: {stage}: {lost}, earlier stages are kept. "
+        "The same command goes on from there"
+    ]
+    assert (before_ppo / stage / "manifest.json").read_bytes() == kept
+    assert not (before_ppo / f"{stage}.tmp").exists()
+
+
+def test_an_ignored_signal_stays_ignored(before_ppo, tmp_path):
+    """Such as SIGHUP under nohup."""
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        at(sys.modules["tppo.stages"], "label_by_rule", 2, signalled(signal.SIGHUP))
+
+    assert run(tmp_path, ["label", "--out", str(before_ppo)], ignore).code == 0
+
+
+@pytest.mark.parametrize("what", ["inspect", "help", "usage", "agreement", "heat"])
+def test_a_closed_pipe_is_no_error(before_ppo, tmp_path, what):
+    """`| head` gave a BrokenPipeError, or Python's own complaint at its exit."""
+    labels = str(before_ppo / "label" / "labels.jsonl")
+    arguments = {
+        "inspect": ["data", "inspect", str(before_ppo / "data" / "train.jsonl")],
+        "help": ["run", "--help"],
+        "usage": ["--help"],
+        "agreement": ["label", "--agreement", labels, "--out", str(before_ppo)],
+        "heat": ["heat", "--out", str(before_ppo)],
+    }[what]
+
+    def close_the_readers_end():
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+
+    done = run(tmp_path, arguments, close_the_readers_end)
+    assert done.code in (1, 128 + signal.SIGPIPE), done.said
+    assert "Broken" not in done.said and "Traceback" not in done.said and "rror" not in done.said
+    assert what != "heat" or (before_ppo / "heat" / "heat.html").exists()
+
+
+def test_a_run_goes_on_where_nobody_reads_its_progress(before_ppo, tmp_path):
+    def close_the_readers_end():
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        os.close(reader)
+        os.close(writer)
+
+    assert run(tmp_path, ["map", "--out", str(before_ppo)], close_the_readers_end).code == 0
+
+
+def test_a_resumed_bar_counts_its_own_steps_alone():
+    """It showed 586 steps a second."""
+    bar = Bar("ppo", 40)
+    bar.resume(30)
+    assert "/s" not in bar.line() and "left" not in bar.line()
+    assert bar.line().startswith("ppo 30/40 (75 %)")
+    bar.start -= 10
+    bar.advance(5)
+    assert bar.line() == "ppo 35/40 (87 %) 0.5/s, 10 s left"
+    bar.close()
