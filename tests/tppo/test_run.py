@@ -144,6 +144,21 @@ def test_what_a_stage_reads_is_what_it_depends_on(finished, stage):
     assert files - read - rust == set()
 
 
+def test_labels_of_an_endpoint_depend_on_what_is_asked_alone(config, tmp_path):
+    def settings(*flags):
+        endpoint = ["--label.labeller", "endpoint", "--label.endpoint.model", "judge"]
+        options, _ = _parse("run", ["--config", config, "--out", str(tmp_path), *endpoint, *flags])
+        return Run(options.out, options.settings)._settings("label")
+
+    same = ["--label.endpoint.base-url", "http://127.0.0.1:1/v1", "--label.endpoint.timeout-s", "9",
+            "--label.endpoint.concurrency", "2", "--label.endpoint.max-retries", "1",
+            "--label.sentence-threshold", ".5", "--label.endpoint.max-dropped", ".5",
+            "--label.endpoint.max-wait-s", "7", "--label.endpoint.api-key-env", "None"]  # fmt: skip
+    assert settings(*same) == settings()
+    for other in (["model", "other"], ["temperature", ".5"], ["template", "sentence"]):
+        assert settings(f"--label.endpoint.{other[0]}", other[1]) != settings(), other
+
+
 @pytest.mark.parametrize(
     ("flags", "again"),
     [
