@@ -78,7 +78,9 @@ def test_a_finished_stage_has_its_files_and_a_manifest(folder, data):
     }
     assert manifest["seed"] == 1
     assert manifest["seconds"] >= 0
-    assert set(manifest["versions"]) == {"python", "tppo-kernels", "torch", "transformers"}
+    assert set(manifest["versions"]) == {
+        "python", "tppo-kernels", "torch", "transformers", "icu4py"
+    }  # fmt: skip
     assert manifest["outputs"] == {
         "model/a.txt": {"nbytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
     }

@@ -26,7 +26,7 @@ TINY = {
     "generate": {"samples": 32, "max_new_tokens": 8},
     "reward_model": {"epochs": 1},
     "ppo": {"steps": 3, "batch_size": 8, "minibatch_size": 8, "checkpoint_every": 100,
-            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0},
+            "eval_every": 2, "min_format": 0.0, "max_kl": 100.0, "without_signal": True},
 }  # fmt: skip
 
 
@@ -59,15 +59,16 @@ def run(tmp_path, arguments, prepare):
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             torch.set_num_threads(1)
             prepare()
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             main(arguments)
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+            os.write(descriptor, f"{ended.code}\n".encode() if code != ended.code else b"")
         except BaseException:
-            traceback.print_exc()
+            os.write(descriptor, traceback.format_exc().encode())
         finally:
             os._exit(code)
     deadline = time.monotonic() + 100
