@@ -118,9 +118,12 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
 
     logits: [..., V] with any leading shape, also none; fp32, bf16 and fp16 are read as they are,
     computed in fp32; fp64 by the reference. Strided logits are read in place as long as the last
-    stride is 1. targets: [...] int64 or int32. mask: [...] bool or whole numbers; masked rows are
-    not read, and give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a
-    constant. Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
+    stride is 1. On a GPU a row costs backward several times the instructions, though the same
+    bytes, where it begins at another address modulo 16 bytes than the gradient's row does: slices
+    as logits[:, :-1] where V is no multiple of 8 (of 4 in fp32); forward reads any row alike.
+    targets: [...] int64 or int32. mask: [...] bool or whole numbers; masked rows are not read, and
+    give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a constant.
+    Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
 
     Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
     whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
