@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -236,3 +237,108 @@ def test_the_grid_of_a_step_is_whole_and_begins_with_what_is_always_measured(ben
         shapes = bench_step.shapes(device)
         assert goal in shapes[:2] and len(set(shapes)) == len(shapes) == 49
         assert len({p for p, _, _ in shapes[:bench_step.LISTED]}) == 4
+
+
+@pytest.fixture
+def cases_of_a_gpu(harness, monkeypatch):
+    """Every case that the benchmarks of the operators with goals build for a GPU, none measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    found = []
+    linear, loss = (importlib.import_module(f"bench_linear_{n}") for n in ("logprobs", "ppo_loss"))
+    for dtype, valid in linear.CASES[:4]:
+        linear.test_linear_logprobs(found.append, "cuda", False, dtype, valid)
+    for case in (*((*c, False) for c in linear.CASES[:4]), (torch.bfloat16, 1.0, True)):
+        loss.test_linear_ppo_loss(found.append, "cuda", False, *case)
+    linear.test_forward(found.append, "cuda", False)
+    linear.test_frozen_head(found.append, "cuda", False, 1.0)
+    linear.test_sum_of_logprobs(found.append, "cuda", False, 1.0)
+    for name, more in (("gae", (False,)), ("token_advantages", ()), ("ppo_loss", (False,))):
+        module = importlib.import_module(f"bench_{name}")
+        found += [module.case(*shape, *more, "cuda") for shape in module.SHAPES["cuda"]]
+    module = importlib.import_module("bench_token_head")
+    found += [module.case(*shape, dtype, False, "cuda") for shape in module.SHAPES["cuda"]
+              for dtype in (torch.float32, torch.bfloat16)]
+    module = importlib.import_module("bench_token_logprobs")
+    found += [module.case(*shape, torch.bfloat16, backward, False, "cuda")
+              for shape in module.SHAPES["cuda"] for backward in (False, True)]
+    return {(case.op, case.shape): case for case in found}
+
+
+def test_every_goal_of_a_gpu_has_its_case_and_its_implementations(cases_of_a_gpu, bench_step):
+    goals = importlib.import_module("_goals")
+    steps = {bench_step.unit_of("1.5B", shape, bench_step.GROUPS["cuda"])
+             for shape in bench_step.shapes("cuda")}
+    for goal in goals.GOALS:
+        if goal.device == "cuda" and goal.op == "step":
+            assert f"step {goal.shape}" in steps
+        elif goal.device == "cuda":
+            case = cases_of_a_gpu[goal.op, goal.shape]
+            ours = {n for n in goals.named([goal]) if not n.startswith(("verl", "Liger", "its "))}
+            assert ours <= set(case.contenders), goal.text()
+            assert case.nflop > 0 or "product" not in goal.measure, goal.text()
+            assert case.nbytes > 0
+
+
+def test_verdicts_on_goals(harness):
+    goals = importlib.import_module("_goals")
+    linear = {"op": "linear_logprobs", "shape": f"{goals.LINEAR} 100.0% valid", "device": "cuda",
+              "note": ""}
+    rows = [{**linear, "implementation": "8 GiB", "median_us": 70e3, "wall_us": 70e3,
+             "percent_of_matmul": 93.0},
+            {**linear, "implementation": "verl", "median_us": 126e3, "wall_us": 126e3},
+            {**linear, "implementation": "verl triton", "median_us": None, "wall_us": None,
+             "note": "no number: SIGSEGV"}]
+    steps = [{"model": "1.5B", "prompt": 2048, "response": 24, "group": 8, "groups": 8,
+              "device": "cuda", "prefix": p, "update_ms": ms, "trl_ms": 900.0}
+             for p, ms in (("shared", 100.0), ("dense", 490.0))]
+    found = {v["goal"]: v for v in goals.judge({"rows": rows, "steps": steps}, "cuda")}
+    name = f"linear_logprobs {goals.LINEAR} 100.0% valid (8 GiB): over"
+    assert found[f"{name} its products <= 1.12"]["verdict"] == "reached"
+    assert found[f"{name} verl >= 1.9"] == {
+        "goal": f"{name} verl >= 1.9", "value": pytest.approx(1.8), "why": "", "verdict": "missed"}
+    assert found[f"{name} verl triton >= 1.9"]["why"] == "no number: SIGSEGV"
+    step = "step 1.5B P 2048, R 24, G 8, 8 prompts: over"
+    assert found[f"{step} dense >= 5"]["verdict"] == "missed"
+    assert found[f"{step} TRL 1.12 >= 5"]["verdict"] == "reached"
+    assert {v["verdict"] for v in found.values()} == {"reached", "missed", "no figure"}
+    stored = json.loads((BENCH / "results/cpu.json").read_text())
+    assert not [v for v in goals.judge(stored, "cpu") if v["verdict"] == "missed"]
+
+
+def test_a_journal_knows_a_peer_before_it_runs_and_leaves_it_out_once_it_broke(
+        harness, gae_case, tmp_path, request):
+    request.addfinalizer(lambda: signal.alarm(0))
+    journal = harness.Journal(tmp_path / "journal.jsonl")
+    seen = []
+
+    def peer(*inputs):
+        seen.append(journal.records()[-1])
+        return gae_case.contenders["op"](*inputs)
+
+    case = dataclasses.replace(gae_case, peers={"peer": peer})
+    harness.run(case, rounds=2, journal=journal)
+    assert {(r["kind"], r["unit"], r["who"]) for r in seen} == {("trying", "gae 3 x 17", "peer")}
+    assert signal.alarm(0) > 0  # the one who called ends it, when the rows are written
+    journal.add("broken", unit="gae 3 x 17", who="peer", why="it ended the process by SIGSEGV")
+    case, why = harness.without_the_broken(case, journal)
+    assert not case.peers and why == {"peer": "no number: it ended the process by SIGSEGV"}
+
+
+def test_verl_is_taken_apart(harness, tmp_path, monkeypatch):
+    """Its package wants ray; the file of a function does not."""
+    peers = importlib.import_module("_peers")
+    room = tmp_path / "verl/utils/experimental"
+    room.mkdir(parents=True)
+    for folder in (room.parent.parent, room.parent, room):
+        (folder / "__init__.py").write_text("import no_such_ray")
+    (room / "torch_functional.py").write_text(
+        "class FusedLinearForPPO:\n"
+        "    def __call__(self, h, w, t):\n        return h.sum(-1), h.sum(-1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "verl"]:
+        monkeypatch.delitem(sys.modules, name)
+    call = peers.verl("cpu")
+    assert call(torch.ones(2, 3), None, None, torch.tensor([True, False]), None)[0].tolist() == [
+        3, 0]
+    for name in [n for n in sys.modules if n.split(".")[0] == "verl"]:
+        monkeypatch.delitem(sys.modules, name)
