@@ -43,7 +43,7 @@ class Build(build_ext):
             super().build_extension(ext)
         except Exception as error:  # where STRICT holds, `run` has ended the build
             print(f"tppo-kernels: pure Python: {error}", file=sys.stderr)
-            note.write_text(str(error), encoding="utf-8")  # read by tppo_kernels/_backends.py
+            note.write_text(str(error), encoding="utf-8")  # read by tppo_kernels/_core/backends.py
             ext.optional = True  # an editable installation looks for its file otherwise
 
     def without_cuda(self, ext):

@@ -25,9 +25,10 @@ from _peers import said
 from torch import Tensor
 
 import tppo_kernels as tk
-from tppo_kernels import _linear, testing
-from tppo_kernels._backends import missing
-from tppo_kernels._op import OPS
+from tppo_kernels import testing
+from tppo_kernels._core.backends import missing
+from tppo_kernels._core.op import OPS
+from tppo_kernels._math import chunks as _linear
 
 PART = "first-touch"
 CHECK_S = 25  # a launch that never ends costs itself alone

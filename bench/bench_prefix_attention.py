@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tppo_kernels as tk
-from tppo_kernels._backends import missing
-from tppo_kernels._op import OPS
+from tppo_kernels._core.backends import missing
+from tppo_kernels._core.op import OPS
 from tppo_kernels.ops.prefix_attention import nbytes, reference
 
 SHAPES = {"cpu": [(512, 16, 8), (64, 16, 8)], "cuda": [(2048, 24, 8), (512, 16, 8)]}  # P, R, G

@@ -29,9 +29,9 @@ import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
 from tppo.config import PPOConfig, Prefix  # noqa: E402
-from tppo.models import Critic, RewardModel  # noqa: E402
-from tppo.ppo import Models, PPOTrainer  # noqa: E402
-from tppo.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
+from tppo.methods.ppo import Models, PPOTrainer  # noqa: E402
+from tppo.models.policy import Critic, RewardModel  # noqa: E402
+from tppo.models.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
 
 PAD, EOS = 0, 1
 CENTRE = {"cpu": (1024, 24, 8), "cuda": (2048, 24, 8)}  # P, R, G

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tppo_kernels._op import OPS, missing
+from tppo_kernels._core.op import OPS, missing
 
 ROOT = Path(__file__).parent.parent
 WALKS = ("gae", "token_advantages")  # compiled together, once
@@ -58,7 +58,7 @@ def on_the_cpu(monkeypatch, op, *names):
     backend = importlib.import_module(f"tppo_kernels.ops.{op}._cuda")
     monkeypatch.setattr(backend, "_C", extension(*names or WALKS))
     monkeypatch.setitem(OPS[op].order, "cpu", ("cuda", "reference"))
-    monkeypatch.setattr("tppo_kernels._op.missing", lambda backend: None)
+    monkeypatch.setattr("tppo_kernels._core.op.missing", lambda backend: None)
     return backend
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels import _linear
+from tppo_kernels._math import chunks as _linear
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 3e-3}
 SHAPED = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 0.5}

@@ -20,7 +20,7 @@ import torch
 from _linear_cases import halves
 
 import tppo_kernels as tk
-from tppo_kernels import _op
+from tppo_kernels._core import op as _op
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton is not here, or interprets", allow_module_level=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tppo_kernels as tk
-from tppo_kernels import _op
+from tppo_kernels._core import op as _op
 
 BACKENDS = ["reference"] + ["cpp"] * (_op.missing("cpp") is None)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tppo_kernels as tk
-from tppo_kernels import _op
+from tppo_kernels._core import op as _op
 from tppo_kernels.ops.ppo_loss import PolicyLoss, PolicyMetrics
 from tppo_kernels.ops.value_loss import ValueLoss, ValueMetrics
 

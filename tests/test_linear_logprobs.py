@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
-from tppo_kernels import _linear
+from tppo_kernels._math import chunks as _linear
 from tppo_kernels.ops.linear_logprobs import _cpp, flops, reference
 from tppo_kernels.testing import (
     DTYPES,

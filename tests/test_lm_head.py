@@ -7,7 +7,7 @@ from _weights import enlarged
 from torch import nn
 
 import tppo_kernels as tk
-from tppo_kernels.lm_head import FAMILIES
+from tppo_kernels.models.lm_head import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 

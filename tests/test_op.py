@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels import _backends, _eager, _op
+from tppo_kernels._core import backends as _backends
+from tppo_kernels._core import eager as _eager
+from tppo_kernels._core import op as _op
 
 
 @pytest.fixture

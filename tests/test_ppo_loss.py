@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS, reduction_weights
+from tppo_kernels._math.sequence import KL_ESTIMATORS, REDUCTIONS, reduction_weights
 from tppo_kernels.ops.ppo_loss import _check_values, reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -628,5 +628,5 @@ def test_cuda_kernel_emulated(monkeypatch):
     options = {**ALL_TERMS, "reduction": REDUCTIONS[-1], "num_sequences": torch.tensor(5),
                "norm_length": 7, "clip_low": torch.tensor(0.25).bfloat16()}
     expected = flat(run(sample(3, 9), **options))
-    monkeypatch.setattr("tppo_kernels._losses.on_host", lambda x: False)
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
     torch.testing.assert_close(flat(run(sample(3, 9), **options)), expected)  # read by pointer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tppo_kernels as tk
 from tests._matrix import third
-from tppo_kernels import _shared_prefix
+from tppo_kernels.models import shared_prefix as _shared_prefix
 from tppo_kernels.testing import assert_same_bits
 
 transformers = pytest.importorskip("transformers")

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tests._matrix import third
-from tppo_kernels import __main__, _varlen
-from tppo_kernels._op import missing
+from tppo_kernels import __main__
+from tppo_kernels._core.op import missing
+from tppo_kernels._kernels import varlen as _varlen
 from tppo_kernels.ops import prefix_attention as op
 from tppo_kernels.testing import DTYPES, assert_accurate, assert_same_bits, count_graphs, strided
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tppo_kernels as tk
-from tppo_kernels._backends import forced
-from tppo_kernels._keywords import near
-from tppo_kernels._op import OPS
+from tppo_kernels._core.backends import forced
+from tppo_kernels._core.keywords import near
+from tppo_kernels._core.op import OPS
 
 MASKED = sorted(OPS.keys() - {"prefix_attention"})
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

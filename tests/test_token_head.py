@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import tppo_kernels as tk
-from tppo_kernels._op import OPS, missing
+from tppo_kernels._core.op import OPS, missing
 from tppo_kernels.ops.token_head import reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -381,7 +381,7 @@ def emulated(monkeypatch):
         pytest.skip("needs the compiled part, a C++ compiler and pybind11")
     backend = importlib.import_module("tppo_kernels.ops.token_head._cuda")
     monkeypatch.setattr(backend, "_C", _emulated.extension("token_head"))
-    monkeypatch.setattr("tppo_kernels._op.missing", lambda backend: None)
+    monkeypatch.setattr("tppo_kernels._core.op.missing", lambda backend: None)
 
     def call(*arguments, **kwargs):
         with monkeypatch.context() as inner:

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._sequence import REDUCTIONS
+from tppo_kernels._math.sequence import REDUCTIONS
 from tppo_kernels.ops.value_loss import reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -401,5 +401,5 @@ def test_cuda_kernel_emulated(monkeypatch):
     check_long_sequences(monkeypatch, backend, run, sample, {"clip": 0.2})
     options = {"clip": 0.2, "num_tokens": torch.tensor(20)}
     expected = flat(run(sample(3, 9), **options))
-    monkeypatch.setattr("tppo_kernels._losses.on_host", lambda x: False)
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
     torch.testing.assert_close(flat(run(sample(3, 9), **options)), expected)  # read by pointer

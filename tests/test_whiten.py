@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tppo_kernels as tk
-from tppo_kernels._op import missing
+from tppo_kernels._core.op import missing
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,

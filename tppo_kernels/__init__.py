@@ -12,11 +12,13 @@ Index convention: `tk.response_states` slices hidden states so that index t is r
 
 from __future__ import annotations
 
-from . import align
-from ._backends import use_backend
-from ._op import BackendError, Explanation, explain
-from ._shared_prefix import shared_prefix
-from .lm_head import FusedLMHead
+from ._core.backends import use_backend
+from ._core.op import BackendError, Explanation, explain
+from ._math.layout import PrefixLayout
+from ._math.rows import valid_rows
+from .models import align
+from .models.lm_head import FusedLMHead
+from .models.shared_prefix import shared_prefix
 from .ops.gae import gae
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_ppo_loss import linear_ppo_loss
@@ -31,8 +33,6 @@ from .ops.token_reward_loss import token_reward_loss
 from .ops.token_rewards import token_rewards
 from .ops.value_loss import value_loss
 from .ops.whiten import whiten
-from .prefix import PrefixLayout
-from .rows import valid_rows
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import _op, testing
+from . import testing
+from ._core import op as _op
 
 
 def report() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import use_backend
+from ._core.backends import use_backend
 
 FLOOR = 1e-6
 SEQUENTIAL_FLOOR = 1e-5  # gae, whiten: rounding adds up along a sequence

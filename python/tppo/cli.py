@@ -14,15 +14,16 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from tppo import environment, inspect_log
+from tppo import environment
 from tppo.config import Config, fill_defaults
 from tppo.console import accept_any_text
-from tppo.jsonl import DataError, plain, refuse_pipe
-from tppo.label_config import check_address, check_key
+from tppo.labels.endpoint.config import check_address, check_key
 from tppo.progress import say, status
-from tppo.run_folder import differences
+from tppo.sessions import inspect as inspect_log
 from tppo.settings import Count, FilePath, Seed, from_dict, section
 from tppo.stopping import Stopped, listening
+from tppo.store.jsonl import DataError, plain, refuse_pipe
+from tppo.store.run_folder import differences
 
 COMMANDS = {
     "run": "every stage below in one run folder; finished stages are skipped",
@@ -206,8 +207,8 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         import torch
 
         stages = _stages()
-        from tppo.parallel import from_environment
-        from tppo.run import Run
+        from tppo.models.parallel import from_environment
+        from tppo.stages.run import Run
     environment.check_backend()
     run = Run(
         out=options.out,
@@ -269,8 +270,8 @@ def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str
 
 
 def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
-    from tppo.label_lost import lost_by_endpoint
-    from tppo.stages import label_lost_again
+    from tppo.labels.endpoint.lost import lost_by_endpoint
+    from tppo.stages.steps import label_lost_again
 
     if not run.done(name):
         say(f"{name}: {COMMANDS[name]}")
@@ -282,7 +283,7 @@ def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
 
 
 def _label_task(run: Any, name: str, path: Path) -> None:
-    from tppo import stages
+    from tppo.stages import steps as stages
 
     tasks = {
         "agreement": stages.compare_labels,
@@ -295,7 +296,9 @@ def _label_task(run: Any, name: str, path: Path) -> None:
 def _stages() -> dict[str, Callable[[Any], None]]:
     import transformers
 
-    from tppo import report, stages, train
+    from tppo.stages import evaluate as report
+    from tppo.stages import ppo as train
+    from tppo.stages import steps as stages
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tppo.label_openai import EndpointConfig
-from tppo.readers import ReadConfig
+from tppo.labels.endpoint.live import EndpointConfig
+from tppo.sessions.readers import ReadConfig
 from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
 
 Prefix = Literal["shared", "dense"]

@@ -19,7 +19,7 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, Field
 from typing_extensions import dataclass_transform
 
-from tppo.jsonl import DataError, short
+from tppo.store.jsonl import DataError, short
 
 T = TypeVar("T")
 

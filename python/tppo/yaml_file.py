@@ -12,7 +12,7 @@ from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from tppo.jsonl import DataError, write_text
+from tppo.store.jsonl import DataError, write_text
 
 MOST = 100_000
 Place = Sequence[str | int]

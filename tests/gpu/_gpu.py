@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tppo_kernels as tk
-from tppo_kernels._backends import missing
-from tppo_kernels._op import OPS
+from tppo_kernels._core.backends import missing
+from tppo_kernels._core.op import OPS
 from tppo_kernels.testing import sample_mask, strided
 
 DEVICE = ("cuda" if torch.cuda.is_available() else

@@ -8,7 +8,7 @@ from _gpu import DEVICE, GRIDS, inputs, pairs, place, placed, poison, run, strid
 from _matrix import third
 
 import tppo_kernels as tk
-from tppo_kernels._op import OPS
+from tppo_kernels._core.op import OPS
 from tppo_kernels.testing import (
     DTYPES,
     FLOOR,

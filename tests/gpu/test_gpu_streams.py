@@ -7,7 +7,7 @@ import torch
 from _gpu import DEVICE, GRIDS, inputs, on_a_gpu, pairs, placed, run, sample
 
 import tppo_kernels as tk
-from tppo_kernels._op import OPS
+from tppo_kernels._core.op import OPS
 from tppo_kernels.testing import assert_same_bits
 
 HOST_SIDE = {"place_rewards"}  # by nature

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from tppo.shares import difference
+from tppo.labels.shares import difference
 
 RIVALS = ("sft", "sft_t0.5", "sft_t0.2", "sft_continued")
 

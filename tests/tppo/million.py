@@ -28,7 +28,7 @@ import tppo.progress
 tppo.progress.INTERVAL_S = float(sys.argv.pop(1))
 if sys.argv[1] == "idle":
     import torch, transformers
-    import tppo.stages
+    import tppo.stages.steps
 elif sys.argv[1] == "prepare":
     sys.path.insert(0, sys.argv[2])
     import million
@@ -45,8 +45,8 @@ MOST_MIB = 96  # beyond the idle peak and the hashes
 def write_log(path: Path, sessions: int) -> None:
     """A log of generated sessions, each of another user."""
     from tppo.config import SessionsConfig
-    from tppo.sessions import write_sessions
-    from tppo.synthetic import generated_splits
+    from tppo.sessions.session import write_sessions
+    from tppo.sessions.synthetic import generated_splits
 
     for name, _, rows in generated_splits(SessionsConfig(train_users=sessions), 0):
         if name == "train":
@@ -57,13 +57,13 @@ def prepare(out: str) -> None:
     """A tokenizer, and for each training session the true answer of the session before it."""
     from itertools import islice
 
-    from tppo.jsonl import write_jsonl
+    from tppo.labels.queries import SEPARATOR
+    from tppo.models.prompts import encode_answer
+    from tppo.models.tokenizer import train_tokenizer
     from tppo.progress import track
-    from tppo.prompts import encode_answer
-    from tppo.queries import SEPARATOR
-    from tppo.run_folder import RunFolder
-    from tppo.sessions import iter_sessions
-    from tppo.tokenizer import train_tokenizer
+    from tppo.sessions.session import iter_sessions
+    from tppo.store.jsonl import write_jsonl
+    from tppo.store.run_folder import RunFolder
 
     root = Path(out)
     train = root / "data" / "train.jsonl"

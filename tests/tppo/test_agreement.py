@@ -2,9 +2,9 @@
 
 import pytest
 
-from tppo.agreement import compare, compare_files
-from tppo.jsonl import DataError
-from tppo.labels import Label, write_labels
+from tppo.labels.agreement import compare, compare_files
+from tppo.labels.label import Label, write_labels
+from tppo.store.jsonl import DataError
 
 
 def labelled(id, response, labels, sentence=1):

@@ -29,18 +29,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tppo.aligned_reward import AlignedRewardModel, OwnTokens, load_frozen, start_reward_model
-from tppo.batch import Batch
 from tppo.cli import main
 from tppo.config import Config, RewardModelConfig, SessionsConfig, fill_defaults
-from tppo.mapping import map_labels, word_spans
-from tppo.models import RewardModel
-from tppo.prompts import answer_text, encode_answer, encode_prompt, prompt_text
-from tppo.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
-from tppo.run import Run
+from tppo.labels.words import map_labels, word_spans
+from tppo.methods.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
+from tppo.models.batch import Batch
+from tppo.models.own_tokens import AlignedRewardModel, OwnTokens, load_frozen, start_reward_model
+from tppo.models.policy import RewardModel
+from tppo.models.prompts import answer_text, encode_answer, encode_prompt, prompt_text
+from tppo.models.tokenizer import decode, token_offsets
+from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
-from tppo.synthetic import generate_sessions
-from tppo.tokenizer import decode, token_offsets
+from tppo.stages.run import Run
 from tppo.yaml_file import read_yaml
 
 FAMILIES = ("byte-level", "metaspace", "word-piece")
@@ -247,7 +247,7 @@ def test_scoring_in_parts_gives_the_same(monkeypatch):
     batch = Batch(prompts, [encode_answer(policy, s.targets[: i % 3 + 1])
                             for i, s in enumerate(sessions()[:7])], 0)  # fmt: skip
     whole = model(batch)
-    monkeypatch.setattr("tppo.aligned_reward.TOKENS_AT_ONCE", 300)
+    monkeypatch.setattr("tppo.models.own_tokens.TOKENS_AT_ONCE", 300)
     sizes = []
     hook = model.reader.model.register_forward_hook(lambda *call: sizes.append(len(call[2].logits)))
     torch.testing.assert_close(model(batch), whole, rtol=1e-3, atol=1e-4)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_readers import AOL, CHAT, IKAT, QAC_TRAIN, SIM4IA, parquet, read, text
 
 from tppo.cli import main
-from tppo.readers import ReadConfig, SessionLog, detect_format
-from tppo.sessions import DataError, Event, Session, session_line
+from tppo.sessions.readers import ReadConfig, SessionLog, detect_format
+from tppo.sessions.session import DataError, Event, Session, session_line
 
 SESSION = session_line(Session("s", "u", "made", (), (Event("search", "a"),), ("b",)))
 

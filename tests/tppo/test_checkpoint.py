@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from tppo.checkpoint import COMPLETE, LATEST, load_latest, save_checkpoint
-from tppo.disk import DiskFull
+from tppo.store.checkpoint import COMPLETE, LATEST, load_latest, save_checkpoint
+from tppo.store.disk import DiskFull
 
 
 def save(root, step):

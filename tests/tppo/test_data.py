@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 
 from tppo.config import SessionsConfig
-from tppo.data import split_log, splitter
-from tppo.duplicates import near_key, normalize, without_duplicates
-from tppo.fingerprints import Fingerprints
-from tppo.line_index import LineIndex
-from tppo.sessions import DataError, Event, Session, read_sessions, session_of, write_sessions
+from tppo.sessions.duplicates import near_key, normalize, without_duplicates
+from tppo.sessions.session import (
+    DataError,
+    Event,
+    Session,
+    read_sessions,
+    session_of,
+    write_sessions,
+)
+from tppo.sessions.split import split_log, splitter
+from tppo.store.fingerprints import Fingerprints
+from tppo.store.line_index import LineIndex
 
 
 def session(id: str, user: str, *queries: str, time: str | None = None) -> Session:
@@ -41,7 +48,7 @@ def test_split_is_by_user_and_the_same_in_every_process(tmp_path):
     write_sessions(tmp_path / "log.jsonl", rows)
     program = (
         "import sys; from pathlib import Path; from tppo.config import SessionsConfig;"
-        "from tppo.data import split_log; out = Path(sys.argv[1]);"
+        "from tppo.sessions.split import split_log; out = Path(sys.argv[1]);"
         "split_log(out.parent / 'log.jsonl', SessionsConfig(), 3, out)"
     )
     for name, seed in {"one": "1", "two": "2"}.items():
@@ -113,7 +120,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from tppo.config import SessionsConfig
-from tppo.data import split_log
+from tppo.sessions.split import split_log
 out = Path(sys.argv[1])
 split_log(out.parent / sys.argv[2], SessionsConfig(), 0, out)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tppo.evaluate import distinct_n, repeat_last_query, score_answers
-from tppo.label_rule import label_by_rule
-from tppo.labels import Label
-from tppo.mapping import map_labels
-from tppo.sessions import Event, Session
+from tppo.evaluation.metrics import distinct_n, repeat_last_query, score_answers
+from tppo.labels.label import Label
+from tppo.labels.rule import label_by_rule
+from tppo.labels.words import map_labels
+from tppo.sessions.session import Event, Session
 
 
 def session(targets, history=()):

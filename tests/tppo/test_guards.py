@@ -6,10 +6,10 @@ from test_ppo import CONFIG, PROMPTS, folder, trainer  # noqa: F401
 from test_reward_model import answers
 
 from tppo.config import RewardModelConfig, SFTConfig
-from tppo.guards import GuardError, check_step
-from tppo.models import load_policy, load_reward_model
-from tppo.reward_model import PolicyTokens, train_reward_model
-from tppo.sft import Examples, train_sft
+from tppo.methods.reward_model import PolicyTokens, train_reward_model
+from tppo.methods.sft import Examples, train_sft
+from tppo.models.guards import GuardError, check_step
+from tppo.models.policy import load_policy, load_reward_model
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from tppo.heat import HeatRow, heat_html, print_heat, write_heat
+from tppo.evaluation.heat import HeatRow, heat_html, print_heat, write_heat
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tppo.cli import main
-from tppo.inspect_log import LONGEST, inspect_log, report
-from tppo.readers import ReadConfig
-from tppo.sessions import DataError, Event, Session, write_sessions
+from tppo.sessions.inspect import LONGEST, inspect_log, report
+from tppo.sessions.readers import ReadConfig
+from tppo.sessions.session import DataError, Event, Session, write_sessions
 
 
 def search(text: str) -> Event:

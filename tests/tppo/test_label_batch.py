@@ -21,10 +21,10 @@ from test_label_openai import (  # noqa: E402
 )
 
 from tppo.cli import main  # noqa: E402
-from tppo.jsonl import DataError, write_jsonl  # noqa: E402
-from tppo.label_batch import export_batch, import_batch  # noqa: E402
-from tppo.label_openai import EndpointConfig, EndpointError  # noqa: E402
-from tppo.run_folder import RunFolder  # noqa: E402
+from tppo.labels.endpoint.batch import export_batch, import_batch  # noqa: E402
+from tppo.labels.endpoint.live import EndpointConfig, EndpointError  # noqa: E402
+from tppo.store.jsonl import DataError, write_jsonl  # noqa: E402
+from tppo.store.run_folder import RunFolder  # noqa: E402
 
 NO_SERVER = EndpointConfig("", "judge-1", max_dropped=1.0)
 

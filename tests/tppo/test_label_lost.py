@@ -10,8 +10,9 @@ pytest.importorskip("openai", reason="openai is not installed: pip install tppo-
 from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
-from tppo import cli, stages  # noqa: E402
-from tppo.run_folder import RunFolder  # noqa: E402
+from tppo import cli
+from tppo.stages import steps as stages  # noqa: E402
+from tppo.store.run_folder import RunFolder  # noqa: E402
 
 COUNT = 40
 

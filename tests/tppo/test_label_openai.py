@@ -18,16 +18,17 @@ import pytest
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
 
-from tppo import label_ask, label_openai  # noqa: E402
-from tppo.jsonl import DataError  # noqa: E402
-from tppo.label_openai import (  # noqa: E402
+from tppo.labels.endpoint import ask as label_ask  # noqa: E402
+from tppo.labels.endpoint import live as label_openai
+from tppo.labels.endpoint.live import (  # noqa: E402
     Dropped,
     EndpointConfig,
     EndpointError,
     LabelItem,
 )
-from tppo.label_prompt import prompt  # noqa: E402
-from tppo.labels import Label, read_labels, write_labels  # noqa: E402
+from tppo.labels.endpoint.prompt import prompt  # noqa: E402
+from tppo.labels.label import Label, read_labels, write_labels  # noqa: E402
+from tppo.store.jsonl import DataError  # noqa: E402
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -558,7 +559,7 @@ def test_a_killed_run_asks_only_for_what_is_missing(tmp_path):
     """kill -9 while requests are in flight; answers that had come are not paid for again."""
     cache, program = tmp_path / "cache.jsonl", tmp_path / "program.py"
     program.write_text(
-        "import sys; from pathlib import Path; from tppo.label_openai import *\n"
+        "import sys; from pathlib import Path; from tppo.labels.endpoint.live import *\n"
         "items = [LabelItem(f's{n}', ['boots'], ['red'], f'red hat {n}') for n in range(40)]\n"
         "settings = EndpointConfig(sys.argv[1], 'judge-1', None, concurrency=3)\n"
         "print(len([x for x in label(items, settings, Path(sys.argv[2])) if x.words]))\n"
@@ -592,7 +593,7 @@ def test_an_interrupted_run_ends_at_once_and_keeps_what_came(tmp_path):
     """Ctrl-C while requests are in flight."""
     cache = tmp_path / "cache.jsonl"
     program = (
-        "import sys; from pathlib import Path; from tppo.label_openai import *\n"
+        "import sys; from pathlib import Path; from tppo.labels.endpoint.live import *\n"
         "items = [LabelItem(f's{n}', ['boots'], ['red'], f'red hat {n}') for n in range(40)]\n"
         "settings = EndpointConfig(sys.argv[1], 'judge-1', None, concurrency=3)\n"
         "list(label(items, settings, Path(sys.argv[2])))\n"

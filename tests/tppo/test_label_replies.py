@@ -24,12 +24,13 @@ from test_label_openai import (  # noqa: E402
     slots,
 )
 
-from tppo import label_ask, label_openai  # noqa: E402
-from tppo.label_config import EndpointConfig, without_key  # noqa: E402
-from tppo.label_forms import FORMS, table  # noqa: E402
-from tppo.label_openai import Dropped, EndpointError  # noqa: E402
-from tppo.label_prompt import BadAnswer, parse  # noqa: E402
-from tppo.label_replies import Reply, Trouble, outcome  # noqa: E402
+from tppo.labels.endpoint import ask as label_ask  # noqa: E402
+from tppo.labels.endpoint import live as label_openai
+from tppo.labels.endpoint.config import EndpointConfig, without_key  # noqa: E402
+from tppo.labels.endpoint.forms import FORMS, table  # noqa: E402
+from tppo.labels.endpoint.live import Dropped, EndpointError  # noqa: E402
+from tppo.labels.endpoint.prompt import BadAnswer, parse  # noqa: E402
+from tppo.labels.endpoint.replies import Reply, Trouble, outcome  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 

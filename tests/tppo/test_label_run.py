@@ -17,7 +17,7 @@ pytest.importorskip("pydantic", reason="pydantic is not installed: pip install t
 from test_label_openai import answer, environment, serving, slots  # noqa: E402, F401
 
 from tppo.cli import COMMANDS, main  # noqa: E402
-from tppo.label_rule import label_by_rule  # noqa: E402
+from tppo.labels.rule import label_by_rule  # noqa: E402
 
 SMALL = {
     "scratch": {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 400, "max_length": 280},

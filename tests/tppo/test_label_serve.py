@@ -18,9 +18,9 @@ from test_label_openai import answer, judge, label  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.utils.import_utils import is_serve_available  # noqa: E402
 
-from tppo.label_openai import EndpointConfig, LabelItem  # noqa: E402
-from tppo.label_prompt import REPAIR, BadAnswer, parse, prompt  # noqa: E402
-from tppo.tokenizer import train_tokenizer  # noqa: E402
+from tppo.labels.endpoint.live import EndpointConfig, LabelItem  # noqa: E402
+from tppo.labels.endpoint.prompt import REPAIR, BadAnswer, parse, prompt  # noqa: E402
+from tppo.models.tokenizer import train_tokenizer  # noqa: E402
 
 GOOD = [
     LabelItem("s0", ["boots"], ["red shoes"], "red shoes\nblue hat"),

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from tppo.jsonl import DataError
-from tppo.labels import Label, read_labels, write_labels
+from tppo.labels.label import Label, read_labels, write_labels
+from tppo.store.jsonl import DataError
 
 LABEL = Label("s1/0", "red shoes\nblue 鞋", (("red", 1), ("shoes", 0), ("blue", 0)), 1, "rule")
 ROW = {"id": "a", "response": "red", "words": [["red", 1]], "sentence": 0, "labeller": "rule"}

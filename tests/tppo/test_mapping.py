@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tppo import tokenizer as tokenizer_module
-from tppo.mapping import fold, map_labels, word_spans
-from tppo.tokenizer import decode, token_offsets
+from tppo.labels.words import fold, map_labels, word_spans
+from tppo.models import tokenizer as tokenizer_module
+from tppo.models.tokenizer import decode, token_offsets
 
 CORPUS = [
     "red running shoes, cheap red boots",

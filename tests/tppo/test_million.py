@@ -13,10 +13,10 @@ import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import million
-import tppo.data, tppo.stages
+import tppo.sessions.split, tppo.stages.steps
 from tppo.cli import main
 
-tppo.data.SMALL = 500  # a log up to this size is held in memory
+tppo.sessions.split.SMALL = 500  # a log up to this size is held in memory
 for sessions in (2_000, 6_000):
     root = Path(sys.argv[2]) / str(sessions)
     root.mkdir()

@@ -17,15 +17,15 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from tppo.aligned_reward import load_frozen, start_reward_model
-from tppo.batch import Batch
 from tppo.cli import main
 from tppo.config import RewardModelConfig, ScratchConfig
-from tppo.model_folder import folder_eos_ids, model_eos_ids, save_model
-from tppo.models import load_policy, load_reward_model, new_policy
-from tppo.prompts import encode_answer
-from tppo.rollout import HFRollout, Sampling
-from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+from tppo.models.batch import Batch
+from tppo.models.folder import folder_eos_ids, model_eos_ids, save_model
+from tppo.models.own_tokens import load_frozen, start_reward_model
+from tppo.models.policy import load_policy, load_reward_model, new_policy
+from tppo.models.prompts import encode_answer
+from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = [[70, 80, 90]] * 12 + [[100, 110]] * 12 + [[120]] * 12

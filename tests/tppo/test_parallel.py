@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shared_prefix import PAD, new_trainer
 
-from tppo.batch import Batch
 from tppo.config import PPOConfig
-from tppo.guards import GuardError
-from tppo.parallel import ALONE, World
+from tppo.models.batch import Batch
+from tppo.models.guards import GuardError
+from tppo.models.parallel import ALONE, World
 
 PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
 CONFIG = PPOConfig(

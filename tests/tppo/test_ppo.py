@@ -7,12 +7,12 @@ import torch
 from _weights import enlarged
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.batch import Batch, pad_rows
 from tppo.config import PPOConfig
-from tppo.models import Critic, RewardModel, load_policy, load_reward_model, policy_logprobs
-from tppo.ppo import Models, PPOTrainer, check_step_zero_ratio
-from tppo.reward_model import GuardError
-from tppo.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.methods.ppo import Models, PPOTrainer, check_step_zero_ratio
+from tppo.methods.reward_model import GuardError
+from tppo.models.batch import Batch, pad_rows
+from tppo.models.policy import Critic, RewardModel, load_policy, load_reward_model, policy_logprobs
+from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 5]] * 4

@@ -3,16 +3,16 @@
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.jsonl import DataError
-from tppo.prompts import (
+from tppo.labels.queries import has_format, parse_answer
+from tppo.models.prompts import (
     encode_answer,
     encode_prompt,
     encode_prompts,
     prompt_text,
 )
-from tppo.queries import has_format, parse_answer
-from tppo.sessions import Event, Session
-from tppo.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+from tppo.sessions.session import Event, Session
+from tppo.store.jsonl import DataError
 
 SESSION = Session(
     id="s1",
@@ -140,7 +140,7 @@ def test_offsets_of_ids_that_the_tokenizer_would_not_choose(tokenizer):
 
 
 def test_positions_of_the_model_bound_the_prompt(tokenizer):
-    from tppo.run import fit_prompts
+    from tppo.stages.run import fit_prompts
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tppo.readers import ReadConfig, SessionLog, detect_format
-from tppo.sessions import DataError, Event, Session
+from tppo.sessions.readers import ReadConfig, SessionLog, detect_format
+from tppo.sessions.session import DataError, Event, Session
 
 AOL = """AnonID	Query	QueryTime	ItemRank	ClickURL
 7	red  shoes	2006-03-01 07:00:00	2	http://b.example

@@ -18,15 +18,15 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from tppo import batch as batches
-from tppo import rollout as rollouts
-from tppo.batch import Batch
 from tppo.config import PPOConfig, SFTConfig
-from tppo.models import Critic, RewardModel, policy_logprobs
-from tppo.ppo import Models, PPOTrainer
-from tppo.reward_model import PolicyTokens
-from tppo.rollout import HFRollout, RolloutBatch, Sampling
-from tppo.sft import Examples, answer_loss, sft_step
+from tppo.methods.ppo import Models, PPOTrainer
+from tppo.methods.reward_model import PolicyTokens
+from tppo.methods.sft import Examples, answer_loss, sft_step
+from tppo.models import batch as batches
+from tppo.models import rollout as rollouts
+from tppo.models.batch import Batch
+from tppo.models.policy import Critic, RewardModel, policy_logprobs
+from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7, 12, 19, 4, 3]] * 3 + [[8, 9]] * 2 + [[10, 3, 3, 22]]

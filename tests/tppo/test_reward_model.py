@@ -5,8 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.config import RewardModelConfig
-from tppo.models import load_reward_model
-from tppo.reward_model import (
+from tppo.methods.reward_model import (
     GuardError,
     LabelledAnswer,
     PolicyTokens,
@@ -16,6 +15,7 @@ from tppo.reward_model import (
     evaluate_reward_model,
     train_reward_model,
 )
+from tppo.models.policy import load_reward_model
 
 CONFIG = RewardModelConfig(epochs=3, batch_size=16, lr=3e-3)
 

@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tppo.cli import COMMANDS, _parse, main
 from tppo.config import fill_defaults
-from tppo.hashes import sha256
-from tppo.jsonl import write_json
-from tppo.prompts import prompt_text
-from tppo.queries import parse_answer, repeats
-from tppo.reward_rows import policy_twins
-from tppo.run import Run
-from tppo.run_folder import RunFolder
-from tppo.sessions import read_sessions
-from tppo.tokenizer import token_offsets, train_tokenizer
+from tppo.labels.queries import parse_answer, repeats
+from tppo.models.prompts import prompt_text
+from tppo.models.tokenizer import token_offsets, train_tokenizer
+from tppo.sessions.session import read_sessions
+from tppo.stages.reward_rows import policy_twins
+from tppo.stages.run import Run
+from tppo.store.hashes import sha256
+from tppo.store.jsonl import write_json
+from tppo.store.run_folder import RunFolder
 
 TINY = {
     "sessions": {"train_users": 200, "heldout_users": 24, "test_users": 24, "transfer_users": 8},
@@ -111,7 +111,7 @@ def finished(tmp_path_factory, config):
     out = tmp_path_factory.mktemp("run folder") / "out"
     sys.addaudithook(_note_files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tppo.run.Run", NotedRun)
+        patch.setattr("tppo.stages.run.Run", NotedRun)
         main(["run", "--out", str(out), "--config", config])
     return out
 

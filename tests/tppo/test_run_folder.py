@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tppo import hashes
-from tppo.disk import DiskFull
-from tppo.hashes import sha256
 from tppo.progress import INTERVAL_S, say, status, track
-from tppo.run_folder import KEPT, RunFolder, write_json
+from tppo.store import hashes
+from tppo.store.disk import DiskFull
+from tppo.store.hashes import sha256
+from tppo.store.run_folder import KEPT, RunFolder, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def test_a_second_run_replaces_the_first_whole(folder, data):
 
 KILLED = """
 import sys, time
-from tppo.run_folder import RunFolder
+from tppo.store.run_folder import RunFolder
 with RunFolder(sys.argv[1]).stage("sft", [], {"a": 1}, 1, resume=len(sys.argv) > 2) as out:
     (out / "half.txt").write_text("x")
     (out / "checkpoints").mkdir()
@@ -240,7 +240,7 @@ def test_a_resumable_stage_keeps_its_files_when_it_fails(folder):
 KILLED_AT = """
 import os, shutil, signal, sys
 from tppo import run_folder
-from tppo.run_folder import RunFolder
+from tppo.store.run_folder import RunFolder
 def killed_at(module, name, which):
     real = getattr(module, name)
     def call(*arguments, **options):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tppo.jsonl import plain, read_jsonl, write_json, write_jsonl
-from tppo.sessions import DataError, Event, Session, read_sessions, write_sessions
+from tppo.sessions.session import DataError, Event, Session, read_sessions, write_sessions
+from tppo.store.jsonl import plain, read_jsonl, write_json, write_jsonl
 
 GOOD = {
     "id": "s1",

@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from tppo import progress
-from tppo.batch import Batch
 from tppo.config import PPOConfig, SFTConfig
-from tppo.models import Critic, RewardModel, place, policy_logprobs
-from tppo.ppo import Models, PPOTrainer
-from tppo.reward_model import GuardError
-from tppo.rollout import HFRollout, RolloutBatch, Sampling
-from tppo.sft import Examples, train_sft
+from tppo.methods.ppo import Models, PPOTrainer
+from tppo.methods.reward_model import GuardError
+from tppo.methods.sft import Examples, train_sft
+from tppo.models.batch import Batch
+from tppo.models.policy import Critic, RewardModel, place, policy_logprobs
+from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 
 PAD, EOS, CPU = 0, 1, torch.device("cpu")
 PROMPTS = [[5, 6, 7]] * 3 + [[8, 9, 4, 4, 2]] * 2 + [[10]] * 2 + [[5, 6, 7]]
@@ -94,7 +94,7 @@ def test_every_model_and_gradient_equals_dense(monkeypatch):
     found = {prefix: outputs_and_gradients(used, prefix) for prefix in ("shared", "dense")}
     for shared, dense in zip(found["shared"], found["dense"], strict=True):
         assert relative(shared, dense) < 1e-5 or torch.equal(shared, dense)
-    monkeypatch.setattr("tppo.batch.tk.shared_prefix", lambda *_: nullcontext())
+    monkeypatch.setattr("tppo.models.batch.tk.shared_prefix", lambda *_: nullcontext())
     wrong = outputs_and_gradients(used, "shared")
     off = [relative(w, dense) > 1e-2 for w, dense in zip(wrong, found["dense"], strict=True)]
     assert all(off[:5]) and off.count(False) == 2  # the gradients of two biases come from no state
@@ -358,6 +358,6 @@ def test_sft_on_several_answers_of_one_prompt_reads_it_once(monkeypatch):
         losses[prefix], tokens[prefix] = result.heldout_loss, counted.count
     assert losses["shared"] == pytest.approx(losses["dense"], rel=1e-5)
     assert tokens["shared"] < tokens["dense"] * 0.6, tokens
-    monkeypatch.setattr("tppo.batch.tk.shared_prefix", lambda *_: nullcontext())
+    monkeypatch.setattr("tppo.models.batch.tk.shared_prefix", lambda *_: nullcontext())
     wrong = train_sft(models().policy, examples, examples, sft, pad_id=PAD, seed=0)
     assert wrong.heldout_loss != pytest.approx(losses["dense"], rel=1e-2)

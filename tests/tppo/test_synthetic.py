@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from tppo.config import SessionsConfig
-from tppo.sessions import read_sessions, write_sessions
-from tppo.synthetic import POPULAR, generate_sessions, intent_library
+from tppo.sessions.session import read_sessions, write_sessions
+from tppo.sessions.synthetic import POPULAR, generate_sessions, intent_library
 
 CONFIG = SessionsConfig(train_users=3000, heldout_users=100, test_users=100, transfer_users=100)
 
@@ -23,7 +23,7 @@ def data():
 def test_the_hash_seed_of_python_does_not_matter():
     code = (
         "import hashlib; from tppo.config import SessionsConfig;"
-        "from tppo.synthetic import generate_sessions;"
+        "from tppo.sessions.synthetic import generate_sessions;"
         "data = generate_sessions(SessionsConfig(50, 9, 9, 9), 3);"
         "print(hashlib.sha256(repr(data).encode()).hexdigest())"
     )

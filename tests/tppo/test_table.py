@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from tppo.console import print_rows
-from tppo.evaluate import score_answers
-from tppo.heat import HeatRow, print_heat
-from tppo.sessions import Session
-from tppo.shares import difference, wilson
-from tppo.table import findings, print_table
+from tppo.evaluation.heat import HeatRow, print_heat
+from tppo.evaluation.metrics import score_answers
+from tppo.evaluation.table import findings, print_table
+from tppo.labels.shares import difference, wilson
+from tppo.sessions.session import Session
 
 SESSION = Session("s", "u", "made", (), (), ("red shoes",))
 ROW = score_answers([SESSION], ["red shoes"], ["eos"], 0.6) | {"kl": 4.25, "length": 15.04}
@@ -153,8 +153,8 @@ PROGRAM = """
 import sys
 from tppo.console import accept_any_text
 accept_any_text()
-from tppo.heat import HeatRow, print_heat
-from tppo.table import print_table
+from tppo.evaluation.heat import HeatRow, print_heat
+from tppo.evaluation.table import print_table
 row = {"relevance": 0.5, "relevance_interval": [0.4, 0.6], "distinct_queries": 2.0}
 test = {"labeller": "rule", "threshold": 0.6}
 print_table({"sft": row, "test": test, "findings": ["−1 ± 2"]}, "title · of 東京")

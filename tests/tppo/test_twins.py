@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from tppo.label_rule import label_by_rule
-from tppo.labels import Label
-from tppo.queries import parse_answer, repeats
-from tppo.twins import repeating_twin
+from tppo.labels.label import Label
+from tppo.labels.queries import parse_answer, repeats
+from tppo.labels.rule import label_by_rule
+from tppo.labels.twins import repeating_twin
 
 
 def by_rule(response, targets=("red shoes", "blue hat")):

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
 import tppo_kernels as tk
-from tppo_kernels import _triton_losses
-from tppo_kernels._sequence import KL_ESTIMATORS, REDUCTIONS
+from tppo_kernels._kernels import triton_losses as _triton_losses
+from tppo_kernels._math.sequence import KL_ESTIMATORS, REDUCTIONS
 from tppo_kernels.ops.ppo_loss import _triton
 from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
 
@@ -95,7 +95,7 @@ def test_numbers_by_pointer(triton, monkeypatch):
     options = {**ALL_TERMS, "reduction": REDUCTIONS[-1], "num_sequences": torch.tensor(5),
                "norm_length": 7, "clip_low": torch.tensor(0.25).bfloat16()}
     expected = policy_run(x, mask, **options)
-    monkeypatch.setattr("tppo_kernels._losses.on_host", lambda x: False)
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
     torch.testing.assert_close(flat(policy_run(x, mask, **options)), flat(expected))
 
 

@@ -16,7 +16,7 @@ from _loss_cases import (
 )
 from _matrix import third
 
-from tppo_kernels._sequence import REDUCTIONS
+from tppo_kernels._math.sequence import REDUCTIONS
 from tppo_kernels.ops.value_loss import _triton
 from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
 
@@ -71,7 +71,7 @@ def test_numbers_by_pointer(triton, monkeypatch):
     x = critic_sample(3, 9)
     options = {"clip": 0.2, "num_tokens": torch.tensor(20)}
     expected = critic_run(x, **options)
-    monkeypatch.setattr("tppo_kernels._losses.on_host", lambda x: False)
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
     torch.testing.assert_close(flat(critic_run(x, **options)), flat(expected))
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._native import FP64, address, per_sequence
-from ..._sequence import compute_dtype
+from ..._kernels.memory import FP64, address, per_sequence
+from ..._math.sequence import compute_dtype
 
 
 def supports(rewards: Tensor, values: Tensor, *_: object) -> str | None:

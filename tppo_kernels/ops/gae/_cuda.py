@@ -12,8 +12,8 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._launch import current_stream, launching_on, scalar
-from ..._native import address
+from ..._kernels.launch import current_stream, launching_on, scalar
+from ..._kernels.memory import address
 from ._cpp import supports
 
 __all__ = ["fwd", "supports"]

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, scalar
-from ..._native import FP64
-from ..._sequence import compute_dtype
+from ..._kernels.launch import launching_on, scalar
+from ..._kernels.memory import FP64
+from ..._math.sequence import compute_dtype
 
 SHORT = 256  # tokens up to which a program takes several sequences
 SHAPES = {True: (8, 128, 4), False: (1, 1024, 4)}  # short or not: sequences, tokens, warps

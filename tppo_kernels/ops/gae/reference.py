@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, select, sequence_index, spread
+from ..._math.sequence import compute_dtype, select, sequence_index, spread
 
 
 def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,

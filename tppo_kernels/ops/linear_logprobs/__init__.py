@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._check import FP32_MAX, LABELS, Check, describe, values_between
-from ..._derivatives import first_only, refuse_forward_mode
-from ..._eager import surely
-from ..._keywords import suggests
-from ..._linear import auto_bytes, shard_of
-from ..._op import _LIB, Op
-from ..._sequence import compute_dtype
-from ...rows import slot_count, valid_rows
+from ..._core.check import FP32_MAX, LABELS, Check, describe, values_between
+from ..._core.derivatives import first_only, refuse_forward_mode
+from ..._core.eager import surely
+from ..._core.keywords import suggests
+from ..._core.op import _LIB, Op
+from ..._math.chunks import auto_bytes, shard_of
+from ..._math.rows import slot_count, valid_rows
+from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("linear_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))

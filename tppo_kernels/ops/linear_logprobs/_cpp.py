@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ..._native import FP64
+from ..._kernels.memory import FP64
 from ..token_logprobs import _cpp as token
 from . import reference
 from .reference import Scale, Stats

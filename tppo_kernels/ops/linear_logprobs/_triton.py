@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, scalar
-from ..._native import FP64
-from ..._triton_rows import LN2, LOG2E, capped, capped_exactly, log2, part_of, row_scaling
+from ..._kernels.launch import launching_on, scalar
+from ..._kernels.memory import FP64
+from ..._kernels.triton_rows import LN2, LOG2E, capped, capped_exactly, log2, part_of, row_scaling
 from ..token_logprobs import _triton as token
 from ..token_logprobs._triton import DEAD, LOWEST, NEG_INF, _gradient, _row_gradients
 from . import reference

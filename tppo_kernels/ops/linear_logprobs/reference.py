@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._linear import Chunk, Gradients, Problem
-from ..._sequence import compute_dtype, select
-from ...rows import Selection
+from ..._math.chunks import Chunk, Gradients, Problem
+from ..._math.rows import Selection
+from ..._math.sequence import compute_dtype, select
 from ..token_logprobs import reference as token
 
 FP16_SCALE = 2.0 ** 15  # a kept fp16 exponential is normal down to e^-20

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._linear import Gradients
-from ..._sequence import compute_dtype, on, reduction_weights, spread, valid_mask
-from ...rows import Selection
+from ..._math.chunks import Gradients
+from ..._math.rows import Selection
+from ..._math.sequence import compute_dtype, on, reduction_weights, spread, valid_mask
 from ..linear_logprobs import reference as linear
 from ..ppo_loss.reference import Formula, TokenTerms, token_terms
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import LABELS, Check, describe, offsets
-from ..._keywords import suggests
-from ..._op import Op
-from ..._sequence import compute_dtype
+from ..._core.check import LABELS, Check, describe, offsets
+from ..._core.keywords import suggests
+from ..._core.op import Op
+from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("place_rewards")

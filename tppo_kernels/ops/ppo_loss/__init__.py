@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import FP32_MAX, Check, offsets, values_between
-from ..._derivatives import first_only, wanted
-from ..._eager import recorded
-from ..._keywords import suggests
-from ..._metrics import floats
-from ..._op import Op
-from ..._sequence import KL_ESTIMATORS, compute_dtype, detached
+from ..._core.check import FP32_MAX, Check, offsets, values_between
+from ..._core.derivatives import first_only, wanted
+from ..._core.eager import recorded
+from ..._core.keywords import suggests
+from ..._core.metrics import floats
+from ..._core.op import Op
+from ..._math.sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
 
 _op = Op("ppo_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._losses import (
+from ..._kernels.losses import (
     DTYPES,
     arrange,
     column_tuples,
@@ -19,7 +19,7 @@ from ..._losses import (
     share_tuple,
     supports,
 )
-from ..._sequence import KL_ESTIMATORS
+from ..._math.sequence import KL_ESTIMATORS
 from . import reference
 
 __all__ = ["Call", "bwd", "fwd", "supports"]

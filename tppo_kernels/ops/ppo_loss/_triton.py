@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on
-from ..._losses import arrange, like_slopes, pair, share_of, supports
-from ..._sequence import KL_CLAMP
-from ..._triton_losses import (
+from ..._kernels.launch import launching_on
+from ..._kernels.losses import arrange, like_slopes, pair, share_of, supports
+from ..._kernels.triton_losses import (
     PROGRAMS,
     TILE,
     column,
@@ -34,6 +33,7 @@ from ..._triton_losses import (
     total,
     valid_tokens,
 )
+from ..._math.sequence import KL_CLAMP
 from . import reference
 
 __all__ = ["bwd", "fwd", "supports"]

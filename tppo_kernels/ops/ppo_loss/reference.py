@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._sequence import (
+from ..._math.sequence import (
     compute_dtype,
     kl,
     on,

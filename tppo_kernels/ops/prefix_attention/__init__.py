@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._check import Check, describe
-from ..._derivatives import first_only
-from ..._keywords import suggests
-from ..._op import Op
-from ..._sequence import compute_dtype
-from ...prefix import PrefixLayout
+from ..._core.check import Check, describe
+from ..._core.derivatives import first_only
+from ..._core.keywords import suggests
+from ..._core.op import Op
+from ..._math.layout import PrefixLayout
+from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("prefix_attention", cpu=("flash", "reference"),

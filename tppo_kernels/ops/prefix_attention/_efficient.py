@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _varlen
+from ..._kernels import varlen as _varlen
 
 _aten = torch.ops.aten
 _LSE = 32  # the logsumexps of a sequence are padded to a multiple of this

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import _varlen
-from ..._native import FP64
-from ..._sequence import compute_dtype
+from ..._kernels import varlen as _varlen
+from ..._kernels.memory import FP64
+from ..._math.sequence import compute_dtype
 
 _aten = torch.ops.aten
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _varlen
+from ..._kernels import varlen as _varlen
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, on
+from ..._math.sequence import compute_dtype, on
 
 
 def visible(segment_lengths: Tensor, is_prompt: Tensor, length: int) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._check import LABELS, Check, offsets
-from ..._keywords import suggests
-from ..._op import Op
+from ..._core.check import LABELS, Check, offsets
+from ..._core.keywords import suggests
+from ..._core.op import Op
 from . import reference
 
 ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._launch import current_stream, launching_on
+from ..._kernels.launch import current_stream, launching_on
 from ..gae._cuda import Arguments, column, dense, mask_rows, rows
 from .reference import refuse_fp64 as supports
 

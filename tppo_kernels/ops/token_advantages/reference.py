@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._eager import constant
-from ..._native import FP64
-from ..._sequence import compute_dtype, kl, on, select
+from ..._core.eager import constant
+from ..._kernels.memory import FP64
+from ..._math.sequence import compute_dtype, kl, on, select
 from ..gae.reference import fwd as gae_reference
 from ..ppo_loss.reference import times
 from ..whiten.reference import fwd as whiten_reference

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import Check
-from ..._derivatives import first_only, wanted
-from ..._eager import recorded
-from ..._keywords import suggests
-from ..._op import Op
+from ..._core.check import Check
+from ..._core.derivatives import first_only, wanted
+from ..._core.eager import recorded
+from ..._core.keywords import suggests
+from ..._core.op import Op
 from . import reference
 
 _op = Op("token_head", cuda=("cuda", "triton", "reference"))

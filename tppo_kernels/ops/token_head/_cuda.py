@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._launch import current_stream, launching_on, row_layout
-from ..._native import FP64, address
+from ..._kernels.launch import current_stream, launching_on, row_layout
+from ..._kernels.memory import FP64, address
 from . import reference
 
 OUTPUTS = (1, 3)  # what csrc/token_head.cu is compiled for

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, row_layout
-from ..._native import FP64
+from ..._kernels.launch import launching_on, row_layout
+from ..._kernels.memory import FP64
 from . import reference
 
 WARPS = 4

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import FP32_MAX, LABELS, Check, values_between
-from ..._derivatives import first_only, wanted
-from ..._eager import recorded
-from ..._keywords import suggests
-from ..._op import Op
-from ..._sequence import compute_dtype
+from ..._core.check import FP32_MAX, LABELS, Check, values_between
+from ..._core.derivatives import first_only, wanted
+from ..._core.eager import recorded
+from ..._core.keywords import suggests
+from ..._core.op import Op
+from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("token_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, row_layout, scalar
-from ..._native import FP64
-from ..._triton_rows import (
+from ..._kernels.launch import launching_on, row_layout, scalar
+from ..._kernels.memory import FP64
+from ..._kernels.triton_rows import (
     LOG2E,
     aligned,
     capped,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, select
+from ..._math.sequence import compute_dtype, select
 
 
 def scaled(x: Tensor, temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor) -> Tensor:

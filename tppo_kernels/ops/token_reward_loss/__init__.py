@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets, values_between
-from ..._derivatives import first_only, wanted
-from ..._keywords import suggests
-from ..._metrics import floats
-from ..._op import Op
-from ..._sequence import alive, compute_dtype, on, valid_mask
+from ..._core.check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets, values_between
+from ..._core.derivatives import first_only, wanted
+from ..._core.keywords import suggests
+from ..._core.metrics import floats
+from ..._core.op import Op
+from ..._math.sequence import alive, compute_dtype, on, valid_mask
 from . import reference
 
 _op = Op("token_reward_loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import alive, compute_dtype, on, select, sequence_sum, spread, valid_mask
+from ..._math.sequence import alive, compute_dtype, on, select, sequence_sum, spread, valid_mask
 
 _LOW_32 = 0xFFFFFFFF
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import FP32_MAX, LABELS, Check, offsets, values_between
-from ..._keywords import suggests
-from ..._op import Op
-from ..._sequence import alive, compute_dtype
+from ..._core.check import FP32_MAX, LABELS, Check, offsets, values_between
+from ..._core.keywords import suggests
+from ..._core.op import Op
+from ..._math.sequence import alive, compute_dtype
 from . import reference
 
 _op = Op("token_rewards")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, on, select, spread, valid_mask
+from ..._math.sequence import compute_dtype, on, select, spread, valid_mask
 
 
 def fwd(class_logits: Tensor, mask: Tensor | None, values: list[Tensor],

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import Check, offsets, values_between
-from ..._derivatives import first_only, wanted
-from ..._eager import recorded
-from ..._keywords import suggests
-from ..._metrics import floats
-from ..._op import Op
-from ..._sequence import compute_dtype, detached
+from ..._core.check import Check, offsets, values_between
+from ..._core.derivatives import first_only, wanted
+from ..._core.eager import recorded
+from ..._core.keywords import suggests
+from ..._core.metrics import floats
+from ..._core.op import Op
+from ..._math.sequence import compute_dtype, detached
 from . import reference
 
 _op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._losses import (
+from ..._kernels.losses import (
     DTYPES,
     arrange,
     column_tuples,

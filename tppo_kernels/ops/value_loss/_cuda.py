@@ -8,8 +8,8 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._launch import current_stream, launching_on
-from ..._losses import DTYPES, like_slopes, supports, workspace
+from ..._kernels.launch import current_stream, launching_on
+from ..._kernels.losses import DTYPES, like_slopes, supports, workspace
 from . import reference
 from ._cpp import Call
 

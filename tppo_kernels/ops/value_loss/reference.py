@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, on, reduction_weights, select, valid_mask
+from ..._math.sequence import compute_dtype, on, reduction_weights, select, valid_mask
 
 
 def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor | None,

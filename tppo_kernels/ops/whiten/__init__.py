@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._check import FP32_MAX, Check, describe, values_between
-from ..._keywords import suggests
-from ..._op import Op
-from ..._sequence import compute_dtype
+from ..._core.check import FP32_MAX, Check, describe, values_between
+from ..._core.keywords import suggests
+from ..._core.op import Op
+from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("whiten", cpu=("cpp", "reference"), cuda=("triton", "reference"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._native import FP64, address
+from ..._kernels.memory import FP64, address
 
 
 def supports(x: Tensor, *_: object) -> str | None:

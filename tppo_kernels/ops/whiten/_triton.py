@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._launch import launching_on, scalar
-from ..._native import FP64
+from ..._kernels.launch import launching_on, scalar
+from ..._kernels.memory import FP64
 from .reference import TINY
 
 BLOCK = 4096

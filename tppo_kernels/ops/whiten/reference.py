@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._sequence import compute_dtype, on, select
+from ..._math.sequence import compute_dtype, on, select
 
 TINY = 1e-6  # spread below this share of max|x| is rounding, not signal
 

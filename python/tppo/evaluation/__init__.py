@@ -1,0 +1,1 @@
+"""Figures of answers, the closing table and the token heat map."""

@@ -1,0 +1,129 @@
+"""The closing table, and what a reader should know before trusting it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tppo.console import print_rows
+from tppo.labels.shares import difference
+
+COLUMNS = {
+    "relevance": "relevance 95 %",
+    "distinct_queries": "distinct",
+    "exact_match": "exact",
+    "chrf": "chrF",
+    "kl": "KL",
+    "length": "length",
+    "format": "format",
+}  # figure -> header of the closing table
+MIN_DISTINCT = 0.9  # of SFT's distinct queries: with fewer, a run repeats itself
+LOW_AUC = 0.8
+FEW_RELEVANT = 0.05  # share of relevant tokens below which a reward says little
+
+
+def print_table(result: dict[str, Any], title: str) -> None:
+    """Findings, then one row a way to answer, then who judged; the rows fit 80 columns."""
+    console = Console()
+    for finding in result["findings"]:
+        console.print(finding, markup=False, highlight=False, style="bold")
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("answers by", no_wrap=True)
+    for header in COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    shown = {name: row for name, row in result.items() if is_row(row)}
+    print_rows(
+        console,
+        table,
+        [(name, [_cell(row, key) for key in COLUMNS]) for name, row in shown.items()],
+    )
+    console.print(judge_line(result["test"]), markup=False, highlight=False)
+
+
+def is_row(value: Any) -> bool:
+    """Whether an entry of `result.json` is a row of the table."""
+    return isinstance(value, dict) and "relevance" in value
+
+
+def judge_line(test: dict[str, Any]) -> str:
+    """Who judged relevance, and what that means."""
+    labeller = test["labeller"]
+    trained = "which also labelled" if labeller == "rule" else f"not by {labeller}, which labelled"
+    return (
+        f"relevance: judged by the rule ({trained} the reward model's data), here and where PPO's "
+        f"best step is kept: at least {test['threshold']:.0%} of an answer's words stand in the "
+        "true next queries, a repeated query counts as nothing; with Wilson's 95 % interval"
+    )
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "-"
+    if key == "relevance":
+        low, high = (f"{bound:.3f}".removeprefix("0") for bound in row["relevance_interval"])
+        return f"{value:.3f} {low}-{high}"
+    digits = 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
+    return f"{value:.{digits}f}"
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """Sentences for a reader who would not see it in the figures: PPO that did not help, and why;
+    answers that repeat themselves.
+    """
+    found, sft, tppo = [], result["sft"], result["tppo"]
+    gain, low, _ = difference(
+        (tppo["relevance"], tppo["users"]), (sft["relevance"], sft["users"])
+    )
+    figures = f"relevance {tppo['relevance']:.3f} against {sft['relevance']:.3f} of SFT"
+    if gain < 0:
+        found.append(f"PPO made the answers worse ({figures}). {_cause(result)}")
+    elif low <= 0:
+        found.append(f"PPO did not help beyond chance ({figures}). {_cause(result)}")
+    share = tppo["distinct_queries"] / sft["distinct_queries"] if sft["distinct_queries"] else 1.0
+    if share < MIN_DISTINCT:
+        found.append(
+            f"Answers of PPO repeat themselves: {tppo['distinct_queries']:.2f} distinct queries an "
+            f"answer against {sft['distinct_queries']:.2f} of SFT ({share:.0%}). Smaller "
+            "--ppo.steps or a larger --ppo.kl-coef keeps more of SFT's variety"
+        )
+    return found
+
+
+def _cause(result: dict[str, Any]) -> str:
+    """The likely cause that PPO did not help, the first that the figures of training show."""
+    training = result["training"]
+    auc, share = training["auc"], training["relevant_share"]
+    first, last = training["first_reward"], training["last_reward"]
+    if result["tppo"]["kl"] == 0:
+        return "Likely cause: the policy did not move from SFT. Raise --ppo.lr or --ppo.steps"
+    if not training["qualified"]:
+        return (
+            "Likely cause: no step kept the format and stayed near SFT, so the last weights were "
+            "taken. Lower --ppo.lr or raise --ppo.kl-coef"
+        )
+    if share < FEW_RELEVANT:
+        return (
+            f"Likely cause: only {share:.1%} of the labelled tokens are relevant, which leaves "
+            "little to be rewarded. Label more answers (--generate.samples), or train SFT on more "
+            "sessions"
+        )
+    if auc is None or auc < LOW_AUC:
+        shown = "unknown" if auc is None else f"{auc:.2f}"
+        return (
+            "Likely cause: the reward model hardly tells relevant from irrelevant words (AUC "
+            f"{shown}, {training['sessions']} labelled sessions). Label more answers "
+            "(--generate.samples) or train it longer (--reward-model.epochs)"
+        )
+    if last > first:
+        return (
+            f"Likely cause: the reward rose from {first:.2f} to {last:.2f} an answer without "
+            "relevance: PPO found what the reward model rates too high. Label more answers or "
+            "raise --ppo.kl-coef"
+        )
+    return (
+        f"Likely cause: the reward did not rise ({first:.2f} to {last:.2f} an answer). Raise "
+        "--ppo.steps or --ppo.lr"
+    )

@@ -1,0 +1,1 @@
+"""Who says what is good: labels, words, the rule, agreement, endpoints."""

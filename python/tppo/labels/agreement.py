@@ -1,0 +1,114 @@
+"""How far two labellers agree: on words, on answers, and beyond chance (Cohen, 1960)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tppo.labels.label import Label, read_labels
+from tppo.labels.shares import wilson
+from tppo.labels.words import NONE, map_labels, word_spans
+from tppo.store.jsonl import DataError, short
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Pairs of 0/1 labels of one kind."""
+
+    pairs: int
+    agreement: float | None
+    """Share of equal pairs; None without pairs."""
+    kappa: float | None
+    """(agreement - chance) / (1 - chance); None where chance alone agrees fully."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two labellers compared on the answers that the second one labelled."""
+
+    answers: int
+    words: Rate
+    sentences: Rate
+    unpaired_words: int
+    """Words that only one of the two gave a label."""
+
+
+def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
+    """Agreement of a run's labels with others, over every id of the others.
+
+    The words are those of the response itself, so that the labellers may have cut it differently.
+
+    Errors: DataError for an id that is there twice or that the run lacks, and for another response.
+    """
+    own, theirs = _by_id(labels, "the run's labels"), _by_id(others, "the file")
+    missing = [id for id in theirs if id not in own]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(theirs)} ids of the file are not among the run's "
+            f"{len(own)} labels, the first: {missing[0]!r}"
+        )
+    words: Counter[tuple[int, int]] = Counter()
+    sentences: Counter[tuple[int, int]] = Counter()
+    for id, other in theirs.items():
+        mine = own[id]
+        if mine.response != other.response:
+            raise DataError(
+                f"id {id!r}: the response of the file was {short(other.response)}, "
+                f"expected that of the run, {short(mine.response)}"
+            )
+        sentences[mine.sentence, other.sentence] += 1
+        spans = word_spans(mine.response)
+        words.update(
+            zip(
+                map_labels(mine.response, mine.words, spans),
+                map_labels(other.response, other.words, spans),
+                strict=True,
+            )
+        )
+    unpaired = sum(n for pair, n in words.items() if pair.count(NONE) == 1)
+    paired = Counter({pair: n for pair, n in words.items() if NONE not in pair})
+    return Agreement(len(theirs), _rate(paired), _rate(sentences), unpaired)
+
+
+def compare_files(labels: str | os.PathLike[str], others: str | os.PathLike[str]) -> str:
+    """The agreement of two label files, as a table, with Wilson's 95 % intervals."""
+    result = compare(read_labels(labels), read_labels(others))
+    rows = [("", "pairs", "agreement", "95 %", "kappa")]
+    for name, rate in (("words", result.words), ("answers", result.sentences)):
+        agreement = interval = "-"
+        if rate.agreement is not None:
+            agreement = f"{rate.agreement:.2%}"
+            interval = "-".join(f"{100 * end:.1f}" for end in wilson(rate.agreement, rate.pairs))
+        kappa = "-" if rate.kappa is None else f"{rate.kappa:.3f}"
+        rows.append((name, str(rate.pairs), agreement, interval, kappa))
+    lines = [f"{a:<8}{b:>8}{c:>11}{d:>12}{e:>8}" for a, b, c, d, e in rows]
+    if result.unpaired_words:
+        lines.append(
+            f"{result.unpaired_words} words that only one of the two labelled are left out"
+        )
+    return "\n".join(lines)
+
+
+def _by_id(labels: Iterable[Label], source: str) -> dict[str, Label]:
+    found: dict[str, Label] = {}
+    for label in labels:
+        if label.id in found:
+            raise DataError(f"id {label.id!r} is there twice in {source}, expected once")
+        found[label.id] = label
+    return found
+
+
+def _rate(pairs: Counter[tuple[int, int]]) -> Rate:
+    n = pairs.total()
+    if not n:
+        return Rate(0, None, None)
+    equal = sum(count for (a, b), count in pairs.items() if a == b)
+    first, second = Counter[int](), Counter[int]()
+    for (a, b), count in pairs.items():
+        first[a] += count
+        second[b] += count
+    by_chance = sum(first[value] * second[value] for value in first)  # times n * n
+    kappa = None if by_chance == n * n else (n * equal - by_chance) / (n * n - by_chance)
+    return Rate(n, equal / n, kappa)

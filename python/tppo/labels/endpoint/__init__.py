@@ -1,0 +1,1 @@
+"""Labels by a language model behind an OpenAI-compatible endpoint."""

@@ -1,0 +1,211 @@
+"""Ask an endpoint for judgements: tries, waits and stops as the table of replies says.
+
+What concerns the endpoint as a whole ends all of it: no further request is sent, and replies that
+are on their way are still taken, because they are paid for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tppo.labels.endpoint.cache import Spent, Work, chat_request
+from tppo.labels.endpoint.config import EndpointConfig, api_key
+from tppo.labels.endpoint.forms import FORM, Action
+from tppo.labels.endpoint.http import exchange, new_client
+from tppo.labels.endpoint.prompt import REPAIR, Judgement, LabelItem, prompt
+from tppo.labels.endpoint.replies import Reply, Trouble, outcome, too_long_a_wait
+from tppo.progress import say
+
+if TYPE_CHECKING:
+    import openai
+
+FEW = 3  # items lost by an endpoint that has answered none: enough to stop
+MANY = 20  # items lost in a row, where more are lost than is allowed: enough to stop
+LOOK_S = 0.02  # between two looks at whether an item that was begun is answered
+FIRST_WAIT_S, MOST_WAIT_S = 0.5, 8.0  # between tries where the server asks for no wait
+LONG_WAIT_S = 10.0  # a wait that is worth a line
+
+
+class EndpointError(RuntimeError):
+    """The run of questions ended early, or lost too much: the message says why, and what to do."""
+
+
+class _Stopped(Exception):
+    """A request was not sent, because the run has stopped."""
+
+
+@dataclass
+class Asker:
+    """One run of questions to an endpoint."""
+
+    config: EndpointConfig
+    work: Work
+    spent: Spent
+    total: int | None = None
+    """Items of the run, if known: then too many lost ones stop it early."""
+    api_key: str = ""
+    client: openai.AsyncOpenAI | None = None
+    """Made for the first question: a full cache needs neither key nor server."""
+    schema: bool = field(init=False)
+    """Whether a JSON schema is asked for: until the server turns out to refuse it."""
+    schema_works: bool = False
+    answered: bool = False
+    """Whether the endpoint has given an answer, of whatever worth, in this run."""
+    fatal: str = ""
+    """Why the run has stopped."""
+    lost: int = 0
+    """Questions lost by endpoint or judge."""
+    in_a_row: int = 0
+    """How many of them since the newest judgement."""
+    unheard: int = 0
+    """Questions lost by the endpoint."""
+    newest: str = ""
+    """Why the newest was lost."""
+    begun: int = 0
+    """Items of which a request is with the endpoint, or was and is to be tried again."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    resume_at: float = 0.0
+    """Until then the server has asked everybody to wait."""
+
+    def __post_init__(self) -> None:
+        self.schema = self.config.schema
+
+    async def ask(self, key: str, item: LabelItem) -> Judgement | Trouble | None:
+        """The judgement of an item, on disk before it is returned; or what is wrong; or None, where
+        the run stopped before it was known."""
+        try:
+            await self._wait_for_a_sign()
+            self.begun += 1
+            try:
+                result = await self._judge(item)
+            finally:
+                self.begun -= 1
+        except _Stopped:
+            return None
+        if isinstance(result, Judgement):
+            self.work.finish(key, result)
+            self.in_a_row = 0
+        else:
+            self._lose(key, result)
+        return result
+
+    def open(self) -> None:
+        """Make the client, if there is none.  Raises ValueError for key or proxy."""
+        if self.client is None:
+            self.api_key = api_key(self.config)
+            self.client = new_client(self.config, self.api_key)
+
+    def stop(self, reason: str) -> None:
+        """Send nothing more."""
+        self.fatal = self.fatal or reason
+        self.stopping.set()
+
+    def _lose(self, key: str, trouble: Trouble) -> None:
+        self.work.fail(key, trouble.form)
+        if trouble.form.by == "item":
+            return
+        self.lost, self.in_a_row, self.newest = self.lost + 1, self.in_a_row + 1, trouble.reason
+        self.unheard += trouble.form.by == "endpoint"
+        allowed = self.config.max_dropped * (self.total or math.inf)
+        if self.in_a_row >= MANY and self.lost > allowed:
+            self.stop(too_many(self.lost, self.total or 0, self.config, trouble.reason))
+
+    async def _judge(self, item: LabelItem) -> Judgement | Trouble:
+        """The judgement of an item: without the schema where the server refuses that, and sent back
+        once where the answer holds none."""
+        template = self.config.template
+        messages = [{"role": "user", "content": prompt(item, template)}]
+        result, action = await self._send(messages, item, self.schema)
+        if action == "plain":
+            result, action = await self._send(messages, item, False)
+            if self.schema and action in ("label", "repair"):
+                say(f"{self.config.base_url} refuses a JSON schema: from now on asked without")
+                self.schema = False
+        if action == "repair" and isinstance(result, Trouble):
+            repair = {"role": "user", "content": REPAIR.format(reason=result.reason)}
+            messages += [{"role": "assistant", "content": result.text}, repair]
+            result, action = await self._send(messages, item, self.schema)
+        if action == "stop" and isinstance(result, Trouble):
+            self.stop(result.reason)
+            raise _Stopped
+        return result
+
+    async def _send(
+        self, messages: list[dict[str, str]], item: LabelItem, schema: bool
+    ) -> tuple[Judgement | Trouble, Action]:
+        """One request, tried again where the table says so; and what is to be done with it."""
+        config, client = self.config, self.client
+        assert client is not None
+        request = chat_request(config, messages, schema)
+        tries = config.max_retries + 1
+        number = 0
+        while True:
+            number += 1
+            await self._ready()
+            reply = await exchange(client, request)
+            result = outcome(reply, config, item.response, schema and not self.schema_works)
+            action = self._action(reply, result, schema)
+            if isinstance(result, Judgement) or action != "retry":
+                return result, action
+            if result.wait_s is not None and result.wait_s > config.max_wait_s:
+                return too_long_a_wait(result, config), "stop"
+            if number == tries:
+                break
+            await self._pause(number, result.wait_s)
+        often = f"{tries} times" if tries > 1 else "once"
+        return Trouble(result.form, f"{result.reason}, {often}"), result.form.spent
+
+    def _action(self, reply: Reply, result: Judgement | Trouble, schema: bool) -> Action:
+        """What the table says about a reply; an answer is counted first, it was paid for."""
+        form = FORM["verdict"] if isinstance(result, Judgement) else result.form
+        if reply.status == 200 and (form.name == "verdict" or form.by in ("judge", "item")):
+            self.spent.add(reply.body)
+            self.answered = True
+            self.schema_works = self.schema_works or schema
+        return form.action(self.answered)
+
+    async def _wait_for_a_sign(self) -> None:
+        """After the first few losses begin no item until those that are begun tell whether the
+        endpoint answers anything: refusals come sooner than answers."""
+        while not self.fatal and self.unheard >= FEW and not (self.answered or self.work.hits):
+            if not self.begun:
+                self.stop(f"the first {self.unheard} items all failed: {self.newest}")
+            await self._sleep(LOOK_S)
+
+    async def _ready(self) -> None:
+        """Wait until a request may be sent.  Raises _Stopped where none will be."""
+        while not self.fatal and (wait := self.resume_at - time.monotonic()) > 0:
+            await self._sleep(wait)
+        if self.fatal:
+            raise _Stopped
+
+    async def _pause(self, number: int, asked: float | None) -> None:
+        """Wait after a try: as the server asks, and then with everybody else, or ever longer."""
+        if asked is None:
+            wait = min(FIRST_WAIT_S * 2 ** (number - 1), MOST_WAIT_S)
+            await self._sleep(wait * (1 - 0.25 * random.random()))
+            return
+        now = time.monotonic()
+        if asked >= LONG_WAIT_S and self.resume_at < now:
+            say(f"labelling: the server asks to wait {asked:.0f} s")
+        self.resume_at = max(self.resume_at, now + asked)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not longer than the run lasts."""
+        try:
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+
+
+def too_many(lost: int, total: int, config: EndpointConfig, reason: str) -> str:
+    """What is said where more items are lost than the configuration allows."""
+    return (
+        f"{lost} of {total} items got no label, more than the {config.max_dropped:.3%} of "
+        f"--label.endpoint.max-dropped; one of them: {reason}"
+    ).replace(".000%", " %")

@@ -1,0 +1,88 @@
+"""HTTP to an endpoint: a client without redirections, the proxy of the environment, one exchange.
+
+Nothing is tried again in here: what a reply means is decided by the table of label_replies.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from tppo.labels.endpoint.config import EndpointConfig
+from tppo.labels.endpoint.proxy import proxy_for
+from tppo.labels.endpoint.replies import Reply, reply_of
+
+if TYPE_CHECKING:
+    import openai
+
+
+def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
+    """A client that sends what it is given once and to `base_url` alone.
+
+    Raises ValueError for a proxy variable that cannot be used, naming it.
+    """
+    import openai
+
+    # httpx or its successor, whichever this release of openai is built on.
+    package = openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
+    http = importlib.import_module(package)
+
+    class Limited(openai.DefaultAsyncHttpxClient):
+        """Its limit holds for a whole try: the usual one starts anew with every byte."""
+
+        async def send(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return await asyncio.wait_for(super().send(*arguments, **options), config.timeout_s)
+            except asyncio.TimeoutError:
+                raise http.ReadTimeout("the whole reply took too long") from None
+
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=config.base_url,
+        timeout=config.timeout_s,
+        max_retries=0,
+        http_client=Limited(follow_redirects=False, transport=_transport(http, config)),
+    )
+
+
+def _transport(http: Any, config: EndpointConfig) -> Any:
+    """The transport, through the one proxy that the environment has for this address."""
+    limits = http.Limits(max_keepalive_connections=config.concurrency)
+    name, proxy = proxy_for(config.base_url)
+    if proxy is None:
+        return http.AsyncHTTPTransport(limits=limits)
+    remedy = f"correct {name}, or exempt the endpoint's host in NO_PROXY"
+    try:
+        return http.AsyncHTTPTransport(limits=limits, proxy=proxy)
+    except ImportError:
+        raise ValueError(
+            f"environment variable {name} is a SOCKS proxy, which needs socksio: "
+            f"pip install socksio; or {remedy}"
+        ) from None
+    except Exception as error:  # InvalidURL, ValueError: no text of theirs, it quotes a password
+        raise ValueError(
+            f"environment variable {name} is no address of a proxy ({type(error).__name__}), "
+            f"expected http://HOST:PORT: {remedy}"
+        ) from None
+
+
+async def exchange(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Reply:
+    """Send one request; whatever comes back is a reply."""
+    import openai
+
+    create: Any = client.chat.completions.with_raw_response.create
+    try:
+        raw = await create(**request)
+        return reply_of(raw.status_code, raw.headers, raw.content)
+    except openai.APITimeoutError:
+        return Reply(failure="slow")
+    except openai.APIConnectionError as error:
+        # By name: httpx's classes, or those of whatever openai is built on.
+        kind = type(error.__cause__).__name__
+        return Reply(failure="unreachable" if re.search("Connect|Proxy", kind) else "broken")
+    except openai.APIStatusError as error:
+        return reply_of(error.status_code, error.response.headers, error.response.content)
+    except (openai.OpenAIError, ValueError, RecursionError):
+        return Reply(failure="garbled")

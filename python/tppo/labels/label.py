@@ -1,0 +1,67 @@
+"""Labels of generated answers: 0 or 1 for each word and for the whole, one JSON object a line.
+
+`{"id", "response", "words": [[word, 0|1], ...], "sentence": 0|1, "labeller"}`
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from tppo.labels.words import map_labels
+from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeller said about one response: 1 = relevant to the true next queries, 0 = not."""
+
+    id: str
+    response: str
+    words: tuple[tuple[str, int], ...]
+    sentence: int
+    labeller: str
+
+
+def read_labels(path: str | os.PathLike[str]) -> list[Label]:
+    """Read and check a label file.
+
+    Raises DataError naming file, line and field, also for a word that the response does not have.
+    """
+    return list(iter_labels(path))
+
+
+def iter_labels(path: str | os.PathLike[str]) -> Iterator[Label]:
+    """The labels of a file one at a time, checked like `read_labels`."""
+    return map(_label, read_jsonl(path))
+
+
+def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> None:
+    """Write a label file, whole or not at all."""
+    write_jsonl(path, labels)
+
+
+def _label(line: Line) -> Label:
+    words = line.get("words", lambda v: isinstance(v, list), "a list of [word, 0 or 1]")
+    for index, word in enumerate(words):
+        if not (
+            isinstance(word, list) and len(word) == 2 and is_text(word[0]) and _binary(word[1])
+        ):
+            raise line.error(f"words[{index}]", word, "[word, 0 or 1]")
+    label = Label(
+        id=line.get("id", is_text, "a text that is not blank"),
+        response=line.get("response", lambda v: isinstance(v, str), "a text"),
+        words=tuple((word, value) for word, value in words),
+        sentence=line.get("sentence", _binary, "0 or 1"),
+        labeller=line.get("labeller", is_text, "a text that is not blank"),
+    )
+    try:
+        map_labels(label.response, label.words, [])
+    except ValueError as error:
+        raise line.error("words", words, f"words of the response ({error})") from None
+    return label
+
+
+def _binary(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in (0, 1)

@@ -1,0 +1,225 @@
+"""The token reward model: three classes a token, trained on mapped labels, frozen in PPO."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tppo_kernels as tk
+from tppo.config import Prefix, RewardModelConfig
+from tppo.models.batch import Batch, pad_rows
+from tppo.models.guards import GuardError, check_step, check_weights
+from tppo.models.policy import class_logits
+from tppo.progress import say, status
+
+RM_REMEDY = "usually a smaller --reward-model.lr helps"
+IRRELEVANT, RELEVANT = 1, 2  # classes of a token; 0 is a token of no labelled word
+
+
+class LabelledAnswer(NamedTuple):
+    """An answer in the reward model's tokens, a class for each and one (1 or 2) for the whole."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    categories: Sequence[int]  # 0, 1 or 2 a response token
+    sentence: int  # 1 irrelevant, 2 relevant
+
+
+_NO_LABEL = torch.zeros(0, dtype=torch.bool)
+
+
+class Reader(Protocol):
+    """A token classifier, and how it reads prompts and responses, both as its token ids."""
+
+    model: PreTrainedModel
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits [B, T, 3] of the response tokens, and where there are any [B, T]."""
+
+
+class PolicyTokens:
+    """The reader of a classifier that shares the policy's tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, prefix: Prefix = "shared"):
+        self.model, self.pad_id, self.prefix = model, pad_id, prefix
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        batch = Batch(prompts, responses, self.pad_id, self.model.device, self.prefix)
+        return class_logits(self.model, batch), batch.mask
+
+
+def train_reward_model(
+    reader: Reader,
+    train: Sequence[LabelledAnswer],
+    config: RewardModelConfig,
+    *,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Train on local and global loss; returns one row of losses an epoch.
+
+    Errors: GuardError if the trunk is frozen or no gradient reaches its embeddings in the first
+    step, or if loss, gradients or weights are not finite in any.
+    """
+    model, rng = reader.model, random.Random(seed)
+    assert config.lr is not None
+    check_weights("before train-rm step 1", {"reward model": model})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    per_epoch = math.ceil(len(train) / config.batch_size)
+    step, history = 0, []
+    with status("reward model", config.epochs * per_epoch) as bar:
+        for epoch in range(1, config.epochs + 1):
+            order = rng.sample(range(len(train)), len(train))
+            losses = []
+            for i in range(0, len(order), config.batch_size):
+                rows = [train[j] for j in order[i : i + config.batch_size]]
+                parts = _losses(reader, rows, config, seed + step)
+                optimizer.zero_grad()
+                parts[0].backward()
+                if step == 0:
+                    check_trunk_gradients(model)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+                step += 1
+                check_step(f"train-rm step {step}", {"reward model": model}, {"loss": parts[0]},
+                           {"reward model": norm}, RM_REMEDY)  # fmt: skip
+                optimizer.step()
+                losses.append(torch.stack(parts).detach())
+                bar.advance()
+            mean = torch.stack(losses).mean(0).tolist()
+            names = ("loss", "local_loss", "global_loss")
+            history.append({"epoch": epoch, **dict(zip(names, mean, strict=True))})
+            bar.note(f"loss {mean[0]:.3f}")
+    check_weights(f"after train-rm step {step}", {"reward model": model})
+    return history
+
+
+def _losses(
+    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, local and global loss of a batch."""
+    logits, mask, labels = _read(reader, rows)
+    result = tk.token_reward_loss(
+        logits,
+        labels,
+        mask,
+        torch.tensor([float(row.sentence) for row in rows], device=mask.device),  # [B]
+        local_weight=config.local_weight,
+        global_weight=config.global_weight,
+        balance=config.balance,
+        seed=seed,
+    )
+    return result.loss, result.local_loss, result.global_loss
+
+
+@torch.no_grad()
+def evaluate_reward_model(
+    reader: Reader, data: Sequence[LabelledAnswer], config: RewardModelConfig
+) -> dict[str, Any]:
+    """Accuracy over all of its own tokens, and AUC of relevant against irrelevant ones."""
+    scores, labels, hits, count = [], [], 0, 0
+    for i in range(0, len(data), config.batch_size):
+        logits, mask, label = _read(reader, data[i : i + config.batch_size])
+        hits += int((logits.argmax(-1) == label)[mask].sum())
+        count += int(mask.sum())
+        judged = mask & (label > 0)
+        scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
+        labels.append(label[judged].cpu() == RELEVANT)
+    score, relevant = torch.cat([*scores, torch.zeros(0)]), torch.cat([*labels, _NO_LABEL])
+    return {
+        "auc": area_under_curve(score, relevant),
+        "accuracy": hits / max(count, 1),
+        "relevant_tokens": int(relevant.sum()),
+        "irrelevant_tokens": int((~relevant).sum()),
+    }
+
+
+def area_under_curve(score: Tensor, positive: Tensor) -> float | None:
+    """P(score of a positive > score of a negative), ties a half; None without both classes."""
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    if not n_pos or not n_neg:
+        return None
+    _, rank, tied = score.double().unique(return_inverse=True, return_counts=True)
+    mean_rank = tied.cumsum(0) - (tied - 1) / 2  # 1-based, ties share their mean
+    rank_sum = mean_rank[rank][positive].sum().item()
+    return (rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
+
+
+def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
+    """Stop before PPO optimises a reward that cannot tell relevant from irrelevant.
+
+    Errors: GuardError below `min_auc`; with few labelled sessions only a warning that says why.
+    """
+    auc, sessions = report["auc"], report["sessions"]
+    if auc is not None and auc >= config.min_auc:
+        return
+    shown = "unknown (the held-out labels are all alike)" if auc is None else f"{auc:.3f}"
+    problem = f"the reward model's AUC is {shown}, expected at least {config.min_auc}"
+    if sessions >= config.min_auc_sessions:
+        raise GuardError(
+            f"{problem}: PPO would raise this reward without raising relevance. Label more answers "
+            "or train longer; --reward-model.min-auc lowers the bound"
+        )
+    say(
+        f"WARNING: {problem}. Only {sessions} sessions are labelled (fewer than "
+        f"{config.min_auc_sessions}), too few to judge by: PPO runs, but do not trust its reward"
+    )
+
+
+def relevant_share(data: Sequence[LabelledAnswer]) -> float:
+    """Share of relevant tokens of all that are labelled; 0 where none is."""
+    judged = [label for row in data for label in row.categories if label]
+    return judged.count(RELEVANT) / max(len(judged), 1)
+
+
+def check_signal(report: dict[str, Any], allowed: bool) -> None:
+    """Stop before PPO where every label is the same: no token is better than another.
+
+    Errors: GuardError unless `allowed`.
+    """
+    share = report["relevant_share"]
+    if 0 < share < 1:
+        return
+    problem = (
+        f"there is nothing to learn from: {'all' if share else 'none'} of the labelled tokens of "
+        f"{report['answers']} answers are relevant"
+    )
+    if not allowed:
+        raise GuardError(
+            f"{problem}. Label more answers (--generate.samples), or judge otherwise (--label...); "
+            "--ppo.without-signal runs PPO all the same"
+        )
+    say(f"WARNING: {problem}")
+
+
+def check_trunk_gradients(model: PreTrainedModel) -> None:
+    """Stop if the trunk is frozen or gets no gradient: a head alone learns next to nothing.
+
+    A gradient at the input embeddings has come through every layer. A parameter that the forward
+    does not use (Longformer's global attention, an expert that no token chose) has none.
+    """
+    for name, parameter in model.base_model.named_parameters():
+        if not parameter.requires_grad:
+            raise GuardError(f"trunk parameter {name!r} gets no gradient: it is frozen")
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise GuardError(f"trunk parameter {name!r} has a gradient that is not finite")
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    reached = embeddings.grad
+    if reached is None or not reached.any():
+        raise GuardError("every gradient of the reward model's embeddings is zero")
+
+
+def _read(reader: Reader, rows: Sequence[LabelledAnswer]) -> tuple[Tensor, Tensor, Tensor]:
+    """Class logits [B, T, 3], mask [B, T] and labels, int64 [B, T], of some answers."""
+    logits, mask = reader([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+    labels = pad_rows([row.categories for row in rows], mask.long())
+    return logits, mask, labels

@@ -1,0 +1,194 @@
+"""Supervised fine-tuning on the true next queries, to the early stop on held-out loss."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tppo.config import Prefix, SFTConfig
+from tppo.models.batch import Batch
+from tppo.models.guards import GuardError, check_step, check_weights
+from tppo.models.policy import policy_head, policy_logprobs, policy_states, snapshot
+from tppo.progress import status
+
+
+class Examples(NamedTuple):
+    """Prompts with their true answers, as token ids."""
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+
+
+class SFTResult(NamedTuple):
+    """What a run of SFT did; the model holds the weights of `best_step`."""
+
+    steps: int
+    best_step: int
+    heldout_loss: float
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+def train_sft(
+    model: PreTrainedModel,
+    train: Examples,
+    heldout: Examples,
+    config: SFTConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    prefix: Prefix = "shared",
+) -> SFTResult:
+    """Train until the held-out loss has stopped falling; keep the best weights.
+
+    Answers of one prompt share it where they meet in a batch and the prompt is not trained on.
+    """
+    start = time.monotonic()
+    assert config.lr is not None
+    check_weights("before sft step 1", {"model": model})
+    steps, eval_every = schedule(len(train.prompts), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    batches = _batches(train, config, pad_id, model.device, seed, prefix)
+    best_loss, best_step, best, history = math.inf, 0, snapshot(model), []
+    with status("sft") as bar:
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _decay(step, config)
+            loss = sft_step(model, next(batches), optimizer, config, step)
+            bar.advance()
+            if step % eval_every == 0 or step == steps:
+                heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id, prefix)
+                if not math.isfinite(heldout_loss):
+                    check_weights(f"after sft step {step}", {"model": model})
+                    raise GuardError(f"sft step {step}: the held-out loss is {heldout_loss}")
+                history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
+                if heldout_loss < best_loss - config.min_delta:
+                    best_loss, best_step, best = heldout_loss, step, snapshot(model)
+                bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
+                if step - best_step >= config.patience * eval_every:
+                    break
+    model.load_state_dict(best)
+    return SFTResult(step, best_step, best_loss, time.monotonic() - start, history)
+
+
+def schedule(sessions: int, config: SFTConfig) -> tuple[int, int]:
+    """Most optimiser steps, and the steps between two looks at the held-out loss."""
+    per_pass = sessions / min(config.batch_size, sessions)
+    steps = max(1, min(config.max_steps, math.ceil(config.max_passes * per_pass)))
+    return steps, max(1, min(config.eval_every, math.ceil(3 * per_pass)))
+
+
+def continue_sft(
+    model: PreTrainedModel,
+    train: Examples,
+    config: SFTConfig,
+    *,
+    pad_id: int,
+    steps: int,
+    seed: int,
+    prefix: Prefix = "shared",
+) -> None:
+    """Train on for `steps` optimiser steps at the final learning rate."""
+    assert config.lr is not None
+    lr = config.lr * config.final_lr_share
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    batches = _batches(train, config, pad_id, model.device, seed, prefix)
+    with status("sft continued", steps) as bar:
+        for step in range(1, steps + 1):
+            sft_step(model, next(batches), optimizer, config, step)
+            bar.advance()
+
+
+def sft_step(
+    model: PreTrainedModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    config: SFTConfig,
+    step: int,
+) -> float:
+    """One optimiser step on the mean negative log-likelihood of a batch.
+
+    Errors: GuardError, before the step, where its loss or gradient is not finite.
+    """
+    loss = _full_loss(model, batch) if config.prompt_loss else _answer_loss(model, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+    figures = check_step(f"sft step {step}", {"model": model}, {"loss": loss}, {"model": norm},
+                         "usually a smaller --sft.lr helps")  # fmt: skip
+    optimizer.step()
+    return figures[0]
+
+
+@torch.no_grad()
+def answer_loss(
+    model: PreTrainedModel,
+    data: Examples,
+    batch_size: int,
+    pad_id: int,
+    prefix: Prefix = "shared",
+) -> float:
+    """Mean negative log-likelihood of the answers' tokens, in nats."""
+    total, count = 0.0, 0
+    for i in range(0, len(data.prompts), batch_size):
+        part = slice(i, i + batch_size)
+        batch = Batch(data.prompts[part], data.answers[part], pad_id, model.device, prefix)
+        logprobs, _ = policy_logprobs(model, batch, 1.0)  # [B, T]
+        total -= logprobs.sum().item()
+        count += int(batch.mask.sum())
+    return total / count
+
+
+def _answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    states = policy_states(model, batch)  # [B, T, D]
+    return _mean_loss(model, states, batch.targets, batch.mask)
+
+
+def _full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """As `_answer_loss`, prompt tokens after the first included."""
+    padded = batch.padded
+    hidden = padded.hidden(model.base_model)[:, :-1]  # [B, P+T-1, D]
+    real = padded.attention_mask.bool()
+    mask = real[:, :-1] & real[:, 1:]
+    return _mean_loss(model, hidden, padded.input_ids[:, 1:], mask)
+
+
+def _mean_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood; nothing as large as the logits is kept for backward."""
+    logprobs, _ = policy_head(model)(hidden, targets, mask, memory="recompute")  # 0 where masked
+    return -logprobs.sum() / mask.sum()
+
+
+def _batches(
+    data: Examples,
+    config: SFTConfig,
+    pad_id: int,
+    device: torch.device,
+    seed: int,
+    prefix: Prefix,
+) -> Iterator[Batch]:
+    """Endless shuffled batches, in which the answers of one prompt follow each other.
+
+    A small data set gives batches of its own size.
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    size = min(config.batch_size, len(data.prompts))
+    while True:
+        if len(order) < size:
+            order = rng.sample(range(len(data.prompts)), len(data.prompts))
+        rows, order = sorted(order[:size], key=lambda i: list(data.prompts[i])), order[size:]
+        prompts, answers = [data.prompts[i] for i in rows], [data.answers[i] for i in rows]
+        yield Batch(prompts, answers, pad_id, device, prefix)
+
+
+def _decay(step: int, config: SFTConfig) -> float:
+    progress = min(1.0, step / config.decay_steps)
+    return 1.0 - (1.0 - config.final_lr_share) * progress

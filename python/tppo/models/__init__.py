@@ -1,0 +1,1 @@
+"""What is trained and how it reads tokens: loading, batches, log-probs, rollouts, tokenizers."""

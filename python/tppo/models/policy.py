@@ -1,0 +1,154 @@
+"""Models of the trainer and the three ways it reads them, each only at response positions.
+
+No way makes logits: the heads read the states of the response tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import tppo_kernels as tk
+from tppo.config import ScratchConfig
+from tppo.models.batch import Batch
+from tppo.models.folder import load_from, read_generation_config
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but torch {torch.__version__} sees no GPU")
+    return torch.device(name)
+
+
+def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small Llama with random weights, in torch's global random state."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.max_length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def place(model: nn.Module, device: torch.device) -> Any:
+    """The model on its device, dropout off: it stays off in training too."""
+    return model.to(device).eval()
+
+
+def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
+    """A causal LM from a local folder, in fp32, dropout off, with the folder's generation config.
+
+    Errors: ValueError naming the folder whose generation config transformers refuses, or whose
+    model needs code of its own.
+    """
+    read_generation_config(path)  # transformers takes a broken one for an absent one
+    return place(load_from(AutoModelForCausalLM, path, dtype=torch.float32), device)
+
+
+def load_reward_model(
+    path: str | Path, device: torch.device, *, new_head: bool = False
+) -> PreTrainedModel:
+    """A three-class token classifier from a local folder; a causal LM's trunk is taken over.
+
+    new_head: a head of other than three classes is replaced too, instead of an error.
+    """
+    model = load_from(
+        AutoModelForTokenClassification,
+        path,
+        num_labels=3,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=new_head,
+    )
+    return place(model, device)
+
+
+class Critic(nn.Module):
+    """A trunk of its own, started from the SFT model, with a value head started at zero."""
+
+    def __init__(self, trunk: nn.Module, hidden_size: int):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def from_policy(cls, path: str | Path, device: torch.device) -> Critic:
+        """The critic that starts from the causal LM in `path`."""
+        model = load_policy(path, device)
+        return cls(model.base_model, model.config.hidden_size).to(device).eval()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Values before each response token [B, T], and after the last one [B]."""
+        before, after = batch.states(self.trunk, "value", "bootstrap")  # [B, T, D], [B, D]
+        values = tk.token_head(before, self.head.weight, self.head.bias, batch.mask)
+        return values, tk.token_head(after, self.head.weight, self.head.bias)
+
+
+class RewardModel(nn.Module):
+    """A three-class token classifier that shares the policy's tokenizer."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Class logits at each response token, [B, T, 3]."""
+        return class_logits(self.model, batch)
+
+
+def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Class logits of a token classifier at each response token, [B, T, 3]."""
+    (states,) = batch.states(model.base_model, "reward")  # [B, T, D]
+    head = getattr(model, "score", None) or model.classifier
+    assert isinstance(head, nn.Linear)
+    return tk.token_head(states, head.weight, head.bias, batch.mask)
+
+
+def policy_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The states that `policy_head` reads, before each response token, [B, T, D]."""
+    (states,) = batch.states(model.base_model, "logprob")
+    return states
+
+
+def policy_head(model: PreTrainedModel) -> tk.FusedLMHead:
+    """The head of a causal LM; one of any family that agrees with the model's own logits."""
+    if not isinstance(getattr(model, "fused_head", None), tk.FusedLMHead):
+        model.fused_head = tk.FusedLMHead(model, verify=True)  # type: ignore[assignment]
+    return model.fused_head  # type: ignore[return-value]  # kept with the model: verified once
+
+
+def policy_logprobs(
+    model: PreTrainedModel, batch: Batch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each response token under the policy, both [B, T]."""
+    states = policy_states(model, batch)  # [B, T, D]
+    return policy_head(model)(states, batch.targets, batch.mask, temperature=temperature)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that training does not touch."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

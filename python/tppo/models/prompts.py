@@ -1,0 +1,82 @@
+"""A session as prompt and answer: text, and token ids.
+
+Prompt: profile, history in time order, how many queries are asked for.  Answer: the next queries,
+one a line, then EOS.  The targets never reach a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tppo.labels.queries import answer_text
+from tppo.progress import say_once, track
+from tppo.sessions.session import DataError, Session
+
+
+def prompt_text(session: Session, skip: int = 0) -> str:
+    """The prompt without the first `skip` lines that it can do without.
+
+    The oldest events go first, up to the newest, which stays; then the profile, last line first.
+    """
+    skip_events = min(skip, max(0, len(session.history) - 1))
+    kept_profile = len(session.profile) - (skip - skip_events)
+    lines = [f"profile: {line}" for line in session.profile[: max(0, kept_profile)]]
+    lines += [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
+    lines.append(f"next {len(session.targets)}:\n")
+    return "\n".join(lines)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt: through the chat template where there is one, else bos + text."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(ids)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) -> list[int]:
+    """Token ids of an answer, EOS included."""
+    ids = tokenizer.encode(answer_text(queries), add_special_tokens=False)
+    return [*ids, tokenizer.eos_token_id]
+
+
+def check_separator(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]) -> None:
+    """Errors: ValueError where a token between two queries would already end the answer."""
+    one, two = (set(encode_answer(tokenizer, ["a"] * n)[:-1]) for n in (1, 2))
+    for token in (two - one) & set(eos_ids):
+        raise ValueError(
+            f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, ends an answer and also "
+            "separates its queries, so that no answer could have two; remove it from eos_token_id "
+            "of the model's generation_config.json and config.json"
+        )
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, sessions: Sequence[Session], max_tokens: int
+) -> list[list[int]]:
+    """Token ids of every session's prompt; one that is too long loses events, the oldest first,
+    and when only the newest is left, lines of the profile.
+
+    Errors: DataError naming the session whose newest event alone does not fit.
+    """
+    prompts = []
+    for session in track(sessions, "prompts"):
+        for skip in range(max(1, len(session.history)) + len(session.profile)):
+            ids = encode_prompt(tokenizer, prompt_text(session, skip))
+            if len(ids) <= max_tokens:
+                break
+        else:
+            raise DataError(
+                f"session {session.id!r}: its prompt has {len(ids)} tokens with the newest event "
+                f"alone, the model has room for {max_tokens} before the answer"
+            )
+        if skip:
+            say_once(f"prompts longer than {max_tokens} tokens lose their oldest events")
+        prompts.append(ids)
+    return prompts

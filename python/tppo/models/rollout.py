@@ -1,0 +1,154 @@
+"""Rollouts: prompts in, sampled token ids out.  Ids travel, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+
+from tppo.config import Prefix
+from tppo.models.batch import pad
+from tppo.models.folder import without_generation_settings
+from tppo.models.guards import GuardError, check_weights
+from tppo.progress import track
+
+_PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
+_CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: always the whole distribution (top_p 1, top_k 0)."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+
+class RolloutBatch(NamedTuple):
+    """One prompt and one response a row; `logprobs` are the engine's own where it reports them."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
+    logprobs: list[list[float]] | None
+    finish: list[str]  # "eos", or "length" where the response was cut
+
+
+class Rollout(Protocol):
+    """An engine that samples responses."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> RolloutBatch:
+        """One response a prompt."""
+        ...
+
+
+class HFRollout:
+    """transformers' `generate`, prompts sorted by length so that batches pad little.
+
+    eos_id: the id that ends an answer, or several of them, any of which does.  The sampling
+    settings of the model's own generation config are not used.
+
+    A prompt that stands in several rows of a batch is prefilled once for all of them (with
+    `prefix="dense"`: once for each).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        eos_id: int | Sequence[int],
+        batch_size: int = 256,
+        prefix: Prefix = "shared",
+    ):
+        self.model, self.pad_id = model, pad_id
+        self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
+        self.batch_size, self.prefix = batch_size, prefix
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str = "generate"
+    ) -> RolloutBatch:
+        """One response a row, a function of the weights, the prompts and `sampling` alone."""
+        place: dict[tuple[int, ...], int] = {}
+        first = [place.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), first[i]))
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        responses: list[list[int]] = [[] for _ in prompts]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed)
+            for chunk in track(chunks, description):
+                rows = self._sample([prompts[i] for i in chunk], sampling)
+                for i, row in zip(chunk, rows, strict=True):
+                    responses[i] = row
+        finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
+        return RolloutBatch([[*p] for p in prompts], responses, None, finish)
+
+    def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+        )
+        try:
+            with without_generation_settings(self.model):
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    **{_CACHE: self._prefill(prompts)},
+                    generation_config=config,
+                )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            check_weights("while sampling", {"model": self.model})
+            raise GuardError(
+                "while sampling: the model's probabilities of a next token are not finite, though "
+                "its weights are: they are far too large, or the temperature "
+                f"({sampling.temperature:g}) is far too small"
+            ) from None
+        rows = output[:, batch.prompt_length :].tolist()
+        return [_until(row, self.eos_ids) for row in rows]
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
+        """Keys and values of every prompt but its last token, computed once a distinct prompt.
+
+        None where there is nothing to share, or the model keeps more than keys and values.
+        """
+        place: dict[tuple[int, ...], int] = {}
+        rows = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
+        if self.prefix == "dense" or len(place) == len(prompts) or max(map(len, prompts)) == 1:
+            return None
+        batch = pad([p[:-1] for p in place], [[] for _ in place], self.pad_id, self.model.device)
+        cache = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=True,
+        )[_CACHE]
+        if type(cache) is not DynamicCache:
+            return None
+        cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        return cache
+
+
+def _until(row: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """The row up to its first EOS, included; what follows is filler."""
+    end = next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
+    return row[:end]

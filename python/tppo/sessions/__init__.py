@@ -1,0 +1,1 @@
+"""Logs become sessions: readers, generated sessions, splits, duplicates, inspection."""

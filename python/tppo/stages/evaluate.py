@@ -1,0 +1,149 @@
+"""The closing stages: the table, and the token heat map."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tppo.evaluation.heat import HeatRow, print_heat, write_heat
+from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, score_answers
+from tppo.evaluation.table import findings, print_table
+from tppo.methods.sft import Examples, continue_sft
+from tppo.models.policy import load_policy
+from tppo.models.prompts import encode_answer, prompt_text
+from tppo.models.tokenizer import token_offsets
+from tppo.progress import say
+from tppo.sessions.session import Session
+from tppo.stages.ppo import new_trainer, suggested_lengths
+from tppo.stages.run import Run
+from tppo.store.jsonl import read_json, write_json
+
+
+def evaluate(run: Run) -> None:
+    """Every row of the closing table on the test users, and `result.json` in the run folder."""
+    with run.stage("eval") as out:
+        result = rows(run)
+        write_json(out / "result.json", result)
+    write_json(run.out / "result.json", result)
+    print_table(result, f"{result['test']['users']} held-out users, seed {run.seed}")
+
+
+def rows(run: Run) -> dict[str, Any]:
+    """Repeat the last query, SFT at each temperature, SFT continued, TPPO; then unseen intents."""
+    ref = run.sft_model()
+    test = run.sessions("test")
+    threshold = run.config.label.sentence_threshold
+    repeats = [repeat_last_query(session) for session in test]
+    result: dict[str, Any] = {
+        "repeat_last": score_answers(test, repeats, ["eos"] * len(test), threshold)
+    }
+    for temperature in run.config.eval.temperatures:
+        name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
+        result[name] = _judge(run, ref, ref, test, temperature)
+    tppo = load_policy(run.path("train/model"), run.device)
+    training = read_json(run.path("train/report.json"))
+    steps = training["optimizer_steps"]
+    continued, seconds = _continued(run, steps)
+    result["sft_continued"] = _judge(run, continued, ref, test, 1.0)
+    result["sft_continued"] |= {"seconds": seconds, "optimizer_steps": steps}
+    result["tppo"] = _judge(run, tppo, ref, test, 1.0)
+    result["tppo"] |= {"seconds": training["seconds"], "optimizer_steps": steps}
+    if run.path("data/transfer.jsonl").exists():
+        transfer = run.sessions("transfer")
+        result["sft_transfer"] = _judge(run, ref, ref, transfer, 1.0)
+        result["tppo_transfer"] = _judge(run, tppo, ref, transfer, 1.0)
+    result["test"] = {
+        "users": len({session.user for session in test}),
+        "sessions": len(test),
+        "true_length": _mean_length(run, test),
+        "seed": run.seed,
+        "judge": "rule",
+        "labeller": training["labeller"],
+        "threshold": threshold,
+    }
+    result["training"] = training
+    result["findings"] = findings(result)
+    return result
+
+
+def _judge(
+    run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
+) -> dict[str, Any]:
+    return evaluate_policy(
+        model,
+        ref,
+        run.tokenizer,
+        sessions,
+        run.prompts(sessions, model),
+        run.sampling(temperature=temperature, seed=run.seed),
+        batch_size=run.config.generate.batch_size,
+        threshold=run.config.label.sentence_threshold,
+        prefix=run.config.prefix,
+    )
+
+
+def _continued(run: Run, steps: int) -> tuple[Any, float]:
+    """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took."""
+    model, sessions = run.sft_model(), run.sessions("train")
+    answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
+    start = time.monotonic()
+    continue_sft(
+        model,
+        Examples(run.prompts(sessions, model), answers),
+        run.config.sft,
+        pad_id=run.tokenizer.pad_token_id,
+        steps=steps,
+        seed=run.seed + 1,
+        prefix=run.config.prefix,
+    )
+    return model, time.monotonic() - start
+
+
+def _mean_length(run: Run, sessions: Sequence[Session]) -> float:
+    lengths = [len(encode_answer(run.tokenizer, session.targets)) for session in sessions]
+    return sum(lengths) / len(lengths)
+
+
+def heat(run: Run) -> None:
+    """Token heat map of answers of SFT and TPPO to the same test users."""
+    with run.stage("heat") as out:
+        sessions = run.sessions("test")[: run.config.eval.heat_users]
+        shown = [
+            row
+            for name, path in (("sft", "sft/model"), ("tppo", "train/model"))
+            for row in _heat_rows(run, name, path, sessions)
+        ]
+        shown.sort(key=lambda row: row.id)
+        write_heat(out / "heat.html", shown, "Token rewards of test answers")
+    print_heat(shown[:4])
+    say(f"heat map: {run.path('heat/heat.html')}")
+
+
+@torch.no_grad()
+def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> list[HeatRow]:
+    policy = load_policy(run.path(path), run.device)
+    trainer = new_trainer(run, policy)
+    trainer.models.critic.load_state_dict(load_file(run.path("train/critic.safetensors")))
+    prompts = run.prompts(sessions, policy)
+    rollout = trainer.rollout.generate(prompts, run.sampling(seed=run.seed))
+    experience, _ = trainer.score(rollout, suggested_lengths(run, sessions))
+    result = []
+    for b, session in enumerate(sessions):
+        n = len(rollout.response_ids[b])
+        text, offsets = token_offsets(run.tokenizer, rollout.response_ids[b], run.eos_ids)
+        result.append(
+            HeatRow(
+                id=f"{session.id} {name}",
+                prompt=prompt_text(session),
+                tokens=[text[a:b] for a, b in offsets],
+                rewards=experience.rewards[b, :n].tolist(),
+                categories=experience.category[b, :n].tolist(),
+                advantages=experience.advantages[b, :n].tolist(),
+                targets=list(session.targets),
+            )
+        )
+    return result

@@ -1,0 +1,95 @@
+"""The labelled answers as the reward model reads them: tokens, a class for each, one for the whole.
+
+Twins are labelled answers with one query repeated; see `repeating_twin`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from tppo.labels.label import iter_labels, read_labels
+from tppo.labels.queries import parse_answer
+from tppo.labels.twins import Twin, repeating_twin
+from tppo.labels.words import map_labels, token_categories
+from tppo.methods.reward_model import LabelledAnswer
+from tppo.models.own_tokens import OwnTokens
+from tppo.models.prompts import encode_answer
+from tppo.models.tokenizer import decode, token_offsets
+from tppo.stages.run import Answer, Run
+from tppo.store.jsonl import is_text, read_jsonl
+
+
+def policy_rows(run: Run) -> dict[str, list[LabelledAnswer]]:
+    """The labelled answers of every session in the policy's tokens."""
+    answers = {answer.id: answer for answer in run.iter_answers()}
+    rows: dict[str, list[LabelledAnswer]] = {}
+    for line in read_jsonl(run.path("map/categories.jsonl")):
+        answer = answers[line.get("id", is_text, "a text")]
+        categories = line.get("categories", lambda v: isinstance(v, list), "a list")
+        sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
+        rows.setdefault(answer.session, []).append(
+            LabelledAnswer(answer.prompt_ids, answer.response_ids, categories, sentence)
+        )
+    return rows
+
+
+def _twins(run: Run) -> Iterator[tuple[Answer, Twin]]:
+    """Labelled answers with one query repeated, a share of them all."""
+    answers = {answer.id: answer for answer in run.iter_answers()}
+    share, rng = run.config.reward_model.repeated_share, random.Random(f"{run.seed}/twins")
+    for item in iter_labels(run.path("label/labels.jsonl")):
+        if rng.random() < share:
+            twin = repeating_twin(item, run.config.label.sentence_threshold, rng)
+            if twin is not None:
+                yield answers[item.id], twin
+
+
+def policy_twins(run: Run) -> dict[str, list[LabelledAnswer]]:
+    """The twins of every session in the policy's tokens."""
+    rows: dict[str, list[LabelledAnswer]] = {}
+    longest = max(len(answer.response_ids) for answer in run.iter_answers())
+    for answer, twin in _twins(run):
+        ids = encode_answer(run.tokenizer, parse_answer(twin.text))[:longest]
+        text, offsets = token_offsets(run.tokenizer, ids)
+        if twin.text.startswith(text):  # else the tokenizer cannot spell what the policy can
+            rows.setdefault(answer.session, []).append(
+                LabelledAnswer(
+                    answer.prompt_ids, ids, token_categories(twin.categories, offsets),
+                    twin.sentence + 1,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def own_rows(run: Run, reader: OwnTokens) -> dict[str, list[LabelledAnswer]]:
+    """The same in the reward model's own tokens: word labels mapped onto those."""
+    answers = {answer.id: answer for answer in run.iter_answers()}
+    labels = read_labels(run.path("label/labels.jsonl"))
+    readings = reader.read(
+        [decode(run.tokenizer, answers[item.id].prompt_ids) for item in labels],
+        [item.response for item in labels],
+    )
+    rows: dict[str, list[LabelledAnswer]] = {}
+    for item, (prompt, response, offsets) in zip(labels, readings, strict=True):
+        categories = map_labels(item.response, item.words, offsets)
+        rows.setdefault(answers[item.id].session, []).append(
+            LabelledAnswer(prompt, response, categories, item.sentence + 1)
+        )
+    return rows
+
+
+def own_twins(run: Run, reader: OwnTokens) -> dict[str, list[LabelledAnswer]]:
+    """The twins of every session in the reward model's own tokens."""
+    twins = list(_twins(run))
+    readings = reader.read(
+        [decode(run.tokenizer, answer.prompt_ids) for answer, _ in twins],
+        [twin.text for _, twin in twins],
+    )
+    rows: dict[str, list[LabelledAnswer]] = {}
+    for (answer, twin), (prompt, response, offsets) in zip(twins, readings, strict=True):
+        categories = token_categories(twin.categories, offsets)
+        rows.setdefault(answer.session, []).append(
+            LabelledAnswer(prompt, response, categories, twin.sentence + 1)
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""The door and the switch: checks of arguments, raw ops, the choice of backend."""

@@ -1,0 +1,370 @@
+"""Argument checks: one grammar for shapes, dtypes, devices and scalars.
+
+`Check("gae").tensor("rewards", rewards, "B T | N")` binds the letters at their first use and holds
+later tensors to them. Shapes are words of letters ("B T"), alternatives are separated by "|", and a
+leading "..." binds any leading sizes. Messages name the argument, what it was, what was expected.
+
+What needs a tensor's values (`offsets`, `unit_interval`, `positive`) is checked inside the raw
+ops: always on CPU, on a GPU only under TPPO_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .._math.sequence import REDUCTIONS, sequence_index
+from .eager import constant, surely
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.int64, torch.int32)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+STRIDED = torch.strided
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+_PARSED: dict[str, list[tuple[str, tuple[str, ...], bool, bool]]] = {}
+
+
+def _parse(shape: str) -> list[tuple[str, tuple[str, ...], bool, bool]]:
+    """(text, letters, whether the first is "...", whether all bind a size) of each alternative;
+    a shape is parsed once."""
+    split = [(words.strip(), tuple(words.split())) for words in shape.split("|")]
+    parsed = _PARSED[shape] = [
+        (text, letters, letters[:1] == ("...",), all(x.isalpha() or x == "..." for x in letters))
+        for text, letters in split]
+    return parsed
+
+
+class Check:
+    """The checks of one call; letters and the device are bound by the tensors seen first."""
+
+    def __init__(self, op: str):
+        self.op = op
+        self.sizes: dict[str, Any] = {}
+        self.owner: dict[str, str] = {}
+        self.seen: dict[str, Sequence[int]] = {}  # what a shape was the last time
+        self.device: torch.device | None = None
+        self.device_of = ""  # the name of the tensor that bound it
+
+    def tensor(self, name: str, value: Any, shape: str,
+               dtypes: Sequence[torch.dtype] = FLOATS, *, optional: bool = False) -> None:
+        """Holds `value` to a shape of the grammar, to dtypes, and to the device of the others."""
+        if value is None and optional:
+            return
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.op}: {name} is {describe(value)}, expected a tensor [{shape}]")
+        if value.dtype not in dtypes:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}"
+                            f", expected {expected}")
+        if value.layout is not STRIDED:
+            raise TypeError(f"{self.op}: {name} has layout {value.layout}, expected torch.strided")
+        if self.device is None:
+            self.device, self.device_of = value.device, name
+        elif value.device != self.device:
+            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} "
+                             f"as {self.device_of}")
+        sizes = value.shape
+        if sizes == self.seen.get(shape):
+            return
+        alternatives = _PARSED.get(shape) or _parse(shape)
+        if len(alternatives) > 1 and is_compiling():  # first those known to fit: no guard is asked
+            alternatives = sorted(alternatives, key=lambda a: not self._fits(sizes, a[1]))
+        for text, letters, leading, plain in alternatives:
+            if (sizes == self.seen.get(text)
+                    or self._bind(name, sizes, letters, leading, plain)):
+                self.seen[text] = sizes
+                return
+        raise ValueError(f"{self.op}: {name} has shape {list(sizes)}, expected "
+                         f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
+
+    def _fits(self, sizes: Any, letters: tuple[str, ...]) -> bool:
+        """Whether sizes are surely those of letters that are bound."""
+        return len(sizes) == len(letters) and all(
+            letter in self.sizes and surely(self.sizes[letter] == size)
+            for letter, size in zip(letters, sizes, strict=True))
+
+    def _bind(self, name: str, sizes: Any, letters: tuple[str, ...], leading: bool,
+              plain: bool) -> bool:
+        if leading:
+            cut = len(sizes) - len(letters) + 1
+            if cut < 0:
+                return False
+            sizes = tuple(sizes)
+            sizes = (sizes[:cut], *sizes[cut:])
+        elif len(sizes) != len(letters):
+            return False
+        if not plain:
+            for letter, size in zip(letters, sizes, strict=True):
+                known = self._known(letter)  # no `in`: it would ask whether a traced size is None
+                if known is not None and known != size:
+                    return False
+        bound, owner = self.sizes, self.owner
+        for i, letter in enumerate(letters):
+            if bound.setdefault(letter, sizes[i]) != sizes[i]:
+                for new in bound.keys() - owner.keys():
+                    del bound[new]
+                return False
+        for letter in letters:
+            owner.setdefault(letter, name)
+        if leading:
+            self.seen["..."] = sizes[0]
+        return True
+
+    def _known(self, letter: str) -> Any:
+        if letter in self.sizes:
+            return self.sizes[letter]
+        if letter.isalpha() or letter == "...":
+            return None
+        head, _, plus = letter.partition("+")
+        if plus and head in self.sizes:
+            return self.sizes[head] + int(plus)
+        return int(letter) if letter.isdigit() else None
+
+    def _spell(self, words: str) -> str:
+        letters = words.split()
+        known = [self._known(letter) for letter in letters]
+        text = f"[{', '.join(letters)}]"
+        if any(size is not None for size in known):
+            sizes = ", ".join(letter if size is None else ", ".join(map(str, size))
+                              if isinstance(size, tuple) else str(size)
+                              for letter, size in zip(letters, known, strict=True))
+            owners = dict.fromkeys(self.owner[x] for x in letters if x in self.owner)
+            text += f" = [{sizes}]" + (f" as {', '.join(owners)}" if owners else "")
+        return text
+
+    def mask(self, name: str, value: Any, shape: str) -> Any:
+        """A mask as bool, or None: a whole number that is not 0 is valid, and floats are refused.
+
+        Returns a Tensor or None (typed Any: callers rebind the argument).
+        """
+        if value is None:
+            return None
+        if isinstance(value, Tensor) and value.dtype in FLOATS:
+            raise TypeError(
+                f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected "
+                f"bool or whole numbers (0 is not valid): give {name}.bool() where it holds 0 and "
+                "1 only; fractions are weights, the argument weights= of ppo_loss and "
+                "linear_ppo_loss")
+        self.tensor(name, value, shape, MASKS)
+        return value if value.dtype == torch.bool else value != 0
+
+    def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any, *,
+                  trailing: str = "") -> Any:
+        """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given.
+
+        `trailing`: the letters of what each token holds, where it is more than a number. Returns
+        the mask as `Check.mask` does.
+        """
+        tokens = self.tokens(cu_seqlens)
+        self.tensor(name, x, f"{tokens} {trailing}" if trailing else tokens)
+        if cu_seqlens is not None:
+            self.packing(cu_seqlens)
+        return self.mask("mask", mask, tokens)
+
+    def spread(self, name: str, value: Any, cu_seqlens: Any, *, optional: bool = False) -> Any:
+        """A value a token, or one a sequence ([B] or [B, 1], given back as [B]).
+
+        Returns a Tensor or None (typed Any: callers rebind the argument).
+        """
+        self.tensor(name, value, f"{self.tokens(cu_seqlens)} | B | B 1", optional=optional)
+        if value is None or value.dim() == 1 or value.shape[1] != 1 or self.sizes.get("T") == 1:
+            return value
+        value, batch = value[:, 0], self.sizes["B"]
+        if cu_seqlens is None or surely(self.sizes["N"] != batch):
+            return value
+        index = sequence_index(self.sizes["N"], cu_seqlens)  # [B] would be taken for [N]
+        return value[index.clamp(max=batch - 1)]
+
+    def packing(self, cu_seqlens: Any) -> None:
+        """Holds `cu_seqlens` to int32 [B + 1], which binds B."""
+        self.tensor("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{self.op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected "
+                             "[B + 1] with at least the leading 0")
+        self.sizes["B"], self.owner["B"] = cu_seqlens.shape[0] - 1, "cu_seqlens"
+
+    @staticmethod
+    def tokens(cu_seqlens: Tensor | None) -> str:
+        """The shape of a per-token argument in this layout."""
+        return "B T" if cu_seqlens is None else "N"
+
+    def scalar(self, name: str, value: Any, *, low: float = -FP32_MAX, high: float = FP32_MAX,
+               above: float = -math.inf, optional: bool = False) -> Any:
+        """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here.
+
+        Finite, unless `high` says that infinity switches something off.
+        Returns a Tensor, or None where that is allowed (typed Any: callers rebind the argument).
+        """
+        if type(value) is float and low <= value <= high and value > above:
+            return constant(value)
+        if value is None and optional:
+            return None
+        if isinstance(value, Tensor):
+            if value.dim() or value.dtype not in FLOATS:
+                raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a number or a "
+                                 "0-d floating tensor")
+            self._reachable(name, value)
+            return value.detach()
+        self.number(name, value, low=low, high=high, above=above)
+        return constant(value)
+
+    def _reachable(self, name: str, value: Tensor) -> None:
+        """Holds a 0-d tensor to the device of the others, or to the CPU: kernels read it there."""
+        if not value.is_cpu and self.device not in (None, value.device):
+            raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} as "
+                             f"{self.device_of}, or cpu")
+
+    def per_sequence(self, name: str, value: Any, *, low: float = -FP32_MAX,
+                     high: float = FP32_MAX, optional: bool = False) -> Tensor | None:
+        """As `scalar`, or one value a sequence: a [B] tensor."""
+        if isinstance(value, Tensor) and value.dim():
+            self.tensor(name, value, "B")
+            return value.detach()
+        return self.scalar(name, value, low=low, high=high, optional=optional)
+
+    def scalars(self, name: str, values: Any, count: int, *, low: float = -FP32_MAX
+                ) -> list[Tensor]:
+        """A sequence of `count` finite numbers, or a tensor [count], as detached 0-d tensors."""
+        if isinstance(values, Tensor):
+            self.tensor(name, values, str(count))
+            return list(values.detach().unbind())
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+            raise ValueError(f"{self.op}: {name} is {describe(values)}, expected {count} numbers "
+                             f"or a tensor [{count}]")
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                continue
+            self.number(f"{name}[{index}]", value, low=low, high=FP32_MAX)
+        return [self.scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+    def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
+                  cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Holds the arguments of a reduction; its denominators as 0-d tensors, None where none."""
+        self.choice("reduction", reduction, REDUCTIONS)
+        if (reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None
+                and norm_length is None):
+            raise ValueError(f"{self.op}: norm_length is None, expected a length, because "
+                             f"reduction is {reduction!r} and the layout is packed")
+        if num_tokens is num_sequences is norm_length is None:
+            return None, None, None
+        return (self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
+                self.count("norm_length", norm_length))
+
+    def count(self, name: str, value: Any) -> Tensor | None:
+        """A whole number >= 0, or a 0-d tensor (whole numbers too), as a detached 0-d tensor."""
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            if value.dim() or value.dtype not in FLOATS + LABELS:
+                raise ValueError(f"{self.op}: {name} is {describe(value)}, expected a whole number "
+                                 "or a 0-d tensor")
+            self._reachable(name, value)
+            return value.detach()
+        self.number(name, value, low=0, kind=int)
+        return constant(value)
+
+    def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+               above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> None:
+        """Holds a Python number to its type and to low <= value <= high, value > above."""
+        if isinstance(value, bool) or not isinstance(value, kind):
+            expected = "a whole number" if kind is int else "a number"
+            raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
+        assert isinstance(value, int | float)
+        if not low <= value <= high or not value > above:
+            raise ValueError(f"{self.op}: {name} is {value!r}, expected "
+                             f"{_range(low, high, above)}")
+
+    def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
+        """Holds a value to a list of options."""
+        for option in options:
+            if value is option:
+                return
+        if not any(value is o or (type(value) is type(o) and value == o) for o in options):
+            raise ValueError(f"{self.op}: {name} is {value!r}, expected one of "
+                             f"{', '.join(map(repr, options))}")
+
+
+def _range(low: float, high: float, above: float) -> str:
+    """The range of a number in a message."""
+    bounds = [f">= {low:g}" for _ in "x" if low > -FP32_MAX and above == -math.inf]
+    bounds += [f"> {above:g}" for _ in "x" if above > -math.inf]
+    bounds += [f"<= {high:g}" for _ in "x" if high < FP32_MAX]
+    if high != FP32_MAX:
+        return f"a number {' and '.join(bounds) or 'and not NaN'}"
+    return f"a number {' and '.join(bounds)} and finite" if bounds else "a finite number"
+
+
+def describe(value: Any) -> str:
+    """A value in a message: a tensor by shape and dtype, anything else by type and text."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
+    """Holds the values of `cu_seqlens` to 0 = first <= ... <= last = N."""
+    if cu_seqlens is None:
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != length or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError(f"{op}: cu_seqlens is {cu_seqlens.tolist()!s:.200}, expected offsets that "
+                         f"start at 0, never decrease and end at N = {length}")
+
+
+@functools.cache
+def _int64_within() -> Callable[..., bool] | None:
+    """The compiled check of labels, None without the compiled part; importing this loads nothing.
+
+    `torch.aminmax` and two numbers from its results take longer to start than most calls read.
+    """
+    try:
+        from .._C import int64_within
+    except ImportError:
+        return None
+    return int64_within
+
+
+def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
+    """Whether all values of x, not 0-d, lie in the range, at the lowest cost; NaN does not."""
+    if x.numel() == 0:
+        return True
+    compiled = _int64_within()
+    if (compiled and x.dtype == torch.int64 and x.is_cpu and x.is_contiguous()
+            and not open_low):
+        return compiled(x.data_ptr(), x.numel(), low, high)
+    least, most = torch.aminmax(x)
+    smallest, largest = least.item(), most.item()
+    return (low < smallest if open_low else low <= smallest) and largest <= high
+
+
+def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
+                   valid: Tensor | Callable[[], Tensor] | None = None, *,
+                   open_low: bool = False) -> None:
+    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look.
+
+    `valid` may be a function: it is called only when there is something to excuse.
+    """
+    if x is None:
+        return
+    if x.dim() == 0:
+        value = x.item()
+        if (low < value if open_low else low <= value) and value <= high:
+            return
+    elif _within(x, low, high, open_low):
+        return
+    good = (x > low if open_low else x >= low) & (x <= high)
+    if valid is not None:
+        valid = valid() if callable(valid) else valid
+        good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
+    if not bool(good.all()):
+        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{op}: {name} holds {float(x[~good].flatten()[0]):g}, expected values "
+                         f"in {bound}")

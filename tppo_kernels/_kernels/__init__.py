@@ -1,0 +1,1 @@
+"""What the fast backends share: memory, launches, pieces of Triton kernels."""

@@ -1,0 +1,151 @@
+"""What the backends of `ppo_loss` and `value_loss` share: how a batch lies in memory, and the
+denominators of its reduction; for the compiled ones also the structs of csrc/loss.h as tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .memory import address, refuses_fp64
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
+SCALARS = {**DTYPES, torch.float64: 3, torch.int64: 4, torch.int32: 5}  # ScalarType of csrc/loss.h
+ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
+ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
+
+
+def supports(*args: object) -> str | None:
+    """The reason for refusing, or None."""
+    return refuses_fp64(*args[:7])  # the tensors of tokens come first
+
+
+class Share(NamedTuple):
+    """scale = 1 / (count * length); c_b = 1 / tokens of b where `by_length`, else 1."""
+
+    count_of: int
+    denominator: Tensor | None
+    length: Tensor | int
+    by_length: bool
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether it matters which sequence a token belongs to."""
+        return self.by_length or self.count_of == SEQUENCES
+
+
+def share_of(reduction: str, num_tokens: Tensor | None, num_sequences: Tensor | None,
+             norm_length: Tensor | None, like: Tensor) -> Share:
+    """The denominators of a reduction, as `_sequence.reduction_weights` has them."""
+    if reduction == "token-sum":
+        return Share(ONE, None, 1, False)
+    if reduction == "token-mean":
+        return Share(TOKENS if num_tokens is None else GIVEN, num_tokens, 1, False)
+    length: Tensor | int = 1
+    if reduction == "seq-mean-token-sum-norm":
+        length = like.shape[1] if norm_length is None else norm_length
+    return Share(SEQUENCES if num_sequences is None else GIVEN, num_sequences, length,
+                 reduction == "seq-mean-token-mean")
+
+
+class Batch(NamedTuple):
+    """B sequences of up to T tokens; element (b, t) of a column at b * stride + t * step.
+
+    Packed tokens have stride 0 and count from `cu_seqlens[b]`. `columns`: as given, or copied
+    where their tokens do not lie together.
+    """
+
+    batch: int
+    tokens: int
+    total: int
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+    mask_stride: int
+    columns: list[Tensor | None]
+    strides: list[int]
+    steps: list[int]
+
+
+def arrange(columns: Sequence[Tensor | None], mask: Tensor | None, cu_seqlens: Tensor | None,
+            by_sequence: bool) -> Batch:
+    """The batch whose tokens are those of `columns[0]`, which is [B, T] or [N].
+
+    Where sequences do not matter, nothing is [B] and all is dense, rows of a fixed length take
+    the sequences' place: work is spread evenly whatever the lengths.
+    """
+    like = columns[0]
+    assert like is not None
+    total, padded = like.numel(), cu_seqlens is None
+    kept: list[Tensor | None] = []
+    strides, steps = [], []
+    for x in (*columns, mask):
+        stride, step = 0, 1
+        if x is not None:
+            step = int(x.shape == like.shape)
+            if step and x.shape[-1] > 1 and x.stride(-1) != 1:
+                x = x.contiguous()
+            stride = 0 if step and not padded else x.stride(0)
+        kept.append(x)
+        strides.append(stride)
+        steps.append(step)
+    dense = not padded or all(x is None or x.is_contiguous() for x in kept)
+    if not by_sequence and dense and all(steps):
+        tile = 512 if total <= 1 << 19 else 4096
+        return Batch(-(-total // tile), tile, total, None, kept[-1], tile, kept[:-1],
+                     [tile] * len(columns), [1] * len(columns))
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    batch = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return Batch(batch, like.shape[-1], total, offsets, kept[-1], strides[-1], kept[:-1],
+                 strides[:-1], steps[:-1])
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether reading a 0-d tensor costs no synchronisation."""
+    return x.is_cpu
+
+
+def pair(x: Tensor | float | None, absent: float = 0.0) -> tuple[float, Tensor | None]:
+    """A scalar as a kernel takes it: a number, or where it lies on a GPU, in its own type."""
+    if not isinstance(x, Tensor):
+        return absent if x is None else float(x), None
+    return (x.item(), None) if on_host(x) else (0.0, x)
+
+
+def layout_tuple(batch: Batch) -> tuple[int, ...]:
+    """The struct Layout."""
+    return (batch.batch, batch.tokens, batch.total, address(batch.cu_seqlens),
+            address(batch.mask), batch.mask_stride)
+
+
+def column_tuples(batch: Batch) -> list[tuple[int, int, int, int]]:
+    """The structs Column."""
+    return [(0, 0, 0, 1) if x is None else (x.data_ptr(), DTYPES[x.dtype], stride, step)
+            for x, stride, step in zip(batch.columns, batch.strides, batch.steps, strict=True)]
+
+
+def share_tuple(share: Share, alive: list) -> tuple:
+    """The struct Share; tensors whose addresses are in it go to `alive`."""
+    return (share.count_of, scalar_tuple(pair(share.denominator), alive),
+            scalar_tuple(pair(share.length), alive), share.by_length)
+
+
+def scalar_tuple(x: tuple[float, Tensor | None], alive: list) -> tuple[float, int, int]:
+    """The struct Scalar."""
+    value, there = x
+    if there is None:
+        return value, 0, 0
+    alive.append(there)
+    return value, there.data_ptr(), SCALARS[there.dtype]
+
+
+def workspace(like: Tensor) -> Tensor:
+    """Room for the sums of every block; a kernel writes before it reads."""
+    return torch.empty(ROOM, dtype=torch.float64, device=like.device)
+
+
+def like_slopes(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Derivatives, and a result for their gradient: elements in one order in memory."""
+    out = torch.empty_like(slopes, dtype=dtype)
+    return (slopes if slopes.stride() == out.stride() else slopes.clone()), out

@@ -1,0 +1,155 @@
+"""What the Triton kernels of `ppo_loss` and `value_loss` share.
+
+A program takes every P-th sequence of a batch (`_losses.arrange`) and leaves its sums in fp64; the
+last program to end, told by an integer ticket, adds those of all in their order: one launch, equal
+bits for equal batches, no float atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .losses import GIVEN, SEQUENCES, TOKENS, Batch
+
+PROGRAMS = 1024  # at most; the same on every GPU, so that results are too
+BLOCK, SHORT = 512, 128  # tokens of a program in flight; of sequences up to SHORT tokens
+TILE = 1024  # elements of a program in backward
+_TOKENS, _SEQUENCES, _GIVEN = map(tl.constexpr, (TOKENS, SEQUENCES, GIVEN))
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def shape_of(batch: Batch) -> dict[str, int]:
+    """Tokens in flight: one of two, so that lengths make two variants of a kernel at most.
+
+    The assembler would spill a few registers to fit one more program on a processor: maxnreg.
+    """
+    short = batch.cu_seqlens is None and batch.tokens <= SHORT
+    shape = {"BLOCK": SHORT, "num_warps": 4} if short else {"BLOCK": BLOCK, "num_warps": 8}
+    return {**shape, "maxnreg": 128}
+
+
+def ticket(like: Tensor) -> Tensor:
+    """An int32 that is 0 when the next launch of the current stream starts, and after it again.
+
+    One a stream, whose launches follow one another. A captured graph, which may be replayed beside
+    them, zeroes one of its own.
+    """
+    if like.is_cpu or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
+    key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
+    return _tickets[key]
+
+
+@triton.jit
+def number(scalar):
+    """The value of (a number, where it lies on the device if it does)."""
+    if scalar[1] is None:
+        return scalar[0]
+    else:
+        return tl.load(scalar[1]).to(tl.float32)
+
+
+@triton.jit
+def span(offsets_ptr, b, T, N):
+    """Of sequence b: (its first token in a dense result, how many it has)."""
+    if offsets_ptr is not None:
+        begin = tl.load(offsets_ptr + b).to(tl.int64)
+        count = tl.load(offsets_ptr + b + 1).to(tl.int64) - begin
+    else:
+        begin = b * T
+        count = tl.minimum(N - begin, T)
+    return begin, count
+
+
+@triton.jit
+def first_of(stride, sequence):
+    """Where a sequence begins in a column: packed tokens have no stride."""
+    offsets_ptr, b, begin, _ = sequence
+    if offsets_ptr is not None:
+        return begin
+    else:
+        return b * stride
+
+
+@triton.jit
+def valid_tokens(mask, place):
+    """Which tokens of a block (sequence, offsets in it) are there and not masked."""  # [BLOCK]
+    sequence, off = place
+    valid = off < sequence[3]
+    if mask[0] is not None:
+        valid &= tl.load(mask[0] + first_of(mask[1], sequence) + off, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def column(x, place, valid, STEP: tl.constexpr):
+    """A block of a column (pointer, stride) in fp32, 0 where not valid."""  # [BLOCK]
+    sequence, off = place
+    if STEP == 0:
+        value = tl.load(x[0] + sequence[1] * x[1]) + tl.zeros(off.shape, x[0].dtype.element_ty)
+    else:
+        value = tl.load(x[0] + first_of(x[1], sequence) + off, mask=off < sequence[3], other=0.0)
+    return tl.where(valid, value.to(tl.float32), 0.0)
+
+
+@triton.jit
+def times(weight, x):
+    """weight * x, and 0 where the weight is 0: by selection, so that 0 * inf is 0."""
+    return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def leave(parts_ptr, k, x, PROGRAMS: tl.constexpr):
+    """Row k of the programs' sums gets the sum of this one's."""  # parts: [sums, P] fp64
+    tl.store(parts_ptr + k * PROGRAMS + tl.program_id(0), x)
+
+
+@triton.jit
+def is_last(ticket_ptr):
+    """Whether all other programs have left their sums; the ticket is then 0 again."""
+    tl.debug_barrier()  # of all threads' stores, before one thread tells of them
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def parts_of(parts_ptr, k, PROGRAMS: tl.constexpr):
+    """Row k of the programs' sums, 0 where no program is."""  # [P]
+    p = tl.arange(0, PROGRAMS)
+    return tl.load(parts_ptr + k * PROGRAMS + p, mask=p < tl.num_programs(0), other=0.0,
+                   cache_modifier=".cg")
+
+
+@triton.jit
+def total(parts_ptr, k, PROGRAMS: tl.constexpr):
+    """The sum of row k."""
+    return tl.sum(parts_of(parts_ptr, k, PROGRAMS), 0)
+
+
+@triton.jit
+def scale_of(tokens, sequences, count, length, COUNT_OF: tl.constexpr):
+    """1 / (count * length), both at least 1; NaN stays NaN."""
+    of = tl.full([], 1.0, tl.float32)
+    if COUNT_OF == _TOKENS:
+        of = tokens.to(tl.float32)
+    elif COUNT_OF == _SEQUENCES:
+        of = sequences.to(tl.float32)
+    elif COUNT_OF == _GIVEN:
+        of = of * number(count)
+    size = tl.full([], 1.0, tl.float32) * number(length)
+    return tl.div_rn(1.0, tl.where(of < 1.0, 1.0, of) * tl.where(size < 1.0, 1.0, size))
+
+
+@triton.jit
+def scaled(slopes_ptr, out_ptr, n, factor, BLOCK: tl.constexpr):
+    """A block of factor * slopes in the type of the result, 0 where a slope is 0."""
+    off = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slope = tl.load(slopes_ptr + off, mask=off < n, other=0.0)
+    tl.store(out_ptr + off, times(slope, factor).to(out_ptr.dtype.element_ty), mask=off < n)

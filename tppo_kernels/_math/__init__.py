@@ -1,0 +1,1 @@
+"""Plain PyTorch that the references share: sequences, rows, chunks, layouts."""

@@ -1,0 +1,1 @@
+"""Adapters to models of transformers: the head, shared prefixes, tokenizers of one text."""
