@@ -28,8 +28,9 @@ pytest.importorskip("transformers")
 import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
-from tppo.config import PPOConfig, Prefix  # noqa: E402
+from tppo.methods.config import PPOConfig  # noqa: E402
 from tppo.methods.ppo import Models, PPOTrainer  # noqa: E402
+from tppo.models.config import Prefix  # noqa: E402
 from tppo.models.policy import Critic, RewardModel  # noqa: E402
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
 

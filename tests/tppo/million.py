@@ -44,7 +44,7 @@ MOST_MIB = 96  # beyond the idle peak and the hashes
 
 def write_log(path: Path, sessions: int) -> None:
     """A log of generated sessions, each of another user."""
-    from tppo.config import SessionsConfig
+    from tppo.sessions.config import SessionsConfig
     from tppo.sessions.session import write_sessions
     from tppo.sessions.synthetic import generated_splits
 

@@ -30,14 +30,16 @@ from transformers import (
 )
 
 from tppo.cli import main
-from tppo.config import Config, RewardModelConfig, SessionsConfig, fill_defaults
+from tppo.config import Config, fill_defaults
 from tppo.labels.words import map_labels, word_spans
+from tppo.methods.config import RewardModelConfig
 from tppo.methods.reward_model import LabelledAnswer, evaluate_reward_model, train_reward_model
 from tppo.models.batch import Batch
 from tppo.models.own_tokens import AlignedRewardModel, OwnTokens, load_frozen, start_reward_model
 from tppo.models.policy import RewardModel
 from tppo.models.prompts import answer_text, encode_answer, encode_prompt, prompt_text
 from tppo.models.tokenizer import decode, token_offsets
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
 from tppo.stages.run import Run

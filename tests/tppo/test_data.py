@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tppo.config import SessionsConfig
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.duplicates import near_key, normalize, without_duplicates
 from tppo.sessions.session import (
     DataError,
@@ -47,7 +47,7 @@ def test_split_is_by_user_and_the_same_in_every_process(tmp_path):
     rows = [session(str(i), f"u{i % 90}", "a", f"b{i}") for i in range(400)]
     write_sessions(tmp_path / "log.jsonl", rows)
     program = (
-        "import sys; from pathlib import Path; from tppo.config import SessionsConfig;"
+        "import sys; from pathlib import Path; from tppo.sessions.config import SessionsConfig;"
         "from tppo.sessions.split import split_log; out = Path(sys.argv[1]);"
         "split_log(out.parent / 'log.jsonl', SessionsConfig(), 3, out)"
     )
@@ -119,7 +119,7 @@ def test_line_index_finds_lines_and_checks_all(tmp_path):
 MEMORY = """
 import re, sys
 from pathlib import Path
-from tppo.config import SessionsConfig
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.split import split_log
 out = Path(sys.argv[1])
 split_log(out.parent / sys.argv[2], SessionsConfig(), 0, out)

@@ -5,7 +5,7 @@ import torch
 from test_ppo import CONFIG, PROMPTS, folder, trainer  # noqa: F401
 from test_reward_model import answers
 
-from tppo.config import RewardModelConfig, SFTConfig
+from tppo.methods.config import RewardModelConfig, SFTConfig
 from tppo.methods.reward_model import PolicyTokens, train_reward_model
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.guards import GuardError, check_step

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from tppo.cli import main
-from tppo.config import RewardModelConfig, ScratchConfig
+from tppo.methods.config import RewardModelConfig
 from tppo.models.batch import Batch
+from tppo.models.config import ScratchConfig
 from tppo.models.folder import folder_eos_ids, model_eos_ids, save_model
 from tppo.models.own_tokens import load_frozen, start_reward_model
 from tppo.models.policy import load_policy, load_reward_model, new_policy

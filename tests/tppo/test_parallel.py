@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shared_prefix import PAD, new_trainer
 
-from tppo.config import PPOConfig
+from tppo.methods.config import PPOConfig
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.parallel import ALONE, World

@@ -7,7 +7,7 @@ import torch
 from _weights import enlarged
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.config import PPOConfig
+from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import Models, PPOTrainer, check_step_zero_ratio
 from tppo.methods.reward_model import GuardError
 from tppo.models.batch import Batch, pad_rows

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from tppo.config import PPOConfig, SFTConfig
+from tppo.methods.config import PPOConfig, SFTConfig
 from tppo.methods.ppo import Models, PPOTrainer
 from tppo.methods.reward_model import PolicyTokens
 from tppo.methods.sft import Examples, answer_loss, sft_step

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.config import RewardModelConfig
+from tppo.methods.config import RewardModelConfig
 from tppo.methods.reward_model import (
     GuardError,
     LabelledAnswer,

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tppo.cli import Options, main
-from tppo.config import Config, PPOConfig
+from tppo.config import Config
+from tppo.methods.config import PPOConfig
 from tppo.settings import from_dict
 from tppo.store.jsonl import DataError, plain
 from tppo.yaml_file import read_yaml, write_yaml

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tppo import progress
-from tppo.config import PPOConfig, SFTConfig
+from tppo.methods.config import PPOConfig, SFTConfig
 from tppo.methods.ppo import Models, PPOTrainer
 from tppo.methods.reward_model import GuardError
 from tppo.methods.sft import Examples, train_sft

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tppo.config import SessionsConfig
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.session import read_sessions, write_sessions
 from tppo.sessions.synthetic import POPULAR, generate_sessions, intent_library
 
@@ -22,7 +22,7 @@ def data():
 
 def test_the_hash_seed_of_python_does_not_matter():
     code = (
-        "import hashlib; from tppo.config import SessionsConfig;"
+        "import hashlib; from tppo.sessions.config import SessionsConfig;"
         "from tppo.sessions.synthetic import generate_sessions;"
         "data = generate_sessions(SessionsConfig(50, 9, 9, 9), 3);"
         "print(hashlib.sha256(repr(data).encode()).hexdigest())"

@@ -10,12 +10,12 @@ import torch
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.config import Prefix
 from tppo.labels.queries import answer_text, distinct_queries, has_format, parse_answer, query_text
 from tppo.labels.rule import label_by_rule, relevance_share
 from tppo.labels.shares import wilson
 from tppo.labels.words import fold
 from tppo.models.batch import Batch
+from tppo.models.config import Prefix
 from tppo.models.folder import model_eos_ids
 from tppo.models.policy import policy_logprobs
 from tppo.models.rollout import HFRollout, Sampling

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
-from tppo.config import PPOConfig, Prefix
+from tppo.methods.config import PPOConfig
 from tppo.models.batch import Batch
+from tppo.models.config import Prefix
 from tppo.models.guards import (
     check_figures,
     check_gradients,

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
-from tppo.config import Prefix, RewardModelConfig
+from tppo.methods.config import RewardModelConfig
 from tppo.models.batch import Batch, pad_rows
+from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights
 from tppo.models.policy import class_logits
 from tppo.progress import say, status

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tppo.config import Prefix, SFTConfig
+from tppo.methods.config import SFTConfig
 from tppo.models.batch import Batch
+from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights
 from tppo.models.policy import policy_head, policy_logprobs, policy_states, snapshot
 from tppo.progress import status

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import tppo_kernels as tk
-from tppo.config import Prefix
+from tppo.models.config import Prefix
 from tppo.progress import say_once
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
-from tppo.config import RewardModelConfig
+from tppo.methods.config import RewardModelConfig
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.folder import load_from
 from tppo.models.policy import RewardModel, load_reward_model

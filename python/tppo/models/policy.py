@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import tppo_kernels as tk
-from tppo.config import ScratchConfig
 from tppo.models.batch import Batch
+from tppo.models.config import ScratchConfig
 from tppo.models.folder import load_from, read_generation_config
 
 

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tppo.config import Prefix
 from tppo.models.batch import pad
+from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
 from tppo.progress import track

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-from tppo.config import SessionsConfig
 from tppo.progress import say, track
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.duplicates import without_duplicates
 from tppo.sessions.readers import SessionLog
 from tppo.sessions.session import Session, session_line, write_sessions

@@ -17,8 +17,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tppo.config import SessionsConfig
 from tppo.labels.queries import repeats
+from tppo.sessions.config import SessionsConfig
 from tppo.sessions.session import Event, Session
 
 # topic -> the words of its first steps, seen in the history and never in a target

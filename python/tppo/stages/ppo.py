@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo import stopping
-from tppo.config import PPOConfig
 from tppo.evaluation.metrics import evaluate_policy, score_answers
 from tppo.labels.queries import parse_answer, query_key
+from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import Models, PPOTrainer
 from tppo.methods.reward_model import check_auc, check_signal
 from tppo.models.folder import model_eos_ids, save_model

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.config import Config, GenerateConfig
+from tppo.config import Config
+from tppo.models.config import GenerateConfig
 from tppo.models.folder import folder_eos_ids
 from tppo.models.policy import load_policy, resolve_device
 from tppo.models.prompts import encode_answer, encode_prompts

@@ -1,0 +1,119 @@
+"""The settings of the methods, each of which takes its own section.
+
+The defaults are the numbers that were measured to work on the generated sessions with a model of
+about 0.2M parameters; a larger model wants smaller learning rates (the paper: 5e-6 for PPO).
+This file loads no torch, so that `tppo --help` can list the settings at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
+
+
+@section
+class SFTConfig:
+    """Supervised fine-tuning on the true next queries, to the early stop."""
+
+    max_steps: Count = 1_500
+    max_passes: Positive = 50.0
+    """At most this many passes over the sessions: a small file gets fewer steps."""
+    decay_steps: Count = 700
+    """The learning rate falls linearly to `final_lr_share` of it over this many steps."""
+    final_lr_share: Share = 0.1
+    batch_size: Count = 32
+    lr: Positive | None = None
+    """By default 5e-3 from scratch, 2e-5 with --model."""
+    eval_every: Count = 50
+    """Optimiser steps between two looks at the held-out loss; at most three passes."""
+    patience: Count = 2
+    """Stop after this many looks without an improvement of `min_delta`."""
+    min_delta: NonNegative = 0.003
+    """Smallest improvement of the held-out loss that counts, in nats a token."""
+    prompt_loss: bool | None = None
+    """Train on prompt tokens too; by default only where the model starts from scratch."""
+    grad_norm: Positive = 1.0
+
+
+@section
+class RewardModelConfig:
+    """Token reward model: three classes, local and global loss."""
+
+    model: Text | None = None
+    """Local folder of a token classifier (or its trunk) with its tokenizer, whichever that is; by
+    default the trunk and the tokenizer of the SFT model."""
+    epochs: Count = 3
+    batch_size: Count = 32
+    lr: Positive | None = None
+    """By default 1e-3 from scratch, 1e-5 with --model or a model of its own (the paper)."""
+    heldout_share: Part = 0.1
+    """Share of the labelled answers kept for accuracy and AUC."""
+    repeated_share: Share = 0.5
+    """Share of the labelled answers that are trained on a second time, with one query repeated."""
+    local_weight: NonNegative = 0.4
+    global_weight: NonNegative = 0.6
+    balance: Positive = 3.0
+    """Kept ratio of the larger to the smaller of classes 1 and 2."""
+    min_auc: Share = 0.8
+    """PPO does not start below this AUC of relevant against irrelevant tokens."""
+    min_auc_sessions: Natural = 1_000
+    """With fewer labelled sessions the AUC says little: a low one warns instead of stopping."""
+    grad_norm: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.local_weight == self.global_weight == 0:
+            raise ValueError("local_weight, global_weight were 0, 0, expected one of them above 0")
+
+
+@section
+class PPOConfig:
+    """Token-level PPO (Ouyang et al., EMNLP 2025)."""
+
+    steps: Count = 40
+    max_passes: Positive = 2.0
+    """At most this many passes over the prompts: a small file gets fewer steps."""
+    batch_size: Count = 64
+    """Prompts a step."""
+    responses_per_prompt: Count = 1
+    """Responses sampled for each of them; the prompt is computed once for all."""
+    minibatch_size: Count = 32
+    """Responses an optimiser step."""
+    max_tokens: Count = 65_536
+    """Tokens of prompts and responses that a model reads at once: less takes less memory."""
+    epochs: Count = 2
+    lr: Positive | None = None
+    """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
+    critic_lr: Positive | None = None
+    """By default 1e-3 from scratch, 1e-5 with --model."""
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    clip: Positive = 0.2
+    value_clip: Positive | None = None
+    kl_coef: NonNegative = 0.2
+    reward: Literal["argmax", "expected"] = "argmax"
+    """Reward of a token: of its likeliest class (the paper) or the expectation over classes."""
+    reward_values: tuple[float, float, float] = (0.0, -0.5, 0.5)
+    """Reward of the classes none, irrelevant, relevant; the paper's scale is 0 1 2."""
+    length_alpha: NonNegative | None = 2.0
+    """Steepness of the length penalty; None: no penalty."""
+    train_on_unlabelled: bool = True
+    """Train the policy on tokens of class 0 too; False is the paper read literally."""
+    bootstrap_truncated: bool | None = None
+    """Bootstrap cut answers from the critic; by default only without the length penalty."""
+    normalize: bool = True
+    """Whiten the advantages."""
+    grad_norm: Positive = 1.0
+    verify_prefix: bool = False
+    """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
+    eval_every: Count = 5
+    """PPO steps between two looks at held-out relevance (the rule's), which decides the weights
+    kept."""
+    min_format: Share = 0.9
+    """Weights whose held-out format share is lower are not kept."""
+    max_kl: NonNegative = 10.0
+    """Weights whose held-out KL per response is larger, in nats, are not kept."""
+    checkpoint_every: Count = 5
+    """PPO steps between two checkpoints."""
+    without_signal: bool = False
+    """Go on where there is nothing to learn from: labels of one class, a policy that stays put."""

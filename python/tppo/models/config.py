@@ -1,0 +1,49 @@
+"""The sizes of a model from scratch, how answers are sampled, how a prompt is computed.
+
+This file loads no torch, so that `tppo --help` can list the settings at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tppo.settings import Count, Natural, Positive, section
+
+Prefix = Literal["shared", "dense"]
+
+
+@section
+class ScratchConfig:
+    """The small Llama that is trained from scratch when no --model is given."""
+
+    hidden_size: Count = 64
+    intermediate_size: Count = 160
+    layers: Count = 2
+    heads: Count = 4
+    vocab_size: Annotated[Count, Field(ge=259)] = 1024
+    """At most this many tokens in the byte-level BPE trained on the data: 256 bytes, 3 special."""
+    max_length: Count = 384
+    """Positions of the model: prompt and response together, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size, heads were {self.hidden_size}, {self.heads}, expected a hidden_size "
+                "that is a multiple of 2 * heads: each head turns pairs of its numbers"
+            )
+
+
+@section
+class GenerateConfig:
+    """Sampling: the one temperature of rollouts and of old, new and reference log-probs."""
+
+    samples: Count = 4_000
+    """Answers of the SFT model to be labelled."""
+    samples_per_session: Count = 4
+    """At most this many of one session: a small file gets fewer answers."""
+    max_new_tokens: Natural = 0
+    """Cap of an answer in tokens; 0: 1.25 times the 99th percentile of the true answers."""
+    temperature: Positive = 1.0
+    batch_size: Count = 256
