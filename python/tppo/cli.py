@@ -182,7 +182,7 @@ def _flag(rest: list[str], name: str) -> str | None:
 
 def _read(path: Path) -> Options:
     """The options of a run.yaml, or of a file that holds the settings alone."""
-    from tppo.yaml_file import read_yaml  # not where only --help is wanted
+    from tppo.store.yaml_file import read_yaml  # not where only --help is wanted
 
     try:
         values, line_of = read_yaml(path)
@@ -242,7 +242,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
 
 def _keep_settings(options: Options) -> None:
     """The flags of this command are those from which a single stage starts next."""
-    from tppo.yaml_file import read_yaml, write_yaml
+    from tppo.store.yaml_file import read_yaml, write_yaml
 
     path, new = options.out / SETTINGS, plain(options)
     try:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+if TYPE_CHECKING:  # loaded where something is drawn: a method in somebody's script draws nothing
+    from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """`say` in red where the terminal has colours."""
     if not _silent():
+        from rich.console import Console
+
         Console(stderr=True).print(text, style="bold red", markup=False, highlight=False,
                                    soft_wrap=True)  # fmt: skip
 
@@ -164,6 +166,9 @@ class _Live:
 
     def add(self, bar: Bar) -> TaskID:
         if self.progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),

@@ -19,7 +19,7 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, Field
 from typing_extensions import dataclass_transform
 
-from tppo.store.jsonl import DataError, short
+from tppo.errors import DataError, short
 
 T = TypeVar("T")
 

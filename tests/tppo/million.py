@@ -58,9 +58,9 @@ def prepare(out: str) -> None:
     from itertools import islice
 
     from tppo.labels.queries import SEPARATOR
-    from tppo.models.prompts import encode_answer
     from tppo.models.tokenizer import train_tokenizer
     from tppo.progress import track
+    from tppo.sessions.prompts import encode_answer
     from tppo.sessions.session import iter_sessions
     from tppo.store.jsonl import write_jsonl
     from tppo.store.run_folder import RunFolder

@@ -37,13 +37,13 @@ from tppo.methods.reward_model import LabelledAnswer, evaluate_reward_model, tra
 from tppo.models.batch import Batch
 from tppo.models.own_tokens import AlignedRewardModel, OwnTokens, load_frozen, start_reward_model
 from tppo.models.policy import RewardModel
-from tppo.models.prompts import answer_text, encode_answer, encode_prompt, prompt_text
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.sessions.config import SessionsConfig
+from tppo.sessions.prompts import answer_text, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
 from tppo.stages.run import Run
-from tppo.yaml_file import read_yaml
+from tppo.store.yaml_file import read_yaml
 
 FAMILIES = ("byte-level", "metaspace", "word-piece")
 PAIRS = list(itertools.permutations(FAMILIES, 2))
@@ -297,8 +297,7 @@ def test_the_policys_ids_are_read_where_that_is_the_same(make, family, own, tmp_
     policy = tokenizer("byte-level")
     make(tokenizer(family)).save_pretrained(tmp_path / "given")
     tokenizer(family).save_pretrained(tmp_path / "given")
-    config = RewardModelConfig(model=str(tmp_path / "given"))
-    model, its_tokenizer = start_reward_model(config, tmp_path / "no sft", policy, CPU)
+    model, its_tokenizer = start_reward_model(tmp_path / "given", tmp_path / "no sft", policy, CPU)
     assert model.config.own_tokens is own
     model.save_pretrained(tmp_path / "saved")
     its_tokenizer.save_pretrained(tmp_path / "saved")
@@ -319,8 +318,7 @@ def test_a_head_of_other_classes_is_replaced(tmp_path):
     )
     entities.save_pretrained(tmp_path)
     own.save_pretrained(tmp_path)
-    config = RewardModelConfig(model=str(tmp_path))
-    model, _ = start_reward_model(config, tmp_path, tokenizer("byte-level"), CPU)
+    model, _ = start_reward_model(tmp_path, tmp_path, tokenizer("byte-level"), CPU)
     assert model.classifier.out_features == model.config.num_labels == 3
     trunk = entities.base_model.state_dict()
     assert all(torch.equal(trunk[name], v) for name, v in model.base_model.state_dict().items())

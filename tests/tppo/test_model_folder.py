@@ -18,15 +18,14 @@ from transformers import (
 )
 
 from tppo.cli import main
-from tppo.methods.config import RewardModelConfig
 from tppo.models.batch import Batch
 from tppo.models.config import ScratchConfig
 from tppo.models.folder import folder_eos_ids, model_eos_ids, save_model
 from tppo.models.own_tokens import load_frozen, start_reward_model
 from tppo.models.policy import load_policy, load_reward_model, new_policy
-from tppo.models.prompts import encode_answer
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+from tppo.sessions.prompts import encode_answer
 
 CPU = torch.device("cpu")
 PROMPTS = [[70, 80, 90]] * 12 + [[100, 110]] * 12 + [[120]] * 12
@@ -306,12 +305,11 @@ def evil(tokenizer, tmp_path, monkeypatch):
 
 
 def loads(path, tokenizer):
-    config = RewardModelConfig(model=str(path))
     return {
         "policy": lambda: load_policy(path, CPU),
         "tokenizer": lambda: load_tokenizer(path),
         "reward model": lambda: load_reward_model(path, CPU),
-        "reward model to start from": lambda: start_reward_model(config, path, tokenizer, CPU),
+        "reward model to start from": lambda: start_reward_model(path, path, tokenizer, CPU),
         "frozen reward model": lambda: load_frozen(path, tokenizer, CPU),
         "ids": lambda: folder_eos_ids(path),
     }

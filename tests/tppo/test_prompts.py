@@ -4,13 +4,13 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.labels.queries import has_format, parse_answer
-from tppo.models.prompts import (
+from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
+from tppo.sessions.prompts import (
     encode_answer,
     encode_prompt,
     encode_prompts,
     prompt_text,
 )
-from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 from tppo.sessions.session import Event, Session
 from tppo.store.jsonl import DataError
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from tppo.cli import COMMANDS, _parse, main
 from tppo.config import fill_defaults
 from tppo.labels.queries import parse_answer, repeats
-from tppo.models.prompts import prompt_text
 from tppo.models.tokenizer import token_offsets, train_tokenizer
+from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import read_sessions
 from tppo.stages.reward_rows import policy_twins
 from tppo.stages.run import Run

@@ -17,7 +17,7 @@ from tppo.config import Config
 from tppo.methods.config import PPOConfig
 from tppo.settings import from_dict
 from tppo.store.jsonl import DataError, plain
-from tppo.yaml_file import read_yaml, write_yaml
+from tppo.store.yaml_file import read_yaml, write_yaml
 
 WRONG = {
     "ppo: {reward: max}": "line 1: field 'ppo.reward': was 'max', expected 'argmax' or 'expected'; "

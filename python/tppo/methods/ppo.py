@@ -27,16 +27,10 @@ from transformers import PreTrainedModel
 
 import tppo_kernels as tk
 from tppo.methods.config import PPOConfig
+from tppo.methods.guards import check_gradients, check_shared_prefix, check_step_zero_ratio
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
-from tppo.models.guards import (
-    check_figures,
-    check_gradients,
-    check_shared_prefix,
-    check_step,
-    check_step_zero_ratio,
-    check_weights,
-)
+from tppo.models.guards import check_figures, check_step, check_weights
 from tppo.models.parallel import ALONE, World
 from tppo.models.policy import Critic, policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling

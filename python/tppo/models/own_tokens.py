@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
-from tppo.methods.config import RewardModelConfig
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.folder import load_from
 from tppo.models.policy import RewardModel, load_reward_model
@@ -174,20 +173,20 @@ def load_own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def start_reward_model(
-    config: RewardModelConfig,
+    own: str | Path | None,
     sft: Path,
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to train, from its own folder or from SFT, with the tokenizer that it reads.
+    """The model to train, from the folder `own` or else from SFT, with the tokenizer that it reads.
 
     `model.config.own_tokens` says whether that is another one than the policy's; it is saved with
     the model, so that PPO reads as training did.
     """
-    path = sft if config.model is None else Path(config.model)
+    path = sft if own is None else Path(own)
     model = load_reward_model(path, device, new_head=True)
-    tokenizer = policy_tokenizer if config.model is None else load_own_tokenizer(path)
-    model.config.own_tokens = config.model is not None and not reads_policy_tokens(
+    tokenizer = policy_tokenizer if own is None else load_own_tokenizer(path)
+    model.config.own_tokens = own is not None and not reads_policy_tokens(
         model, tokenizer, policy_tokenizer
     )
     if model.config.own_tokens:

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import STOP, BadRows, DataError, Line, atomic_file, is_text, read_jsonl
+from tppo.store.jsonl import (
+    STOP,
+    BadRows,
+    DataError,
+    Line,
+    atomic_file,
+    check_new,
+    is_text,
+    read_jsonl,
+)
 
 __all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "write_sessions"]
 
@@ -63,13 +72,6 @@ def sessions_of(lines: Iterable[Line], bad: BadRows = STOP) -> Iterator[Session]
             session = session_of(line)
             check_new(first_line, line, session.id)
             yield session
-
-
-def check_new(first_line: Fingerprints, line: Line, id: str) -> None:
-    """Raises DataError for an id that an earlier line has; notes it otherwise."""
-    earlier = first_line.setdefault(id, line.number)
-    if earlier != line.number:
-        raise line.error("id", id, f"an id that is used once (line {earlier} has it too)")
 
 
 def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) -> None:

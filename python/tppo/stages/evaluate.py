@@ -14,9 +14,9 @@ from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, score_an
 from tppo.evaluation.table import findings, print_table
 from tppo.methods.sft import Examples, continue_sft
 from tppo.models.policy import load_policy
-from tppo.models.prompts import encode_answer, prompt_text
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
+from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.ppo import new_trainer, suggested_lengths
 from tppo.stages.run import Run

@@ -14,8 +14,8 @@ from tppo.labels.twins import Twin, repeating_twin
 from tppo.labels.words import map_labels, token_categories
 from tppo.methods.reward_model import LabelledAnswer
 from tppo.models.own_tokens import OwnTokens
-from tppo.models.prompts import encode_answer
 from tppo.models.tokenizer import decode, token_offsets
+from tppo.sessions.prompts import encode_answer
 from tppo.stages.run import Answer, Run
 from tppo.store.jsonl import is_text, read_jsonl
 

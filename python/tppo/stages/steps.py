@@ -32,10 +32,10 @@ from tppo.methods.sft import Examples, train_sft
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.policy import load_policy, new_policy, place
-from tppo.models.prompts import check_separator, encode_answer, prompt_text
 from tppo.models.rollout import HFRollout
 from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 from tppo.progress import say, track
+from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
 from tppo.sessions.session import DataError, Session, session_of
 from tppo.sessions.split import split_log, write_generated
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
@@ -285,7 +285,7 @@ def train_rm(run: Run) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             model, tokenizer = start_reward_model(
-                config, run.path("sft/model"), run.tokenizer, run.device
+                config.model, run.path("sft/model"), run.tokenizer, run.device
             )
         reader: Reader
         if model.config.own_tokens:

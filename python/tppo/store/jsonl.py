@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tppo.errors import DataError, short
+from tppo.store.fingerprints import Fingerprints
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class DataError(ValueError):
-    """A data file is not what it should be: the message says which file, line and field."""
 
 
 class BadRows:
@@ -87,6 +86,13 @@ class Line:
         if not ok(value):
             raise self.error(field, value, expected)
         return value
+
+
+def check_new(first_line: Fingerprints, line: Line, id: str) -> None:
+    """Raises DataError for an id that an earlier line has; notes it otherwise."""
+    earlier = first_line.setdefault(id, line.number)
+    if earlier != line.number:
+        raise line.error("id", id, f"an id that is used once (line {earlier} has it too)")
 
 
 def is_text(value: object) -> bool:
@@ -192,15 +198,6 @@ def parse_object(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: was {short(value)}, expected a JSON object {{...}}")
     return value
-
-
-def short(value: object, limit: int = 80) -> str:
-    """A value as an error shows it."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "something nested too deeply to be shown"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def plain(value: Any) -> Any:

@@ -9,9 +9,8 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 from tppo.progress import status
-from tppo.sessions.session import check_new
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import DataError, Line, parse_object
+from tppo.store.jsonl import DataError, Line, check_new, parse_object
 
 
 class _HasId(Protocol):

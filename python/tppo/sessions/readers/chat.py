@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tppo.sessions.readers.array import read_objects
-from tppo.sessions.session import Event, Session, check_new, collapse
+from tppo.sessions.session import Event, Session, collapse
 from tppo.store.fingerprints import Fingerprints, fingerprint
-from tppo.store.jsonl import BadRows, Line, has_surrogate, is_text
+from tppo.store.jsonl import BadRows, Line, check_new, has_surrogate, is_text
 
 SEPARATOR = "\n"
 LISTS = ("messages", "conversations")  # what the list of messages is called

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tppo.sessions.readers.array import read_array
-from tppo.sessions.session import Event, Session, check_new, collapse
+from tppo.sessions.session import Event, Session, collapse
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import BadRows, Line, is_text
+from tppo.store.jsonl import BadRows, Line, check_new, is_text
 
 
 def read_ikat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Session]:

@@ -7,12 +7,14 @@ one a line, then EOS.  The targets never reach a prompt.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from tppo.labels.queries import answer_text
 from tppo.progress import say_once, track
 from tppo.sessions.session import DataError, Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prompt_text(session: Session, skip: int = 0) -> str:

@@ -1,0 +1,83 @@
+"""What PPO checks before its first update: that the parts it is made of agree with each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tppo.models.batch import Batch
+from tppo.models.guards import GuardError
+from tppo.models.policy import policy_logprobs
+from tppo.progress import say
+
+if TYPE_CHECKING:
+    from tppo.methods.ppo import Experience, Models
+
+MAX_RATIO_DRIFT = 1e-4  # of the first minibatch of the first step, in fp32
+MAX_PREFIX_ERROR = 1e-4  # of shared against dense, of the largest value, in fp32
+
+
+def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
+    """Before the first update new and old log-probs are those of one model.
+
+    Errors: GuardError where max|ratio - 1| >= 1e-4: dropout, a second temperature or a mask that
+    differs between the two passes.
+    """
+    ratio = torch.where(mask, logprobs.detach() - old, 0.0).exp()  # [B, T]
+    drift = (ratio - 1).abs().max().item()
+    if not drift < MAX_RATIO_DRIFT:
+        raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
+
+
+def check_shared_prefix(models: Models, batch: Batch, temperature: float) -> None:
+    """A shared prompt gives what dense prompts give: states of every model, and gradients.
+
+    Compared by the largest error over the largest value: log-probs, values, class logits, and the
+    gradients of policy and critic of the sums of log-probs and of values.
+    Errors: GuardError naming the first of them that is off by 1e-4 or more.
+    """
+    results = []
+    for way in (batch, batch.dense()):
+        logprobs, _ = policy_logprobs(models.policy, way, temperature)  # [B, T]
+        values, _ = models.critic(way)  # [B, T]
+        found = {"log-probs": logprobs, "values": values}
+        with torch.no_grad():
+            found["class logits"] = models.reward(way)  # [B, T, 3]
+        for name, model, output in (
+            ("policy", models.policy, logprobs),
+            ("critic", models.critic, values),
+        ):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+            kept = [g.flatten() for g in gradients if g is not None]
+            found[f"{name}'s gradients"] = torch.cat(kept)
+        results.append({name: tensor.detach() for name, tensor in found.items()})
+    shared, dense = results
+    for name, expected in dense.items():
+        error = (shared[name] - expected).abs().max().item()
+        error /= max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny)
+        if not error < MAX_PREFIX_ERROR:
+            raise GuardError(
+                f"step 0: {name} with a shared prefix differ from dense ones by {error:.1e} of the "
+                f"largest, expected < {MAX_PREFIX_ERROR:.0e}; --prefix dense goes on without it"
+            )
+    say("step 0: the shared prefix agrees with dense prompts, forward and backward")
+
+
+def check_gradients(models: Models, data: Experience) -> None:
+    """Before the first update the policy and the critic's head have gradients.
+
+    Errors: GuardError naming the model whose gradients are all zero or not finite.  Where the
+    reward model rates all tokens alike there is nothing to learn from: only a warning.
+    """
+    if not data.advantages.any():
+        say("WARNING: step 0: every advantage is zero, the reward model rates all tokens alike")
+        return
+    for name, model in (("policy", models.policy), ("critic", models.critic)):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not any(bool(g.any()) for g in gradients):
+            raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            raise GuardError(f"step 0: a gradient of the {name} is not finite")
