@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tppo_kernels._core.check import Check, offsets, values_between
+from tppo_kernels._core.check import Check, offsets
+from tppo_kernels._kernels.values import values_between
 
 
 def test_letters_bind_at_first_use():

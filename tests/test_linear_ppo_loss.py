@@ -22,8 +22,9 @@ from test_linear_logprobs import REAL, STEPS, Largest, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
+from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels._math import chunks as _linear
-from tppo_kernels._math.sequence import KL_ESTIMATORS, REDUCTIONS
+from tppo_kernels._math.sequence import KL_ESTIMATORS
 from tppo_kernels.ops.linear_logprobs import reference as linear
 from tppo_kernels.ops.linear_ppo_loss import reference
 from tppo_kernels.testing import (

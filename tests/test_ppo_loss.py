@@ -27,7 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._math.sequence import KL_ESTIMATORS, REDUCTIONS, reduction_weights
+from tppo_kernels._core.check import REDUCTIONS
+from tppo_kernels._math.sequence import KL_ESTIMATORS, reduction_weights
 from tppo_kernels.ops.ppo_loss import _check_values, reference
 from tppo_kernels.testing import (
     DTYPES,

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._math.sequence import REDUCTIONS
+from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels.ops.value_loss import reference
 from tppo_kernels.testing import (
     DTYPES,

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
 import tppo_kernels as tk
+from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels._kernels import triton_losses as _triton_losses
-from tppo_kernels._math.sequence import KL_ESTIMATORS, REDUCTIONS
+from tppo_kernels._math.sequence import KL_ESTIMATORS
 from tppo_kernels.ops.ppo_loss import _triton
 from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
 

@@ -16,7 +16,7 @@ from _loss_cases import (
 )
 from _matrix import third
 
-from tppo_kernels._math.sequence import REDUCTIONS
+from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels.ops.value_loss import _triton
 from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
 

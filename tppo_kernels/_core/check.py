@@ -4,29 +4,30 @@
 later tensors to them. Shapes are words of letters ("B T"), alternatives are separated by "|", and a
 leading "..." binds any leading sizes. Messages name the argument, what it was, what was expected.
 
-What needs a tensor's values (`offsets`, `unit_interval`, `positive`) is checked inside the raw
-ops: always on CPU, on a GPU only under TPPO_CHECK=1.
+What needs a tensor's values (`offsets`, and `values_between` of `_kernels/values.py`) is checked
+inside the raw ops: always on CPU, on a GPU only under TPPO_CHECK=1.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .._math.sequence import REDUCTIONS, sequence_index
 from .eager import constant, surely
+from .packed import sequence_index
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
 MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 STRIDED = torch.strided
 FP32_MAX = torch.finfo(torch.float32).max
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
+              "seq-mean-token-sum-norm")
 
 
 _PARSED: dict[str, list[tuple[str, tuple[str, ...], bool, bool]]] = {}
@@ -317,54 +318,3 @@ def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
     if first != 0 or last != length or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(f"{op}: cu_seqlens is {cu_seqlens.tolist()!s:.200}, expected offsets that "
                          f"start at 0, never decrease and end at N = {length}")
-
-
-@functools.cache
-def _int64_within() -> Callable[..., bool] | None:
-    """The compiled check of labels, None without the compiled part; importing this loads nothing.
-
-    `torch.aminmax` and two numbers from its results take longer to start than most calls read.
-    """
-    try:
-        from .._C import int64_within
-    except ImportError:
-        return None
-    return int64_within
-
-
-def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
-    """Whether all values of x, not 0-d, lie in the range, at the lowest cost; NaN does not."""
-    if x.numel() == 0:
-        return True
-    compiled = _int64_within()
-    if (compiled and x.dtype == torch.int64 and x.is_cpu and x.is_contiguous()
-            and not open_low):
-        return compiled(x.data_ptr(), x.numel(), low, high)
-    least, most = torch.aminmax(x)
-    smallest, largest = least.item(), most.item()
-    return (low < smallest if open_low else low <= smallest) and largest <= high
-
-
-def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
-                   valid: Tensor | Callable[[], Tensor] | None = None, *,
-                   open_low: bool = False) -> None:
-    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look.
-
-    `valid` may be a function: it is called only when there is something to excuse.
-    """
-    if x is None:
-        return
-    if x.dim() == 0:
-        value = x.item()
-        if (low < value if open_low else low <= value) and value <= high:
-            return
-    elif _within(x, low, high, open_low):
-        return
-    good = (x > low if open_low else x >= low) & (x <= high)
-    if valid is not None:
-        valid = valid() if callable(valid) else valid
-        good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
-    if not bool(good.all()):
-        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{op}: {name} holds {float(x[~good].flatten()[0]):g}, expected values "
-                         f"in {bound}")

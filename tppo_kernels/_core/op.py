@@ -132,13 +132,12 @@ class Op:
 
 def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `op(*args, **kwargs)` would take, and why not a faster one; nothing runs."""
-    import tppo_kernels
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         raise ValueError(f"op is {name!r}, expected one of {', '.join(sorted(OPS))}")
     token = _explaining.set(True)
     try:
-        getattr(tppo_kernels, name)(*args, **kwargs)
+        getattr(importlib.import_module(f"tppo_kernels.ops.{name}"), name)(*args, **kwargs)
     except _Explained as explained:
         return explained.args[0]
     finally:

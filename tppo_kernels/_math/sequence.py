@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
-              "seq-mean-token-sum-norm")
+from .._core.packed import sequence_index
+
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 KL_CLAMP = 20.0
 
@@ -52,12 +52,6 @@ def select(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> 
 def valid_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     """The mask itself, or all True."""
     return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
-
-
-def sequence_index(n: int, cu_seqlens: Tensor) -> Tensor:
-    """The sequence of each packed token."""  # [N]
-    tokens = torch.arange(n, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
 def spread(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._math.sequence import compute_dtype, select, sequence_index, spread
+from ..._core.packed import sequence_index
+from ..._math.sequence import compute_dtype, select, spread
 
 
 def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, LABELS, Check, describe, values_between
+from ..._core.check import FP32_MAX, LABELS, Check, describe
 from ..._core.derivatives import first_only, refuse_forward_mode
 from ..._core.eager import surely
 from ..._core.keywords import suggests
 from ..._core.op import _LIB, Op
+from ..._kernels.values import values_between
 from ..._math.chunks import auto_bytes, shard_of
 from ..._math.rows import slot_count, valid_rows
 from ..._math.sequence import compute_dtype

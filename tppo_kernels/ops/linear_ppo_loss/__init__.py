@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._core.check import FP32_MAX, LABELS, Check, offsets, values_between
+from ..._core.check import FP32_MAX, LABELS, Check, offsets
 from ..._core.derivatives import refuse_forward_mode
 from ..._core.eager import surely
 from ..._core.keywords import suggests
 from ..._core.op import _LIB, Op
+from ..._kernels.values import values_between
 from ..._math.chunks import shard_of
 from ..._math.rows import slot_count
 from ..._math.sequence import KL_ESTIMATORS, compute_dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._math.sequence import sequence_index
+from ..._core.packed import sequence_index
 
 
 def window(prompt_length: Tensor, mask: Tensor | None, batch: int, T: int,

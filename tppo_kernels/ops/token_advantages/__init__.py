@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, Check, offsets, values_between
+from ..._core.check import FP32_MAX, Check, offsets
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import KL_ESTIMATORS, alive, compute_dtype
 from ..whiten import check_group, over_group
 from . import reference

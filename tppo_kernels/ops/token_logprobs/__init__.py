@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, LABELS, Check, values_between
+from ..._core.check import FP32_MAX, LABELS, Check
 from ..._core.derivatives import first_only, wanted
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype
 from . import reference
 

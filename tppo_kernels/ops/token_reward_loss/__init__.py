@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets, values_between
+from ..._core.check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets
 from ..._core.derivatives import first_only, wanted
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import alive, compute_dtype, on, valid_mask
 from . import reference
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, LABELS, Check, offsets, values_between
+from ..._core.check import FP32_MAX, LABELS, Check, offsets
 from ..._core.keywords import suggests
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import alive, compute_dtype
 from . import reference
 

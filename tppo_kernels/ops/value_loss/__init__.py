@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import Check, offsets, values_between
+from ..._core.check import Check, offsets
 from ..._core.derivatives import first_only, wanted
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype, detached
 from . import reference
 

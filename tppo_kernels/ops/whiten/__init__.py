@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, Check, describe, values_between
+from ..._core.check import FP32_MAX, Check, describe
 from ..._core.keywords import suggests
 from ..._core.op import Op
+from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype
 from . import reference
 

@@ -1,0 +1,65 @@
+"""The check of a tensor's values: it has a compiled part and therefore stands with the kernels.
+
+As every check of values it is called inside the raw ops: always on CPU, on a GPU only under
+TPPO_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _int64_within() -> Callable[..., bool] | None:
+    """The compiled check of labels, None without the compiled part; importing this loads nothing.
+
+    `torch.aminmax` and two numbers from its results take longer to start than most calls read.
+    """
+    try:
+        from .._C import int64_within
+    except ImportError:
+        return None
+    return int64_within
+
+
+def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
+    """Whether all values of x, not 0-d, lie in the range, at the lowest cost; NaN does not."""
+    if x.numel() == 0:
+        return True
+    compiled = _int64_within()
+    if (compiled and x.dtype == torch.int64 and x.is_cpu and x.is_contiguous()
+            and not open_low):
+        return compiled(x.data_ptr(), x.numel(), low, high)
+    least, most = torch.aminmax(x)
+    smallest, largest = least.item(), most.item()
+    return (low < smallest if open_low else low <= smallest) and largest <= high
+
+
+def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
+                   valid: Tensor | Callable[[], Tensor] | None = None, *,
+                   open_low: bool = False) -> None:
+    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look.
+
+    `valid` may be a function: it is called only when there is something to excuse.
+    """
+    if x is None:
+        return
+    if x.dim() == 0:
+        value = x.item()
+        if (low < value if open_low else low <= value) and value <= high:
+            return
+    elif _within(x, low, high, open_low):
+        return
+    good = (x > low if open_low else x >= low) & (x <= high)
+    if valid is not None:
+        valid = valid() if callable(valid) else valid
+        good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
+    if not bool(good.all()):
+        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{op}: {name} holds {float(x[~good].flatten()[0]):g}, expected values "
+                         f"in {bound}")
