@@ -15,9 +15,11 @@ BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_atte
           "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
 KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py"}
 ROOMS = {  # of the kernel library, beside its operators
-    "_core": {"op", "check", "backends", "derivatives", "eager", "keywords", "metrics"},
+    "_core": {"op", "check", "backends", "derivatives", "eager", "keywords", "metrics",
+              "packed"},
     "_math": {"sequence", "rows", "chunks", "layout"},
-    "_kernels": {"launch", "memory", "losses", "triton_losses", "triton_rows", "varlen"},
+    "_kernels": {"launch", "memory", "losses", "triton_losses", "triton_rows", "values",
+                 "varlen"},
     "models": {"lm_head", "shared_prefix", "align"},
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
@@ -29,7 +31,7 @@ SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py
                 "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py",
                 "test_prefix.py", "test_lm_head.py", "test_aot.py", "test_host_cost.py",
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
-                "fuzz_gradients.py", "test_fuzz_gradients.py"}
+                "fuzz_gradients.py", "test_fuzz_gradients.py", "test_rooms.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 150}
