@@ -239,7 +239,7 @@ def test_a_resumable_stage_keeps_its_files_when_it_fails(folder):
 # Where a power cut or a kill hits the end of a stage; `rename` is the one that gives it its name.
 KILLED_AT = """
 import os, shutil, signal, sys
-from tppo import run_folder
+from tppo.store import run_folder
 from tppo.store.run_folder import RunFolder
 def killed_at(module, name, which):
     real = getattr(module, name)

@@ -37,7 +37,7 @@ def missing(backend: str) -> str | None:
         try:
             why_no_cuda = importlib.import_module("tppo_kernels._C").why_no_cuda
         except ImportError as error:
-            note = Path(__file__).with_name("_why.txt")  # of setup.py, where a tool failed
+            note = Path(__file__).parent.with_name("_why.txt")  # of setup.py, where a tool failed
             why = note.read_text(encoding="utf-8") if note.exists() else error
             return f"no compiled part ({why}): install a C++ compiler, then tppo-kernels anew"
         if backend == "cuda" and why_no_cuda:
