@@ -271,7 +271,7 @@ def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str
 
 def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
     from tppo.labels.endpoint.lost import lost_by_endpoint
-    from tppo.stages.steps import label_lost_again
+    from tppo.stages.label import label_lost_again
 
     if not run.done(name):
         say(f"{name}: {COMMANDS[name]}")
@@ -283,12 +283,12 @@ def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
 
 
 def _label_task(run: Any, name: str, path: Path) -> None:
-    from tppo.stages import steps as stages
+    from tppo.stages.label import compare_labels, export_labels, import_labels
 
     tasks = {
-        "agreement": stages.compare_labels,
-        "export_batch": stages.export_labels,
-        "import_batch": stages.import_labels,
+        "agreement": compare_labels,
+        "export_batch": export_labels,
+        "import_batch": import_labels,
     }
     tasks[name](run, path)
 
@@ -296,20 +296,25 @@ def _label_task(run: Any, name: str, path: Path) -> None:
 def _stages() -> dict[str, Callable[[Any], None]]:
     import transformers
 
-    from tppo.stages import evaluate as report
-    from tppo.stages import ppo as train
-    from tppo.stages import steps as stages
+    from tppo.stages.data import data
+    from tppo.stages.evaluate import evaluate, heat
+    from tppo.stages.generate import generate
+    from tppo.stages.label import label_answers
+    from tppo.stages.map import map_to_tokens
+    from tppo.stages.ppo import train
+    from tppo.stages.reward_model import train_rm
+    from tppo.stages.sft import sft
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return {
-        "data": stages.data,
-        "sft": stages.sft,
-        "generate": stages.generate,
-        "label": stages.label_answers,
-        "map": stages.map_to_tokens,
-        "train-rm": stages.train_rm,
-        "train": train.train,
-        "eval": report.evaluate,
-        "heat": report.heat,
+        "data": data,
+        "sft": sft,
+        "generate": generate,
+        "label": label_answers,
+        "map": map_to_tokens,
+        "train-rm": train_rm,
+        "train": train,
+        "eval": evaluate,
+        "heat": heat,
     }

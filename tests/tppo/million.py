@@ -28,7 +28,7 @@ import tppo.progress
 tppo.progress.INTERVAL_S = float(sys.argv.pop(1))
 if sys.argv[1] == "idle":
     import torch, transformers
-    import tppo.stages.steps
+    import tppo.stages.label, tppo.stages.reward_model, tppo.stages.sft
 elif sys.argv[1] == "prepare":
     sys.path.insert(0, sys.argv[2])
     import million

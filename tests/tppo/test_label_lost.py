@@ -11,7 +11,7 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli
-from tppo.stages import steps as stages  # noqa: E402
+from tppo.stages.label import label_answers  # noqa: E402
 from tppo.store.run_folder import RunFolder  # noqa: E402
 
 COUNT = 40
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     with RunFolder(out).stage("sft") as work:
         (work / "model").mkdir()
         (work / "model" / "weights").write_text("x")
-    ours = {"label": stages.label_answers, "map": read_labels}
+    ours = {"label": label_answers, "map": read_labels}
     monkeypatch.setattr(cli, "_stages", lambda: ours)
     return out
 

@@ -13,7 +13,7 @@ import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import million
-import tppo.sessions.split, tppo.stages.steps
+import tppo.sessions.split, tppo.stages.label
 from tppo.cli import main
 
 tppo.sessions.split.SMALL = 500  # a log up to this size is held in memory

@@ -146,7 +146,7 @@ def test_a_second_signal_ends_it_at_once(before_ppo, tmp_path):
 @pytest.mark.parametrize(("stage", "module", "name", "lost"), [
     ("sft", "tppo.methods.sft", "sft_step", "its steps so far are lost"),
     ("train-rm", "tppo.methods.reward_model", "_losses", "its steps so far are lost"),
-    ("label", "tppo.stages.steps", "label_by_rule",
+    ("label", "tppo.stages.label", "label_by_rule",
      "labels of an endpoint are kept in label-cache.jsonl"),
 ])  # fmt: skip
 def test_a_stage_without_checkpoints_ends_at_once_and_says_what_is_lost(
@@ -169,7 +169,7 @@ def test_an_ignored_signal_stays_ignored(before_ppo, tmp_path):
     """Such as SIGHUP under nohup."""
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        at(sys.modules["tppo.stages.steps"], "label_by_rule", 2, signalled(signal.SIGHUP))
+        at(sys.modules["tppo.stages.label"], "label_by_rule", 2, signalled(signal.SIGHUP))
 
     assert run(tmp_path, ["label", "--out", str(before_ppo)], ignore).code == 0
 

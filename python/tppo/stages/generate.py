@@ -1,0 +1,45 @@
+"""The generate stage: answers of the SFT model, to be labelled."""
+
+from __future__ import annotations
+
+import random
+
+from tppo.models.rollout import HFRollout
+from tppo.models.tokenizer import decode
+from tppo.stages.run import Run
+from tppo.store.jsonl import write_jsonl
+
+
+def generate(run: Run) -> None:
+    """Answers of the SFT model to training sessions."""
+    with run.stage("generate") as out:
+        model, sessions = run.sft_model(), run.sessions("train")
+        config = run.config.generate
+        order = random.Random(f"{run.seed}/generate").sample(sessions, len(sessions))
+        n = min(config.samples, config.samples_per_session * len(sessions))
+        chosen = [order[i % len(order)] for i in range(n)]
+        prompts = run.prompts(order[:n], model)
+        engine = HFRollout(
+            model,
+            pad_id=run.tokenizer.pad_token_id,
+            eos_id=run.eos_ids,
+            batch_size=config.batch_size,
+            prefix=run.config.prefix,
+        )
+        rollout = engine.generate(
+            [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.seed)
+        )
+        write_jsonl(
+            out / "answers.jsonl",
+            (
+                {
+                    "id": f"{session.id}#{i // len(order)}",
+                    "session": session.id,
+                    "prompt_ids": rollout.prompt_ids[i],
+                    "response_ids": rollout.response_ids[i],
+                    "finish": rollout.finish[i],
+                    "text": decode(run.tokenizer, rollout.response_ids[i], run.eos_ids),
+                }
+                for i, session in enumerate(chosen)
+            ),
+        )

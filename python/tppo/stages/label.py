@@ -1,0 +1,108 @@
+"""The label stage, and what `tppo label` does instead with one of its flags."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tppo.labels.agreement import compare_files
+from tppo.labels.endpoint.batch import export_batch, import_batch
+from tppo.labels.endpoint.config import NoKey
+from tppo.labels.endpoint.live import EndpointError, LabelItem, label
+from tppo.labels.endpoint.lost import forget, lost_by_endpoint, recorded
+from tppo.labels.label import Label, write_labels
+from tppo.labels.rule import label_by_rule
+from tppo.progress import say, track
+from tppo.sessions.session import DataError, Session, session_of
+from tppo.stages.run import Answer, Run
+from tppo.store.jsonl import read_lines
+from tppo.store.line_index import LineIndex
+
+
+def label_answers(run: Run) -> None:
+    """Word and answer labels, by the rule or by an endpoint."""
+    train, config = run.path("data/train.jsonl"), run.config.label
+    with (
+        run.stage("label") as out,
+        LineIndex(train, session_of) as sessions,
+        ExitStack() as open_until_then,
+    ):
+        counts: Counter[str] = Counter()
+        labels: Iterable[Label]
+        if config.labeller == "rule":
+            forget(run.label_lost)
+            labels = (
+                label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)
+                for a in track(run.iter_answers(), "label")
+            )
+        else:
+            answers = sum(1 for _ in read_lines(run.path("generate/answers.jsonl")))
+            found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
+            labels = open_until_then.enter_context(recorded(found, run.label_lost))
+        write_labels(out / "labels.jsonl", _counted(labels, counts))
+        if not counts["labels"]:
+            raise DataError("none of the generated answers got a label")
+        relevant = counts["relevant"] / counts["labels"]
+        say(f"label: {counts['labels']} answers, {relevant:.1%} of them relevant")
+    if lost := lost_by_endpoint(run.label_lost):
+        say(
+            f"label: the endpoint lost {lost} items ({run.label_lost}): the next `tppo run` asks "
+            "them again; new labels change what map and train-rm read, so that these and the "
+            "stages after them run again"
+        )
+
+
+def label_lost_again(run: Run) -> None:
+    """Ask for the labels that a finished stage lost to the endpoint; without an endpoint that
+    answers, the labels stay as they were."""
+    say(f"label: the endpoint lost {lost_by_endpoint(run.label_lost)} items, asked again")
+    try:
+        label_answers(run)
+    except (EndpointError, NoKey) as error:
+        say(f"label: its labels stay as they were: {error}")
+
+
+def export_labels(run: Run, path: Path) -> None:
+    """The questions that an endpoint has not answered yet, as an OpenAI batch file."""
+    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+        export_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
+
+
+def import_labels(run: Run, path: Path) -> None:
+    """Answers of an OpenAI batch, checked, to where the label stage finds them."""
+    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+        import_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
+
+
+def compare_labels(run: Run, path: Path) -> None:
+    """Print how far the run's labels agree with those of a file."""
+    own = run.path("label/labels.jsonl")
+    if not own.exists():
+        raise DataError(f"{own}: no such file; run `tppo label --out {run.out}` first")
+    print(compare_files(own, path))
+
+
+def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
+    """What an endpoint is to judge, one at a time; the history as the policy sees it."""
+    for answer in run.iter_answers():
+        session = _asked(sessions, answer)
+        history = [f"profile: {line}" for line in session.profile]
+        history += [f"{event.type}: {event.text}" for event in session.history]
+        yield LabelItem(answer.id, history, list(session.targets), answer.text)
+
+
+def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:
+    """The session that an answer belongs to."""
+    session = sessions.get(answer.session)
+    if session is None:
+        raise DataError(f"answers of session {answer.session!r}, which data/train.jsonl lacks")
+    return session
+
+
+def _counted(labels: Iterable[Label], counts: Counter[str]) -> Iterator[Label]:
+    for item in labels:
+        counts["labels"] += 1
+        counts["relevant"] += item.sentence
+        yield item

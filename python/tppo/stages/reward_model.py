@@ -1,0 +1,66 @@
+"""The train-rm stage: a token reward model of the labelled answers."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from tppo.labels.label import iter_labels
+from tppo.methods.reward_model import (
+    PolicyTokens,
+    Reader,
+    evaluate_reward_model,
+    relevant_share,
+    train_reward_model,
+)
+from tppo.models.own_tokens import OwnTokens, start_reward_model
+from tppo.progress import say
+from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
+from tppo.stages.run import Run
+from tppo.store.jsonl import DataError, write_json, write_jsonl
+
+
+def train_rm(run: Run) -> None:
+    """The token reward model, its trunk started from SFT or from a folder of its own."""
+    with run.stage("train-rm") as out:
+        config = run.config.reward_model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model, tokenizer = start_reward_model(
+                config.model, run.path("sft/model"), run.tokenizer, run.device
+            )
+        reader: Reader
+        if model.config.own_tokens:
+            reader = own = OwnTokens(model, tokenizer)
+            rows, twins = own_rows(run, own), own_twins(run, own)
+        else:
+            reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
+            rows, twins = policy_rows(run), policy_twins(run)
+        sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
+        if len(sessions) < 2:
+            raise DataError("1 session is labelled, expected at least 2: one is held out")
+        n_heldout = max(1, round(config.heldout_share * len(sessions)))
+        heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
+        train = [row for session in sessions[n_heldout:] for row in rows[session]]
+        repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
+        history = train_reward_model(reader, train + repeated, config, seed=run.seed)
+        report = evaluate_reward_model(reader, heldout, config)
+        unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
+        report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
+        report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
+        report["labeller"] = next(iter_labels(run.path("label/labels.jsonl"))).labeller
+        report["relevant_share"] = relevant_share(train + heldout)
+        report["own_tokens"] = model.config.own_tokens
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        write_jsonl(out / "metrics.jsonl", history)
+        write_json(out / "report.json", report)
+        auc, of_repeated = (
+            "unknown" if report[name] is None else f"{report[name]:.3f}"
+            for name in ("auc", "auc_repeated")
+        )
+        say(
+            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers; AUC "
+            f"{of_repeated} where one of their queries is repeated"
+        )

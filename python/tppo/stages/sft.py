@@ -1,0 +1,70 @@
+"""The SFT stage: a tokenizer and a model that write the true next queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tppo.labels.queries import answer_text
+from tppo.methods.sft import Examples, train_sft
+from tppo.models.folder import model_eos_ids, save_model
+from tppo.models.policy import load_policy, new_policy, place
+from tppo.models.tokenizer import load_tokenizer, train_tokenizer
+from tppo.progress import say
+from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
+from tppo.sessions.session import Session
+from tppo.stages.run import Run, answer_cap, fit_prompts
+from tppo.store.jsonl import write_json, write_jsonl
+
+
+def sft(run: Run) -> None:
+    """Tokenizer and model, trained on the true next queries to the early stop."""
+    with run.stage("sft") as out:
+        train, heldout = run.sessions("train"), run.sessions("heldout")
+        tokenizer, model = _base_model(run, train)
+        cap = answer_cap(tokenizer, train, run.config.generate)
+        result = train_sft(
+            model,
+            _examples(tokenizer, model, train, cap),
+            _examples(tokenizer, model, heldout, cap),
+            run.config.sft,
+            pad_id=tokenizer.pad_token_id,
+            seed=run.seed,
+            prefix=run.config.prefix,
+        )
+        save_model(model, tokenizer, out / "model")
+        write_jsonl(out / "metrics.jsonl", result.history)
+        report = {name: value for name, value in result._asdict().items() if name != "history"}
+        write_json(out / "report.json", report)
+        say(
+            f"sft: stopped at step {result.steps}, kept step {result.best_step} "
+            f"with held-out loss {result.heldout_loss:.3f} nats a token"
+        )
+
+
+def _base_model(
+    run: Run, train: Sequence[Session]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if run.model is not None:
+        tokenizer, model = load_tokenizer(run.model), load_policy(run.model, run.device)
+        check_separator(tokenizer, model_eos_ids(tokenizer, model))
+        return tokenizer, model
+    texts = (text for s in train for text in (prompt_text(s), answer_text(s.targets)))
+    tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = new_policy(run.config.scratch, tokenizer)
+    return tokenizer, place(model, run.device)
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    sessions: Sequence[Session],
+    cap: int,
+) -> Examples:
+    """Prompts with their true answers; an answer longer than the cap is cut, and has no EOS."""
+    answers = [encode_answer(tokenizer, session.targets)[:cap] for session in sessions]
+    return Examples(fit_prompts(tokenizer, sessions, model, cap), answers)
