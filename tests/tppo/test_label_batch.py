@@ -223,7 +223,7 @@ def test_the_flags_of_the_label_command(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     main(["label", "--out", str(folder), "--agreement", str(labels)])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table[1] == ["words", "9", "100.00%", "70.1-100.0", "1.000"]  # Wilson: 9 / (9 + 1.96^2)
+    assert table[1] == ["words", "9", "100.00%", "70.1-100.0", "1.000"]  # 9 / (9 + 1.96^2)
     both = ["--agreement", str(labels), "--export-batch", str(batch)]
     with pytest.raises(SystemExit, match="agreement, export_batch were given, expected one"):
         main(["label", "--out", str(folder), *both])
