@@ -39,6 +39,7 @@ import _goals
 import _parts
 import gpu_wheels
 import report
+from _groups import end_group, toggle
 from _journal import CONTEXT_LOST, Journal, Record, replace_text, results_of
 from _parts import PARTS, Spec
 
@@ -129,7 +130,7 @@ class Check:
         """Runs a command in a process group of its own, for a share of the part's time at most.
 
         Before the end it is interrupted, upon which pytest writes what it has, then killed; nothing
-        that it started lives on.
+        that it started lives on, nor where this process itself is killed.
         """
         left = share * (part.end - time.monotonic())
         if left <= 0:
@@ -143,12 +144,14 @@ class Check:
                 start_new_session=True)
         with self._lock:
             self._running.add(process.pid)
+            toggle(process.pid)
         status = self._wait(process, left - grace, grace)
         text = said.read_text(errors="replace")
         if status is None:
             text += f"\nstopped after {left:.0f} s"
         with self._lock, (self.out / "log.txt").open("a") as log:
             self._running.discard(process.pid)
+            toggle(process.pid)
             log.write(f"\n== {part.name}: {' '.join(map(str, argv))}\n{text[-LOG_CHARACTERS:]}\n")
         return Ended(status, text, process.pid)
 
@@ -274,14 +277,6 @@ class Check:
             name = found["machine"]["gpu"].lower().replace(" ", "-")
             replace_text(self.copies / f"{name}.json", json.dumps(found, indent=1) + "\n")
             report.write(self.copies / f"{name}.json")
-
-
-def end_group(pid: int, how: signal.Signals) -> None:
-    """Signals all that is left of a process group."""
-    try:
-        os.killpg(pid, how)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def code_state() -> str:

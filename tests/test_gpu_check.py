@@ -149,6 +149,11 @@ def test_a_required_part_that_is_skipped_is_not_well(gpu_check):
     assert (required.state, gpu_check.exit_status([required])) == ("failed", 1)
 
 
+def alive(command):
+    """The processes that have this in their command line."""
+    return subprocess.run(["pgrep", "-f", command], capture_output=True, text=True).stdout.split()
+
+
 def test_a_command_is_ended_with_its_children_when_its_time_is_up(gpu_check, tmp_path):
     check = gpu_check.Check(tmp_path, smoke=True)
     part = gpu_check.Part("tests", end=time.monotonic() + 1.0)
@@ -156,8 +161,7 @@ def test_a_command_is_ended_with_its_children_when_its_time_is_up(gpu_check, tmp
     ended = check.command(part, "bash", "-c", "trap '' INT; echo begun; sleep 61.7 & sleep 61.7")
     assert ended.status is None and "begun" in ended.said and "stopped after 1 s" in ended.said
     assert time.monotonic() - start < 1.9  # the grace is part of it
-    alive = subprocess.run(["pgrep", "-f", "sleep 61.7"], capture_output=True, text=True)
-    assert not alive.stdout
+    assert not alive("sleep 61.7")
     assert check.command(part, "true").said == "no time was left"
     assert "begun" in (tmp_path / "log.txt").read_text()
 
@@ -218,7 +222,7 @@ def first(check, part):
     check.journal.add("row", **{row!r})
 def second(check, part):
     check.journal.add("row", **{{**{row!r}, "shape": "of a part that never ended"}})
-    check.command(part, "sleep", "63.2")
+    check.command(part, "bash", "-c", "{sleep} & {sleep}")
 gpu_check.Check.has_device = lambda self: True
 check = gpu_check.Check(gpu_check.Path({out!r}), smoke=True)
 import signal
@@ -229,9 +233,9 @@ check.run([gpu_check.Spec(first, 1, 1), gpu_check.Spec(second, 1, 60)])
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
 def test_gpu_check_itself_killed(gpu_check, tmp_path, number):
-    out = tmp_path / "out"
+    out, sleep = tmp_path / "out", f"sleep 63.{int(number)}"
     process = subprocess.Popen([sys.executable, "-c", KILLED.format(
-        bench=str(ROOT / "bench"), machine=MACHINE, row=ROW, out=str(out))],
+        bench=str(ROOT / "bench"), machine=MACHINE, row=ROW, out=str(out), sleep=sleep)],
         stdout=subprocess.PIPE, text=True)
     while "second" not in (line := process.stdout.readline()):
         assert line
@@ -240,10 +244,8 @@ def test_gpu_check_itself_killed(gpu_check, tmp_path, number):
         time.sleep(0.02)
     found = json.loads((out / "results.json").read_text())
     assert [c["name"] for c in found["checks"]] == ["first"] and len(found["rows"]) == 1
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text().split():
+    while len(alive(sleep)) < 4:  # gpu-check, a shell, and both that it started
         time.sleep(0.02)
-    child = int(children.read_text())
     process.send_signal(number)
     process.wait(10)
     assert [r["shape"] for r in gpu_check.results_of(journal.records())["rows"]] == [
@@ -251,8 +253,10 @@ def test_gpu_check_itself_killed(gpu_check, tmp_path, number):
     if number == signal.SIGTERM:
         found = json.loads((out / "results.json").read_text())
         assert found["checks"][1]["state"] == "timed out" and len(found["rows"]) == 2
-    else:
-        os.kill(child, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while alive(sleep):
+        assert time.monotonic() < end, "what gpu-check had started goes on without it"
+        time.sleep(0.02)
 
 
 def test_resume_goes_on_where_the_first_stopped(gpu_check, rehearsal, tmp_path, capsys):

@@ -1,0 +1,49 @@
+"""Groups of processes that end with the process which started them, however that one ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+
+# Its input ends when the last process that can write to it does; what is left then has no owner.
+WATCHER = """
+import os, signal, sys
+left = set()
+for line in sys.stdin:
+    left ^= {int(line)}
+for group in left:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def end_group(pid: int, how: signal.Signals) -> None:
+    """Signals all that is left of a process group."""
+    try:
+        os.killpg(pid, how)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+@functools.cache
+def _watcher() -> subprocess.Popen:
+    """In a session of its own: neither Ctrl-C nor the end of this process's group reaches it."""
+    return subprocess.Popen([sys.executable, "-I", "-S", "-c", WATCHER], stdin=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            start_new_session=True)
+
+
+def toggle(pid: int) -> None:
+    """Puts a group under watch, or, the second time, takes it out: it is then ended already."""
+    pipe = _watcher().stdin
+    assert pipe is not None
+    try:
+        pipe.write(f"{pid}\n".encode())
+        pipe.flush()
+    except BrokenPipeError:
+        pass  # somebody ended the watcher: what runs is as well as before, only without it
