@@ -1,18 +1,18 @@
 """Builds `tppo_kernels._C`: C++ where a compiler works, CUDA where nvcc does; nothing links torch.
 TPPO_BUILD_CUDA=auto|1|0 (default auto), TPPO_CUDA_ARCHS="80;90;100" choose.  An installation keeps
-why it lacks what could not be built; `setup.py build_ext` and TPPO_BUILD_CUDA=1 fail instead.
-"""
+why it lacks what could not be built; `setup.py build_ext` and TPPO_BUILD_CUDA=1 fail instead."""
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-WISH = os.environ.get("TPPO_BUILD_CUDA", "auto")
+WISH, POOL = os.environ.get("TPPO_BUILD_CUDA", "auto"), ThreadPoolExecutor(os.cpu_count())
 CXX, STRICT = (os.environ.get("CXX") or "g++").split()[0], WISH == "1" or "build_ext" in sys.argv
 ARCHS = os.environ.get("TPPO_CUDA_ARCHS", "80;90;100").split(";")
 if WISH not in ("auto", "0", "1") or not all(re.fullmatch(r"\d+[af]?", a) for a in ARCHS):
@@ -39,6 +39,8 @@ class Build(build_ext):
         ext.define_macros += [("TPPO_CUDA", int(not no_cuda)), ("TPPO_WHY_NO_CUDA", f'"{no_cuda}"'),
                               ("TPPO_CUDA_ARCHS", f'"{" ".join(ARCHS) * (not no_cuda)}"')]
         self.compiler.spawn = self.compiler.call = run  # older and newer setuptools
+        one = self.compiler.compile  # of one file; a file on each core
+        self.compiler.compile = lambda files, **o: sum(POOL.map(lambda f: one([f], **o), files), [])
         try:
             super().build_extension(ext)
         except Exception as error:  # where STRICT holds, `run` has ended the build
@@ -48,14 +50,13 @@ class Build(build_ext):
 
     def without_cuda(self, ext):
         """Compiles the CUDA part, under the root that nvcc itself uses; returns why that failed."""
-        objects = [str(Path(self.build_temp, f"{p.name}.o")) for p in Path("csrc").glob("*.cu")]
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-        targets += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
+        out = [str(Path(self.build_temp, f"{p.name}.o")) for p in Path("csrc").glob("*.cu")]
+        how = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
+        how += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        how += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         try:
-            for o in objects:
-                run([NVCC, "-c", f"csrc/{Path(o).stem}", "-o", o, "-O3", "-std=c++17", "--threads",
-                     "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets])
+            list(POOL.map(lambda o: run([NVCC, "-c", f"csrc/{Path(o).stem}", "-o", o, *how]), out))
         except (RuntimeError, OSError) as error:
             print(f"tppo-kernels: no CUDA: {error}", file=sys.stderr)
             return re.sub(r"[^\w .,:;/+-]", " ", str(error))  # it becomes a macro
@@ -63,8 +64,7 @@ class Build(build_ext):
                               capture_output=True, text=True)
         top = re.search(r'^#\$ TOP="?(.*?)"?\s*$', said.stderr + said.stdout, re.MULTILINE)
         root = Path(top[1] if top else Path(NVCC).resolve().parent.parent).resolve()
-        ext.extra_objects += objects
-        ext.include_dirs.append(str(root / "include"))
+        ext.extra_objects, ext.include_dirs = out, [*ext.include_dirs, str(root / "include")]
         ext.library_dirs += [str(root / "lib64"), str(root / "lib")]
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
 

@@ -170,6 +170,29 @@ def test_an_nvcc_that_fails_costs_the_cuda_part_alone(sdist, tmp_path):
     assert done.returncode and "unsupported GNU version" in done.stderr
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: one file after another")
+def test_sources_are_compiled_at_once(sdist, tmp_path):
+    """Both compilers here wait until there are two of them: one after another, each is alone."""
+    tree = unpacked(sdist, tmp_path / "tree")
+    for source in (*(tree / "csrc").glob("*.cpp"), *(tree / "csrc").glob("*.cu")):
+        source.unlink()
+    for name in ("bindings.cpp", "other.cpp", "a.cu", "b.cu"):
+        (tree / "csrc" / name).write_text("")
+    for name in ("nvcc", "g++"):
+        tool, begun = tmp_path / "bin" / name, tmp_path / f"begun {name}"
+        tool.parent.mkdir(exist_ok=True)
+        begun.mkdir()
+        tool.write_text(
+            f'#!/bin/bash\ntouch "{begun}/$$"\nfor _ in {{1..100}}; do\n'
+            f'  [ $(ls "{begun}" | wc -l) = 2 ] && echo "error: two" >&2 && sleep 1 && exit 1\n'
+            '  sleep 0.1\ndone\necho "error: alone" >&2\nexit 1\n')
+        tool.chmod(0o755)
+    done = setup_py(tree, "build", CUDA_HOME=str(tmp_path), TPPO_BUILD_CUDA="auto",
+                    CXX=str(tmp_path / "bin/g++"))
+    assert "no CUDA: nvcc failed at build time: error: two" in done.stderr, done.stderr
+    assert "pure Python: g++ failed at build time: error: two" in done.stderr, done.stderr
+
+
 def test_a_wish_for_cuda_that_cannot_be_met_stops_the_build(sdist, tmp_path):
     tree = unpacked(sdist, tmp_path)
     tools = tmp_path / "tools"
