@@ -5,8 +5,10 @@ import importlib
 import inspect
 import json
 import threading
+import warnings
 from math import inf
 
+import numpy
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ from tppo_kernels._core.keywords import near
 from tppo_kernels._core.op import OPS
 
 MASKED = sorted(OPS.keys() - {"prefix_attention"})
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+         torch.uint32, torch.uint64)
 LAYOUTS = ("padded", "packed")
 
 
@@ -56,7 +59,8 @@ def test_a_mask_of_whole_numbers_is_that_of_bools(op, layout):
                 assert torch.equal(a, e), (dtype, nonzero)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64,
+                                   torch.float8_e5m2])
 @pytest.mark.parametrize("op", MASKED)
 def test_a_mask_of_floats_is_refused_with_both_ways_out(op, dtype):
     """A mask of 0.5 taken as bool doubled a loss, silently."""
@@ -64,7 +68,7 @@ def test_a_mask_of_floats_is_refused_with_both_ways_out(op, dtype):
     for name in names:
         for layout in LAYOUTS:
             given = sample(op, layout)
-            given[name] = given["mask"].to(dtype) / 2
+            given[name] = (given["mask"] / 2).to(dtype)
             with pytest.raises(TypeError, match=f"{op}: {name} has dtype .*float.*, expected bool "
                                rf"or whole numbers .*: give {name}\.bool\(\).*weights= of ppo"):
                 getattr(tk, op)(**given)
@@ -193,6 +197,36 @@ def test_an_infinite_bound_is_off(op, name):
     torch.testing.assert_close(result.loss, beyond.loss)
 
 
+@pytest.mark.parametrize("number", [numpy.float32, numpy.float16, numpy.int64, numpy.uint8])
+def test_a_number_of_numpy_is_a_number(number):
+    """`mask.sum()` of an array, and what a schedule gives; refused as no number until now."""
+    given = sample("ppo_loss")
+    for name in ("clip_low", "kl_coef") + ("num_tokens",) * issubclass(number, numpy.integer):
+        plain = tk.ppo_loss(**given | {name: number(2).item()})
+        assert torch.equal(tk.ppo_loss(**given | {name: number(2)}).loss, plain.loss)
+    if issubclass(number, numpy.floating):
+        with pytest.raises(TypeError, match="num_tokens is .*, expected a whole number"):
+            tk.ppo_loss(**given | {"num_tokens": number(2)})
+        return
+    given = sample("linear_logprobs") | {"valid_vocab": number(37), "memory": number(200)}
+    given["hidden"].requires_grad_()
+    expected = tk.linear_logprobs(**given | {"valid_vocab": 37, "memory": 200}).logprobs
+    for capacity in (None, number(51)):
+        actual = tk.linear_logprobs(**given | {"capacity": capacity}).logprobs
+        assert torch.equal(actual, expected)
+        actual.sum().backward()
+    full = torch.randn(2, 9)
+    assert torch.equal(tk.response_states(full, number(3), number(4)), full[:, 2:6])
+
+
+def test_a_number_that_no_float_holds_is_refused_in_a_line():
+    x = torch.zeros(1, 1)
+    for name in ("num_tokens", "kl_coef"):
+        with pytest.raises(ValueError, match=f"ppo_loss: {name} is 10+, expected") as caught:
+            tk.ppo_loss(x, x, x, ref_logprobs=x, **{name: 10**400})
+        assert len(str(caught.value)) < 200
+
+
 def test_means_of_the_policy_metrics_are_a_plain_dict_of_floats():
     logprobs = torch.tensor([[0.0, 0.5, -0.5, 30.0]])
     out = tk.ppo_loss(logprobs, torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, -1.0]]),
@@ -305,6 +339,24 @@ def test_a_compiled_call_runs_on_the_backend_that_is_forced_around_it():
     torch.testing.assert_close(compiled(x), tk.whiten(x))
     with tk.use_backend("triton"), pytest.raises(tk.BackendError):
         compiled(x)
+
+
+def test_a_backend_forced_within_a_compiled_function_is_refused_in_words():
+    """Dynamo's message names ContextVar.set; with graph breaks the block runs as it is written."""
+    def step(x):
+        with tk.use_backend("reference"):
+            return tk.whiten(x), forced()
+
+    x = torch.randn(2, 5)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="use_backend: entered within a compiled function.*around"):
+        torch.compile(step, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Dynamo, which names every builtin it goes around
+        whitened, seen = torch.compile(step, backend="eager")(x)
+    assert seen == "reference" and forced() is None
+    torch.testing.assert_close(whitened, tk.whiten(x))
 
 
 def chosen_inside():

@@ -103,6 +103,9 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend: entered within a compiled function, where it would choose "
+                           "for no later call; enter it around the call of that function")
     token = _forced.set(name)
     _pass_on(name)
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from .packed import sequence_index
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32)
-MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+         torch.uint32, torch.uint64)
 STRIDED = torch.strided
 FP32_MAX = torch.finfo(torch.float32).max
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
@@ -148,7 +150,7 @@ class Check:
         """
         if value is None:
             return None
-        if isinstance(value, Tensor) and value.dtype in FLOATS:
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:
             raise TypeError(
                 f"{self.op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected "
                 f"bool or whole numbers (0 is not valid): give {name}.bool() where it holds 0 and "
@@ -214,8 +216,7 @@ class Check:
                                  "0-d floating tensor")
             self._reachable(name, value)
             return value.detach()
-        self.number(name, value, low=low, high=high, above=above)
-        return constant(value)
+        return constant(self.number(name, value, low=low, high=high, above=above))
 
     def _reachable(self, name: str, value: Tensor) -> None:
         """Holds a 0-d tensor to the device of the others, or to the CPU: kernels read it there."""
@@ -269,19 +270,24 @@ class Check:
                                  "or a 0-d tensor")
             self._reachable(name, value)
             return value.detach()
-        self.number(name, value, low=0, kind=int)
-        return constant(value)
+        return constant(self.number(name, value, low=0, high=FP32_MAX, kind=int))
 
     def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-               above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> None:
-        """Holds a Python number to its type and to low <= value <= high, value > above."""
+               above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> Any:
+        """A number, held to its type and to low <= value <= high, value > above.
+
+        One of numpy is given back as Python's: it would overflow where Python's does not.
+        """
+        if not isinstance(value, kind) and isinstance(value, Integral if kind is int else Real):
+            value = int(value) if isinstance(value, Integral) else float(value)
         if isinstance(value, bool) or not isinstance(value, kind):
             expected = "a whole number" if kind is int else "a number"
             raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
         assert isinstance(value, int | float)
         if not low <= value <= high or not value > above:
-            raise ValueError(f"{self.op}: {name} is {value!r}, expected "
+            raise ValueError(f"{self.op}: {name} is {value!r:.80}, expected "
                              f"{_range(low, high, above)}")
+        return value
 
     def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
         """Holds a value to a list of options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -180,8 +181,9 @@ def check_scalars(check: Check, tokens: str, temperature: Any, softcap: Any,
 
 
 def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: int | None,
-               group: Any) -> str | None:
-    """Holds weight, bias and valid_vocab to [V, D], [V], and the live columns; the group's name."""
+               group: Any) -> tuple[int | None, str | None]:
+    """Holds weight, bias and valid_vocab to [V, D], [V], and the live columns; gives valid_vocab
+    and the group's name."""
     check.tensor("weight", weight, "V D")
     check.tensor("bias", bias, "V", optional=True)
     size, world = weight.shape[0], 1
@@ -194,13 +196,14 @@ def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: i
                             "torch.distributed.ProcessGroup of this process, or None")
         world = dist.get_world_size(group)
     if valid_vocab is not None:
-        check.number("valid_vocab", valid_vocab, low=1, high=size * world, kind=int)
-    return None if group is None else group.group_name
+        valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=size * world, kind=int)
+    return valid_vocab, None if group is None else group.group_name
 
 
 def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows: Tensor | None,
-                         capacity: int | None) -> Tensor | None:
-    """Holds `rows` and `capacity` to their types; in eager mode finds the rows of a mask.
+                         capacity: int | None) -> tuple[Tensor | None, int | None]:
+    """Holds `rows` and `capacity` to their types, and gives them; in eager mode finds the rows of
+    a mask.
 
     That reads their number on the host: free on a CPU, and once a call on a GPU, unless a graph is
     being captured.
@@ -210,20 +213,19 @@ def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows
         if rows is not None:
             raise ValueError(f"{check.op}: capacity is {capacity!r} and rows is given, expected "
                              "one of them")
-        check.number("capacity", capacity, low=0, kind=int)
+        capacity = check.number("capacity", capacity, low=0, kind=int)
     elif (rows is None and mask is not None and not torch.compiler.is_compiling()
           and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())):
-        return valid_rows(mask)
-    return rows
+        return valid_rows(mask), None
+    return rows, capacity
 
 
 def budget_of(check: Check, memory: str | int, device: torch.device) -> int:
     """Bytes that kept exponentials and the chunk in flight may take together."""
-    if isinstance(memory, str) or not isinstance(memory, int):
+    if isinstance(memory, str) or not isinstance(memory, int | Integral):
         check.choice("memory", memory, ("auto", "store", "recompute"))
         return auto_bytes(device)
-    check.number("memory", memory, low=1, kind=int)
-    return memory
+    return check.number("memory", memory, low=1, kind=int)
 
 
 def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: Tensor | None,
@@ -286,11 +288,11 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     check.tensor("hidden", hidden, "... D")
     check.tensor("targets", targets, "...", LABELS)
     mask = check.mask("mask", mask, "...")
-    name = check_head(check, weight, bias, valid_vocab, group)
+    valid_vocab, name = check_head(check, weight, bias, valid_vocab, group)
     scaling = check_scalars(check, "...", temperature, softcap, logit_scale)
     check.choice("entropy_grad", entropy_grad, (True, False))
     refuse_forward_mode("linear_logprobs", hidden, weight, bias)
-    rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
+    rows, capacity = check_choice_of_rows(check, hidden, mask, rows, capacity)
     budget = budget_of(check, memory, hidden.device)
     trains = torch.is_grad_enabled()
     head_trains = trains and (weight.requires_grad or (bias is not None and bias.requires_grad))

@@ -190,7 +190,7 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     advantages = check.spread("advantages", advantages, cu_seqlens)
     check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
     weights = check.spread("weights", weights, cu_seqlens, optional=True)
-    name = check_head(check, weight, bias, valid_vocab, group)
+    valid_vocab, name = check_head(check, weight, bias, valid_vocab, group)
     scaling = check_scalars(check, tokens, temperature, softcap, logit_scale)
     check.choice("ratio", ratio, ("token", "sequence"))
     check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
@@ -205,7 +205,7 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):
         _require_reference(kl_coef)
     refuse_forward_mode("linear_ppo_loss", hidden, weight, bias)
-    rows = check_choice_of_rows(check, hidden, mask, rows, capacity)
+    rows, capacity = check_choice_of_rows(check, hidden, mask, rows, capacity)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad
               for x in (hidden, weight, bias)]
     budget = budget_of(check, memory, hidden.device)

@@ -110,7 +110,7 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
     check.tensor("full", full, " ".join(["N" if packed else "B L", *(f"D{i}" for i in inner)]))
     if packed:
         check.packing(cu_seqlens)
-    check.number("T", T, low=0, kind=int)
+    T = check.number("T", T, low=0, kind=int)
     check.choice("align", align, ALIGNMENTS)
     check.sizes["T"], check.owner["T"] = T, "T"
     mask = check.mask("mask", mask, "B T")
@@ -118,7 +118,7 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
         check.tensor("prompt_length", prompt_length, "B|", LABELS)
     else:
         least = 1 if align in ("logprob", "value") and T > 0 and mask is None else 0
-        check.number("prompt_length", prompt_length, low=least, kind=int)
+        prompt_length = check.number("prompt_length", prompt_length, low=least, kind=int)
         end = prompt_length + T - int(align in ("logprob", "value"))  # no bool in a graph
         if mask is None and not packed and T > 0 and end > full.shape[1]:
             raise ValueError(

@@ -153,7 +153,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
     softcap = check.scalar("softcap", softcap, above=0.0, optional=True)
     logit_scale = check.scalar("logit_scale", logit_scale)
     if valid_vocab is not None:
-        check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
+        valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
     arguments = (logits, targets, mask, temperature, softcap, logit_scale, valid_vocab)
     if wanted(logits):
         return TokenLogprobs(*recorded(_Function, *arguments))

@@ -188,7 +188,7 @@ def _seed(check: Check, seed: Any, balance: Tensor | None) -> Tensor | None:
                              "0-d tensor of int64 or int32")
         return None if balance is None else seed.long()
     if seed is not None:
-        check.number("seed", seed, low=-2**63, high=2**63 - 1, kind=int)
+        seed = check.number("seed", seed, low=-2**63, high=2**63 - 1, kind=int)
     elif balance is not None:
         raise ValueError(f"{check.op}: seed is None, expected a whole number, because balance is "
                          "on (balance=None switches the random draw off)")
