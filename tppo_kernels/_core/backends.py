@@ -98,7 +98,7 @@ def use_backend(name: str) -> Iterator[None]:
     An operator that cannot run on it raises `BackendError` with the reason. A context variable:
     other threads and tasks do not see it, but the threads on which autograd runs a backward that
     was called inside the block do (with torch 2.11: inside a block of the main thread). Enter it
-    around a compiled function, not within one.
+    around a compiled function; within one, `fullgraph=True` refuses it.
     `TPPO_BACKEND=name` does the same for a whole process.
     """
     if name not in BACKENDS:

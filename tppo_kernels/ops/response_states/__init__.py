@@ -118,11 +118,11 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
         check.tensor("prompt_length", prompt_length, "B|", LABELS)
     else:
         least = 1 if align in ("logprob", "value") and T > 0 and mask is None else 0
-        prompt_length = check.number("prompt_length", prompt_length, low=least, kind=int)
-        end = prompt_length + T - int(align in ("logprob", "value"))  # no bool in a graph
+        length: int = check.number("prompt_length", prompt_length, low=least, kind=int)
+        end = length + T - int(align in ("logprob", "value"))  # no bool in a graph
         if mask is None and not packed and T > 0 and end > full.shape[1]:
             raise ValueError(
-                f"response_states: prompt_length is {prompt_length} and T is {T}: align={align!r} "
+                f"response_states: prompt_length is {length} and T is {T}: align={align!r} "
                 f"needs {end} states a sequence, full has L = {full.shape[1]}")
-        prompt_length = torch.full((), prompt_length, dtype=torch.int64, device=full.device)
+        prompt_length = torch.full((), length, dtype=torch.int64, device=full.device)
     return _ResponseStates.apply(full, prompt_length, mask, cu_seqlens, T, align)
