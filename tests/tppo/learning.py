@@ -3,6 +3,10 @@
 Over at least 300 held-out users, token-level PPO is more relevant than SFT at every temperature and
 than SFT continued for as many steps, by two standard errors of the difference; its answers hold as
 many distinct queries, keep their format and length, and stay near the SFT policy.
+
+Format is held to SFT's, by two standard errors of the difference. A repeated query is a fault of
+the format, and SFT's own answers have one or another fault in 5 to 9 of 100: PPO is to add none,
+which a fixed bound would demand of one seed and not of another.
 """
 
 from __future__ import annotations
@@ -31,8 +35,10 @@ def shortfalls(result: dict) -> list[str]:
     kept = tppo["distinct_queries"] / result["sft"]["distinct_queries"]
     if not kept >= 0.95:
         failed.append(f"{kept:.1%} of SFT's distinct queries are left, expected at least 95 %")
-    if not tppo["format"] >= 0.9:
-        failed.append(f"format share is {tppo['format']:.3f}, expected at least 0.9")
+    shares = [(row["format"], row["users"]) for row in (tppo, result["sft"])]
+    lost, _, high = difference(*shares, z=2.0)
+    if not high >= 0:
+        failed.append(f"format share is {lost:+.3f} of SFT's {shares[1][0]:.3f}, beyond chance")
     off = tppo["length"] - result["test"]["true_length"]
     if not abs(off) <= 2:
         failed.append(f"answers are {off:+.1f} tokens off the true ones, expected at most 2")

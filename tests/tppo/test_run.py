@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from tppo.cli import COMMANDS, _parse, main
 from tppo.config import fill_defaults
 from tppo.labels.queries import parse_answer, repeats
+from tppo.models.parallel import ALONE
 from tppo.models.tokenizer import token_offsets, train_tokenizer
 from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import read_sessions
+from tppo.stages.ppo import Loop
 from tppo.stages.reward_rows import policy_twins
 from tppo.stages.run import Run
 from tppo.store.hashes import sha256
@@ -376,6 +378,20 @@ def rename(source, target):
 os.rename = rename
 main(sys.argv[1:])
 """
+
+
+def test_the_format_that_keeps_weights_is_relative_to_that_of_sft(finished, tmp_path):
+    """Where SFT itself seldom had the format, no step qualified and the last one was kept."""
+    run = Run(finished, fill_defaults(_parse("train", ["--out", str(finished)])[0].settings, False))
+    run = dataclasses.replace(run, config=dataclasses.replace(
+        run.config, ppo=dataclasses.replace(run.config.ppo, min_format=1.0)))  # fmt: skip
+    loop = Loop(run, tmp_path, ALONE)
+    figures = loop.look(1)  # of a policy that is still SFT
+    assert figures["heldout/format"] == loop.min_format < 1
+    assert loop.best and loop.best_step == 1
+    loop.best, loop.best_score, loop.min_format = {}, -1.0, figures["heldout/format"] + 1e-3
+    loop.look(2)
+    assert not loop.best
 
 
 def test_a_killed_ppo_resumes_bit_identically(finished, tmp_path, capsys):

@@ -30,6 +30,24 @@ def test_a_repeated_query_is_irrelevant_and_the_rest_keeps_its_labels():
         assert twin.categories[twin.text.index("\n")] == 0
 
 
+def test_an_odd_order_of_words_does_not_tell_the_repetition_from_the_query():
+    """A reward model that had only seen later queries out of order took the order for the fault."""
+    label = by_rule("red wool shoes for men\nblue cap")
+    first, *_ = lines = label.response.split("\n")
+    odd = {"earlier": 0, "later": 0}
+    for seed in range(400):
+        twin = repeating_twin(label, 0.6, random.Random(seed))
+        earlier, later = twin.text.split("\n")
+        assert first in (earlier, later) and sorted(earlier.split()) == sorted(later.split())
+        odd["earlier"] += earlier != first
+        odd["later"] += later != first
+        for word in lines[0].split():
+            start = twin.text.index(word)
+            relevant = word in ("red", "shoes")
+            assert twin.categories[start : start + len(word)] == [1 + relevant] * len(word)
+    assert all(70 < count < 130 for count in odd.values()), odd
+
+
 def test_a_twin_is_never_better_than_its_answer():
     label = Label("x", "red shoes\nblue hat", (("red", 1), ("shoes", 1), ("blue", 1)), 0, "judge")
     assert repeating_twin(label, 0.0, random.Random(0)).sentence == 0

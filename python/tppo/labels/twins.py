@@ -8,6 +8,7 @@ three times.  What a repetition is worth needs no labeller: its words are irrele
 from __future__ import annotations
 
 import random
+import re
 from typing import NamedTuple
 
 from tppo.labels.label import Label
@@ -24,7 +25,8 @@ class Twin(NamedTuple):
 
 
 def repeating_twin(label: Label, threshold: float, rng: random.Random) -> Twin | None:
-    """The answer with a later query replaced by an earlier one, half the time in another order.
+    """The answer with a later query replaced by an earlier one, half the time one of the two in
+    another order.
 
     The answer stays relevant only if it was and `threshold` of its words still are. None for an
     answer with fewer than two queries, with a repetition, or without a labelled word.
@@ -39,16 +41,26 @@ def repeating_twin(label: Label, threshold: float, rng: random.Random) -> Twin |
         parts.append((line, categories[start : start + len(line)]))
         start += len(line) + len(SEPARATOR)
     first, second = sorted(rng.sample(range(len(lines)), 2))
-    words = lines[first].split()
-    if rng.random() < 0.5:
-        rng.shuffle(words)
-    again = " ".join(words)
-    parts[second] = (again, _irrelevant(again))
+    again, other = parts[first], _reordered(*parts[first], rng)
+    # An odd order of words must not give a repetition away: as often the earlier query has it.
+    parts[first], parts[second] = rng.choice(
+        [(again, again), (again, again), (again, other), (other, again)]
+    )
+    parts[second] = (parts[second][0], _irrelevant(parts[second][0]))
     text = SEPARATOR.join(line for line, _ in parts)
     merged = parts[0][1] + [c for _, part in parts[1:] for c in (NONE, *part)]
     spans = word_spans(text)
     relevant = sum(RELEVANT in merged[a:b] for a, b in spans)
     return Twin(text, merged, int(label.sentence and relevant >= threshold * len(spans)))
+
+
+def _reordered(line: str, categories: list[int], rng: random.Random) -> tuple[str, list[int]]:
+    """The words of a query in another order, each with what was known of its characters."""
+    pieces = [match.span() for match in re.finditer(r"\S+", line)]
+    rng.shuffle(pieces)
+    text = " ".join(line[a:b] for a, b in pieces)
+    moved = [categories[a:b] for a, b in pieces]
+    return text, moved[0] + [c for piece in moved[1:] for c in (NONE, *piece)]
 
 
 def _irrelevant(line: str) -> list[int]:

@@ -49,7 +49,7 @@ class RewardModelConfig:
     """By default 1e-3 from scratch, 1e-5 with --model or a model of its own (the paper)."""
     heldout_share: Part = 0.1
     """Share of the labelled answers kept for accuracy and AUC."""
-    repeated_share: Share = 0.5
+    repeated_share: Share = 1.0
     """Share of the labelled answers that are trained on a second time, with one query repeated."""
     local_weight: NonNegative = 0.4
     global_weight: NonNegative = 0.6
@@ -109,8 +109,8 @@ class PPOConfig:
     eval_every: Count = 5
     """PPO steps between two looks at held-out relevance (the rule's), which decides the weights
     kept."""
-    min_format: Share = 0.9
-    """Weights whose held-out format share is lower are not kept."""
+    min_format: Share = 0.95
+    """Weights are not kept whose held-out format share is lower than this part of SFT's."""
     max_kl: NonNegative = 10.0
     """Weights whose held-out KL per response is larger, in nats, are not kept."""
     checkpoint_every: Count = 5

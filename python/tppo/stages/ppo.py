@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,12 @@ class Loop:
             "response/queries_not_repeated": figures["distinct_queries"],
         }
 
-    def look(self, step: int) -> dict[str, float]:
-        """Judge held-out answers; keep the weights if they are the best that qualify."""
-        run, models = self.settings, self.trainer.models
-        figures = evaluate_policy(
-            models.policy,
-            models.ref,
+    def judged(self, policy: PreTrainedModel) -> dict[str, Any]:
+        """Figures of held-out answers, the same questions and draws every time."""
+        run = self.settings
+        return evaluate_policy(
+            policy,
+            self.trainer.models.ref,
             run.tokenizer,
             self.heldout,
             self.heldout_prompts,
@@ -157,9 +158,21 @@ class Loop:
             threshold=run.config.label.sentence_threshold,
             prefix=run.config.prefix,
         )
-        qualifies = (
-            figures["format"] >= self.config.min_format and figures["kl"] <= self.config.max_kl
-        )
+
+    @cached_property
+    def min_format(self) -> float:
+        """The format share that weights must have to be kept.
+
+        Relative to SFT's, because PPO starts there: a model or a log whose SFT answers seldom
+        have the format could otherwise keep nothing.
+        """
+        return self.config.min_format * self.judged(self.trainer.models.ref)["format"]
+
+    def look(self, step: int) -> dict[str, float]:
+        """Judge held-out answers; keep the weights if they are the best that qualify."""
+        models = self.trainer.models
+        figures = self.judged(models.policy)
+        qualifies = figures["format"] >= self.min_format and figures["kl"] <= self.config.max_kl
         if qualifies and figures["relevance"] > self.best_score:
             self.best_score, self.best_step = figures["relevance"], step
             self.best = {"policy": snapshot(models.policy), "critic": snapshot(models.critic)}
@@ -211,8 +224,9 @@ class Loop:
         else:
             self.best_step = self.steps
             say(
-                f"WARNING: no step had held-out format >= {self.config.min_format} and KL <= "
-                f"{self.config.max_kl}; the last one is kept"
+                f"WARNING: no step had held-out format >= {self.min_format:.3f} "
+                f"({self.config.min_format:g} of SFT's) and KL <= {self.config.max_kl:g}; the last "
+                "one is kept"
             )
         save_model(models.policy, self.settings.tokenizer, self.out / "model")
         critic = {name: t.detach().cpu().clone() for name, t in models.critic.state_dict().items()}
