@@ -227,15 +227,16 @@ __device__ void emit_round(Source& tokens, const Span& span, int64_t t,
 
 // Joins the maps of a part, or emits it with the carry behind it. tokens: load(span, t) -> Raw,
 // steps(raw) -> Steps, emit(span, t, raw, steps, results), each for the kGroup tokens from t on.
-// warps: that walk together, 1 or kWarps. shared: [2][kWarps], of which `turn` says the half that is
-// free. Returns the part's map.
+// warps: that walk together, 1 or kWarps. shared: [2][kWarps], of which `turn` says the half that
+// is free. Returns the part's map.
 template <bool kEmit, int kRounds, class Source>
 __device__ GaeMap walk(Source& tokens, const Span& span, const Part& part, const GaeScale& scale,
                        GaeCarry carry, int warps, GaeMap (*shared)[kWarps], int& turn) {
   const int lane = threadIdx.x % kWarp, warp = warps > 1 ? threadIdx.x / kWarp : 0;
   GaeMap whole = gae_identity();
   for (int chunk = part.last - 1; chunk >= part.first; --chunk) {
-    const int64_t t0 = (int64_t(chunk) * warps + warp) * (kTile * kRounds) + lane * kGroup - span.phase();
+    const int64_t t0 =
+        (int64_t(chunk) * warps + warp) * (kTile * kRounds) + lane * kGroup - span.phase();
     typename Source::Raw raw[kRounds];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) raw[r] = tokens.load(span, t0 + r * kTile);
@@ -291,8 +292,8 @@ __device__ void walk_by_blocks(Source& tokens, const GaeInputs& in, int parts, G
   int turn = 0;
   for (int64_t task = blockIdx.x; task < in.sequences.B * parts; task += gridDim.x) {
     const int64_t b = task / parts;
-    walk_part<kEmit, kRounds>(tokens, in, span_of(in.sequences, b), b, int(task % parts), parts, maps,
-                     kWarps, shared, turn);
+    walk_part<kEmit, kRounds>(tokens, in, span_of(in.sequences, b), b, int(task % parts), parts,
+                              maps, kWarps, shared, turn);
   }
 }
 

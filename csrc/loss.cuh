@@ -1,6 +1,6 @@
 // How ppo_loss and value_loss sum over a GPU in one cooperative launch: every block walks over its
-// parts of sequences and leaves its sums; behind the grid's barrier the first block adds them up, in
-// their order. No atomics, no counter that someone must have zeroed, equal bits for equal grids.
+// parts of sequences and leaves its sums; behind the grid's barrier the first block adds them up,
+// in their order. No atomics, no counter that someone must have zeroed, equal bits for equal grids.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
