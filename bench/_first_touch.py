@@ -222,7 +222,7 @@ def recorded(call: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     return replay
 
 
-def in_a_graph(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> None:
+def in_a_graph(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> str:
     """Captured on some values, replayed on others: a launch that went by the graph sees none."""
     with tk.use_backend(COMPILED):
         (static, places), (fresh, values) = make(0), make(1)
@@ -232,9 +232,10 @@ def in_a_graph(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> None:
             place.copy_(value)
         for _ in range(3):
             testing.assert_same_bits(tuple(replay()), tuple(expected))
+    return "a CPU: called, no graph was captured" if DEVICE == "cpu" else ""
 
 
-def on_a_stream(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> None:
+def on_a_stream(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> str:
     """Values that arrive late on a stream of their own: a launch on another stream reads others."""
     with tk.use_backend(COMPILED):
         (static, places), (fresh, values) = make(0), make(1)
@@ -244,7 +245,7 @@ def on_a_stream(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> None:
             for place, value in zip(places, values, strict=True):
                 place.copy_(value)
             testing.assert_same_bits(tuple(static()), tuple(expected))
-            return
+            return "a CPU: called, there is no stream"
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(50_000_000)
@@ -253,6 +254,7 @@ def on_a_stream(make: Callable[[int], tuple[Callable, list[Tensor]]]) -> None:
             results = static()
         torch.cuda.synchronize()
         testing.assert_same_bits(tuple(results), tuple(expected))
+    return ""
 
 
 def of_launches() -> Iterator[tuple[str, Check]]:
@@ -283,6 +285,8 @@ def two_runtimes() -> str:
             x.mul_(1)
     for a, e in zip(results, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    if DEVICE == "cpu":
+        return "a CPU: called, there is no CUDA runtime"
     return f"CUDA runtimes as files: {len(libraries('libcudart'))}"
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 Row = dict[str, Any]
 LINEAR = "16384 x 4096 x 128256 bfloat16"
+WORDS = {"percent_of_copy": "of the copy bandwidth", "percent_of_matmul": "of the product's rate",
+         "device_us": "time on the device"}
+UNITS = {"percent_of_copy": " %", "percent_of_matmul": " %", "device_us": " us", "launches": ""}
 LIGER_NOTE = ("Liger's Hopper kernel has no row: nvidia-cutlass-dsl is not installed. For this "
               "shape Liger publishes 788 TFLOP/s forward; its Triton path is the row "
               '"Liger (Triton)".')
@@ -35,7 +38,12 @@ class Goal:
         """The goal in words."""
         sign = "about" if self.about else "<=" if self.at_most else ">="
         who = "" if self.implementation == "op" else f" ({self.implementation})"
-        return f"{self.op} {self.shape}{who}: {self.measure} {sign} {self.bound:g}"
+        return (f"{self.op} {self.shape}{who}: {WORDS.get(self.measure, self.measure)} {sign} "
+                f"{self.bound:g}{self.unit()}")
+
+    def unit(self) -> str:
+        """What stands behind a figure of it."""
+        return "x" if self.measure.startswith("over ") else UNITS[self.measure]
 
 
 def _cpu(op: str, shape: str, measure: str, bound: float, implementation: str = "op") -> Goal:
@@ -147,7 +155,7 @@ def judge(results: dict[str, Any], device: str) -> list[dict[str, Any]]:
             continue
         value, why = _value(goal, cases.get((goal.op, goal.shape), {}))
         met = value is not None and (value <= goal.bound if goal.at_most else value >= goal.bound)
-        verdicts.append({"goal": goal.text(), "value": value, "why": why,
+        verdicts.append({"goal": goal.text(), "value": value, "unit": goal.unit(), "why": why,
                          "verdict": "no figure" if value is None else "measured" if goal.about
                          else "reached" if met else "missed"})
     return verdicts

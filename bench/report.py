@@ -18,22 +18,27 @@ FORMS = {"device_us": "device us", "wall_us": "call us", "gb_s": "GB/s",
          "launches": "launches", "peak_mb": "peak MB"}
 ROUNDED = dict.fromkeys(FORMS, ",.1f") | {"percent_of_copy": ".0f", "percent_of_matmul": ".0f",
                                           "launches": "d"}
+LEGEND = ("device us: on a GPU alone; call us: a call from Python. % of copy, % of product: of the "
+          "copy bandwidth and of the rate of a product above. peak MB: beyond the inputs. errors: "
+          "of each result and gradient, the largest absolute difference from fp64 of the same "
+          "inputs.")
 COLOURS = ("#1b6ca8", "#c0392b", "#27815b", "#8e44ad", "#b9770e", "#34495e", "#d35400", "#16a085")
 
 
 def markdown(results: dict[str, Any], plot: str | None) -> str:
     """The report: the machine, goals, operators, whole steps, kernels, checks and parts."""
-    lines = _head(results["machine"])
+    lines = _head(results["machine"], bool(results.get("options", {}).get("smoke")))
     goals: list[Row] = results.get("goals", [])
     if goals:
         lines += ["", "## Goals", "", *_table(("goal", "measured", "verdict"), [
-            [g["goal"], _text(g["value"]), f"{g['verdict']}{': ' * bool(g['why'])}{g['why']}"]
+            [g["goal"], f"{_text(g['value'])}{g.get('unit', '') * (g['value'] is not None)}",
+             f"{g['verdict']}{': ' * bool(g['why'])}{g['why']}"]
             for g in goals])]
     rows: list[Row] = results.get("rows", [])
     if rows:
         lines += ["", "## Operators", "", *_table(
             ("operator", "shape", "implementation", *FORMS.values(), "speed-up of op over it",
-             "errors", "note"), [_cells(row, rows) for row in rows])]
+             "errors", "note"), [_cells(row, rows) for row in rows]), "", LEGEND]
         if any("Liger" in row["implementation"] for row in rows) and not any(
                 row["implementation"] == "Liger (Hopper)" for row in rows):
             lines += ["", LIGER_NOTE]
@@ -53,13 +58,18 @@ def markdown(results: dict[str, Any], plot: str | None) -> str:
     return "\n".join([*lines, *_parts(results.get("checks", []))]) + "\n"
 
 
-def _head(machine: Row) -> list[str]:
-    lines = [f"# Measured on {machine.get('gpu') or machine['cpu']}", "",
+def _head(machine: Row, smoke: bool) -> list[str]:
+    what = "A dry run, not a measurement," if smoke else "Measured"
+    lines = [f"# {what} on {machine.get('gpu') or machine['cpu']}", "",
              f"torch {machine['torch']}, Python {machine['python']}, copy bandwidth "
              f"{machine['copy_gb_s']:,.0f} GB/s in the same session, {machine['time']}.", ""]
     if "matmul_tflop_s" in machine:
         lines[2] += (f" A product of random {machine['matmul_dtype']} matrices: "
                      f"{machine['matmul_tflop_s']:,.3g} TFLOP/s.")
+    if smoke:
+        lines[3:3] = ["", "`--smoke`: the parts are tried at tiny sizes, where calls cost more "
+                      "than work. Its times say nothing about the operators, and no goal is judged "
+                      "by them."]
     if "peers" in machine:
         lines += [f"Peers: {', '.join(f'{k} {v}' for k, v in machine['peers'].items())}."]
     return lines

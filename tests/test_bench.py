@@ -293,13 +293,14 @@ def test_verdicts_on_goals(harness):
              for p, ms in (("shared", 100.0), ("dense", 490.0))]
     found = {v["goal"]: v for v in goals.judge({"rows": rows, "steps": steps}, "cuda")}
     name = f"linear_logprobs {goals.LINEAR} 100.0% valid (8 GiB): over"
-    assert found[f"{name} its products <= 1.12"]["verdict"] == "reached"
-    assert found[f"{name} verl >= 1.9"] == {
-        "goal": f"{name} verl >= 1.9", "value": pytest.approx(1.8), "why": "", "verdict": "missed"}
-    assert found[f"{name} verl triton >= 1.9"]["why"] == "no number: SIGSEGV"
+    assert found[f"{name} its products <= 1.12x"]["verdict"] == "reached"
+    assert found[f"{name} verl >= 1.9x"] == {
+        "goal": f"{name} verl >= 1.9x", "value": pytest.approx(1.8), "unit": "x", "why": "",
+        "verdict": "missed"}
+    assert found[f"{name} verl triton >= 1.9x"]["why"] == "no number: SIGSEGV"
     step = "step 1.5B P 2048, R 24, G 8, 8 prompts: over"
-    assert found[f"{step} dense >= 5"]["verdict"] == "missed"
-    assert found[f"{step} TRL 1.12 >= 5"]["verdict"] == "reached"
+    assert found[f"{step} dense >= 5x"]["verdict"] == "missed"
+    assert found[f"{step} TRL 1.12 >= 5x"]["verdict"] == "reached"
     assert {v["verdict"] for v in found.values()} == {"reached", "missed", "no figure"}
     stored = json.loads((BENCH / "results/cpu.json").read_text())
     assert not [v for v in goals.judge(stored, "cpu") if v["verdict"] == "missed"]

@@ -374,6 +374,34 @@ def test_the_report_of_the_stored_results(gpu_check, tmp_path):
                                          for r in rows)
 
 
+def test_the_report_says_in_what_it_counts_and_what_it_did_not_measure(gpu_check):
+    rows = [{**ROW, "op": "gae", "shape": "8192 x 4096", "percent_of_copy": 81.25,
+             "device": "cuda"},
+            {**ROW, "op": "token_advantages", "shape": "512 x 2048", "device_us": 14.5,
+             "device": "cuda"}]
+    found = {"machine": MACHINE, "rows": rows,
+             "goals": gpu_check._goals.judge({"rows": rows}, "cuda")}
+    text = gpu_check.report.markdown(found, None)
+    assert "| gae 8192 x 4096: of the copy bandwidth >= 75 % | 81.25 % | reached |" in text
+    assert "512 x 2048: time on the device <= 15 us | 14.50 us | reached |" in text
+    assert "| token_advantages 512 x 2048: over composed >= 1000x | - | no figure" in text
+    assert "errors: of each result and gradient, the largest absolute difference from fp64" in text
+    assert text.startswith("# Measured on a CPU") and "dry run" not in text
+    text = gpu_check.report.markdown({**found, "options": {"smoke": True}}, None)
+    assert text.startswith("# A dry run, not a measurement, on a CPU")
+    assert "Its times say nothing about the operators" in text
+
+
+def test_the_first_touch_claims_no_graph_and_no_stream_on_a_cpu(gpu_check):
+    touch = importlib.import_module("_first_touch")
+    said = {name: check() for name, check in (*touch.of_launches(), *touch.of_runtime())}
+    assert {text for name, text in said.items() if "in a graph" in name} == {
+        "a CPU: called, no graph was captured"}
+    assert {text for name, text in said.items() if "on a stream" in name} == {
+        "a CPU: called, there is no stream"}
+    assert said["two CUDA runtimes in turn"] == "a CPU: called, there is no CUDA runtime"
+
+
 def test_a_row_without_numbers_has_its_reason_in_the_report(gpu_check):
     stored = json.loads((ROOT / "bench/results/cpu.json").read_text())
     refused = {**ROW, "shape": "8 x 2048", "implementation": "Liger (Triton)",
