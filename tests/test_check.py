@@ -16,6 +16,13 @@ def test_letters_bind_at_first_use():
         check.tensor("z", torch.zeros(3, 3), "B T")
 
 
+def test_a_shape_of_which_nothing_is_bound_is_said_once():
+    with pytest.raises(ValueError, match=r"expected \[B, T, 3\]$"):
+        Check("op").tensor("x", torch.zeros(2, 3, 4), "B T 3")
+    with pytest.raises(ValueError, match=r"expected \[B\+1\]$"):
+        Check("op").tensor("cu", torch.zeros(1, 1), "B+1")
+
+
 def test_alternatives_and_leading_sizes():
     check = Check("op")
     check.tensor("x", torch.zeros(4, 2, 5), "... V")

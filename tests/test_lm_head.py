@@ -356,7 +356,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="family 'unheard_of', expected one of cohere"):
         tk.FusedLMHead(model)
     head = tk.FusedLMHead(model, verify=True)
-    for name in ("bias", "softcap", "logit_scale"):
+    for name in ("weight", "bias", "softcap", "logit_scale"):
         with pytest.raises(TypeError, match=f"got {name}"):
             fused(head, *rows(), **{name: None})
     with pytest.raises(ValueError, match="temperature is 0"):

@@ -135,7 +135,8 @@ class Check:
         letters = words.split()
         known = [self._known(letter) for letter in letters]
         text = f"[{', '.join(letters)}]"
-        if any(size is not None for size in known):
+        if any(size is not None and str(size) != letter
+               for letter, size in zip(letters, known, strict=True)):
             sizes = ", ".join(letter if size is None else ", ".join(map(str, size))
                               if isinstance(size, tuple) else str(size)
                               for letter, size in zip(letters, known, strict=True))

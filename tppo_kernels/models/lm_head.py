@@ -77,12 +77,12 @@ class FusedLMHead:
 
     def __call__(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None,
                  **keywords: Any) -> LinearLogprobs:
-        """`tk.linear_logprobs` with this head; keywords are its own but bias, softcap, scale."""
+        """`tk.linear_logprobs` with this head; keywords are its own but those of the head."""
         return self._use("__call__", keywords, linear_logprobs, hidden, targets, mask)
 
     def loss(self, hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
              mask: Tensor | None = None, **keywords: Any) -> LinearPolicyLoss:
-        """`tk.linear_ppo_loss` with this head; keywords are its own but bias, softcap, scale."""
+        """`tk.linear_ppo_loss` with this head; keywords are its own but those of the head."""
         return self._use("loss", keywords, linear_ppo_loss, hidden, targets, old_logprobs,
                          advantages, mask)
 
@@ -93,7 +93,7 @@ class FusedLMHead:
         The keywords that belong to the head are the model's: a caller's own are refused.
         """
         own = {"softcap": self.softcap, "logit_scale": self.logit_scale}
-        for name in (own.keys() | {"bias"}) & keywords.keys():
+        for name in (own.keys() | {"weight", "bias"}) & keywords.keys():
             raise TypeError(f"FusedLMHead: {method} got {name}, expected none: it is the model's")
 
         def run(hidden: Tensor) -> Any:
