@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Check:
         out.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(out / "journal.jsonl")
         self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        weakref.finalize(self, shutil.rmtree, self.work, ignore_errors=True)
         self.places: tuple[Path, ...] = ()  # of unpacked wheels: for all, for the step alone
         self.total_s = seconds or TOTAL_S[smoke]
         self.end = time.monotonic() + self.total_s
@@ -367,8 +369,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         print(f"interrupted; --resume --out {options.out} goes on from here")
         return 1
-    finally:
-        shutil.rmtree(check.work, ignore_errors=True)
     if not check.has_device():
         print("gpu-check: torch sees no GPU here, or the machine's part failed (see "
               f"{check.out / 'log.txt'}); --smoke tries the parts on a CPU")

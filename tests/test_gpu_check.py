@@ -1,5 +1,6 @@
 """`make gpu-check` where there is no GPU: every part ended in every way, and what is left then."""
 
+import gc
 import importlib
 import json
 import os
@@ -147,6 +148,15 @@ def test_a_required_part_that_is_skipped_is_not_well(gpu_check):
     assert required.state == "timed out"
     required.fail("no")
     assert (required.state, gpu_check.exit_status([required])) == ("failed", 1)
+
+
+def test_the_folder_of_its_work_goes_with_a_check(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path, smoke=True)
+    work = check.work
+    assert work.is_dir()
+    del check
+    gc.collect()
+    assert not work.exists()
 
 
 def alive(command):
