@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,12 +13,18 @@ from signal import SIGPIPE
 from typing import Annotated, Any
 
 import tyro
-from pydantic import Field
+from pydantic import AfterValidator
 
 from tppo import environment
 from tppo.config import Config, fill_defaults
 from tppo.console import accept_any_text
-from tppo.labels.endpoint.config import check_address, check_key
+from tppo.labels.endpoint.config import (
+    api_key,
+    check,
+    check_address,
+    check_key,
+    need_libraries,
+)
 from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
 from tppo.settings import Count, FilePath, Seed, from_dict, section
@@ -49,6 +56,12 @@ LOST = {  # by a signal, of a stage that is under way
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise ValueError(f"was {name!r}, expected auto, cpu, cuda or cuda:N")
+    return name
+
+
 @section
 class Options:
     """Flags of every command; a single stage starts from the settings its run folder has."""
@@ -62,7 +75,7 @@ class Options:
     model: FilePath | None = None
     """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch. Any of
     the folder's EOS ids ends an answer; Python code in it is never executed."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None
     """CPU threads; by default 1 for the small model (more cost time there), else torch's own."""
@@ -107,8 +120,15 @@ def main(arguments: list[str] | None = None) -> None:
             "The same command goes on from there")  # fmt: skip
         sys.exit(stop.code)
     except BrokenPipeError:  # such as `| head`: what it wants to read is all that it gets
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         sys.exit(128 + SIGPIPE)
+    except OSError as error:  # of stdout itself, such as a full disk: no stage is under way
+        _write_no_more()
+        sys.exit(f"tppo {arguments[0]}: what is printed cannot be written: {_told(error)}")
+
+
+def _write_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(arguments: list[str]) -> None:
@@ -130,7 +150,14 @@ def _main(arguments: list[str]) -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if environment.flag("TPPO_TRACEBACK"):
             raise
-        sys.exit(f"tppo {command}: {error}")
+        sys.exit(f"tppo {command}: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """What an error says; one of the system's without its number, the file first."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
@@ -201,8 +228,6 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         check_address(options.settings.label.endpoint.base_url)
     for line in environment.ignored(options.settings.label.endpoint.api_key_env):
         say(line)
-    if options.settings.label.labeller == "endpoint":  # before hours of other stages
-        check_key(options.settings.label.endpoint)
     with status("loading torch and transformers"):
         import torch
 
@@ -224,6 +249,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
     world = from_environment()
     if world.size > 1 and command != "train":
         raise ValueError(f"{world.size} processes, expected 1: several share `tppo train` alone")
+    _check_early(command, run, label_task)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
     if label_task is not None and label_task[0] == "agreement":  # it only reads
@@ -238,6 +264,34 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
             _label_task(run, *label_task)
         else:
             _run_stages(run, stages, command)
+
+
+def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) -> None:
+    """Refuse before hours of other stages, and before the flags are kept, what a stage would."""
+    if label_task is None:
+        for name in COMMANDS if command == "run" else [command]:
+            run.check_outside(name)
+    elif label_task[0] == "export_batch" and not label_task[1].absolute().parent.is_dir():
+        raise ValueError(f"--export-batch was {str(label_task[1])!r}, expected a file in a folder "
+                         "that is there")  # fmt: skip
+    label = run.config.label
+    if label.labeller != "endpoint":
+        return
+    check_key(label.endpoint)
+    if command == "label" or command == "run":
+        need_libraries()
+        check(label.endpoint)
+    if command == "run" and label.endpoint.template != "words":
+        raise ValueError(
+            f"--label.endpoint.template was {label.endpoint.template!r}, expected 'words': a token "
+            "reward model needs labels of words (`tppo label` alone takes both)"
+        )
+    if command == "run" and not run.label_cache.exists():
+        if label.endpoint.base_url:
+            api_key(label.endpoint)
+        else:
+            say("no --label.endpoint.base-url is given: `tppo label --export-batch` and "
+                "--import-batch have to bring the labels")  # fmt: skip
 
 
 def _keep_settings(options: Options) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,12 @@ codecs.register_error("tppo.plain", _plain)
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr replace what their character set lacks, instead of ending the run."""
+    """Let stdout and stderr replace what their character set lacks, instead of ending the run.
+
+    One that is closed (`>&-`) takes everything and shows nothing.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="tppo.plain")

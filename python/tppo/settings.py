@@ -96,7 +96,10 @@ def from_dict(
     Errors: DataError, a line for each wrong value: where, line, field, was, expected.
     """
     # As JSON, because there a strict check takes a mapping for a section and a list for a tuple.
-    text = json.dumps(values, default=str)
+    try:
+        text = json.dumps(values, default=str)
+    except ValueError as error:  # a hexadecimal number with thousands of digits
+        raise DataError(f"{where}: {error}") from None
     try:
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:

@@ -363,6 +363,45 @@ def test_a_broken_configuration_is_named(tokenizer, tmp_path):
             load()
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGED = {  # what happens to a file of the folder -> what is said of it
+    "config.json is a list": lambda p: (p / "config.json").write_text("[]"),
+    "config.json is a number": lambda p: (p / "config.json").write_text("3"),
+    "config.json is deep": lambda p: (p / "config.json").write_text("[" * 100_000),
+    "a size is a text": lambda p: change(p / "config.json", hidden_size="x"),
+    "no heads": lambda p: change(p / "config.json", num_attention_heads=0),
+    "another size": lambda p: change(p / "config.json", hidden_size=32),
+    "an unknown model": lambda p: change(p / "config.json", model_type="nope"),
+    "no causal LM": lambda p: change(p / "config.json", model_type="t5"),
+    "cut weights": lambda p: cut(p / "model.safetensors"),
+    "empty weights": lambda p: (p / "model.safetensors").write_bytes(b""),
+    "no weights": lambda p: (p / "model.safetensors").unlink(),
+    "tokenizer.json is empty": lambda p: (p / "tokenizer.json").write_text("{}"),
+    "tokenizer.json is cut": lambda p: cut(p / "tokenizer.json"),
+    "tokenizer_config.json is a list": lambda p: (p / "tokenizer_config.json").write_text("[]"),
+    "an end without embedding": lambda p: change(p / "tokenizer_config.json", eos_token="<nope>"),
+    "a broken template": lambda p: change(p / "tokenizer_config.json", chat_template="{% for"),
+    "a template that refuses": lambda p: change(
+        p / "tokenizer_config.json", chat_template="{{ raise_exception('system first') }}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_folder_is_one_sentence_that_names_it(damage, tokenizer, log, tmp_path):
+    """SafetensorError, TypeError, KeyError, IndexError and others ended the command by a trace."""
+    path = write(tmp_path / "given", tokenizer)
+    DAMAGED[damage](path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sft", "--out", str(log), "--model", str(path), "--generate.max-new-tokens", "40"])
+    message = str(stopped.value)
+    assert message.startswith(f"tppo sft: {path}") and "expected" in message
+    assert len(message) < 600 and "\n" not in message
+
+
 @pytest.mark.parametrize("settings", [
     {"attn_implementation": "someone/kernel"}, {"_attn_implementation": "someone/kernel@v1:run"},
     {"text_config": {"attn_implementation": {"": "someone/kernel"}}},
@@ -379,7 +418,7 @@ def test_kernels_of_a_hub_are_refused(settings, tokenizer, tmp_path):
 def test_pickled_weights_are_read_without_their_code(tokenizer, tmp_path):
     path = write(tmp_path / "given", tokenizer, weights="pickle")
     (path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marks(tmp_path / "mark")}, 2))
-    with pytest.raises(Exception, match="weights_only|torch.load|pickle|Unsupported"):
+    with pytest.raises(ValueError, match="given: its weights are a pickle.* expected safetensors"):
         load_policy(path, CPU)
     assert not (tmp_path / "mark").exists()
 

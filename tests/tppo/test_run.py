@@ -600,6 +600,46 @@ def test_a_missing_file_and_a_missing_stage_are_named(tmp_path):
         main(["sft", "--out", str(tmp_path / "b")])
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model", "GONE"], "gone: no such file; .* a local folder is expected"),
+    (["--model", "org/name"], "org/name: no such file; .* nothing is fetched from a hub"),
+    (["--model", "FILE"], "file: a file, expected a local folder"),
+    (["--data", "GONE"], "gone: no such file; is the path right?"),
+    (["--reward-model.model", "GONE"], "gone: no such file; .* a local folder is expected"),
+    (["--reward-model.model", "FILE"], "file: a file, expected a local folder"),
+    (["--label.labeller", "endpoint"], "model was '', expected its name at the endpoint"),
+    (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.price-read",
+      "1"], "price_read, price_written were 1.0, None"),
+    (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.template",
+      "sentence"], "template was 'sentence', expected 'words'"),
+    (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.base-url",
+      "http://127.0.0.1:9/v1"], "environment variable OPENAI_API_KEY was empty"),
+])  # fmt: skip
+def test_what_a_later_stage_would_refuse_is_refused_first(flags, message, tmp_path, monkeypatch):
+    """A folder of a reward model that is not there was named after labels had been paid for."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "file").write_text("x")
+    named = {"GONE": str(tmp_path / "gone"), "FILE": str(tmp_path / "file")}
+    with pytest.raises(SystemExit, match=message):
+        main(["run", "--out", str(tmp_path / "out"), *(named.get(flag, flag) for flag in flags)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_changed_are_not_compared(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    labels = folder / "label" / "labels.jsonl"
+    labels.write_text(labels.read_text().replace('"sentence": 0', '"sentence": 1', 1))
+    with pytest.raises(SystemExit, match="labels.jsonl: not the file that stage label wrote"):
+        main(["label", "--agreement", str(finished / "label/labels.jsonl"), "--out", str(folder)])
+
+
+def test_a_run_folder_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        with pytest.raises(SystemExit, match=f"{place}: .*, expected a run folder, or a place for"):
+            main(["data", "--out", str(tmp_path / place)])
+
+
 def test_too_few_users_are_named(tmp_path):
     row = {"user": "u", "source": "x", "history": [], "targets": ["a"]}
     lines = "\n".join(json.dumps({"id": str(i), **row}) for i in range(5))

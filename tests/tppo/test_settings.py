@@ -42,7 +42,7 @@ WRONG = {
     "sft: 3": "line 1: field 'sft': was 3, expected a mapping of settings",
     "[1]": r"line 1: was \[1\], expected a mapping of settings",
     "settings: {}\nseed: -1": "line 2: field 'seed': was -1, expected at least 0",
-    "settings: {}\ndevice: gpu": "line 2: field 'device': was 'gpu'",
+    "settings: {}\ndevice: gpu": "line 2: device: was 'gpu', expected auto, cpu, cuda or cuda:N",
     "settings: {}\nthreads: 0": "line 2: field 'threads': was 0, expected at least 1, or null",
     "settings: {ppo: {lr: x}}": "line 1: field 'settings.ppo.lr': was 'x'",
     "eval: {temperatures: []}": "line 1: field 'eval.temperatures': was .., expected at least 1",
@@ -57,6 +57,9 @@ WRONG = {
     "sft: " + "[" * 700: "not YAML: nested too deeply",
     "ppo: {steps: " + "9" * 5000 + "}": "not YAML: Exceeds the limit",
     "ppo: {steps: " + "9" * 50 + "}": "line 1: field 'ppo.steps': was 9+, expected less than 9,22",
+    "ppo: {steps: 0x" + "f" * 5000 + "}": "Exceeds the limit",
+    "label: {endpoint: {max_dropped: 500%}}": "line 1: field 'label.endpoint.max_dropped': was 5",
+    "label: {endpoint: {max_dropped: x%}}": "line 1: field 'label.endpoint.max_dropped': was 'x%'",
     "a: \0": "not YAML: unacceptable character",
     "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n"
     + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 8)}]\n" for x, y in pairwise("abcdefghi")):
@@ -95,6 +98,12 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path):
     assert type(config.ppo.lam) is float
 
 
+def test_a_share_may_be_a_percentage(tmp_path):
+    (tmp_path / "c.yaml").write_text("label: {endpoint: {max_dropped: 7%}}\n")
+    config = from_dict(Config, read_yaml(tmp_path / "c.yaml")[0])
+    assert config.label.endpoint.max_dropped == 0.07
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -104,6 +113,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path):
         (["--label.endpoint.concurrency", "0"], "field 'concurrency': was 0, expected at le"),
         (["--targets", "0"], "field 'targets': was 0, expected at least 1"),
         (["--threads", "0"], "field 'threads': was 0, expected at least 1, or None"),
+        (["--device", "tpu"], "device: was 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["--seed", "-1"], "field 'seed': was -1, expected at least 0"),
         (["--reward-model.model", " "], "field 'model': was ' ', expected a text that is not bl"),
     ],

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -27,25 +29,40 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     """`auto.from_pretrained` of a local folder, without its Python code and without a question.
 
     auto: `AutoModelForCausalLM`, `AutoTokenizer` or another such class.
-    Errors: ValueError where the folder cannot be read without running code of its own, or names a
-    kernel of a hub, which transformers would fetch and run.
+    Errors: ValueError naming the folder, where it is none that transformers can read, cannot be
+    read without running code of its own, or names a kernel of a hub, which transformers would fetch
+    and run.
     """
     _check_kernels(Path(path) / "config.json")
     try:
         loaded = auto.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, **options
         )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{path}: the model needs Python code of its folder (`auto_map` in its configuration), "
-            "expected an architecture that transformers has: code of a model is never executed"
-        ) from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file meets errors of every kind in there
+        raise ValueError(f"{path}: {_why(error)}") from error
     # An export does not hold the code that `auto_map` names, so it must not name it.
     vars(getattr(loaded, "config", loaded)).pop("auto_map", None)
     getattr(loaded, "init_kwargs", {}).pop("auto_map", None)
     return loaded
+
+
+def _why(error: Exception) -> str:
+    """What keeps a folder from being read, for a reader who does not know transformers."""
+    text = str(error).strip() or "no reason was given"
+    if "trust_remote_code" in text:
+        return (
+            "the model needs Python code of its folder (`auto_map` in its configuration), expected "
+            "an architecture that transformers has: code of a model is never executed"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds other things than tensors, or a damaged one, "
+            "expected safetensors: nothing in a pickle is executed"
+        )
+    kind = type(error).__name__
+    return f"cannot be read ({kind}: {text.splitlines()[0]}), expected what save_pretrained writes"
 
 
 def _check_kernels(file: Path) -> None:
@@ -53,9 +70,12 @@ def _check_kernels(file: Path) -> None:
     if not file.exists():
         return
     try:
-        pending = [json.loads(file.read_text(encoding="utf-8"))]
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}; expected a JSON object") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: it holds a {type(found).__name__}, expected a JSON object")
+    pending = [found]
     while pending:
         settings = pending.pop()
         for name, value in settings.items() if isinstance(settings, dict) else ():

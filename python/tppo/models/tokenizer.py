@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tppo.models.folder import folder_eos_ids, load_from
 from tppo.models.pieces import pieces_of
@@ -62,6 +68,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
         say(f"{path}: no pad token, {tokenizer.eos_token!r} fills the batches (always masked)")
     return tokenizer
+
+
+def check_embeddings(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, largest: int
+) -> None:
+    """Errors: ValueError where a token, the end or the filler of batches has no embedding."""
+    largest = max(largest, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
+    if largest >= rows:
+        raise ValueError(
+            f"{model.name_or_path}: the tokenizer gives token {largest}, "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, and the model has embeddings of "
+            f"tokens 0 to {rows - 1}; expected a tokenizer and a model that belong together"
+        )
 
 
 def decode(

@@ -34,9 +34,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt: through the chat template where there is one, else bos + text."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # what a template of somebody else's does, in jinja2's words
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the chat template of the tokenizer cannot be used "
+                f"({type(error).__name__}: {error}), expected one that takes a user's message; "
+                "without a template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json) the prompt is given as it is"
+            ) from error
         return list(ids)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer.encode(text, add_special_tokens=False)

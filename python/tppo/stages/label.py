@@ -81,6 +81,7 @@ def compare_labels(run: Run, path: Path) -> None:
     own = run.path("label/labels.jsonl")
     if not own.exists():
         raise DataError(f"{own}: no such file; run `tppo label --out {run.out}` first")
+    run.folder.verify(own)
     print(compare_files(own, path))
 
 

@@ -89,6 +89,16 @@ class Run:
         with self.folder.stage(stage, inputs, settings, self.seed, resume=resume) as work:
             yield work
 
+    def check_outside(self, stage: str) -> None:
+        """Raise DataError where what the user names for a stage is not there, or is no folder."""
+        path = self._outside.get(stage)
+        if path is None:
+            return
+        if not path.exists():
+            raise DataError(f"{path}: no such file; {self._remedy(path)}")
+        if stage != "data" and not path.is_dir():
+            raise DataError(f"{path}: a file, expected a local folder as save_pretrained writes it")
+
     def inputs(self, stage: str) -> list[Path]:
         """What the stage reads.
 
@@ -129,8 +139,10 @@ class Run:
                 )
 
     def _remedy(self, path: Path) -> str:
-        if path in self._outside.values():
+        if path == self.data:
             return "is the path right?"
+        if path in self._outside.values():
+            return "is the path right? a local folder is expected, nothing is fetched from a hub"
         return f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
 
     @property

@@ -11,7 +11,7 @@ from tppo.labels.queries import answer_text
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.policy import load_policy, new_policy, place
-from tppo.models.tokenizer import load_tokenizer, train_tokenizer
+from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokenizer
 from tppo.progress import say
 from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
 from tppo.sessions.session import Session
@@ -65,6 +65,11 @@ def _examples(
     sessions: Sequence[Session],
     cap: int,
 ) -> Examples:
-    """Prompts with their true answers; an answer longer than the cap is cut, and has no EOS."""
+    """Prompts with their true answers; an answer longer than the cap is cut, and has no EOS.
+
+    Errors: ValueError where the model has no embedding for one of their tokens.
+    """
     answers = [encode_answer(tokenizer, session.targets)[:cap] for session in sessions]
-    return Examples(fit_prompts(tokenizer, sessions, model, cap), answers)
+    prompts = fit_prompts(tokenizer, sessions, model, cap)
+    check_embeddings(tokenizer, model, max(map(max, (*prompts, *answers))))
+    return Examples(prompts, answers)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tppo.progress import say
-from tppo.store.jsonl import read_object
+from tppo.store.jsonl import DataError, read_object
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -45,7 +45,12 @@ class FolderLock:
             finally:
                 self._depth -= 1
             return
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.root}: {error.strerror}, expected a run folder, or a place for one"
+            ) from None
         descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._take(descriptor)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urljoin, urlsplit
 
 import tyro
+from pydantic import BeforeValidator
 
 from tppo.labels.endpoint.prompt import Template
 from tppo.settings import Count, Natural, NonNegative, Positive, Share, Text, section
@@ -25,8 +26,19 @@ def _number(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
+def _of_percent(given: Any) -> Any:
+    """`5%` in a file is a share, as it is in a flag; anything else stays what it is."""
+    if isinstance(given, str) and given.endswith("%"):
+        try:
+            return _number(given)
+        except ValueError:
+            pass
+    return given
+
+
 Allowed = Annotated[
     Share,
+    BeforeValidator(_of_percent),
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="SHARE|PERCENT%",
