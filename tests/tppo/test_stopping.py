@@ -198,6 +198,26 @@ def test_a_closed_pipe_is_no_error(before_ppo, tmp_path, what):
     assert what != "heat" or (before_ppo / "heat" / "heat.html").exists()
 
 
+@pytest.mark.parametrize("what", ["inspect", "help", "heat"])
+def test_stdout_on_a_full_disk_is_one_line(before_ppo, tmp_path, what):
+    arguments = {
+        "inspect": ["data", "inspect", str(before_ppo / "data" / "train.jsonl")],
+        "help": ["run", "--help"],
+        "heat": ["heat", "--out", str(before_ppo)],
+    }[what]
+    done = run(tmp_path, arguments, lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1))
+    assert done.code == 1 and "Traceback" not in done.said
+    assert done.said.splitlines()[-1].endswith("No space left on device")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(before_ppo, tmp_path, stream):
+    """`>&-` gave an AttributeError of None, after all was done."""
+    arguments = ["data", "inspect", str(before_ppo / "data" / "train.jsonl")]
+    done = run(tmp_path, arguments, lambda: setattr(sys, stream, None))
+    assert done.code == 0, done.said
+
+
 def test_a_run_goes_on_where_nobody_reads_its_progress(before_ppo, tmp_path):
     def close_the_readers_end():
         reader, writer = os.pipe()
