@@ -4,9 +4,10 @@ Over at least 300 held-out users, token-level PPO is more relevant than SFT at e
 than SFT continued for as many steps, by two standard errors of the difference; its answers hold as
 many distinct queries, keep their format and length, and stay near the SFT policy.
 
-Format is held to SFT's, by two standard errors of the difference. A repeated query is a fault of
-the format, and SFT's own answers have one or another fault in 5 to 9 of 100: PPO is to add none,
-which a fixed bound would demand of one seed and not of another.
+Distinct queries and format are held to 95 % of SFT's, because PPO starts from SFT: a repeated query
+is a fault of the format, and SFT's own answers have one or another fault in 5 to 9 of 100, by seed.
+For format it is the bound by which the trainer keeps weights (`--ppo.min-format`); the table's
+users are others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from tppo.labels.shares import difference
 
 RIVALS = ("sft", "sft_t0.5", "sft_t0.2", "sft_continued")
+KEPT_OF_SFT = 0.95
 
 
 def shortfalls(result: dict) -> list[str]:
@@ -32,13 +34,10 @@ def shortfalls(result: dict) -> list[str]:
         _, low, _ = difference(*shares, z=2.0)
         if not low > 0:
             failed.append(f"relevance is {gain:+.3f} over {name}, which may be chance")
-    kept = tppo["distinct_queries"] / result["sft"]["distinct_queries"]
-    if not kept >= 0.95:
-        failed.append(f"{kept:.1%} of SFT's distinct queries are left, expected at least 95 %")
-    shares = [(row["format"], row["users"]) for row in (tppo, result["sft"])]
-    lost, _, high = difference(*shares, z=2.0)
-    if not high >= 0:
-        failed.append(f"format share is {lost:+.3f} of SFT's {shares[1][0]:.3f}, beyond chance")
+    for name in ("distinct_queries", "format"):
+        kept = tppo[name] / result["sft"][name]
+        if not kept >= KEPT_OF_SFT:
+            failed.append(f"{name}: {kept:.1%} of SFT's, expected at least {KEPT_OF_SFT:.0%}")
     off = tppo["length"] - result["test"]["true_length"]
     if not abs(off) <= 2:
         failed.append(f"answers are {off:+.1f} tokens off the true ones, expected at most 2")
