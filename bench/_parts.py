@@ -265,6 +265,6 @@ def sanitizer(check: Check, part: Part) -> None:
 
 
 PARTS = (
-    Spec(machine, 20, 15), Spec(build, 45, 32), Spec(first_touch, 60, 25), Spec(goals, 240, 35),
-    Spec(tests, 55, 15), Spec(kernels, 20, 8, required=False), Spec(benchmarks, 20, 18),
+    Spec(machine, 20, 12), Spec(build, 45, 40), Spec(first_touch, 60, 25), Spec(goals, 240, 35),
+    Spec(tests, 55, 15), Spec(kernels, 20, 6, required=False), Spec(benchmarks, 20, 15),
     Spec(learning, 60, 25), Spec(sanitizer, 20, 1, required=False))

@@ -160,6 +160,19 @@ def test_names_of_other_libraries_find_their_own():
     assert near("log_probs", names)[0] == "logprobs"
     assert near("temp", ["targets", "temperature"]) == ["temperature"]
     assert near("lambda_", ["gamma", "lam", "value_lam"]) == ["lam"]
+    assert near("gae_lambda", ["gamma", "lam", "value_lam"]) == ["lam"]
+    assert "softcap" in near("logit_softcapping", ["logits", "softcap", "logit_scale"])
+    assert near("clip_ratio", names)[:2] == ["clip_low", "clip_high"]
+
+
+def test_the_names_of_the_three_masks_find_the_mask():
+    """`value_mask` was answered with `values`, `action_mask` with `on_masked`."""
+    for op, word in (("value_loss", "value_mask"), ("place_rewards", "action_mask"),
+                     ("gae", "action_mask"), ("ppo_loss", "train_mask"),
+                     ("ppo_loss", "sequence_mask"), ("whiten", "train_mask"),
+                     ("token_advantages", "action_mask"), ("linear_ppo_loss", "train_mask")):
+        with pytest.raises(TypeError, match=f"unknown keyword {word}, did you mean mask[,?]"):
+            getattr(tk, op)(**{word: None})
 
 
 FINITE = {"token_logprobs": ("temperature", "softcap", "logit_scale"),

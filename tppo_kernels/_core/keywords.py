@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SHARED = 4  # letters at the beginning that two names must have in common
+SHORTEST = 3  # letters of a name that a longer word may begin with
 
 
 def suggests(function: Function) -> Function:
@@ -34,8 +35,9 @@ def _unknown(op: str, keywords: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def near(word: str, names: Sequence[str]) -> list[str]:
-    """Up to three names that `word` resembles, by the first rule that finds any: a misspelling,
-    a common beginning, a distant likeness, a part between underscores in common."""
+    """Up to three names that `word` resembles, by the first rule that finds any: a misspelling, or
+    `mask` for whatever ends so; a common beginning, or a name that a part between underscores
+    begins with; a distant likeness; a part in common."""
     def alike(cutoff: float) -> list[str]:
         return difflib.get_close_matches(word, names, 3, cutoff)
 
@@ -43,6 +45,9 @@ def near(word: str, names: Sequence[str]) -> list[str]:
         return name.startswith(word[:SHARED]) or word.startswith(name)
 
     parts = set(word.split("_"))
-    found = (alike(0.8) or [n for n in names if begins(n)] or alike(0.6)
+    masks = [n for n in names if n == "mask" and word.endswith("mask")]
+    inside = [n for n in names if len(n) >= SHORTEST and any(p.startswith(n) for p in parts)]
+    found = ([*alike(0.9), *masks, *alike(0.8)]
+             or [n for n in names if begins(n)] + inside or alike(0.6)
              or [n for n in names if parts & set(n.split("_"))])
-    return found[:3]
+    return list(dict.fromkeys(found))[:3]
