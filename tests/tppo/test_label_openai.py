@@ -28,6 +28,7 @@ from tppo.labels.endpoint.live import (  # noqa: E402
 )
 from tppo.labels.endpoint.prompt import prompt  # noqa: E402
 from tppo.labels.label import Label, read_labels, write_labels  # noqa: E402
+from tppo.labels.queries import parse_answer  # noqa: E402
 from tppo.store.jsonl import DataError  # noqa: E402
 
 KEY = "sk-test-0123456789abcdef"
@@ -220,6 +221,30 @@ def test_the_message_says_that_a_repeated_query_is_irrelevant(template):
     text = prompt(item(), template)
     assert "same words as an earlier one, in any order" in text and "counts as irrelevant" in text
     assert ("label all of its words 0" in text) == (template == "words")
+
+
+def test_a_repeated_query_is_irrelevant_whatever_the_judge_says(tmp_path, capsys):
+    """PPO learned from such a judge that one query three times pays three times."""
+    answers = {
+        "red shoes\nShoes, red\nblue hat": [("red", 1), ("shoes", 1), ("Shoes", 1), (",", 1),
+                                            ("red", 1), ("blue", 1), ("hat", 0)],
+        "red shoes\n\nshoes  RED": [("red", 1), ("shoes", 1), ("shoes", 1), ("RED", 1)],
+        "東京ホテル\n東京 ホテル": [("東京ホテル", 1), ("東京", 1), ("ホテル", 0)],
+        "red shoes\nblue hat": [("red", 1), ("shoes", 1), ("blue", 1), ("hat", 1)],
+    }  # fmt: skip
+    items = [item(n, response=response) for n, response in enumerate(answers)]
+
+    def reply(request, number):
+        queries = slots(request)["returned_queries"]
+        return answer(next(w for r, w in answers.items() if parse_answer(r) == queries))
+
+    with serving(reply) as server:
+        for _ in range(2):  # the second time from the cache, which holds what the judge said
+            run = label(items, config(server), tmp_path / "cache.jsonl")
+            labels = [[value for _, value in each.words] for each in run.labels]
+            assert labels == [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0], [1, 1, 1, 1]]
+            assert "5 words of repeated queries were judged relevant" in capsys.readouterr().err
+        assert len(server.requests) == len(items)
 
 
 @pytest.mark.parametrize(
@@ -748,6 +773,7 @@ def test_a_server_without_a_key_and_inside_a_running_loop(tmp_path):
     [
         ({"base_url": ""}, "base_url was ''"),
         ({"base_url": "localhost:8000/v1"}, "base_url was 'localhost:8000/v1'"),
+        ({"base_url": "http://localhost:99999/v1"}, "99999/v1', expected a port from 0 to 65535"),
         ({"model": " "}, "model was ' '"),
         ({"concurrency": 0}, "field 'concurrency': was 0, expected at least 1"),
         ({"timeout_s": 0.0}, "field 'timeout_s': was 0.0, expected more than 0"),

@@ -349,9 +349,10 @@ def test_an_outage_in_the_middle_ends_the_run_before_everything_was_asked(tmp_pa
     items = [item(n, response=f"red hat {n}") for n in range(300)]
     with serving(lambda r, number: error(503) if number > 50 else judge(r)) as server:
         settings = config(server, max_retries=0, max_dropped=0.05)
-        with pytest.raises(EndpointError, match="20 of 300 items got no label.*HTTP 503"):
+        # The 20 in a row begin after the newest judgement, which may come after the first losses.
+        with pytest.raises(EndpointError, match="2[0-7] of 300 items got no label.*HTTP 503"):
             list(label_openai.label(items, settings, tmp_path / "cache.jsonl", 300))
-        assert 70 <= len(server.requests) <= 78
+        assert 70 <= len(server.requests) <= 85
 
 
 @pytest.mark.parametrize(
@@ -501,6 +502,7 @@ def test_a_key_that_no_header_can_hold_is_named_before_anything_is_done(
 @pytest.mark.parametrize(
     ("variable", "value", "what"),
     [("HTTP_PROXY", "http://[::1", "no address of a proxy"),
+     ("HTTP_PROXY", "http://127.0.0.1:99999", "no address of a proxy, expected a port from 0 to"),
      ("all_proxy", "http://me:pass1@host:port", "no address of a proxy"),
      ("http_proxy", "gopher://me:pass1@host", "no address of a proxy"),
      ("ALL_PROXY", "socks5://me:pass1@127.0.0.1:1", "SOCKS proxy, which needs socksio")],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from tppo.labels.unspaced import is_unspaced, unspaced_pieces
 from tppo.labels.words import fold
@@ -12,7 +14,7 @@ SEPARATOR = "\n"
 
 __all__ = [
     "SEPARATOR", "answer_text", "distinct_queries", "has_format", "parse_answer", "query_key",
-    "query_text", "repeats",
+    "query_text", "repeats", "without_repeats",
 ]  # fmt: skip
 
 
@@ -65,6 +67,32 @@ def repeats(queries: Sequence[str]) -> list[bool]:
         found.append(key in seen)
         seen.add(key)
     return found
+
+
+def without_repeats(
+    text: str, words: Sequence[tuple[str, int]]
+) -> tuple[tuple[tuple[str, int], ...], int]:
+    """The labels of all words of an answer, in order, with those of a repeated query 0; and how
+    many of them were 1.
+
+    A word may be cut in any way: it belongs to the query that its first character stands in.
+    """
+    lines = text.split(SEPARATOR)
+    repeated = repeats(lines)
+    if not any(repeated):
+        return tuple(words), 0
+    ends = list(accumulate(len(_letters(line)) for line in lines))
+    found, changed, start = [], 0, 0
+    for word, label in words:
+        again = bool(label) and repeated[min(bisect_right(ends, start), len(lines) - 1)]
+        found.append((word, 0 if again else label))
+        changed += again
+        start += len(_letters(word))
+    return tuple(found), changed
+
+
+def _letters(text: str) -> str:
+    return fold(text).replace(" ", "")
 
 
 def distinct_queries(text: str) -> int:

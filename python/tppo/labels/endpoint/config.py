@@ -126,6 +126,15 @@ def check_address(base_url: str) -> None:
         raise ValueError(
             f"base_url was {shown!r}, expected http(s)://HOST/v1 without credentials or a query"
         )
+    check_port(base_url, f"base_url was {base_url!r}")
+
+
+def check_port(address: str, what: str) -> None:
+    """Raise ValueError, beginning with `what`, where an address has a port that is none."""
+    try:
+        urlsplit(address).port  # noqa: B018 (it is read when it is looked at)
+    except ValueError:
+        raise ValueError(f"{what}, expected a port from 0 to 65535") from None
 
 
 def origin(url: str, base: str = "") -> str:

@@ -10,7 +10,7 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from tppo.labels.endpoint.config import EndpointConfig
+from tppo.labels.endpoint.config import EndpointConfig, check_port
 from tppo.labels.endpoint.proxy import proxy_for
 from tppo.labels.endpoint.replies import Reply, reply_of
 
@@ -54,6 +54,7 @@ def _transport(http: Any, config: EndpointConfig) -> Any:
     if proxy is None:
         return http.AsyncHTTPTransport(limits=limits)
     remedy = f"correct {name}, or exempt the endpoint's host in NO_PROXY"
+    check_port(proxy, f"environment variable {name} is no address of a proxy")
     try:
         return http.AsyncHTTPTransport(limits=limits, proxy=proxy)
     except ImportError:

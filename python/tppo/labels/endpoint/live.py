@@ -24,6 +24,7 @@ from tppo.labels.endpoint.forms import FORM, LostBy
 from tppo.labels.endpoint.prompt import Judgement, LabelItem
 from tppo.labels.endpoint.replies import Trouble
 from tppo.labels.label import Label
+from tppo.labels.queries import without_repeats
 from tppo.labels.words import fold
 from tppo.progress import Bar, say, status
 
@@ -79,6 +80,8 @@ class _Live:
     lost: Counter[LostBy] = field(default_factory=Counter)
     reason: str = ""
     """Why the first item was dropped."""
+    repeated: int = 0
+    """Words of repeated queries that were judged relevant."""
     asked: dict[str, asyncio.Task[Known]] = field(default_factory=dict)
     """By key, what is not answered yet."""
     held: deque[tuple[LabelItem, asyncio.Future[Known]]] = field(default_factory=deque)
@@ -111,6 +114,9 @@ def _results(
             loop.close()
             if asker.spent.replies:
                 say(f"labelling: {asker.spent.replies} replies, {asker.spent.text(live.seconds())}")
+            if live.repeated:
+                say(f"labelling: {live.repeated} words of repeated queries were judged relevant; "
+                    "their labels are 0")  # fmt: skip
             if live.lost:
                 say(f"{live.lost.total()} of {count} items got no label; the first: {live.reason}")
     lost = live.lost["endpoint"] + live.lost["judge"]
@@ -196,7 +202,9 @@ def _result(live: _Live, item: LabelItem, known: Known) -> Label | Dropped | Non
         live.lost[by] += 1
         live.reason = live.reason or reason
         return Dropped(item.id, reason, by)
-    words = tuple((word.word, word.label) for word in known.words)
+    judged = [(word.word, word.label) for word in known.words]
+    words, changed = without_repeats(item.response, judged)
+    live.repeated += changed
     return Label(item.id, item.response, words, known.sentence, live.config.model)
 
 
