@@ -202,6 +202,22 @@ def token_advantages_varied(i, dtype):
     tk.token_advantages(x, x, x > 0, gamma=1 - i / 100, lam=i / 100)
 
 
+def prefix_merge(tokens, heads, d, dtype):
+    from tppo_kernels._kernels.triton_prefix import merge
+
+    out, lse = torch.randn(tokens, heads, d).to(dtype), torch.randn(heads, tokens)
+    merge(out, lse, out[1:], lse[:, 1:], torch.arange(1, tokens))
+
+
+def prefix_attention_launches():
+    for dtype, d in zip(HALVES, (128, 64, 72), strict=True):
+        prefix_merge(300, 4, d, dtype)
+
+
+def prefix_attention_varied(i, dtype):
+    prefix_merge(2 + 131 * i, 1 + i % 7, 128, dtype)
+
+
 ROW_KERNELS = ("_linear_logprobs_", "_token_logprobs_")  # of which several operators are made
 LAUNCHES, VARIED = ({name.removesuffix(end): function for name, function in list(globals().items())
                      if name.endswith(end)} for end in ("_launches", "_varied"))
@@ -290,6 +306,7 @@ def spilled(ptx: str, folder: Path) -> int:
 
 def test_every_triton_operator_is_compiled_here():
     ops = {name for name, op in _op.OPS.items() if "triton" in op.order["cuda"]}
+    ops.add("prefix_attention")  # the merge of what other kernels have computed
     assert set(LAUNCHES) == set(VARIED) == ops
 
 

@@ -599,7 +599,34 @@ def package_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, 
         total.copy_(x)
 
 
-@pytest.fixture(params=[("flash", 132), ("flash", 8), ("flash_attn", 132), ("efficient", 132)])
+def hopper_forward(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None,
+                   cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, seqused_k=None,
+                   max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
+                   leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None,
+                   q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False,
+                   window_size_left=-1, window_size_right=-1):
+    """The beginning of FlashAttention-3's signature, as its source has it."""
+    call = _varlen.Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+    return *part_forward(q, k, v, call, softmax_scale), torch.empty(0), torch.empty(0)
+
+
+def hopper_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None,
+                    sequed_q=None, sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None,
+                    dk=None, dv=None, softmax_scale=None, is_causal=False, window_size_left=-1,
+                    window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
+    assert deterministic and sequed_q is sequed_k is None and softmax_lse.is_contiguous()
+    call = _varlen.Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal)
+    for total, x in zip((dq, dk, dv), part_backward(dout, q, k, v, out, softmax_lse, call,
+                                                    softmax_scale), strict=True):
+        total.copy_(x)
+    return torch.empty(0)
+
+
+HOPPER = SimpleNamespace(_flash_attn_forward=hopper_forward, _flash_attn_backward=hopper_backward)
+
+
+@pytest.fixture(params=[("flash", 132), ("flash", 8), ("flash_attn", 132), ("efficient", 132),
+                        ("flash_attn_3", 132)])
 def on_gpu(request, monkeypatch):
     """A GPU backend with its kernels emulated: (forward, backward, a dtype it takes)."""
     name, processors = request.param
@@ -616,6 +643,7 @@ def on_gpu(request, monkeypatch):
                               _flash_attn_varlen_backward=package_backward)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_interface=package))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", HOPPER)
     if name == "flash":  # its own functions go by the device of q
         return (functools.partial(_varlen.fwd, module.KERNELS),
                 functools.partial(_varlen.bwd, module.KERNELS), torch.bfloat16)
@@ -709,8 +737,40 @@ def test_gpu_backends_refuse_with_the_reason():
     if not torch.backends.cuda.is_flash_attention_available():
         assert "built without flash" in _flash._gpu_refusal(torch.device("cuda"))
     order = op._op.order["cuda"]
-    assert order == ("flash", "flash_attn", "efficient", "reference")
+    assert order == ("flash_attn_3", "flash", "flash_attn", "efficient", "reference")
     assert missing("flash_attn") is None or "tppo-kernels[flash-attn]" in missing("flash_attn")
+
+
+def test_flash_attention_3_refuses_with_the_reason(monkeypatch, caplog):
+    from tppo_kernels.ops.prefix_attention import _flash_attn_3
+
+    layout = tk.PrefixLayout.from_lengths(*RAGGED)
+    q, k, v = batch(layout, dim=16, dtype=torch.bfloat16, batched=False)
+
+    def reason(q=q, k=k, v=v):
+        return _flash_attn_3.supports(q, k, v, *op.plan(layout), torch.as_tensor(1.0))
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", HOPPER)
+    assert reason() is None and "expected all bf16 or all fp16" in reason(v=v.float())
+    assert "200 values a head, expected up to 192" in reason(
+        *(x.repeat(1, 1, 13)[..., :200] for x in (q, k, v)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert _flash_attn_3._gpu_refusal(torch.device("cuda", 7)) == "the GPU is sm_80, expected sm_90"
+
+    def old(q, k, v, k_new, v_new, qv, out, cu_seqlens_q):
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface",
+                        SimpleNamespace(_flash_attn_forward=old))
+    assert "build a newer one" in reason()
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    assert "build flash_attn_interface from" in missing.__wrapped__("flash_attn_3")
+    with caplog.at_level("WARNING", "tppo_kernels"):  # that few have it is no news
+        arguments = (q, k, v, *op.plan(layout), torch.tensor(1.0))
+        with pytest.raises(AttributeError):  # the next, PyTorch's own: CPU tensors have no GPU
+            op._op.choose("cuda", arguments, "fwd", None)
+            raise AttributeError
+    assert "flash_attn_3" not in caplog.text
 
 
 def test_a_backend_that_takes_no_fp32_fails_no_self_test(monkeypatch, capsys):

@@ -18,8 +18,8 @@ ROOMS = {  # of the kernel library, beside its operators
     "_core": {"op", "check", "backends", "derivatives", "eager", "keywords", "metrics",
               "packed"},
     "_math": {"sequence", "rows", "chunks", "layout"},
-    "_kernels": {"launch", "memory", "losses", "triton_losses", "triton_rows", "values",
-                 "varlen"},
+    "_kernels": {"launch", "memory", "losses", "triton_losses", "triton_prefix", "triton_rows",
+                 "triton_softmax", "values", "varlen"},
     "models": {"lm_head", "shared_prefix", "align"},
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
@@ -33,7 +33,7 @@ SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
                 "fuzz_gradients.py", "test_fuzz_gradients.py", "test_rooms.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
-TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py"}
+TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 150}
 
 

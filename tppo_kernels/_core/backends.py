@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "flash", "flash_attn", "efficient", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "flash_attn_3", "flash", "flash_attn", "efficient", "cpp", "triton",
+            "cuda")
+RARE = {"flash_attn_3"}  # built from source by few: that it is not here is no warning
 _forced: ContextVar[str | None] = ContextVar("_forced", default=None)
 _TO_AUTOGRAD = "tppo_kernels.forced"  # (thread, backend), carried along by torch's engine
 _names_set: Any = getattr(os.environ, "_data", None)  # the dict behind os.environ
@@ -33,6 +35,12 @@ def missing(backend: str) -> str | None:
             return "no Triton: pip install 'tppo-kernels[triton]'"
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn_2_cuda") is None:
         return "no flash-attn: pip install 'tppo-kernels[flash-attn]' beside a CUDA build of torch"
+    if backend == "flash_attn_3":
+        try:
+            importlib.import_module("flash_attn_interface")
+        except ImportError as error:
+            return (f"no FlashAttention-3 ({error}): build flash_attn_interface from the folder "
+                    "hopper of flash-attention")
     if backend in ("cpp", "cuda"):
         try:
             why_no_cuda = importlib.import_module("tppo_kernels._C").why_no_cuda

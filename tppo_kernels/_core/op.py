@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import BACKENDS, forced, interpreting, missing, variable
+from .backends import BACKENDS, RARE, forced, interpreting, missing, variable
 from .eager import plain_device
 
 OPS: dict[str, Op] = {}
@@ -105,7 +105,8 @@ class Op:
             said = (self.name, backend, reason)
             if not (only or _explaining.get() or said in _said):
                 _said.add(said)
-                _log.warning("%s: %s passed over: %s", *said)
+                level = logging.DEBUG if backend in RARE else logging.WARNING
+                _log.log(level, "%s: %s passed over: %s", *said)
         raise BackendError(f"{self.name}: no backend can run this: " + "; ".join(
             f"{name}: {reason}" for name, reason in refused.items()))
 

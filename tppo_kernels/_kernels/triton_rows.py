@@ -64,8 +64,17 @@ def capped(v, pre):
     q = q * square + 1.33319244e-1
     q = q * square - 3.33332986e-1
     e = tl.exp2(magnitude * (-2.0 * LOG2E))
-    large = 1.0 - 2.0 * e / (1.0 + e)
+    share = 1.0 / (1.0 + e)
+    large = 1.0 - 2.0 * (e * share)
     return tl.where(magnitude < 0.6, y + y * square * q, tl.where(y < 0, -large, large))
+
+
+@triton.jit
+def capped_slope(v, pre):
+    """1 - tanh(pre v)^2 as 4e/(1 + e)^2: where tanh is nearly 1, nothing is left of that."""
+    e = tl.exp2(tl.abs(v * pre) * (-2.0 * LOG2E))
+    share = 1.0 / (1.0 + e)
+    return 4.0 * (e * share) * share
 
 
 @triton.jit

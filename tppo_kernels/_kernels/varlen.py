@@ -22,9 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._core.backends import missing
 from .._math.sequence import compute_dtype
 from .memory import FP64
 
+MOST_PAIRS = 2**31 - 2**11  # of tokens and heads that the merge counts in 32 bits
 MAX_SEGMENTS = 65535  # the kernels lay sequences along the second or third axis of a grid
 
 
@@ -110,12 +112,24 @@ def fwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, 
     out, lse = kernels.forward(q, k, v, own, float(scale))
     part, weight = kernels.forward(*_pick(responses, q), *_pick(prompts, k, v), shared,
                                    float(scale))
+    if out.is_cuda and missing("triton") is None and part.shape[:2].numel() < MOST_PAIRS:
+        from .triton_prefix import merge as in_one_launch
+
+        out, lse = in_one_launch(out, lse, part, weight, responses)
+    else:
+        out, lse = merge(out, lse, part, weight, responses)
+    return out.contiguous().transpose(0, 1), lse
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, responses: Tensor
+          ) -> tuple[Tensor, Tensor]:
+    """(out [L, Hq, D], lse [Hq, L]), in place, with the parts [n, Hq, D], [Hq, n] of responses."""
     before = lse.index_select(1, responses)  # [Hq, n]
     share = (weight - before).sigmoid().t()[..., None]  # [n, Hq, 1]
     merged = torch.lerp(out.index_select(0, responses).to(lse.dtype), part.to(lse.dtype), share)
     out.index_copy_(0, responses, merged.to(out.dtype))
     lse.index_copy_(1, responses, torch.logaddexp(before, weight))
-    return out.contiguous().transpose(0, 1), lse
+    return out, lse
 
 
 def bwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,

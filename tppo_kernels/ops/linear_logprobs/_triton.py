@@ -17,9 +17,17 @@ from torch import Tensor
 
 from ..._kernels.launch import launching_on, scalar
 from ..._kernels.memory import FP64
-from ..._kernels.triton_rows import LN2, LOG2E, capped, capped_exactly, log2, part_of, row_scaling
+from ..._kernels.triton_rows import LN2, LOG2E, log2, part_of, row_scaling
+from ..._kernels.triton_softmax import (
+    DEAD,
+    LOWEST,
+    NEG_INF,
+    at_target,
+    gradient,
+    log1p,
+    row_gradients,
+)
 from ..token_logprobs import _triton as token
-from ..token_logprobs._triton import DEAD, LOWEST, NEG_INF, _gradient, _row_gradients
 from . import reference
 from .reference import Scale, Stats
 
@@ -31,12 +39,13 @@ _SCALING = ("temperature_ptr", "stride_t", "softcap_ptr", "scale_ptr")
 
 
 @triton.jit
-def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
-    """Takes a tile x [U, W, 32 G] into max v [W], sum 2^d and sum d 2^d [W, 32] of a row.
+def _keep(x, live, m, n, s, w, sign, c):
+    """Takes a tile x [U, W, 32 G] into max v [W], and into how many have it, sum 2^d of the others
+    and sum d 2^d [W, 32] of a row; apart, because beside a 1 an fp32 sum would lose the others.
 
     Each of the W warps reads a block of columns of its own, so that no step waits for another
     warp. live: which columns count, or None for all. Returns the exponentials of the tile,
-    relative to the largest u of their block, those u [W], and the new m, s, w.
+    relative to the largest v of their block, those v [W], and the new m, n, s, w.
     """
     U: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
@@ -47,28 +56,23 @@ def _keep(x, live, m, s, w, sign, pre, c, CAPPED: tl.constexpr):
     most = tl.max(tl.max(tl.reshape(tl.max(v, 0), [W, 32, G]), 2), 1)
     most = tl.maximum(most, LOWEST)
     new = tl.maximum(m, most)
-    if CAPPED:
-        u = capped(v, pre)
-        if live is not None:
-            u = tl.where(live, u, NEG_INF)
-        u_most = capped(most, pre)
-        u_new = capped(new, pre)
-        shift = (capped(m, pre) - u_new) * c
-    else:
-        u = v
-        u_most = most
-        u_new = new
-        shift = (m - new) * c
-    d = (u - u_most[None, :, None]) * c
+    d = (v - most[None, :, None]) * c
     e = tl.exp2(d)
     weighted = tl.reshape(e * tl.maximum(d, DEAD), [U, W, 32, G])
-    shift = tl.maximum(shift, DEAD)[:, None]
-    of_tile = tl.maximum((u_most - u_new) * c, DEAD)[:, None]
-    s_tile = tl.sum(tl.sum(tl.reshape(e, [U, W, 32, G]), 3), 0)
+    shift = tl.maximum((m - new) * c, DEAD)[:, None]
+    of_tile = tl.maximum((most - new) * c, DEAD)[:, None]
+    is_top = d == 0.0
+    n_tile = tl.sum(tl.sum(tl.reshape(is_top.to(tl.float32), [U, W, 32, G]), 3), 0)
+    s_tile = tl.sum(tl.sum(tl.reshape(tl.where(is_top, 0.0, e), [U, W, 32, G]), 3), 0)
     w_tile = tl.sum(tl.sum(weighted, 3), 0)
-    w = tl.exp2(shift) * (w + s * shift) + tl.exp2(of_tile) * (w_tile + s_tile * of_tile)
-    s = tl.exp2(shift) * s + tl.exp2(of_tile) * s_tile
-    return e, u_most, new, s, w
+    w = (tl.exp2(shift) * (w + (s + n) * shift)
+         + tl.exp2(of_tile) * (w_tile + (s_tile + n_tile) * of_tile))
+    beaten = (m != new)[:, None]
+    lower = (most != new)[:, None]
+    s = (tl.exp2(shift) * (s + tl.where(beaten, n, 0.0))
+         + tl.exp2(of_tile) * (s_tile + tl.where(lower, n_tile, 0.0)))
+    n = tl.where(beaten, 0.0, n) + tl.where(lower, 0.0, n_tile)
+    return e, most, new, n, s, w
 
 
 @triton.jit
@@ -83,18 +87,17 @@ def _block_offsets(U: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
 def _linear_logprobs_keep_kernel(
         x_ptr, stride_x: tl.int64, target_ptr, e_ptr, stats_ptr, temperature: tl.float64,
         temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr,
-        columns, rows: tl.int64, SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
-        U: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+        columns, rows: tl.int64, SCALE: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr,
+        W: tl.constexpr, G: tl.constexpr):
     """Statistics [4 + blocks, rows] and exponentials of a row; a block is a warp's U 32 G columns.
 
     Sums stay in the lane until the row ends: only the maximum of a block needs a warp.
     """
     row = tl.program_id(0).to(tl.int64)
     TILE: tl.constexpr = U * W * 32 * G
-    sign, pre, factor, _ = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
-                                       softcap_ptr, scale, scale_ptr, CAPPED)
+    sign, _, factor, _ = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
+                                     softcap_ptr, scale, scale_ptr, False)
     sign32 = sign.to(tl.float32)
-    pre32 = pre.to(tl.float32)
     c = (factor * LOG2E).to(tl.float32)
     x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
     e_row = e_ptr + row * columns  # 64-bit
@@ -106,12 +109,13 @@ def _linear_logprobs_keep_kernel(
     offsets = _block_offsets(U, W, 32 * G)
 
     m = tl.full([W], LOWEST, tl.float32)
+    n = tl.zeros([W, 32], tl.float32)
     s = tl.zeros([W, 32], tl.float32)
     w = tl.zeros([W, 32], tl.float32)
     whole = columns // TILE
     for tile in range(0, whole):
         x = tl.load(x_row + tile * TILE + offsets, eviction_policy="evict_first")
-        e, u, m, s, w = _keep(x, None, m, s, w, sign32, pre32, c, CAPPED)
+        e, u, m, n, s, w = _keep(x, None, m, n, s, w, sign32, c)
         tl.store(e_row + tile * TILE + offsets, e * SCALE)
         shift = tl.broadcast_to((u.to(tl.float64) * factor).to(tl.float32)[:, None], [W, 32])
         tl.store(shift_ptr + tile * W * rows, shift, mask=lane == 0)
@@ -121,23 +125,20 @@ def _linear_logprobs_keep_kernel(
         if ALIGNED:  # by whole groups, so that stores stay wide
             written = tile * TILE + offsets // G * G < columns
         x = tl.load(x_row + tile * TILE + offsets, mask=written, other=0.0)
-        e, u, m, s, w = _keep(x, live, m, s, w, sign32, pre32, c, CAPPED)
+        e, u, m, n, s, w = _keep(x, live, m, n, s, w, sign32, c)
         tl.store(e_row + tile * TILE + offsets, e * SCALE, mask=written)
         shift = tl.broadcast_to((u.to(tl.float64) * factor).to(tl.float32)[:, None], [W, 32])
         tl.store(shift_ptr + tile * W * rows, shift,
                  mask=(lane == 0) & (tile * TILE + block * (U * 32 * G) < columns))
 
-    m, s, w = _joined(m, s, w, pre32, c, CAPPED)
+    m, n, s, w = _joined(m, n, s, w, c)
     target = tl.load(target_ptr + row).to(tl.int64)
     good = (target >= 0) & (target < columns)
     v = tl.load(x_row + target, mask=good, other=0.0).to(tl.float64) * sign
     m64 = m.to(tl.float64)  # both in fp64: see `token_logprobs`
-    if CAPPED:
-        v = capped_exactly(v, pre)
-        m64 = capped_exactly(m64, pre)
-    log_sum = tl.log(s)
-    good = good & (s > 0)
-    entropy = log_sum - w / s / LOG2E
+    log_sum = log1p(s + (n - 1.0))
+    good = good & (n > 0)
+    entropy = log_sum - w / (s + n) / LOG2E
     nan = float("nan")
     logprob = factor * (v - m64) - log_sum
     tl.store(stats_ptr + row, tl.where(good, logprob, nan).to(tl.float32))
@@ -147,17 +148,16 @@ def _linear_logprobs_keep_kernel(
 
 
 @triton.jit
-def _joined(m, s, w, pre, c, CAPPED: tl.constexpr):
-    """(max v, sum, weighted sum) of all warps m [W], s, w [W, 32]; sums in fp64, in fixed order."""
+def _joined(m, n, s, w, c):
+    """(max v, how many, sum, weighted sum) of all warps m [W], n, s, w [W, 32]; sums in fp64."""
     top = tl.max(m, 0)
-    if CAPPED:
-        d = (capped(m, pre) - capped(top, pre)) * c
-    else:
-        d = (m - top) * c
-    d = tl.maximum(d, DEAD)[:, None]
+    d = tl.maximum((m - top) * c, DEAD)[:, None]
     shrink = tl.exp2(d).to(tl.float64)
-    total = tl.sum(tl.sum(s.to(tl.float64) * shrink, 1), 0)
-    return top, total, tl.sum(tl.sum((w + s * d).to(tl.float64) * shrink, 1), 0)
+    own = n.to(tl.float64)
+    beaten = (m != top)[:, None]
+    total = tl.sum(tl.sum((s + tl.where(beaten, own, 0.0)) * shrink, 1), 0)
+    weighted = tl.sum(tl.sum((w + (s + n) * d).to(tl.float64) * shrink, 1), 0)
+    return top, tl.sum(tl.sum(tl.where(beaten, 0.0, own), 1), 0), total, weighted
 
 
 @triton.jit
@@ -175,16 +175,17 @@ def _write(dx_row, low_row, twice, offsets, dx, live):
 
 
 _OF_ROWS = ("g_logprob_ptr", "g_entropy_ptr", "stride_lp", "stride_ent", "target_ptr",
-            "entropy_ptr", "top_ptr", "log_sum_ptr")
+            "logprob_ptr", "entropy_ptr", "top_ptr", "log_sum_ptr")
 
 
 @triton.jit(do_not_specialize=("x_ptr", "stride_x", "dx_ptr", "stride_dx", "low_off", *_OF_ROWS,
                                *_SCALING, "columns", "parts"))
 def _linear_logprobs_gradient_kernel(
         x_ptr, stride_x: tl.int64, dx_ptr, stride_dx: tl.int64, low_off: tl.int64, g_logprob_ptr,
-        stride_lp, g_entropy_ptr, stride_ent, target_ptr, entropy_ptr, top_ptr, log_sum_ptr,
-        temperature: tl.float64, temperature_ptr, stride_t, softcap: tl.float64, softcap_ptr,
-        scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr, TILE: tl.constexpr):
+        stride_lp, g_entropy_ptr, stride_ent, target_ptr, logprob_ptr, entropy_ptr, top_ptr,
+        log_sum_ptr, temperature: tl.float64, temperature_ptr, stride_t, softcap: tl.float64,
+        softcap_ptr, scale: tl.float64, scale_ptr, columns, parts, CAPPED: tl.constexpr,
+        TILE: tl.constexpr):
     """dx of the logits x, in its own dtype; it may take their place.
 
     low_off: where the second number that makes up a dx lies, behind the first; 0 without.
@@ -193,12 +194,13 @@ def _linear_logprobs_gradient_kernel(
     sign, pre, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                            softcap_ptr, scale, scale_ptr, CAPPED)
     sign, pre, factor = sign.to(tl.float32), pre.to(tl.float32), factor.to(tl.float32)
-    a, b = _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
-                          slope.to(tl.float32))
+    a, b = row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+                         slope.to(tl.float32))
     entropy = tl.load(entropy_ptr + row)
     top = tl.load(top_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    target = tl.load(target_ptr + row).to(tl.int64)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    of_target = at_target(tl.load(logprob_ptr + row), a, b, entropy)
     x_row = tl.multiple_of(x_ptr + row * stride_x, 16)
     dx_row = tl.multiple_of(dx_ptr + row * stride_dx, 16)
     low_row = tl.multiple_of(dx_row + low_off, 16)
@@ -208,74 +210,61 @@ def _linear_logprobs_gradient_kernel(
     for tile in range(first, whole):
         start = tile * TILE
         x = tl.load(x_row + start + offsets, eviction_policy="evict_first")
-        dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
-                       entropy, top, log_sum, CAPPED)
+        dx = gradient(x, offsets == target - start, of_target, sign, pre, factor, a, b, entropy,
+                      top, log_sum, CAPPED)
         _write(dx_row, low_row, low_off != 0, start + offsets, dx, None)
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
         live = start + offsets < columns
         x = tl.load(x_row + start + offsets, mask=live, other=0.0)
-        dx = _gradient(x, offsets == (target - start).to(tl.int32), sign, pre, factor, a, b,
-                       entropy, top, log_sum, CAPPED)
+        dx = gradient(x, offsets == target - start, of_target, sign, pre, factor, a, b, entropy,
+                      top, log_sum, CAPPED)
         _write(dx_row, low_row, low_off != 0, start + offsets, dx, live)
 
 
 @triton.jit
-def _of_kept(e, hit, at_target, shift, log_share, back, a, b, entropy, SCALE: tl.constexpr,
-             CAPPED: tl.constexpr):
-    """dx of exponentials e = exp(z - shift), p = e exp(log_share); u and log p from log e.
+def _of_kept(e, hit, of_target, log_share, a, b, entropy, SCALE: tl.constexpr):
+    """dx of exponentials e = exp(z - shift), p = e exp(log_share); log p from log e.
 
-    e: a tile [U, W, C]; shift and log_share: of its blocks [W]. What the columns of a block share
-    is computed once: dx = e (first + second log2 e). The logarithm of an e of 0 is held at DEAD,
-    and so is that of a block without probability: both are multiplied by 0.
+    e: a tile [U, W, C]; log_share: of its blocks [W]. What the columns of a block share is computed
+    once: dx = e (first + second log2 e). The logarithm of an e of 0 is held at DEAD, and so is that
+    of a block without probability: both are multiplied by 0.
     """
     e = e.to(tl.float32) * (1.0 / SCALE)
-    if SCALE == 1.0:
-        d = tl.maximum(tl.log2(e), DEAD)
-    else:  # as exact as an e of 16 bits
-        d = tl.maximum(log2(e), DEAD)
     share = -tl.exp2(log_share * LOG2E)
     if b is None:
         dx = e * (share * a)[None, :, None]
     else:
+        if SCALE == 1.0:
+            d = tl.maximum(tl.log2(e), DEAD)
+        else:  # as exact as an e of 16 bits
+            d = tl.maximum(log2(e), DEAD)
         first = share * (a + b * (tl.maximum(log_share, DEAD) + entropy))
         second = share * b * LN2
         dx = e * tl.fma(d, second[None, :, None], first[None, :, None])
-    if CAPPED:
-        u = (d * LN2 + shift[None, :, None]) * back
-        u = tl.minimum(tl.maximum(u, -1.0), 1.0)
-        dx = dx * (1.0 - u * u)
-    return tl.where(hit, at_target, dx)
+    return tl.where(hit, of_target, dx)
 
 
-@triton.jit(do_not_specialize=("e_ptr", "dx_ptr", "stride_dx", "low_off", *_OF_ROWS, "logprob_ptr",
-                               "shift_ptr", "stride_shift", *_SCALING, "columns", "parts"))
+@triton.jit(do_not_specialize=("e_ptr", "dx_ptr", "stride_dx", "low_off", *_OF_ROWS, "shift_ptr",
+                               "stride_shift", *_SCALING, "columns", "parts"))
 def _linear_logprobs_kept_kernel(
         e_ptr, dx_ptr, stride_dx: tl.int64, low_off: tl.int64, g_logprob_ptr, stride_lp,
         g_entropy_ptr, stride_ent, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr,
         shift_ptr, stride_shift: tl.int64, temperature: tl.float64, temperature_ptr, stride_t,
         softcap: tl.float64, softcap_ptr, scale: tl.float64, scale_ptr, columns, parts,
-        SCALE: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr,
-        W: tl.constexpr, G: tl.constexpr):
+        SCALE: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
+        G: tl.constexpr):
     """dx from kept exponentials; at the target from its logprob, because 1 - p is a difference."""
     row = tl.program_id(0).to(tl.int64)
-    _, _, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
-                                      softcap_ptr, scale, scale_ptr, CAPPED)
-    back = (1.0 / factor).to(tl.float32)
-    a, b = _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
-                          slope.to(tl.float32))
-    logprob = tl.load(logprob_ptr + row)
+    _, _, _, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap, softcap_ptr,
+                                 scale, scale_ptr, False)
+    a, b = row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+                         slope.to(tl.float32))
     entropy = tl.load(entropy_ptr + row)
     top = tl.load(top_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    target = tl.load(target_ptr + row).to(tl.int64)
-    p = tl.exp(logprob.to(tl.float64))
-    at_target = ((1.0 - p) * a).to(tl.float32)
-    if b is not None:
-        at_target = at_target - b * p.to(tl.float32) * (tl.maximum(logprob, DEAD) + entropy)
-    if CAPPED:
-        u = (logprob + log_sum + top) * back
-        at_target = at_target * (1.0 - u * u)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    of_target = at_target(tl.load(logprob_ptr + row), a, b, entropy)
 
     e_row = e_ptr + row * columns  # 64-bit
     if ALIGNED:
@@ -292,8 +281,8 @@ def _linear_logprobs_kept_kernel(
         start = tile * TILE
         shift = tl.load(shift_ptr + tile * W * stride_shift)
         e = tl.load(e_row + start + offsets, eviction_policy="evict_first")
-        dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
-                      shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
+        dx = _of_kept(e, offsets == target - start, of_target, shift - top - log_sum, a, b,
+                      entropy, SCALE)
         _write(dx_row, low_row, low_off != 0, start + offsets, dx, None)
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
@@ -303,8 +292,8 @@ def _linear_logprobs_kept_kernel(
         shift = tl.load(shift_ptr + tile * W * stride_shift,
                         mask=start + block * (U * 32 * G) < columns, other=0.0)
         e = tl.load(e_row + start + offsets, mask=live, other=0.0)
-        dx = _of_kept(e, offsets == (target - start).to(tl.int32), at_target, shift,
-                      shift - top - log_sum, back, a, b, entropy, SCALE, CAPPED)
+        dx = _of_kept(e, offsets == target - start, of_target, shift - top - log_sum, a, b,
+                      entropy, SCALE)
         _write(dx_row, low_row, low_off != 0, start + offsets, dx, live)
 
 
@@ -349,7 +338,7 @@ def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
     with launching_on(x):
         _linear_logprobs_keep_kernel[(count,)](
             x, x.stride(0), targets, out, stats, *_scaling(scale), columns, count,
-            CAPPED=scale.softcap is not None, **_by_block(out, columns))
+            **_by_block(out, columns))
     return Stats.of(stats, 0, count)
 
 
@@ -366,7 +355,7 @@ def _gradient_of_logits(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: 
     with launching_on(x):
         _linear_logprobs_gradient_kernel[(count, parts)](
             x, x.stride(0), out, out.stride(0), _low_off(count, out),
-            *_slopes(g_logprobs, g_entropy), _owned(targets, owned), *stats[1:4],
+            *_slopes(g_logprobs, g_entropy), _owned(targets, owned), *stats[:4],
             *_scaling(scale), columns, parts, CAPPED=scale.softcap is not None, TILE=TILE,
             num_warps=WARPS)
 
@@ -381,7 +370,7 @@ def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Te
         _linear_logprobs_kept_kernel[(count, parts)](
             e, out, out.stride(0), _low_off(count, out), *_slopes(g_logprobs, g_entropy),
             _owned(targets, owned), *stats, stats.shifts.stride(0), *_scaling(scale), columns,
-            parts, CAPPED=scale.softcap is not None, **_by_block(e, columns))
+            parts, **_by_block(e, columns))
 
 
 STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,

@@ -14,7 +14,7 @@ from ..._math.sequence import compute_dtype
 from . import reference
 
 _op = Op("prefix_attention", cpu=("flash", "reference"),
-         cuda=("flash", "flash_attn", "efficient", "reference"))
+         cuda=("flash_attn_3", "flash", "flash_attn", "efficient", "reference"))
 
 
 def sample_inputs() -> tuple[tuple, dict]:
@@ -108,10 +108,12 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     reference). Differentiable in q, k and v.
 
     Flash-attention kernels run over the prompt and within each response, merged by logsumexp, and
-    nothing of size L x L exists: PyTorch's own, or those of the flash-attn package; on a GPU in
-    bf16 and fp16, with a head size that is a multiple of 8 up to 256 and a scale that lies on the
-    host, and PyTorch's memory-efficient kernels for fp32. Else the reference, with an explicit
-    L x L mask. On a GPU a layout is moved there once; nothing is read from it on the host.
+    nothing of size L x L exists: FlashAttention-3 on a Hopper GPU where its package
+    (`flash_attn_interface`) is installed, PyTorch's own, or those of the flash-attn package; on a
+    GPU in bf16 and fp16, with a head size that is a multiple of 8 up to 256 (192 for the first) and
+    a scale that lies on the host, and PyTorch's memory-efficient kernels for fp32. Else the
+    reference, with an explicit L x L mask. On a GPU a layout is moved there once; nothing is read
+    from it on the host.
     """
     check = Check("prefix_attention")
     if not isinstance(layout, PrefixLayout):

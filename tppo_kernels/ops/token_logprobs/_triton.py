@@ -2,7 +2,7 @@
 
 A program walks a row, or its part of one where rows are few, in tiles [U, L G]: L lanes, one a
 thread, each with U loads of G columns, 16 bytes, in flight. Maxima and sums stay in the lane until
-the row ends: the loop has no barrier, no shuffle and one exponential a column (about 10.5
+the row ends: the loop has no barrier, no shuffle and one exponential a column (about 11.9
 instructions; at its memory speed an H200 has room for 16). Rows may begin anywhere: groups are
 aligned by address, and what sticks out at the ends of a row goes through one narrow load.
 
@@ -33,58 +33,20 @@ from ..._kernels.triton_rows import (
     row_scaling,
     tile_offsets,
 )
+from ..._kernels.triton_softmax import (
+    NEG_INF,
+    at_target,
+    fold,
+    gradient,
+    log1p,
+    merge,
+    row_gradients,
+)
 
 WARPS = 4  # small programs: 8 to 12 an SM, of which some load while others add up
 UNROLL = 4  # 64 bytes a thread in flight
 BUSY = 1024  # programs that keep every SM of a large GPU busy; the same on all, as results are
 MAX_PARTS = 64
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-NEG_INF = tl.constexpr(float("-inf"))
-DEAD = tl.constexpr(-160.0)  # 2^DEAD is 0 in fp32, and 0 * DEAD is 0, where 0 * -inf is NaN
-
-
-@triton.jit
-def _fold(m, s, w, x, live, sign, pre, c, CAPPED: tl.constexpr):
-    """Takes a tile x [U, L, G] into max v, sum 2^d and sum d 2^d of each lane, d = c (u - max u).
-
-    live: which columns count, or None for all. NaN passes the maximum but not 2^d.
-    """
-    v = x.to(tl.float32) * sign
-    if live is not None:
-        v = tl.where(live, v, NEG_INF)
-    new = tl.maximum(m, tl.max(tl.max(v, 2), 0))  # [L]
-    if CAPPED:
-        u = capped(v, pre)
-        if live is not None:
-            u = tl.where(live, u, NEG_INF)
-        u_new = capped(new, pre)
-        shift = (capped(m, pre) - u_new) * c
-    else:
-        u = v
-        u_new = new
-        shift = (m - new) * c
-    shift = tl.maximum(shift, DEAD)
-    shrink = tl.exp2(shift)
-    d = (u - u_new[None, :, None]) * c  # [U, L, G]
-    e = tl.exp2(d)
-    weighted = e * tl.maximum(d, DEAD)
-    w = shrink * (w + s * shift) + tl.sum(tl.sum(weighted, 2), 0)
-    s = shrink * s + tl.sum(tl.sum(e, 2), 0)
-    return new, s, w
-
-
-@triton.jit
-def _merge(m, s, w, pre, c, CAPPED: tl.constexpr):
-    """(max v, sum, weighted sum) of all lanes or parts; sums in fp64 and in a fixed order."""
-    top = tl.max(m, 0)
-    if CAPPED:
-        d = (capped(m, pre) - capped(top, pre)) * c
-    else:
-        d = (m - top) * c
-    d = tl.maximum(d, DEAD)
-    shrink = tl.exp2(d).to(tl.float64)
-    s = s.to(tl.float64)
-    return top, tl.sum(s * shrink, 0), tl.sum((w + s * d) * shrink, 0)
 
 
 @triton.jit
@@ -103,12 +65,12 @@ def _finish(x_ptr, x_off, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum
     if CAPPED:
         d = (capped_exactly(v, pre) - capped_exactly(m.to(tl.float64), pre)) * factor
         u = capped(m, pre.to(tl.float32))
-    log_s = tl.log(s) + tl.where(good & (s > 0), 0.0, float("nan"))
+    log_s = log1p(s) + tl.where(good & (m > NEG_INF), 0.0, float("nan"))
     factor32 = factor.to(tl.float32)
     top = u * factor32
     lost = u.to(tl.float64) * factor32 - top
     tl.store(logprob_ptr + row, (d - log_s).to(tl.float32))
-    tl.store(entropy_ptr + row, (log_s - w / s / LOG2E).to(tl.float32))  # d counted in log 2
+    tl.store(entropy_ptr + row, (log_s - w / (1.0 + s) / LOG2E).to(tl.float32))  # d: log 2
     tl.store(top_ptr + row, tl.where(log_s == log_s, top, float("nan")))
     tl.store(log_sum_ptr + row, (log_s + lost).to(tl.float32))
 
@@ -156,23 +118,23 @@ def _token_logprobs_fwd_kernel(
     offsets, group = tile_offsets(U, L * G, G)
     column = tl.reshape(offsets, [U, L, G])
 
-    m = tl.full([L], LOWEST, tl.float32)
+    m = tl.full([L], NEG_INF, tl.float32)
     s = tl.zeros([L], tl.float32)
     w = tl.zeros([L], tl.float32)
     for tile in range(first, whole):
         x = tl.load(x_ptr + body_off + tile * TILE + offsets, eviction_policy="evict_first")
-        m, s, w = _fold(m, s, w, tl.reshape(x, [U, L, G]), None, sign32, pre32, c, CAPPED)
+        m, s, w = fold(m, s, w, tl.reshape(x, [U, L, G]), None, sign32, pre32, c, CAPPED)
     for tile in range(tl.maximum(first, whole), last):  # one at most; a mask by whole groups
         x = tl.load(x_ptr + body_off + tile * TILE + offsets, eviction_policy="evict_first",
                     mask=tile * TILE + group < live, other=0.0)
-        m, s, w = _fold(m, s, w, tl.reshape(x, [U, L, G]), tile * TILE + column < live, sign32,
+        m, s, w = fold(m, s, w, tl.reshape(x, [U, L, G]), tile * TILE + column < live, sign32,
                         pre32, c, CAPPED)
     edge, alive = row_edge(lead, body, V, part, L, G)
     alive = alive & (edge < columns)
     x = tl.load(x_ptr + x_off + edge, mask=alive, other=0.0)
-    m, s, w = _fold(m, s, w, x[None, :, None], alive[None, :, None], sign32, pre32, c, CAPPED)
+    m, s, w = fold(m, s, w, x[None, :, None], alive[None, :, None], sign32, pre32, c, CAPPED)
 
-    m, s, w = _merge(m, s, w, pre32, c, CAPPED)
+    m, s, w = merge(m, s, w, pre32, c, CAPPED)
     if part_ptr is None:
         _finish(x_ptr, x_off, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, row,
                 columns, m, s, w, sign, pre, factor, CAPPED)
@@ -200,43 +162,14 @@ def _token_logprobs_merge_kernel(
     part = tl.arange(0, P)
     part_off = (row * parts + part) * 3
     here = part < parts
-    m = tl.load(part_ptr + part_off, mask=here, other=LOWEST)
+    m = tl.load(part_ptr + part_off, mask=here, other=NEG_INF)
     s = tl.load(part_ptr + part_off + 1, mask=here, other=0.0)
     w = tl.load(part_ptr + part_off + 2, mask=here, other=0.0)
-    m, s, w = _merge(m.to(tl.float32), s, w, pre.to(tl.float32), (factor * LOG2E).to(tl.float32),
+    m, s, w = merge(m.to(tl.float32), s, w, pre.to(tl.float32), (factor * LOG2E).to(tl.float32),
                      CAPPED)
     x_off = shift + row // inner * stride_outer + row % inner * stride_inner
     _finish(x_ptr, x_off, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, row, columns,
             m, s, w, sign, pre, factor, CAPPED)
-
-
-@triton.jit
-def _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent, slope):
-    """(a, b) = slope (g_lp, g_ent); b is None where entropy has no gradient."""
-    a = slope * 0.0
-    b = None
-    if g_logprob_ptr is not None:
-        a = slope * tl.load(g_logprob_ptr + row * stride_lp).to(tl.float32)
-    if g_entropy_ptr is not None:
-        b = slope * tl.load(g_entropy_ptr + row * stride_ent).to(tl.float32)
-    return a, b
-
-
-@triton.jit
-def _gradient(x, hit, sign, pre, factor, a, b, entropy, top, log_sum, CAPPED: tl.constexpr):
-    """dx = slope (1 - u^2 if capped) (g_lp (1[hit] - p) - g_ent p (log p + entropy))."""
-    u = x.to(tl.float32) * sign
-    if CAPPED:
-        u = capped(u, pre)
-    log_p = tl.fma(u, factor, -top) - log_sum
-    p = tl.exp2(log_p * LOG2E)
-    if b is None:
-        dx = tl.where(hit, a, 0.0) - p * a
-    else:
-        dx = tl.where(hit, a, 0.0) - p * (a + b * (tl.maximum(log_p, DEAD) + entropy))
-    if CAPPED:
-        dx = dx * (1.0 - u * u)
-    return dx
 
 
 @triton.jit
@@ -273,15 +206,21 @@ def _token_logprobs_bwd_kernel(
     sign, pre, factor, slope = row_scaling(row, temperature, temperature_ptr, stride_t, softcap,
                                         softcap_ptr, scale, scale_ptr, CAPPED)
     sign, pre, factor = sign.to(tl.float32), pre.to(tl.float32), factor.to(tl.float32)
-    a, b = _row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
-                          slope.to(tl.float32))
+    a, b = row_gradients(row, g_logprob_ptr, stride_lp, g_entropy_ptr, stride_ent,
+                         slope.to(tl.float32))
     entropy = tl.load(entropy_ptr + row)
     top = tl.load(top_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    target = tl.load(target_ptr + row).to(tl.int64)
+    column = tl.load(target_ptr + row).to(tl.int32)  # of a target that is none all is NaN
 
     x_off = shift + row // inner * stride_outer + row % inner * stride_inner  # 64-bit
     body_off, lead, body = row_body(dx_off, V, G)
+    target = column - lead
+    u = tl.load(x_ptr + x_off + column, mask=(column >= 0) & (column < columns),
+                other=0.0).to(tl.float32) * sign
+    if CAPPED:
+        u = capped(u, pre)
+    of_target = at_target(tl.fma(u, factor, -top) - log_sum, a, b, entropy)
     x_body_off = x_off + lead
     if TOGETHER:  # the same number, of which the compiler sees that it is aligned
         x_body_off = (x_off + G - 1) // G * G
@@ -291,20 +230,21 @@ def _token_logprobs_bwd_kernel(
     for tile in range(first, whole):
         start = tile * TILE
         x = tl.load(x_ptr + x_body_off + start + offsets, eviction_policy="evict_first")
-        dx = _gradient(x, offsets == (target - lead - start).to(tl.int32), sign, pre, factor, a, b,
-                       entropy, top, log_sum, CAPPED)
+        dx = gradient(x, offsets == target - start, of_target, sign, pre, factor, a, b, entropy,
+                      top, log_sum, CAPPED)
         tl.store(dx_ptr + body_off + start + offsets, dx)
     for tile in range(tl.maximum(first, whole), last):
         start = tile * TILE
         x = tl.load(x_ptr + x_body_off + start + offsets, eviction_policy="evict_first",
                     mask=start + group < tl.minimum(columns - lead, body), other=0.0)
-        dx = _gradient(x, offsets == (target - lead - start).to(tl.int32), sign, pre, factor, a, b,
-                       entropy, top, log_sum, CAPPED)
+        dx = gradient(x, offsets == target - start, of_target, sign, pre, factor, a, b, entropy,
+                      top, log_sum, CAPPED)
         dx = tl.where(start + offsets < columns - lead, dx, 0.0)
         tl.store(dx_ptr + body_off + start + offsets, dx, mask=start + group < body)
     edge, there = row_edge(lead, body, V, part, L, G)
     x = tl.load(x_ptr + x_off + edge, mask=there & (edge < columns), other=0.0)
-    dx = _gradient(x, edge == target, sign, pre, factor, a, b, entropy, top, log_sum, CAPPED)
+    dx = gradient(x, edge == column, of_target, sign, pre, factor, a, b, entropy, top, log_sum,
+                  CAPPED)
     tl.store(dx_ptr + dx_off + edge, tl.where(edge < columns, dx, 0.0), mask=there)
 
 
