@@ -43,7 +43,7 @@ from ..._kernels.triton_softmax import (
     row_gradients,
 )
 
-WARPS = 4  # small programs: 8 to 12 an SM, of which some load while others add up
+WARPS = 4  # small programs: 6 to 8 an SM, of which some load while others add up
 UNROLL = 4  # 64 bytes a thread in flight
 BUSY = 1024  # programs that keep every SM of a large GPU busy; the same on all, as results are
 MAX_PARTS = 64
