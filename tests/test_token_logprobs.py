@@ -1,5 +1,6 @@
 """`token_logprobs`: the formula in plain loops, accuracy at every size, and its peers' bugs."""
 
+import importlib
 import itertools
 import math
 import mmap
@@ -9,6 +10,7 @@ import torch
 from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import missing
@@ -550,3 +552,73 @@ def test_masked_rows_are_not_checked():
     out = tk.token_logprobs(X, torch.where(mask, IDS, -100), mask,
                             temperature=torch.where(mask, 1.0, 0.0))
     assert max_error(out.logprobs[mask], torch.full((4,), -math.log(5))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("results", [(True, False), (False, True), (True, True)])
+def test_a_gradient_in_the_place_of_the_logits_has_the_same_bits(dtype, rows, results, monkeypatch):
+    module = importlib.import_module("tppo_kernels.ops.token_logprobs")
+    monkeypatch.setattr(module, "IN_PLACE_BYTES", rows * 70 * dtype.itemsize)
+    given = (3 * torch.randn(2, 5, 70)).to(dtype).requires_grad_()
+    targets, mask = torch.randint(0, 60, (2, 5)), torch.rand(2, 5) < 0.7
+    how = {"temperature": torch.rand(2, 5) + 0.5, "softcap": 20.0, "valid_vocab": 65}
+    grads = []
+    for inplace in (False, True):
+        logits = given * 1
+        held = logits.detach()
+        out = tk.token_logprobs(logits, targets, mask, inplace_backward=inplace, **how)
+        loss = sum(x.square().sum() for x, used in zip(out, results, strict=True) if used)
+        grads.append(torch.autograd.grad(loss, logits)[0])
+        assert (grads[-1].data_ptr() == held.data_ptr()) == inplace
+    assert torch.equal(*grads) and grads[0].abs().max() > 0.01
+    assert not grads[1][~mask].any() and not grads[1][..., 65:].any()
+
+
+def test_a_gradient_in_place_makes_no_second_tensor_of_that_size(monkeypatch):
+    """Of 200 rows 10 at a time are held beside the logits."""
+    module = importlib.import_module("tppo_kernels.ops.token_logprobs")
+    monkeypatch.setattr(module, "IN_PLACE_BYTES", 10 * 50 * 4)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func._overloadpacket is torch.ops.tppo_kernels.token_logprobs_bwd:
+                sizes.append(out.numel())
+            return out
+
+    logits = torch.randn(200, 50, requires_grad=True) * 1
+    out = tk.token_logprobs(logits, torch.zeros(200).long(), inplace_backward=True)
+    with Sizes():
+        out.logprobs.sum().backward()
+    assert sizes == [500] * 20
+
+
+def test_logits_that_are_lost_to_their_gradient_are_not_read_again():
+    leaf = torch.randn(4, 9, requires_grad=True)
+    targets = torch.zeros(4).long()
+    logits = leaf * 1
+    out = tk.token_logprobs(logits, targets, inplace_backward=True)
+    out.logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logprobs.sum().backward()
+    logits = leaf * 1
+    other, out = logits.square(), tk.token_logprobs(logits, targets, inplace_backward=True)
+    out.logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.sum().backward()
+
+
+def test_logits_whose_place_no_gradient_can_take_are_refused():
+    leaf, targets = torch.randn(4, 9, requires_grad=True), torch.zeros(4).long()
+    with pytest.raises(ValueError, match="inplace_backward is True and logits is a leaf"):
+        tk.token_logprobs(leaf, targets, inplace_backward=True)
+    with pytest.raises(ValueError, match=r"strides \[18, 2\], expected contiguous"):
+        tk.token_logprobs((leaf.repeat(1, 2) * 1)[:, ::2], targets, inplace_backward=True)
+    with torch.no_grad():
+        tk.token_logprobs(leaf, targets, inplace_backward=True)
+    compiled = torch.compile(lambda x: tk.token_logprobs(x * 1, targets, inplace_backward=True),
+                             backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="inplace_backward is True under torch.compile"):
+        compiled(leaf)

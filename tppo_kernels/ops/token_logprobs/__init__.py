@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..._core.check import FP32_MAX, LABELS, Check
 from ..._core.derivatives import first_only, wanted
@@ -16,6 +17,7 @@ from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype
 from . import reference
 
+IN_PLACE_BYTES = 64 << 20  # of gradient that a backward in place holds beside the logits
 _op = Op("token_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 
@@ -98,6 +100,51 @@ class _Function(torch.autograd.Function):
         return (grad, *[None] * 6)
 
 
+class _InPlaceFunction(_Function):
+    """Backward writes the gradient over the logits.
+
+    `copy_` raises their version, so that autograd refuses whatever would still need the logits: a
+    second backward, or another operator that has saved them.
+    """
+
+    @staticmethod
+    @first_only(1)
+    def backward(ctx, grad_logprobs, grad_entropy):
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        logits, *tensors = ctx.saved_tensors
+        targets, mask, temperature, softcap, logit_scale, *kept = tensors
+        rows = logits.detach().view(-1, logits.shape[-1])  # [N, V], the logits' own memory
+        by_row = [None if x is None else x.reshape(-1)
+                  for x in (grad_logprobs, grad_entropy, targets, mask, *kept)]  # [N] each
+        if temperature.dim():
+            temperature = temperature.reshape(-1)
+        size = max(1, IN_PLACE_BYTES // (rows.shape[-1] * rows.element_size()))
+        for first in range(0, rows.shape[0], size):
+            part = slice(first, first + size)
+            g_logprobs, g_entropy, target, valid, *known = (
+                None if x is None else x[part] for x in by_row)
+            rows[part].copy_(_bwd(
+                g_logprobs, g_entropy, rows[part], target, valid,
+                temperature[part] if temperature.dim() else temperature, softcap, logit_scale,
+                ctx.valid_vocab, *known))
+        return (rows.view(logits.shape), *[None] * 6)
+
+
+def _check_in_place(logits: Tensor) -> None:
+    """Errors: ValueError where the gradient cannot take the place of the logits."""
+    if is_compiling():
+        raise ValueError("token_logprobs: inplace_backward is True under torch.compile, expected "
+                         "False: a compiled backward plans its own memory")
+    if logits.is_leaf:
+        raise ValueError("token_logprobs: inplace_backward is True and logits is a leaf, expected "
+                         "the result of an operation: a leaf keeps its values")
+    if not logits.is_contiguous():
+        raise ValueError(f"token_logprobs: inplace_backward is True and logits has strides "
+                         f"{list(logits.stride())}, expected contiguous logits: their memory "
+                         "becomes the gradient's; give logits.contiguous()")
+
+
 def _constant(name: str, value: float | Tensor | None) -> None:
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"token_logprobs: {name} requires a gradient, expected a constant: only "
@@ -107,8 +154,8 @@ def _constant(name: str, value: float | Tensor | None) -> None:
 @suggests
 def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *,
                    temperature: float | Tensor = 1.0, softcap: float | Tensor | None = None,
-                   logit_scale: float | Tensor = 1.0,
-                   valid_vocab: int | None = None) -> TokenLogprobs:
+                   logit_scale: float | Tensor = 1.0, valid_vocab: int | None = None,
+                   inplace_backward: bool = False) -> TokenLogprobs:
     """Log-probability of every target and entropy of every row, from one read of the logits.
 
         z       = softcap tanh(logit_scale logits / softcap) / temperature
@@ -125,6 +172,10 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
     targets: [...] int64 or int32. mask: [...] bool or whole numbers; masked rows are not read, and
     give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a constant.
     Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
+    inplace_backward: the gradient takes the place of the logits, 64 MiB of rows at a time, so that
+    no second [..., V] tensor comes to be; the same bits, at up to twice the memory traffic. The
+    logits are lost then: they must be contiguous and no leaf, and a second backward, or that of
+    another operator that needs them, is autograd's RuntimeError. Not under `torch.compile`.
 
     Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
     whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
@@ -156,5 +207,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
         valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
     arguments = (logits, targets, mask, temperature, softcap, logit_scale, valid_vocab)
     if wanted(logits):
+        if inplace_backward:
+            _check_in_place(logits)
+            return TokenLogprobs(*recorded(_InPlaceFunction, *arguments))
         return TokenLogprobs(*recorded(_Function, *arguments))
     return TokenLogprobs(*_fwd(*arguments)[:2])
