@@ -22,7 +22,8 @@ LEGEND = ("device us: on a GPU alone; call us: a call from Python. % of copy, % 
           "copy bandwidth and of the rate of a product above. peak MB: beyond the inputs. errors: "
           "of each result and gradient, the largest absolute difference from fp64 of the same "
           "inputs.")
-COLOURS = ("#1b6ca8", "#c0392b", "#27815b", "#8e44ad", "#b9770e", "#34495e", "#d35400", "#16a085")
+COLOURS = ("#1b6ca8", "#c0392b", "#27815b", "#8e44ad", "#e0a100", "#34495e", "#ff7f50", "#16c7b0",
+           "#d63aa8", "#8b5a2b", "#7fb000", "#6f8fff")  # one an operator that has a benchmark
 
 
 def markdown(results: dict[str, Any], plot: str | None) -> str:
@@ -131,9 +132,14 @@ def roofline(results: dict[str, Any]) -> str | None:
     parts = [f'<line x1="{LEFT}" y1="{roof_y:.1f}" x2="{WIDTH - 160}" y2="{roof_y:.1f}" '
              'stroke="#333" stroke-dasharray="6 4"/>',
              f'<text x="{LEFT + 4}" y="{roof_y - 5:.1f}">copy: {roof:,.0f} GB/s</text>',
-             f'<text x="{LEFT}" y="{HEIGHT - 15}">bytes moved, {10 ** x_low:.1e} to '
-             f'{10 ** x_high:.1e}; GB/s reached, {10 ** y_low:,.2g} to {10 ** y_high:,.4g}; '
-             'both logarithmic</text>']
+             f'<text x="{LEFT}" y="{HEIGHT - 15}">bytes moved (across), GB/s reached (up)</text>']
+    for power in range(math.ceil(x_low), math.floor(x_high) + 1):
+        x = at(10.0 ** power, roof)[0]
+        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle">1e{power}</text>')
+    for power in range(math.ceil(y_low), math.floor(y_high) + 1):
+        y = at(10 ** x_low, 10.0 ** power)[1]
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0 ** power:g}'
+                     "</text>")
     for nbytes, gb_s, op, shape in points:
         x, y = at(nbytes, gb_s)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colours[op]}">'
