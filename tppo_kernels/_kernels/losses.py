@@ -38,7 +38,7 @@ class Share(NamedTuple):
 
 def share_of(reduction: str, num_tokens: Tensor | None, num_sequences: Tensor | None,
              norm_length: Tensor | None, like: Tensor) -> Share:
-    """The denominators of a reduction, as `_sequence.reduction_weights` has them."""
+    """The denominators of a reduction, as `_math.sequence.reduction_weights` has them."""
     if reduction == "token-sum":
         return Share(ONE, None, 1, False)
     if reduction == "token-mean":
