@@ -18,6 +18,7 @@ from pydantic import AfterValidator
 from tppo import environment
 from tppo.config import Config, fill_defaults
 from tppo.console import accept_any_text
+from tppo.errors import DataError
 from tppo.labels.endpoint.config import (
     api_key,
     check,
@@ -29,7 +30,7 @@ from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
 from tppo.settings import Count, FilePath, Seed, from_dict, section
 from tppo.stopping import Stopped, listening
-from tppo.store.jsonl import DataError, plain, refuse_pipe
+from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
 
 COMMANDS = {

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from tppo.errors import DataError
 from tppo.labels.queries import answer_text
 from tppo.progress import say_once, track
-from tppo.sessions.session import DataError, Session
+from tppo.sessions.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

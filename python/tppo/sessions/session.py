@@ -14,17 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tppo.errors import DataError
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import (
-    STOP,
-    BadRows,
-    DataError,
-    Line,
-    atomic_file,
-    check_new,
-    is_text,
-    read_jsonl,
-)
+from tppo.store.jsonl import STOP, BadRows, Line, atomic_file, check_new, is_text, read_jsonl
 
 __all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "write_sessions"]
 

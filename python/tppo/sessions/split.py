@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
+from tppo.errors import DataError
 from tppo.progress import say, track
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.duplicates import without_duplicates
@@ -15,7 +16,7 @@ from tppo.sessions.readers import SessionLog
 from tppo.sessions.session import Session, session_line, write_sessions
 from tppo.sessions.synthetic import generated_splits
 from tppo.store.fingerprints import fingerprint
-from tppo.store.jsonl import DataError, atomic_file
+from tppo.store.jsonl import atomic_file
 
 __all__ = ["split_log", "splitter", "write_generated"]
 

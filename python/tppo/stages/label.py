@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from tppo.errors import DataError
 from tppo.labels.agreement import compare_files
 from tppo.labels.endpoint.batch import export_batch, import_batch
 from tppo.labels.endpoint.config import NoKey
@@ -15,7 +16,7 @@ from tppo.labels.endpoint.lost import forget, lost_by_endpoint, recorded
 from tppo.labels.label import Label, write_labels
 from tppo.labels.rule import label_by_rule
 from tppo.progress import say, track
-from tppo.sessions.session import DataError, Session, session_of
+from tppo.sessions.session import Session, session_of
 from tppo.stages.run import Answer, Run
 from tppo.store.jsonl import read_lines
 from tppo.store.line_index import LineIndex

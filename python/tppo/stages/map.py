@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from tppo.errors import DataError
 from tppo.labels.label import Label, iter_labels
 from tppo.labels.queries import SEPARATOR
 from tppo.labels.words import map_labels
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import track
 from tppo.stages.run import Answer, Run, answer_of
-from tppo.store.jsonl import DataError, write_json, write_jsonl
+from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.line_index import LineIndex
 
 

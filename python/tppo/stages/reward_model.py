@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from tppo.errors import DataError
 from tppo.labels.label import iter_labels
 from tppo.methods.reward_model import (
     PolicyTokens,
@@ -18,7 +19,7 @@ from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.progress import say
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
-from tppo.store.jsonl import DataError, write_json, write_jsonl
+from tppo.store.jsonl import write_json, write_jsonl
 
 
 def train_rm(run: Run) -> None:

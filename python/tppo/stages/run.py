@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config
+from tppo.errors import DataError
 from tppo.models.config import GenerateConfig
 from tppo.models.folder import folder_eos_ids
 from tppo.models.policy import load_policy, resolve_device
@@ -20,7 +21,7 @@ from tppo.models.rollout import Sampling
 from tppo.models.tokenizer import load_tokenizer
 from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, encode_prompts
-from tppo.sessions.session import DataError, Session, read_sessions
+from tppo.sessions.session import Session, read_sessions
 from tppo.stages.dependencies import OPTIONAL, STAGES, settings
 from tppo.store.jsonl import Line, is_text, read_jsonl
 from tppo.store.run_folder import RunFolder, differences

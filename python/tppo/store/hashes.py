@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tppo.errors import DataError
 from tppo.progress import status
-from tppo.store.jsonl import DataError, read_object, write_json
+from tppo.store.jsonl import read_object, write_json
 
 MANIFEST = "manifest.json"  # of a stage's folder: when and where a result was made is not in it
 LARGE = 1 << 20  # bytes from which on a hash is remembered: a smaller file is read in no time

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
+from tppo.errors import DataError
 from tppo.progress import status
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import DataError, Line, check_new, parse_object
+from tppo.store.jsonl import Line, check_new, parse_object
 
 
 class _HasId(Protocol):

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from tppo.store.jsonl import DataError, write_text
+from tppo.errors import DataError
+from tppo.store.jsonl import write_text
 
 MOST = 100_000
 Place = Sequence[str | int]

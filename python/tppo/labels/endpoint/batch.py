@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tppo.errors import DataError
 from tppo.labels.endpoint.ask import EndpointError, too_many
 from tppo.labels.endpoint.cache import Work, chat_request
 from tppo.labels.endpoint.config import EndpointConfig, check, need_libraries, without_key
@@ -19,7 +20,7 @@ from tppo.labels.endpoint.replies import Reply, Trouble, outcome
 from tppo.labels.words import fold
 from tppo.progress import say, track
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import DataError, Line, is_text, read_jsonl, write_jsonl
+from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
 
 MOST_REQUESTS = 50_000  # of one file, at OpenAI
 

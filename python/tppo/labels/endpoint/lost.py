@@ -10,10 +10,11 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from tppo.errors import DataError
 from tppo.labels.endpoint.live import Dropped
 from tppo.labels.label import Label
 from tppo.progress import say
-from tppo.store.jsonl import DataError, read_jsonl, write_jsonl
+from tppo.store.jsonl import read_jsonl, write_jsonl
 
 
 @contextmanager

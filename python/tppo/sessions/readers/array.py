@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tppo.store.jsonl import BadRows, DataError, Line, decode_line, read_jsonl, read_lines, short
+from tppo.errors import DataError
+from tppo.store.jsonl import BadRows, Line, decode_line, read_jsonl, read_lines, short
 
 
 def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:
