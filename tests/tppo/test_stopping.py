@@ -1,13 +1,16 @@
 """Ctrl-C and SIGTERM: a training saves, everything else ends in one line; a closed pipe in none."""
 
-import dataclasses
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+import typing
 
 import pytest
 import torch
@@ -41,47 +44,65 @@ def before_ppo(tmp_path_factory):
     return folder / "out"
 
 
-@dataclasses.dataclass
-class Ended:
+class Ended(typing.NamedTuple):
     """A process that has ended: its exit status, as a shell sees it, and what it said."""
 
     code: int
     said: str
 
 
-def run(tmp_path, arguments, prepare):
-    """`tppo` in a process of its own, a fork, which need not import torch again."""
+@pytest.fixture(scope="module")
+def server():
+    """Forks the processes of these tests from a clean one that has imported all they need.
+
+    A fork of the process of the tests will not do: where autograd has started threads there,
+    torch refuses every backward pass in the child.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tppo.cli", "tppo.stages.ppo", "tppo.stages.label", "yaml"])
+    return context
+
+
+def run(server, tmp_path, arguments, prepare):
+    """`tppo` in a process of its own, which calls `prepare` first."""
     log = tmp_path / "said"
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            torch.set_num_threads(1)
-            prepare()
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            main(arguments)
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-            os.write(descriptor, f"{ended.code}\n".encode() if code != ended.code else b"")
-        except BaseException:
-            os.write(descriptor, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 100
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.01)
-    return Ended(os.waitstatus_to_exitcode(ended[1]), log.read_text())
+    child = server.Process(target=call_main, args=(log, arguments, prepare))
+    child.start()
+    child.join(100)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return Ended(child.exitcode, log.read_text())
 
 
-def at(module, name, when, act):
-    """Call `act` before the call number `when` of a function; nobody undoes it in a fork."""
-    real, calls = getattr(module, name), []
+def call_main(log, arguments, prepare):
+    code = 99
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        torch.set_num_threads(1)
+        prepare()
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        main(arguments)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        os.write(descriptor, f"{ended.code}\n".encode() if code != ended.code else b"")
+    except BaseException:
+        os.write(descriptor, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def call_before(owner, name, when, act):
+    """Call `act` before the call number `when` of a function of a class or of a named module.
+
+    Nobody undoes it in a child.
+    """
+    if isinstance(owner, str):
+        owner = importlib.import_module(owner)
+    real, calls = getattr(owner, name), []
 
     def call(*arguments, **options):
         calls.append(1)
@@ -89,22 +110,57 @@ def at(module, name, when, act):
             act()
         return real(*arguments, **options)
 
-    setattr(module, name, call)
+    setattr(owner, name, call)
+
+
+def at(owner, name, when, act):
+    """`call_before`, to be called in the child."""
+    return functools.partial(call_before, owner, name, when, act)
+
+
+def signal_me(number):
+    os.kill(os.getpid(), number)
 
 
 def signalled(number):
-    return lambda: os.kill(os.getpid(), number)
+    return functools.partial(signal_me, number)
+
+
+def signal_me_twice():
+    signal_me(signal.SIGTERM)
+    threading.Timer(0.5, signalled(signal.SIGINT)).start()
+    time.sleep(90)
+
+
+def close_the_readers_end(descriptor):
+    reader, writer = os.pipe()
+    os.dup2(writer, descriptor)
+    os.close(reader)
+    os.close(writer)
+
+
+def close_stream(name):
+    setattr(sys, name, None)
+
+
+def write_to_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def hang_up_unheard():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    call_before("tppo.stages.label", "label_by_rule", 2, signalled(signal.SIGHUP))
 
 
 @pytest.mark.parametrize(
     ("number", "code", "called"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
 )
 def test_a_signal_lets_ppo_finish_its_step_and_saves_it(
-    before_ppo, tmp_path, capsys, number, code, called
+    server, before_ppo, tmp_path, capsys, number, code, called
 ):
     """41 lines of traceback, and the steps since the last checkpoint were lost."""
     train = ["train", "--out", str(before_ppo)]
-    done = run(tmp_path, train, lambda: at(PPOTrainer, "update", 1, signalled(number)))
+    done = run(server, tmp_path, train, at(PPOTrainer, "update", 1, signalled(number)))
     assert done.code == code, done.said
     assert "stopping: the step under way is finished and saved" in done.said
     step = len(list(before_ppo.glob("train.tmp/checkpoints/step-*")))
@@ -121,22 +177,17 @@ def test_a_signal_lets_ppo_finish_its_step_and_saves_it(
         assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3]
 
 
-def test_a_signal_in_the_export_lets_the_stage_finish(before_ppo, tmp_path):
+def test_a_signal_in_the_export_lets_the_stage_finish(server, before_ppo, tmp_path):
     train = ["train", "--out", str(before_ppo), "--ppo.steps", "1"]
-    done = run(tmp_path, train, lambda: at(Loop, "export", 1, signalled(signal.SIGTERM)))
+    done = run(server, tmp_path, train, at(Loop, "export", 1, signalled(signal.SIGTERM)))
     assert done.code == 143 and (before_ppo / "train" / "manifest.json").exists()
     assert "tppo train: stopped by SIGTERM: train: nothing is lost" in done.said
 
 
-def test_a_second_signal_ends_it_at_once(before_ppo, tmp_path):
-    def twice():
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Timer(0.5, signalled(signal.SIGINT)).start()
-        time.sleep(90)
-
+def test_a_second_signal_ends_it_at_once(server, before_ppo, tmp_path):
     start = time.monotonic()
     train = ["train", "--out", str(before_ppo), "--ppo.lr", "1e-3"]
-    done = run(tmp_path, train, lambda: at(PPOTrainer, "update", 1, twice))
+    done = run(server, tmp_path, train, at(PPOTrainer, "update", 1, signal_me_twice))
     assert done.code == 130 and time.monotonic() - start < 60, done.said
     assert "Traceback" not in done.said
     with RunFolder(before_ppo).lock():  # it is free
@@ -150,12 +201,12 @@ def test_a_second_signal_ends_it_at_once(before_ppo, tmp_path):
      "labels of an endpoint are kept in label-cache.jsonl"),
 ])  # fmt: skip
 def test_a_stage_without_checkpoints_ends_at_once_and_says_what_is_lost(
-    before_ppo, tmp_path, stage, module, name, lost
+    server, before_ppo, tmp_path, stage, module, name, lost
 ):
     kept = (before_ppo / stage / "manifest.json").read_bytes()
     stop = signalled(signal.SIGINT)
-    done = run(tmp_path, [stage, "--out", str(before_ppo)],
-               lambda: at(sys.modules[module], name, 1, stop))  # fmt: skip
+    done = run(server, tmp_path, [stage, "--out", str(before_ppo)],
+               at(module, name, 1, stop))  # fmt: skip
     assert done.code == 130, done.said
     assert done.said.splitlines()[1:] == [
         f"tppo {stage}: stopped by Ctrl-C: {stage}: {lost}, earlier stages are kept. "
@@ -165,17 +216,14 @@ def test_a_stage_without_checkpoints_ends_at_once_and_says_what_is_lost(
     assert not (before_ppo / f"{stage}.tmp").exists()
 
 
-def test_an_ignored_signal_stays_ignored(before_ppo, tmp_path):
+def test_an_ignored_signal_stays_ignored(server, before_ppo, tmp_path):
     """Such as SIGHUP under nohup."""
-    def ignore():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        at(sys.modules["tppo.stages.label"], "label_by_rule", 2, signalled(signal.SIGHUP))
-
-    assert run(tmp_path, ["label", "--out", str(before_ppo)], ignore).code == 0
+    label = ["label", "--out", str(before_ppo)]
+    assert run(server, tmp_path, label, hang_up_unheard).code == 0
 
 
 @pytest.mark.parametrize("what", ["inspect", "help", "usage", "agreement", "heat"])
-def test_a_closed_pipe_is_no_error(before_ppo, tmp_path, what):
+def test_a_closed_pipe_is_no_error(server, before_ppo, tmp_path, what):
     """`| head` gave a BrokenPipeError, or Python's own complaint at its exit."""
     labels = str(before_ppo / "label" / "labels.jsonl")
     arguments = {
@@ -186,46 +234,35 @@ def test_a_closed_pipe_is_no_error(before_ppo, tmp_path, what):
         "heat": ["heat", "--out", str(before_ppo)],
     }[what]
 
-    def close_the_readers_end():
-        reader, writer = os.pipe()
-        os.dup2(writer, 1)
-        os.close(reader)
-        os.close(writer)
-
-    done = run(tmp_path, arguments, close_the_readers_end)
+    done = run(server, tmp_path, arguments, functools.partial(close_the_readers_end, 1))
     assert done.code in (1, 128 + signal.SIGPIPE), done.said
     assert "Broken" not in done.said and "Traceback" not in done.said and "rror" not in done.said
     assert what != "heat" or (before_ppo / "heat" / "heat.html").exists()
 
 
 @pytest.mark.parametrize("what", ["inspect", "help", "heat"])
-def test_stdout_on_a_full_disk_is_one_line(before_ppo, tmp_path, what):
+def test_stdout_on_a_full_disk_is_one_line(server, before_ppo, tmp_path, what):
     arguments = {
         "inspect": ["data", "inspect", str(before_ppo / "data" / "train.jsonl")],
         "help": ["run", "--help"],
         "heat": ["heat", "--out", str(before_ppo)],
     }[what]
-    done = run(tmp_path, arguments, lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1))
+    done = run(server, tmp_path, arguments, write_to_a_full_disk)
     assert done.code == 1 and "Traceback" not in done.said
     assert done.said.splitlines()[-1].endswith("No space left on device")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_closed_stream_is_no_error(before_ppo, tmp_path, stream):
+def test_a_closed_stream_is_no_error(server, before_ppo, tmp_path, stream):
     """`>&-` gave an AttributeError of None, after all was done."""
     arguments = ["data", "inspect", str(before_ppo / "data" / "train.jsonl")]
-    done = run(tmp_path, arguments, lambda: setattr(sys, stream, None))
+    done = run(server, tmp_path, arguments, functools.partial(close_stream, stream))
     assert done.code == 0, done.said
 
 
-def test_a_run_goes_on_where_nobody_reads_its_progress(before_ppo, tmp_path):
-    def close_the_readers_end():
-        reader, writer = os.pipe()
-        os.dup2(writer, 2)
-        os.close(reader)
-        os.close(writer)
-
-    assert run(tmp_path, ["map", "--out", str(before_ppo)], close_the_readers_end).code == 0
+def test_a_run_goes_on_where_nobody_reads_its_progress(server, before_ppo, tmp_path):
+    nobody_reads = functools.partial(close_the_readers_end, 2)
+    assert run(server, tmp_path, ["map", "--out", str(before_ppo)], nobody_reads).code == 0
 
 
 def test_a_resumed_bar_counts_its_own_steps_alone():
