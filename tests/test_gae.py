@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import missing
+from tppo_kernels.ops.gae.reference import GaeCall
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -228,14 +229,14 @@ def test_cuda_kernel_emulated_packed_poisoned_and_far_apart(monkeypatch):
 def test_cuda_launches_nothing_else_and_reads_scalars_by_pointer(monkeypatch):
     backend = _emulated.on_the_cpu(monkeypatch, "gae")
     rewards, values, mask = batch(3, 6)
-    rest = (mask, torch.tensor(0.9), torch.tensor([0.9, 0.5, 1.0]).bfloat16(), torch.tensor(0.7),
-            torch.randn(3).half(), None)
-    half = rewards.bfloat16()
+    call = GaeCall(rewards.bfloat16(), values, mask, torch.tensor(0.9),
+                   torch.tensor([0.9, 0.5, 1.0]).bfloat16(), torch.tensor(0.7),
+                   torch.randn(3).half(), None)
     with Launching() as launching:
-        expected = backend.fwd(half, values, *rest)
+        expected = backend.fwd(call)
     assert launching.names == []
     monkeypatch.setattr(backend, "scalar", lambda x: (0.0, x.to(torch.float32)))
-    assert_same_bits(backend.fwd(half, values, *rest), expected)
+    assert_same_bits(backend.fwd(call), expected)
 
 
 def test_default_dtype_is_not_asked():

@@ -13,6 +13,7 @@ import torch
 
 import tppo_kernels as tk
 from tppo_kernels._core import op as _op
+from tppo_kernels._core.record import flat
 from tppo_kernels.ops.ppo_loss import PolicyLoss, PolicyMetrics
 from tppo_kernels.ops.value_loss import ValueLoss, ValueMetrics
 
@@ -82,12 +83,12 @@ OPS = {gae: None, whiten: None, token_advantages: None, token_logprobs: None,
 
 
 def recorded(call, monkeypatch):
-    """(backend function, raw arguments) of everything that a call runs."""
+    """(backend function, its record of arguments) of everything that a call runs."""
     calls = []
     choose = _op.Op.choose
 
-    def record(self, device, args, *rest):
-        calls.append((choose(self, device, args, *rest), args))
+    def record(self, device, given, *rest):
+        calls.append((choose(self, device, given, *rest), given))
         return calls[-1][0]
 
     with monkeypatch.context() as patch:
@@ -100,10 +101,9 @@ class Plain(torch.autograd.Function):
     """The recorded calls and nothing else; all their arguments are its own."""
 
     @staticmethod
-    def forward(ctx, calls, *args):
-        for function, count in calls:
-            result = function(*args[:count])
-            args = args[count:]
+    def forward(ctx, calls, *_):
+        for function, given in calls:
+            result = _op._given(function, given)
         result = result if isinstance(result, tuple) else (result,)
         ctx.save_for_backward(*result)
         return result
@@ -131,10 +131,9 @@ def test_a_public_call_costs_at_most_half_more_than_its_backend(op, monkeypatch)
     try:
         public = op()
         calls = recorded(public, monkeypatch)
-        functions = [(function, len(args)) for function, args in calls]
-        raw = [x for _, args in calls for x in args]
+        raw = [x for _, given in calls for x in flat(given)]
         result = OPS[op] or (lambda *results: results)
-        costs = compare(public, lambda: result(*Plain.apply(functions, *raw)))
+        costs = compare(public, lambda: result(*Plain.apply(calls, *raw)))
         print(f"{op.__name__}: {costs[0]:.1f} us against {costs[1]:.1f} us")
         assert costs[0] <= LIMIT * costs[1]
     finally:

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import tppo_kernels as tk
 from tppo_kernels._core import backends as _backends
 from tppo_kernels._core import eager as _eager
 from tppo_kernels._core import op as _op
+from tppo_kernels._core import record as _record
 
 
 @pytest.fixture
@@ -223,6 +225,60 @@ def test_a_plain_call_records_nothing_for_inputs_that_want_gradients(inputs):
     with pytest.raises(ValueError, match="gamma holds|lam holds"):
         tk.gae(rewards, values, lam=torch.tensor(2.0))
     assert torch.is_grad_enabled()
+
+
+class Inner(NamedTuple):
+    """Arguments that two ops could share."""
+
+    scale: torch.Tensor
+    name: str
+
+
+class Outer(NamedTuple):
+    """A record with another one in its middle."""
+
+    x: torch.Tensor
+    inner: Inner
+    mask: torch.Tensor | None
+
+
+@pytest.fixture
+def scaled():
+    """A raw op whose record holds another; its name is free again afterwards."""
+    def reference(call):
+        assert isinstance(call, Outer) and isinstance(call.inner, Inner)
+        assert call.inner.name == "a name"
+        return call.x * call.inner.scale
+
+    op = _op.Op("test_scaled")
+    yield op.define("test_scaled_fwd -> Tensor", reference,
+                    lambda call: torch.empty_like(call.x), record=Outer)
+    del _op.OPS["test_scaled"]
+
+
+def test_a_record_within_a_record_is_flattened_and_built_again(scaled):
+    call = Outer(torch.ones(3), Inner(torch.tensor(2.0), "a name"), None)
+    assert _record.schema(Outer) == "Tensor x, Tensor scale, str name, Tensor? mask"
+    assert _record.flat(call) == (call.x, call.inner.scale, "a name", None)
+    assert _record.build(Outer, iter(_record.flat(call))) == call
+    assert scaled(call).tolist() == [2.0] * 3  # past the dispatcher
+    with Watch() as watch:
+        assert scaled(call).tolist() == [2.0] * 3
+    assert "tppo_kernels.test_scaled_fwd.default" in watch.seen
+    compiled = torch.compile(lambda x: scaled(call._replace(x=x)), fullgraph=True)
+    assert compiled(torch.ones(5)).tolist() == [2.0] * 5
+    torch.library.opcheck(torch.ops.tppo_kernels.test_scaled_fwd.default, _record.flat(call))
+
+
+def test_a_record_that_a_schema_cannot_hold_is_refused():
+    class Twice(NamedTuple):
+        scale: torch.Tensor
+        inner: Inner
+
+    with pytest.raises(TypeError, match="Twice has scale in two places, expected one"):
+        _record.schema(Twice)
+    with pytest.raises(TypeError, match="Odd: x is .*dict.*, expected a record, or one of Tensor"):
+        _record.schema(NamedTuple("Odd", [("x", dict)]))
 
 
 def attention(q):

@@ -226,7 +226,7 @@ class Check:
                              f"{self.device_of}, or cpu")
 
     def per_sequence(self, name: str, value: Any, *, low: float = -FP32_MAX,
-                     high: float = FP32_MAX, optional: bool = False) -> Tensor | None:
+                     high: float = FP32_MAX, optional: bool = False) -> Any:
         """As `scalar`, or one value a sequence: a [B] tensor."""
         if isinstance(value, Tensor) and value.dim():
             self.tensor(name, value, "B")

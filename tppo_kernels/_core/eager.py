@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import profiler
 from torch.compiler import is_compiling
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
@@ -17,11 +18,13 @@ _CONSTANTS: dict[float, Tensor] = {}
 def plain_device(args: tuple) -> str | None:
     """The device type of a call that the dispatcher would add nothing to, else None.
 
-    It adds something under a tracer, a mode or a transform, and for a subclass of Tensor; what is
-    not a tensor must be a plain value.
+    It adds something under a tracer, a mode or a transform, and for a subclass of Tensor; under a
+    profiler, which learns of a raw op from the dispatcher, its name and its time. What is not a
+    tensor must be a plain value.
     """
-    if (is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
-            or _get_tracing_state() is not None or not _PLAIN.issuperset(map(type, args))):
+    if (is_compiling() or profiler._is_profiler_enabled or _len_torch_dispatch_stack()
+            or peek_interpreter_stack() is not None or _get_tracing_state() is not None
+            or not _PLAIN.issuperset(map(type, args))):
         return None
     for x in args:
         if isinstance(x, Tensor):

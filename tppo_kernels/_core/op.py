@@ -18,6 +18,8 @@ import torch
 
 from .backends import BACKENDS, RARE, forced, interpreting, missing, variable
 from .eager import plain_device
+from .record import build, flattener
+from .record import schema as arguments
 
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("tppo_kernels", "DEF")
@@ -45,6 +47,11 @@ class _Explained(Exception):
     """Carries the explanation out of a dispatch that `explain` started; nothing has run."""
 
 
+def _given(function: Callable, call: tuple) -> Any:
+    """Gives a record as it is; arguments of a raw op without one are spread."""
+    return function(*call) if type(call) is tuple else function(call)
+
+
 class Op:
     """One operator: the order of its backends by device, and its raw ops."""
 
@@ -54,48 +61,58 @@ class Op:
         OPS[name] = self
 
     def define(self, schema: str, reference: Callable, fake: Callable,
-               check_values: Callable | None = None, *, registers_autograd: bool = False
-               ) -> Callable:
-        """Registers a raw op; returns what calls it, which records no gradient by itself.
+               check_values: Callable | None = None, *, record: Any = None,
+               registers_autograd: bool = False) -> Callable:
+        """Registers a raw op, such as "gae_fwd -> (Tensor, Tensor)", with the fields of `record` as
+        its arguments; returns what calls it with a record, and records no gradient by itself.
 
         `check_values` reads values: where that is free (CPU), and on a GPU under TPPO_CHECK=1.
         """
-        raw = schema.split("(")[0]
+        raw = schema.split("(")[0].split(" ")[0]
         entry = raw.rpartition("_")[2]
-        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIB.impl(raw, reference, "CompositeExplicitAutograd")
+        if record:
+            schema = schema.replace(raw, f"{raw}({arguments(record)})", 1)
+        flat = flattener(record) if record else tuple
 
-        def run(device: str, args: tuple) -> Any:
+        def of(args: tuple) -> tuple:
+            return build(record, args) if record else args
+
+        def ready(device: str, call: tuple) -> Callable:
             if check_values and (device == "cpu" or variable("TPPO_CHECK") == "1"):
-                check_values(*args)
-            return self.choose(device, args, entry, reference)(*args)
+                _given(check_values, call)
+            return self.choose(device, call, entry, reference)
 
-        for device in ("cpu", "cuda"):
-            _LIB.impl(raw, lambda *args, _device=device: run(_device, args), device.upper())
-        torch.library.register_fake(f"tppo_kernels::{raw}", fake, lib=_LIB)
-        dispatched = getattr(torch.ops.tppo_kernels, raw).default
-
-        def call(*args: Any) -> Any:
+        def call(given: tuple) -> Any:
+            args = flat(given)
             device = plain_device(args)
-            if not torch.is_grad_enabled():
-                return dispatched(*args) if device is None else run(device, args)
             if device is None:
                 with torch.no_grad():
                     return dispatched(*args)
+            graded = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # the context manager costs several times as much
             try:
-                return run(device, args)
+                return _given(ready(device, given), given)
             finally:
-                torch._C._set_grad_enabled(True)
+                torch._C._set_grad_enabled(graded)
 
-        return dispatched if registers_autograd else call
+        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIB.impl(raw, lambda *args: _given(reference, of(args)), "CompositeExplicitAutograd")
+        for device in ("cpu", "cuda"):
+            _LIB.impl(raw, lambda *args, _device=device: _given(ready(_device, of(args)), of(args)),
+                      device.upper())
+        torch.library.register_fake(f"tppo_kernels::{raw}", lambda *args: _given(fake, of(args)),
+                                    lib=_LIB)
+        dispatched = getattr(torch.ops.tppo_kernels, raw).default
+        if registers_autograd:
+            return (lambda given: dispatched(*flat(given))) if record else dispatched
+        return call if record else lambda *args: call(args)
 
-    def choose(self, device: str, args: tuple, entry: str, reference: Callable) -> Callable:
+    def choose(self, device: str, call: tuple, entry: str, reference: Callable) -> Callable:
         """`entry` of the forced backend, or of the first of the order that does not refuse."""
         only = forced()
         refused: dict[str, str] = {}
         for backend in (only,) if only else self.order[device]:
-            reason = self._refusal(backend, device, args)
+            reason = self._refusal(backend, device, call)
             if reason is None:
                 if _explaining.get():
                     raise _Explained(Explanation(self.name, backend, refused))
@@ -110,7 +127,7 @@ class Op:
         raise BackendError(f"{self.name}: no backend can run this: " + "; ".join(
             f"{name}: {reason}" for name, reason in refused.items()))
 
-    def _refusal(self, backend: str, device: str, args: tuple) -> str | None:
+    def _refusal(self, backend: str, device: str, call: tuple) -> str | None:
         if backend == "reference":
             return None
         if backend not in BACKENDS:  # `use_backend` refuses such a name itself
@@ -127,7 +144,7 @@ class Op:
             if module is None:
                 module = importlib.import_module(f"tppo_kernels.ops.{self.name}._{backend}")
                 self._modules[backend] = module
-            reason = module.supports(*args)
+            reason = _given(module.supports, call)
         return reason
 
 

@@ -14,6 +14,7 @@ from ..._core.op import Op
 from ..._kernels.values import values_between
 from ..._math.sequence import alive, compute_dtype
 from . import reference
+from .reference import GaeCall
 
 _op = Op("gae", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
@@ -35,24 +36,21 @@ def sample_inputs() -> tuple[tuple, dict]:
         "gamma": 0.99, "bootstrap": torch.randn(3, generator=g, dtype=torch.float64)}
 
 
-def _check_values(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens) -> None:
-    offsets("gae", cu_seqlens, rewards.shape[0])
-    seen = partial(alive, rewards, mask, cu_seqlens)
-    values_between("gae", "gamma", gamma, -FP32_MAX, FP32_MAX)
-    values_between("gae", "lam", lam, 0.0, 1.0, seen)
-    values_between("gae", "value_lam", value_lam, 0.0, 1.0, seen)
+def _check_values(call: GaeCall) -> None:
+    offsets("gae", call.cu_seqlens, call.rewards.shape[0])
+    seen = partial(alive, call.rewards, call.mask, call.cu_seqlens)
+    values_between("gae", "gamma", call.gamma, -FP32_MAX, FP32_MAX)
+    values_between("gae", "lam", call.lam, 0.0, 1.0, seen)
+    values_between("gae", "value_lam", call.value_lam, 0.0, 1.0, seen)
 
 
-def _fake(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens):
-    dtype = compute_dtype(rewards, values)
-    return (rewards.new_empty(rewards.shape, dtype=dtype),
-            rewards.new_empty(rewards.shape, dtype=dtype))
+def _fake(call: GaeCall) -> tuple[Tensor, Tensor]:
+    shape, dtype = call.rewards.shape, compute_dtype(call.rewards, call.values)
+    return call.rewards.new_empty(shape, dtype=dtype), call.rewards.new_empty(shape, dtype=dtype)
 
 
-_fwd = _op.define(
-    "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor gamma, Tensor lam,"
-    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens) -> (Tensor, Tensor)",
-    reference.fwd, _fake, _check_values)
+_fwd = _op.define("gae_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_values,
+                  record=GaeCall)
 
 
 @suggests
@@ -85,4 +83,5 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
     discount = check.scalar("gamma", gamma)
     lam_rows = check.per_sequence("lam", lam, low=0.0, high=1.0)
     value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
-    return Gae(*_fwd(rewards, values, mask, discount, lam_rows, value_rows, bootstrap, cu_seqlens))
+    return Gae(*_fwd(GaeCall(rewards, values, mask, discount, lam_rows, value_rows, bootstrap,
+                             cu_seqlens)))

@@ -15,6 +15,7 @@ import tppo_kernels._C as _C
 from ..._kernels.launch import current_stream, launching_on, scalar
 from ..._kernels.memory import address
 from ._cpp import supports
+from .reference import GaeCall
 
 __all__ = ["fwd", "supports"]
 
@@ -66,9 +67,8 @@ def plan(batch: int, tokens: int) -> tuple[bool, int]:
 class Arguments:
     """The arguments of a walk as the extension takes them, and the tensors behind them, alive."""
 
-    def __init__(self, rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor,
-                 lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
-                 cu_seqlens: Tensor | None):
+    def __init__(self, call: GaeCall):
+        rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens = call
         self.batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.wide, self.parts = plan(self.batch, rewards.numel())
         tokens = [dense(x) for x in (rewards, values, mask)]
@@ -84,15 +84,14 @@ class Arguments:
                           mask_rows(tokens[2]), *(description for _, description in pairs))
 
 
-def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,
-        value_lam: Tensor | None, bootstrap: Tensor | None,
-        cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def fwd(call: GaeCall) -> tuple[Tensor, Tensor]:
     """(advantages, returns), fp32, of padded [B, T] or packed [N] inputs."""
+    rewards = call.rewards
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel():
         with launching_on(rewards):
-            given = Arguments(rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens)
+            given = Arguments(call)
             _C.gae_fwd_cuda(given.described, given.wide, given.parts, given.maps,
                             advantages.data_ptr(), returns.data_ptr(), current_stream(rewards))
     return advantages, returns

@@ -18,14 +18,15 @@ from torch import Tensor
 from ..._kernels.launch import launching_on, scalar
 from ..._kernels.memory import FP64
 from ..._math.sequence import compute_dtype
+from .reference import GaeCall
 
 SHORT = 256  # tokens up to which a program takes several sequences
 SHAPES = {True: (8, 128, 4), False: (1, 1024, 4)}  # short or not: sequences, tokens, warps
 
 
-def supports(rewards: Tensor, values: Tensor, *_: object) -> str | None:
+def supports(call: GaeCall) -> str | None:
     """The reason for refusing, or None."""
-    return FP64 if compute_dtype(rewards, values) == torch.float64 else None
+    return FP64 if compute_dtype(call.rewards, call.values) == torch.float64 else None
 
 
 @triton.jit
@@ -131,10 +132,9 @@ def _column(x: Tensor | None) -> tuple[Tensor | None, float, int]:
     return x, 0.0, x.stride(0)
 
 
-def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,
-        value_lam: Tensor | None, bootstrap: Tensor | None,
-        cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def fwd(call: GaeCall) -> tuple[Tensor, Tensor]:
     """(advantages, returns), fp32, of padded [B, T] or packed [N] inputs."""
+    rewards, values, mask, gamma, lam, value_lam, bootstrap, cu_seqlens = call
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel() == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,28 +11,42 @@ from ..._core.packed import sequence_index
 from ..._math.sequence import compute_dtype, select, spread
 
 
-def fwd(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: Tensor, lam: Tensor,
-        value_lam: Tensor | None, bootstrap: Tensor | None,
-        cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+class GaeCall(NamedTuple):
+    """The arguments of a raw call; per-token tensors are [B, T], or packed [N] with offsets."""
+
+    rewards: Tensor  # [B, T] or [N]
+    values: Tensor  # [B, T] or [N]
+    mask: Tensor | None  # [B, T] or [N] bool
+    gamma: Tensor  # []
+    lam: Tensor  # [] or [B]
+    value_lam: Tensor | None  # [] or [B]; None: lam
+    bootstrap: Tensor | None  # [B]
+    cu_seqlens: Tensor | None  # [B + 1] int32
+
+
+def fwd(call: GaeCall) -> tuple[Tensor, Tensor]:
     """(advantages, returns); see `tppo_kernels.gae`.
 
     One walk from the last token to the first. A packed batch is one row in which the carry starts
     anew behind the last token of each sequence; a masked token leaves the carry alone.
     """
-    dtype = compute_dtype(rewards, values)
-    reward = select(rewards, mask, dtype)  # [B, T] or [N]
-    value = select(values, mask, dtype)
-    gamma = gamma.to(dtype)
-    lam = spread(lam.to(dtype), reward, cu_seqlens)
-    value_lam = lam if value_lam is None else spread(value_lam.to(dtype), reward, cu_seqlens)
-    behind = reward.new_zeros(()) if bootstrap is None else bootstrap.to(dtype)
-    behind = spread(behind, reward, cu_seqlens)
+    mask, cu_seqlens = call.mask, call.cu_seqlens
+    dtype = compute_dtype(call.rewards, call.values)
+    reward = select(call.rewards, mask, dtype)  # [B, T] or [N]
+    value = select(call.values, mask, dtype)
+
+    def at_tokens(x: Tensor) -> Tensor:
+        return spread(x.to(dtype), reward, cu_seqlens)
+
+    lam = at_tokens(call.lam)
+    value_lam = lam if call.value_lam is None else at_tokens(call.value_lam)
+    behind = at_tokens(reward.new_zeros(()) if call.bootstrap is None else call.bootstrap)
     shape = reward.shape if cu_seqlens is None else (1, reward.shape[0])
     valid = None if mask is None else mask.reshape(shape)
     restart = _restarts(reward.reshape(shape), cu_seqlens)
     advantage, target = _walk(reward.reshape(shape), value.reshape(shape), lam.reshape(shape),
                               value_lam.reshape(shape), behind.reshape(shape), valid, restart,
-                              gamma)
+                              call.gamma.to(dtype))
     return (select(advantage.reshape(reward.shape), mask),
             select(target.reshape(reward.shape) + value, mask))
 

@@ -13,6 +13,7 @@ import tppo_kernels._C as _C
 
 from ..._kernels.launch import current_stream, launching_on
 from ..gae._cuda import Arguments, column, dense, mask_rows, rows
+from ..gae.reference import GaeCall
 from .reference import refuse_fp64 as supports
 
 __all__ = ["fwd", "supports", "whiten"]
@@ -44,8 +45,8 @@ def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: 
     moments = torch.empty(4, dtype=torch.float64, device=device)
     mask, train_mask = (None if x is None else x.contiguous() for x in (mask, train_mask))
     with launching_on(token_rewards):
-        given = Arguments(token_rewards, values, mask, gamma, lam, value_lam, bootstrap,
-                          cu_seqlens)
+        given = Arguments(GaeCall(token_rewards, values, mask, gamma, lam, value_lam, bootstrap,
+                                  cu_seqlens))
         logprobs, ref_logprobs = dense(logprobs), dense(ref_logprobs)
         coef, described_coef = column(kl_coef)
         blocks = _blocks(given.batch, given.wide, given.parts)

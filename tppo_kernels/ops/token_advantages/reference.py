@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._core.eager import constant
 from ..._kernels.memory import FP64
 from ..._math.sequence import compute_dtype, kl, on, select
+from ..gae.reference import GaeCall
 from ..gae.reference import fwd as gae_reference
 from ..ppo_loss.reference import times
 from ..whiten.reference import fwd as whiten_reference
@@ -47,8 +48,8 @@ def compose(gae: Callable[..., tuple[Tensor, Tensor]], moments: Callable[..., Te
         kl_mean = moments(divergence, mask)[1]
     elif rewards is token_rewards:
         rewards = rewards.clone()  # the result is never the argument itself
-    advantages, returns = gae(rewards, values.to(dtype), mask, gamma, lam, value_lam, bootstrap,
-                              cu_seqlens)
+    advantages, returns = gae(GaeCall(rewards, values.to(dtype), mask, gamma, lam, value_lam,
+                                      bootstrap, cu_seqlens))
     parts = torch.stack([moments(x, mask) for x in (rewards, advantages, returns)])  # [3, 4]
     n = parts[0, 0]
     std = torch.sqrt(parts[:, 2] / (n - int(unbiased)).clamp(min=1))  # [3]
