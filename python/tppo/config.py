@@ -10,7 +10,7 @@ from dataclasses import field, replace
 from tppo.evaluation.config import EvalConfig
 from tppo.labels.config import LabelConfig
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig, Prefix, ScratchConfig
+from tppo.models.config import GenerateConfig, ModelConfig, Prefix, ScratchConfig
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import section
 
@@ -23,6 +23,7 @@ class Config:
     """shared computes a prompt once for all its responses; dense repeats it, to compare."""
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)

@@ -149,7 +149,7 @@ def sft_losses(used, way):
     batch = Batch(PROMPTS, RESPONSES, PAD, prefix=way)
     still = torch.optim.SGD(used.policy.parameters(), lr=0.0)
     return {
-        "held-out": answer_loss(used.policy, Examples(PROMPTS, RESPONSES), 99, PAD, way),
+        "held-out": answer_loss(used.policy, Examples(PROMPTS, RESPONSES), SFTConfig(), PAD, way),
         "step": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=False), 1),
         "step on prompts too": sft_step(used.policy, batch, still, SFTConfig(prompt_loss=True), 1),
     }

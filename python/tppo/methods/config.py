@@ -11,6 +11,8 @@ from typing import Literal
 
 from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
 
+MAX_TOKENS = 65_536  # that a model reads at once
+
 
 @section
 class SFTConfig:
@@ -23,6 +25,8 @@ class SFTConfig:
     """The learning rate falls linearly to `final_lr_share` of it over this many steps."""
     final_lr_share: Share = 0.1
     batch_size: Count = 32
+    max_tokens: Count = MAX_TOKENS
+    """Tokens of prompts and answers that the model reads at once: less takes less memory."""
     lr: Positive | None = None
     """By default 5e-3 from scratch, 2e-5 with --model."""
     eval_every: Count = 50
@@ -45,6 +49,9 @@ class RewardModelConfig:
     default the trunk and the tokenizer of the SFT model."""
     epochs: Count = 3
     batch_size: Count = 32
+    max_tokens: Count = MAX_TOKENS
+    """Tokens of prompts and answers that the model reads at once: less takes less memory, and
+    answers of a batch that exceeds it are read twice."""
     lr: Positive | None = None
     """By default 1e-3 from scratch, 1e-5 with --model or a model of its own (the paper)."""
     heldout_share: Part = 0.1
@@ -79,7 +86,7 @@ class PPOConfig:
     """Responses sampled for each of them; the prompt is computed once for all."""
     minibatch_size: Count = 32
     """Responses an optimiser step."""
-    max_tokens: Count = 65_536
+    max_tokens: Count = MAX_TOKENS
     """Tokens of prompts and responses that a model reads at once: less takes less memory."""
     epochs: Count = 2
     lr: Positive | None = None

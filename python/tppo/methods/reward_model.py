@@ -39,6 +39,7 @@ class Reader(Protocol):
     """A token classifier, and how it reads prompts and responses, both as its token ids."""
 
     model: PreTrainedModel
+    prefix: Prefix  # whether answers that share a prompt are read with one of it
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -83,9 +84,8 @@ def train_reward_model(
             losses = []
             for i in range(0, len(order), config.batch_size):
                 rows = [train[j] for j in order[i : i + config.batch_size]]
-                parts = _losses(reader, rows, config, seed + step)
                 optimizer.zero_grad()
-                parts[0].backward()
+                parts = _backward(reader, rows, config, seed + step)
                 if step == 0:
                     check_trunk_gradients(model)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
@@ -93,7 +93,7 @@ def train_reward_model(
                 check_step(f"train-rm step {step}", {"reward model": model}, {"loss": parts[0]},
                            {"reward model": norm}, RM_REMEDY)  # fmt: skip
                 optimizer.step()
-                losses.append(torch.stack(parts).detach())
+                losses.append(torch.stack(parts))
                 bar.advance()
             mean = torch.stack(losses).mean(0).tolist()
             names = ("loss", "local_loss", "global_loss")
@@ -103,14 +103,41 @@ def train_reward_model(
     return history
 
 
-def _losses(
+def _backward(
     reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int
+) -> list[Tensor]:
+    """Adds the gradients of a batch; its total, local and global loss.
+
+    Which tokens the balance keeps, and the denominators, depend on the whole batch.  One of more
+    than `max_tokens` tokens is therefore read first without a graph, for the gradient of the loss
+    by its class logits; then each part is read again and takes its rows of that gradient.
+    """
+    parts = _parts(reader, rows, config)
+    if len(parts) == 1:
+        logits, mask = _read(reader, rows)
+        losses = _losses(logits, mask, rows, config, seed)
+        losses[0].backward()
+        return [loss.detach() for loss in losses]
+    logits, mask = _read_in_parts(reader, rows, parts)
+    losses = _losses(logits.requires_grad_(), mask, rows, config, seed)
+    (gradient,) = torch.autograd.grad(losses[0], logits)  # [B, T, 3]
+    for index in parts:
+        part, _ = _read(reader, [rows[i] for i in index])
+        part.backward(gradient[index, : part.shape[1]])
+    return [loss.detach() for loss in losses]
+
+
+def _losses(
+    logits: Tensor,
+    mask: Tensor,
+    rows: Sequence[LabelledAnswer],
+    config: RewardModelConfig,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, local and global loss of a batch."""
-    logits, mask, labels = _read(reader, rows)
+    """Total, local and global loss of a batch with these class logits [B, T, 3]."""
     result = tk.token_reward_loss(
         logits,
-        labels,
+        _labels(rows, mask),
         mask,
         torch.tensor([float(row.sentence) for row in rows], device=mask.device),  # [B]
         local_weight=config.local_weight,
@@ -128,7 +155,9 @@ def evaluate_reward_model(
     """Accuracy over all of its own tokens, and AUC of relevant against irrelevant ones."""
     scores, labels, hits, count = [], [], 0, 0
     for i in range(0, len(data), config.batch_size):
-        logits, mask, label = _read(reader, data[i : i + config.batch_size])
+        rows = data[i : i + config.batch_size]
+        logits, mask = _read_in_parts(reader, rows, _parts(reader, rows, config))
+        label = _labels(rows, mask)
         hits += int((logits.argmax(-1) == label)[mask].sum())
         count += int(mask.sum())
         judged = mask & (label > 0)
@@ -219,8 +248,36 @@ def check_trunk_gradients(model: PreTrainedModel) -> None:
         raise GuardError("every gradient of the reward model's embeddings is zero")
 
 
-def _read(reader: Reader, rows: Sequence[LabelledAnswer]) -> tuple[Tensor, Tensor, Tensor]:
-    """Class logits [B, T, 3], mask [B, T] and labels, int64 [B, T], of some answers."""
-    logits, mask = reader([row.prompt_ids for row in rows], [row.response_ids for row in rows])
-    labels = pad_rows([row.categories for row in rows], mask.long())
-    return logits, mask, labels
+def _parts(
+    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig
+) -> list[list[int]]:
+    """The answers by number, in parts of at most `max_tokens` tokens."""
+    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    return Batch(prompts, responses, 0, prefix=reader.prefix).parts(config.max_tokens)[0]
+
+
+@torch.no_grad()
+def _read_in_parts(
+    reader: Reader, rows: Sequence[LabelledAnswer], parts: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """As `_read`, a part at a time."""
+    read = [_read(reader, [rows[i] for i in index]) for index in parts]
+    if len(read) == 1:
+        return read[0]
+    length = max(mask.shape[1] for _, mask in read)
+    logits = read[0][0].new_zeros(len(rows), length, 3)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool, device=logits.device)
+    for index, (part, there) in zip(parts, read, strict=True):
+        logits[index, : part.shape[1]] = part
+        mask[index, : there.shape[1]] = there
+    return logits, mask
+
+
+def _read(reader: Reader, rows: Sequence[LabelledAnswer]) -> tuple[Tensor, Tensor]:
+    """Class logits [B, T, 3] and mask [B, T] of some answers."""
+    return reader([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+
+
+def _labels(rows: Sequence[LabelledAnswer], mask: Tensor) -> Tensor:
+    """The classes of their tokens, int64 [B, T], 0 behind them."""
+    return pad_rows([row.categories for row in rows], mask.long())

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning on the true next queries, to the early stop on held-out loss."""
+"""Supervised fine-tuning on the true next queries, to the early stop on held-out loss.
+
+A batch of more tokens than `max_tokens` is read in parts.  Their losses have the denominator of the
+whole batch and their gradients are added up, so that the step is that of the batch in one piece.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,8 @@ def train_sft(
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
-    best_loss, best_step, best, history = math.inf, 0, snapshot(model), []
+    best_loss, best_step, history = math.inf, 0, []
+    best: dict[str, Tensor] = {}
     with status("sft") as bar:
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
@@ -65,13 +70,13 @@ def train_sft(
             loss = sft_step(model, next(batches), optimizer, config, step)
             bar.advance()
             if step % eval_every == 0 or step == steps:
-                heldout_loss = answer_loss(model, heldout, config.batch_size, pad_id, prefix)
+                heldout_loss = answer_loss(model, heldout, config, pad_id, prefix)
                 if not math.isfinite(heldout_loss):
                     check_weights(f"after sft step {step}", {"model": model})
                     raise GuardError(f"sft step {step}: the held-out loss is {heldout_loss}")
                 history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
                 if heldout_loss < best_loss - config.min_delta:
-                    best_loss, best_step, best = heldout_loss, step, snapshot(model)
+                    best_loss, best_step, best = heldout_loss, step, snapshot(model, best)
                 bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
                 if step - best_step >= config.patience * eval_every:
                     break
@@ -118,11 +123,22 @@ def sft_step(
 
     Errors: GuardError, before the step, where its loss or gradient is not finite.
     """
-    loss = _full_loss(model, batch) if config.prompt_loss else _answer_loss(model, batch)
+    if config.prompt_loss:
+        batch = batch.dense()
+        count = sum(len(p) + len(r) - 1 for p, r in zip(batch.prompt_ids, batch.response_ids,
+                                                        strict=True))  # fmt: skip
+    else:
+        count = int(batch.mask.sum())
     optimizer.zero_grad()
-    loss.backward()
+    losses = []
+    for part in _parts(batch, config):
+        summed = _full_loss(model, part) if config.prompt_loss else _answer_loss(model, part)
+        loss = summed / torch.tensor(count, device=summed.device)
+        loss.backward()
+        losses.append(loss.detach())
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-    figures = check_step(f"sft step {step}", {"model": model}, {"loss": loss}, {"model": norm},
+    figures = check_step(f"sft step {step}", {"model": model}, {"loss": total}, {"model": norm},
                          "usually a smaller --sft.lr helps")  # fmt: skip
     optimizer.step()
     return figures[0]
@@ -132,24 +148,31 @@ def sft_step(
 def answer_loss(
     model: PreTrainedModel,
     data: Examples,
-    batch_size: int,
+    config: SFTConfig,
     pad_id: int,
     prefix: Prefix = "shared",
 ) -> float:
     """Mean negative log-likelihood of the answers' tokens, in nats."""
     total, count = 0.0, 0
-    for i in range(0, len(data.prompts), batch_size):
-        part = slice(i, i + batch_size)
-        batch = Batch(data.prompts[part], data.answers[part], pad_id, model.device, prefix)
-        logprobs, _ = policy_logprobs(model, batch, 1.0)  # [B, T]
-        total -= logprobs.sum().item()
-        count += int(batch.mask.sum())
+    for i in range(0, len(data.prompts), config.batch_size):
+        rows = slice(i, i + config.batch_size)
+        batch = Batch(data.prompts[rows], data.answers[rows], pad_id, model.device, prefix)
+        for part in _parts(batch, config):
+            logprobs, _ = policy_logprobs(model, part, 1.0)  # [B, T]
+            total -= logprobs.sum().item()
+            count += int(part.mask.sum())
     return total / count
 
 
+def _parts(batch: Batch, config: SFTConfig) -> Iterator[Batch]:
+    """The batch in parts of at most `max_tokens` tokens; itself where it is within that."""
+    return (batch.rows(index) for index in batch.parts(config.max_tokens)[0])
+
+
 def _answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Negative log-likelihood of the answers' tokens, summed."""
     states = policy_states(model, batch)  # [B, T, D]
-    return _mean_loss(model, states, batch.targets, batch.mask)
+    return _summed_loss(model, states, batch.targets, batch.mask)
 
 
 def _full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -158,13 +181,13 @@ def _full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden = padded.hidden(model.base_model)[:, :-1]  # [B, P+T-1, D]
     real = padded.attention_mask.bool()
     mask = real[:, :-1] & real[:, 1:]
-    return _mean_loss(model, hidden, padded.input_ids[:, 1:], mask)
+    return _summed_loss(model, hidden, padded.input_ids[:, 1:], mask)
 
 
-def _mean_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Mean negative log-likelihood; nothing as large as the logits is kept for backward."""
+def _summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood; nothing as large as the logits is kept for backward."""
     logprobs, _ = policy_head(model)(hidden, targets, mask, memory="recompute")  # 0 where masked
-    return -logprobs.sum() / mask.sum()
+    return -logprobs.sum()
 
 
 def _batches(

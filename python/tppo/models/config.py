@@ -1,4 +1,4 @@
-"""The sizes of a model from scratch, how answers are sampled, how a prompt is computed.
+"""The sizes of a model from scratch, how models are held, how answers are sampled.
 
 This file loads no torch, so that `tppo --help` can list the settings at once.
 """
@@ -33,6 +33,15 @@ class ScratchConfig:
                 f"hidden_size, heads were {self.hidden_size}, {self.heads}, expected a hidden_size "
                 "that is a multiple of 2 * heads: each head turns pairs of its numbers"
             )
+
+
+@section
+class ModelConfig:
+    """How the models are held in memory and trained, those of every stage."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for backward and compute the rest again there: less memory
+    for a quarter more time, and the same bits."""
 
 
 @section

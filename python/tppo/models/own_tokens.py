@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
 from tppo.models.batch import Batch, pad_rows
+from tppo.models.config import Prefix
 from tppo.models.folder import load_from
 from tppo.models.policy import RewardModel, load_reward_model
 from tppo.models.tokenizer import decode, token_offsets
@@ -43,6 +44,8 @@ class Reading(NamedTuple):
 
 class OwnTokens(nn.Module):
     """A token classifier that reads `question: {prompt}. \\n\\n answer: {response}`."""
+
+    prefix: Prefix = "dense"  # each answer with a prompt of its own
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()

@@ -149,6 +149,22 @@ def policy_logprobs(
     return policy_head(model)(states, batch.targets, batch.mask, temperature=temperature)
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights that training does not touch."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def snapshot(
+    model: nn.Module, into: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A copy of the weights that training does not touch, in the memory of the host.
+
+    Tied weights are kept once.  into: an earlier copy of the same model, which is overwritten, so
+    that there are never two.
+    """
+    kept, copies = {}, dict[tuple[Any, ...], Tensor]()
+    for name, tensor in model.state_dict().items():
+        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if where not in copies:
+            old = into.get(name) if into else None
+            if old is None:
+                copies[where] = tensor.detach().to("cpu", copy=True)
+            else:
+                copies[where] = old.copy_(tensor.detach())
+        kept[name] = copies[where]
+    return kept

@@ -59,7 +59,7 @@ STAGES: dict[str, Dependencies] = {
         ),
         (
             "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
-            *SAMPLING, "label.sentence_threshold", "eval.temperatures",
+            "sft.max_tokens", *SAMPLING, "label.sentence_threshold", "eval.temperatures",
         ),
     ),
     "heat": Dependencies(

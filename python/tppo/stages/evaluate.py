@@ -14,6 +14,7 @@ from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, score_an
 from tppo.evaluation.table import findings, print_table
 from tppo.methods.sft import Examples, continue_sft
 from tppo.models.policy import load_policy
+from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, prompt_text
@@ -89,6 +90,8 @@ def _judge(
 def _continued(run: Run, steps: int) -> tuple[Any, float]:
     """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took."""
     model, sessions = run.sft_model(), run.sessions("train")
+    if run.config.model.gradient_checkpointing:
+        recompute_layers(model)
     answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
     start = time.monotonic()
     continue_sft(

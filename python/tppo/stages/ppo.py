@@ -27,6 +27,7 @@ from tppo.models.guards import GuardError
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
 from tppo.models.policy import Critic, snapshot
+from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, RolloutBatch
 from tppo.models.tokenizer import decode
 from tppo.progress import say, status
@@ -175,7 +176,8 @@ class Loop:
         qualifies = figures["format"] >= self.min_format and figures["kl"] <= self.config.max_kl
         if qualifies and figures["relevance"] > self.best_score:
             self.best_score, self.best_step = figures["relevance"], step
-            self.best = {"policy": snapshot(models.policy), "critic": snapshot(models.critic)}
+            for name, model in (("policy", models.policy), ("critic", models.critic)):
+                self.best[name] = snapshot(model, self.best.get(name))
         return {f"heldout/{name}": figures[name] for name in ("relevance", "format", "kl")}
 
     def save(self, step: int) -> None:
@@ -282,6 +284,9 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOT
         critic=Critic.from_policy(run.path("sft/model"), run.device),
         reward=load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids),
     )
+    if run.config.model.gradient_checkpointing:
+        for trained in (models.policy, models.critic):
+            recompute_layers(trained)
     return PPOTrainer(
         models,
         HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),

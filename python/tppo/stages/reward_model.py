@@ -16,6 +16,7 @@ from tppo.methods.reward_model import (
     train_reward_model,
 )
 from tppo.models.own_tokens import OwnTokens, start_reward_model
+from tppo.models.recompute import recompute_layers
 from tppo.progress import say
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
@@ -31,6 +32,8 @@ def train_rm(run: Run) -> None:
             model, tokenizer = start_reward_model(
                 config.model, run.path("sft/model"), run.tokenizer, run.device
             )
+        if run.config.model.gradient_checkpointing:
+            recompute_layers(model)
         reader: Reader
         if model.config.own_tokens:
             reader = own = OwnTokens(model, tokenizer)

@@ -11,6 +11,7 @@ from tppo.labels.queries import answer_text
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.policy import load_policy, new_policy, place
+from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokenizer
 from tppo.progress import say
 from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
@@ -24,6 +25,8 @@ def sft(run: Run) -> None:
     with run.stage("sft") as out:
         train, heldout = run.sessions("train"), run.sessions("heldout")
         tokenizer, model = _base_model(run, train)
+        if run.config.model.gradient_checkpointing:
+            recompute_layers(model)
         cap = answer_cap(tokenizer, train, run.config.generate)
         result = train_sft(
             model,
