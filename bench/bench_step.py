@@ -29,10 +29,13 @@ import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
 from tppo.methods.config import PPOConfig  # noqa: E402
-from tppo.methods.ppo import Models, PPOTrainer  # noqa: E402
+from tppo.methods.experience import Models  # noqa: E402
+from tppo.methods.ppo import PPO  # noqa: E402
 from tppo.models.config import Prefix  # noqa: E402
 from tppo.models.policy import Critic, RewardModel  # noqa: E402
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling  # noqa: E402
+from tppo.rewards import Questions  # noqa: E402
+from tppo.rewards.token_model import TokenModelReward  # noqa: E402
 
 PAD, EOS = 0, 1
 CENTRE = {"cpu": (1024, 24, 8), "cuda": (2048, 24, 8)}  # P, R, G
@@ -71,7 +74,7 @@ def settings_of(name: str) -> dict[str, Any]:
             "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, **MODELS[name]}
 
 
-def models_of(name: str, device: str) -> Models:
+def models_of(name: str, device: str) -> tuple[Models, RewardModel]:
     """Random weights; bf16 on a GPU, where flash attention wants it."""
     torch.manual_seed(0)
     settings = settings_of(name)
@@ -88,17 +91,19 @@ def models_of(name: str, device: str) -> Models:
     for model in (policy, critic) if name in TRAINED else ():
         for part, parameter in model.named_parameters():
             parameter.requires_grad_(any(trained in part for trained in TRAINED[name]))
-    return Models(policy, ref, critic, RewardModel(reward))
+    return Models(policy, ref, critic), RewardModel(reward)
 
 
-def trainer(models: Models, prefix: Prefix, response: int, group: int, groups: int,
-            tokens_at_once: int = 1 << 20) -> PPOTrainer:
+def trainer(used: tuple[Models, RewardModel], prefix: Prefix, response: int, group: int,
+            groups: int, tokens_at_once: int = 1 << 20) -> PPO:
     """With a learning rate that moves no weight, both ways and every round work on the same."""
     config = PPOConfig(lr=UNMOVED, critic_lr=UNMOVED, epochs=1, minibatch_size=group * groups,
                        responses_per_prompt=group, max_tokens=tokens_at_once)
+    models, classifier = used
     engine = HFRollout(models.policy, pad_id=PAD, eos_id=-1, prefix=prefix)
-    return PPOTrainer(models, engine, config, sampling=Sampling(response), pad_id=PAD, eos_id=EOS,
-                      seed=0, prefix=prefix)
+    reward = TokenModelReward(classifier, max_tokens=tokens_at_once)
+    return PPO(models, engine, config, reward=reward, sampling=Sampling(response), pad_id=PAD,
+               eos_id=EOS, seed=0, prefix=prefix)
 
 
 def rollout(vocab: int, prompt: int, response: int, group: int, groups: int) -> RolloutBatch:
@@ -112,18 +117,20 @@ def rollout(vocab: int, prompt: int, response: int, group: int, groups: int) -> 
     return RolloutBatch(prompts, [ids(response) for _ in prompts], None, ["length"] * len(prompts))
 
 
-def update(ppo: PPOTrainer, batch: RolloutBatch) -> dict[str, float]:
+def update(ppo: PPO, batch: RolloutBatch) -> dict[str, float]:
     """Everything between a rollout and the next weights."""
-    experience, _ = ppo.score(batch, [float(len(ids)) for ids in batch.response_ids])
+    lengths = [float(len(ids)) for ids in batch.response_ids]
+    questions = Questions(batch.prompt_ids, columns={"suggested_length": lengths})
+    experience, _ = ppo.score(batch, ppo.answers(questions, batch))
     return ppo.update(experience)
 
 
-def gate(ways: dict[str, PPOTrainer], batch: RolloutBatch, tolerance: float) -> None:
+def gate(ways: dict[str, PPO], batch: RolloutBatch, tolerance: float) -> None:
     """Raises `RedGate` where losses, metrics or gradients of the two ways differ."""
     metrics, gradients = {}, {}
     for prefix, ppo in ways.items():
         metrics[prefix] = update(ppo, batch)
-        parameters = [p for m in (ppo.models.policy, ppo.models.critic) for p in m.parameters()]
+        parameters = [p for m in ppo.models.trained.values() for p in m.parameters()]
         gradients[prefix] = [p.grad.clone() for p in parameters if p.grad is not None]
     for name, dense in metrics["dense"].items():
         if abs(metrics["shared"][name] - dense) > tolerance * max(1.0, abs(dense)):
@@ -144,10 +151,10 @@ class Times:
     trl_ms: list[float]
 
 
-def measured(ways: dict[str, PPOTrainer], batch: RolloutBatch, device: str, rounds: int,
+def measured(ways: dict[str, PPO], batch: RolloutBatch, device: str, rounds: int,
              trl: Callable[[], float] | None, attempts: Attempts) -> Times:
     """Updates and rollouts of both ways, and TRL's update, in turn, round by round."""
-    work: dict[str, Callable[[PPOTrainer], Any]] = {
+    work: dict[str, Callable[[PPO], Any]] = {
         "update": lambda ppo: update(ppo, batch),
         "rollout": lambda ppo: ppo.rollout.generate(batch.prompt_ids, ppo.sampling),
     }
@@ -179,9 +186,9 @@ def measure_shape(name: str, device: str, shape: tuple[int, int, int], groups: i
     attempts = Attempts(unit_of(name, shape, groups), device, journal)
     attempts.about("")
     batch = rollout(MODELS[name]["vocab_size"], prompt, response, group, groups)
-    models = models_of(name, device)
+    used = models_of(name, device)
     both: tuple[Prefix, ...] = ("shared", "dense")
-    ways = {prefix: trainer(models, prefix, response, group, groups, TOKENS_AT_ONCE[name])
+    ways = {prefix: trainer(used, prefix, response, group, groups, TOKENS_AT_ONCE[name])
             for prefix in both}
     gate(ways, batch, 1e-3 if device == "cpu" else 0.1)
     trl = attempts.peer(TRL, lambda: _trl_update(ways["dense"], name, batch, device)
@@ -212,7 +219,7 @@ def broken(attempts: Attempts) -> bool:
         attempts.journal.of("broken", unit=attempts.unit, who=TRL))
 
 
-def _trl_update(ppo: PPOTrainer, name: str, batch: RolloutBatch, device: str) -> Any:
+def _trl_update(ppo: PPO, name: str, batch: RolloutBatch, device: str) -> Any:
     """TRL's update of copies of the same models, or None where TRL is not here."""
     if not _trl.available():
         return None

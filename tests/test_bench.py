@@ -214,7 +214,7 @@ def bench_step(harness, monkeypatch):
 
 @pytest.mark.parametrize("name", ("1.5B", "8B"))
 def test_a_step_of_a_gpus_models_at_a_small_size(bench_step, name):
-    models = bench_step.models_of(name, "cpu")
+    models, _ = bench_step.models_of(name, "cpu")
     trained = {part.split(".")[-2] for part, p in models.policy.named_parameters()
                if p.requires_grad}
     assert trained == {"q_proj", "v_proj"} if name == "8B" else "embed_tokens" in trained
@@ -223,11 +223,12 @@ def test_a_step_of_a_gpus_models_at_a_small_size(bench_step, name):
 
 
 def test_a_step_that_differs_between_the_two_ways_gets_no_number(bench_step, harness):
-    models = bench_step.models_of("demo", "cpu")
-    ways = {p: bench_step.trainer(models, p, 3, 2, 2) for p in ("shared", "dense")}
+    used = bench_step.models_of("demo", "cpu")
+    ways = {p: bench_step.trainer(used, p, 3, 2, 2) for p in ("shared", "dense")}
     batch = bench_step.rollout(60, 9, 3, 2, 2)
     bench_step.gate(ways, batch, 1e-3)
-    ways["dense"].config = dataclasses.replace(ways["dense"].config, kl_coef=5.0, gamma=0.5)
+    advantage = ways["dense"].advantage
+    ways["dense"].advantage = dataclasses.replace(advantage, kl_coef=5.0, gamma=0.5)
     with pytest.raises(harness.RedGate, match="red gate, no number"):
         bench_step.gate(ways, batch, 1e-3)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ppo import CONFIG, PROMPTS, folder, trainer  # noqa: F401
+from test_ppo import CONFIG, PROMPTS, folder, parts, questions, trainer  # noqa: F401
 from test_reward_model import answers
 
 from tppo.methods.config import RewardModelConfig, SFTConfig
@@ -13,7 +13,6 @@ from tppo.models.policy import load_policy, load_reward_model
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
-LENGTHS = [6.0] * len(PROMPTS)
 
 
 def spoil(parameter, value=NAN):
@@ -34,12 +33,12 @@ def same(before, *models):
 def test_a_model_that_is_spoilt_is_named_before_the_first_step(folder, name, value):  # noqa: F811
     """A NaN weight ended in torch's "probability tensor contains inf, nan"."""
     ppo = trainer(folder)
-    spoilt = getattr(ppo.models, name)
+    spoilt = parts(ppo)[name]
     parameter, weight = next(iter(spoilt.named_parameters()))
     spoil(weight, value)
     with pytest.raises(GuardError, match=rf"before ppo step 1: the norm of the {name}'s weights is "
                                          rf".*the {name}'s weight '{parameter}' is not finite"):
-        ppo.step(PROMPTS, LENGTHS)
+        ppo.step(questions(PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +57,14 @@ def test_what_is_spoilt_between_two_steps_does_not_reach_the_policy(
 ):
     """An infinite critic gave NaN advantages, and those a NaN policy one step later."""
     ppo = trainer(folder)
-    ppo.step(PROMPTS, LENGTHS)
-    model = getattr(ppo.models, name)
+    ppo.step(questions(PROMPTS))
+    model = parts(ppo)[name]
     spoil(model.head.weight if name == "critic" else next(iter(model.parameters())), value)
     if name == "reward":
-        spoil(model.model.score.weight, value)
+        spoil(model.model.model.score.weight, value)
     before = weights(ppo.models.policy, ppo.models.critic)
     with pytest.raises(GuardError, match=said) as caught:
-        ppo.step(PROMPTS, LENGTHS)
+        ppo.step(questions(PROMPTS))
     assert name == "policy" or "ppo step 2" in str(caught.value)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in
                zip(before, weights(ppo.models.policy, ppo.models.critic), strict=True))  # fmt: skip
@@ -75,7 +74,7 @@ def test_what_is_spoilt_between_two_steps_does_not_reach_the_policy(
 def test_a_gradient_that_is_not_finite_stops_before_the_optimiser(folder, name):  # noqa: F811
     """In the third of four minibatches: the weights are those after the second."""
     ppo = trainer(folder)
-    ppo.step(PROMPTS, LENGTHS)
+    ppo.step(questions(PROMPTS))
     seen, kept = [], []
 
     def hook(gradient):
@@ -91,7 +90,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimiser(folder, name):
     said = (rf"ppo step 2: gradient norm of the {name} is nan \(the {name}'s gradient "
             rf"'{parameter}' is not finite\)\. Stopped before .* a smaller --ppo.lr")
     with pytest.raises(GuardError, match=said):
-        ppo.step(PROMPTS, LENGTHS)
+        ppo.step(questions(PROMPTS))
     assert len(seen) == 3 and same(kept, ppo.models.policy, ppo.models.critic)
 
 
@@ -100,7 +99,7 @@ def test_weights_that_a_step_makes_infinite_are_not_handed_on(folder):  # noqa: 
     ppo = trainer(folder)
     ppo.optimizer.param_groups[1]["lr"] = INF
     with pytest.raises(GuardError, match=r"ppo step 1: |after ppo step 1: the norm of the critic"):
-        ppo.step(PROMPTS, LENGTHS)
+        ppo.step(questions(PROMPTS))
 
 
 def test_a_healthy_step_costs_one_read_of_the_device(monkeypatch):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from _processes import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shared_prefix import PAD, new_trainer
+from test_shared_prefix import PAD, new_trainer, questions, score
 
 from tppo.methods.config import PPOConfig
 from tppo.models.batch import Batch
@@ -59,10 +59,10 @@ def run_steps(world, answers=None):
     metrics = []
     for step in range(2):
         if answers is None:
-            metrics.append(ppo.step(PROMPTS, [6.0] * 12)[0])
+            metrics.append(ppo.step(questions(PROMPTS))[0])
         else:
             ppo.step_count = step + 1
-            experience, found = ppo.score(answers, [6.0] * 12)
+            experience, found = score(ppo, answers)
             metrics.append(found | ppo.update(experience))
     weights = [p.detach() for model in (ppo.models.policy, ppo.models.critic)
                for p in model.parameters()]  # fmt: skip
@@ -78,11 +78,11 @@ def spoilt_gradient(world):
     """What a process says where a gradient of the second one alone is not finite."""
     ppo = new_trainer("shared", CONFIG, 6)
     ppo.world = world
-    ppo.step(PROMPTS, [6.0] * 12)
+    ppo.step(questions(PROMPTS))
     if world.rank == 1:
         ppo.models.critic.head.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(GuardError) as caught:
-        ppo.step(PROMPTS, [6.0] * 12)
+        ppo.step(questions(PROMPTS))
     return str(caught.value)
 
 
@@ -94,7 +94,7 @@ def spoilt_loss(world):
         real(*part)._replace(value=torch.tensor(float("inf"))) if world.rank == 1 else real(*part)
     )
     with pytest.raises(GuardError) as caught:
-        ppo.step(PROMPTS, [6.0] * 12)
+        ppo.step(questions(PROMPTS))
     return str(caught.value)
 
 

@@ -8,11 +8,15 @@ from _weights import enlarged
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.methods.config import PPOConfig
-from tppo.methods.ppo import Models, PPOTrainer, check_step_zero_ratio
+from tppo.methods.experience import Models
+from tppo.methods.guards import check_step_zero_ratio
+from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import GuardError
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.policy import Critic, RewardModel, load_policy, load_reward_model, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.rewards import Questions
+from tppo.rewards.token_model import TokenModelReward
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 5]] * 4
@@ -37,13 +41,31 @@ def trainer(folder, config=CONFIG, seed=0, prefix="shared", eos_id=EOS):
     cpu = torch.device("cpu")
     torch.manual_seed(1)
     policy = load_policy(folder, cpu)
-    reward = RewardModel(load_reward_model(folder, cpu))
-    models = Models(policy, load_policy(folder, cpu), Critic.from_policy(folder, cpu), reward)
-    rollout = HFRollout(policy, pad_id=PAD, eos_id=eos_id, prefix=prefix)
-    return PPOTrainer(
-        models, rollout, config, sampling=Sampling(8), pad_id=PAD, eos_id=eos_id, seed=seed,
-        prefix=prefix,
+    reward = TokenModelReward(
+        RewardModel(load_reward_model(folder, cpu)), mode=config.reward,
+        values=config.reward_values, length_alpha=config.length_alpha,
     )  # fmt: skip
+    models = Models(policy, load_policy(folder, cpu), Critic.from_policy(folder, cpu))
+    rollout = HFRollout(policy, pad_id=PAD, eos_id=eos_id, prefix=prefix)
+    return PPO(
+        models, rollout, config, reward=reward, sampling=Sampling(8), pad_id=PAD, eos_id=eos_id,
+        seed=seed, prefix=prefix,
+    )  # fmt: skip
+
+
+def questions(prompts, length=6.0):
+    """Prompts by their ids, with the suggested length of an answer."""
+    return Questions(prompts, columns={"suggested_length": [length] * len(prompts)})
+
+
+def score(ppo, rollout, length=6.0):
+    """A rollout scored as `step` does it."""
+    return ppo.score(rollout, ppo.answers(questions(rollout.prompt_ids, length), rollout))
+
+
+def parts(ppo):
+    """Every model of PPO by name, the reward's included."""
+    return {**ppo.models._asdict(), "reward": ppo.reward}
 
 
 def test_batches_put_every_response_in_one_column():
@@ -101,14 +123,14 @@ def test_a_step_moves_policy_and_critic_only(folder):
     ppo = trainer(folder)
     before = {
         name: [p.clone() for p in model.parameters()]
-        for name, model in ppo.models._asdict().items()
+        for name, model in parts(ppo).items()
     }
-    metrics, rollout = ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+    metrics, rollout = ppo.step(questions(PROMPTS))
     moved = {
         name: any(
             not torch.equal(a, b) for a, b in zip(before[name], model.parameters(), strict=True)
         )
-        for name, model in ppo.models._asdict().items()
+        for name, model in parts(ppo).items()
     }
     assert moved == {"policy": True, "ref": False, "critic": True, "reward": False}
     assert metrics["objective/kl"] == pytest.approx(0, abs=1e-4) and metrics["episode"] == 16
@@ -125,7 +147,7 @@ def test_a_step_moves_policy_and_critic_only(folder):
 def test_ppo_raises_the_reward_of_a_hand_made_reward_model(folder):
     """The head of the reward model is set so that one token is relevant, all others are not."""
     ppo = trainer(folder, replace(CONFIG, length_alpha=None, bootstrap_truncated=False))
-    reward = ppo.models.reward.model
+    reward = ppo.reward.model.model
     with torch.no_grad():
         reward.base_model.embed_tokens.weight.zero_()
         reward.base_model.embed_tokens.weight[:, 0] = -1.0
@@ -137,7 +159,7 @@ def test_ppo_raises_the_reward_of_a_hand_made_reward_model(folder):
         reward.score.weight[1, 0], reward.score.weight[2, 0] = -1.0, 1.0
     scores = []
     for _ in range(8):
-        metrics, rollout = ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+        metrics, rollout = ppo.step(questions(PROMPTS))
         scores.append(metrics["objective/scores"])
         hits = sum(ids.count(20) for ids in rollout.response_ids)
         total = sum(map(len, rollout.response_ids))
@@ -149,17 +171,17 @@ def test_dropout_stops_before_the_first_update(folder):
     ppo = trainer(folder, prefix="dense")
     ppo.models.policy.train()
     with pytest.raises(GuardError, match=r"max\|ratio - 1\|"):
-        ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+        ppo.step(questions(PROMPTS))
     ppo = trainer(folder)
     ppo.models.policy.train()
     with pytest.raises(ValueError, match="dropout is 0.5"):  # it cannot be shared at all
-        ppo.step(GROUPS, [6.0] * len(GROUPS))
+        ppo.step(questions(GROUPS))
 
 
 def test_the_step_zero_guard_sees_a_second_temperature(folder):
     ppo = trainer(folder)
     rollout = ppo.rollout.generate(PROMPTS, ppo.sampling)
-    experience, _ = ppo.score(rollout, [6.0] * len(PROMPTS))
+    experience, _ = score(ppo, rollout)
     other, _ = policy_logprobs(ppo.models.policy, experience.batch, 0.9)
     mask = experience.batch.mask
     check_step_zero_ratio(experience.logprobs, experience.logprobs, mask)
@@ -174,12 +196,12 @@ def test_a_frozen_policy_stops_before_the_first_update(folder):
     for parameter in ppo.models.policy.parameters():
         parameter.register_hook(torch.zeros_like)
     with pytest.raises(GuardError, match="policy is zero"):
-        ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+        ppo.step(questions(PROMPTS))
 
 
 def test_a_reward_model_that_rates_all_alike_only_warns(folder, capsys):
     ppo = trainer(folder, replace(CONFIG, reward_values=(0.0, 0.0, 0.0)))
-    ppo.step(PROMPTS, [6.0] * len(PROMPTS))
+    ppo.step(questions(PROMPTS))
     assert "rates all tokens alike" in capsys.readouterr().err
 
 
@@ -187,19 +209,19 @@ def test_the_literal_train_mask_leaves_out_class_0_but_not_eos(folder):
     batch = Batch([[5], [5]], [[8, 9, EOS], [10, 11]], PAD)
     category = torch.tensor([[0, 2, 0], [1, 0, 0]])
     literal = trainer(folder, replace(CONFIG, train_on_unlabelled=False))
-    assert literal.train_mask(batch, category).tolist() == [
+    assert literal.masks(batch, category).policy.tolist() == [
         [False, True, True],
         [True, False, False],
     ]
-    assert torch.equal(trainer(folder).train_mask(batch, category), batch.mask)
+    assert all(torch.equal(m, batch.mask) for m in trainer(folder).masks(batch, category))
     several = trainer(folder, replace(CONFIG, train_on_unlabelled=False), eos_id=[EOS, 9])
-    assert several.train_mask(batch, category).tolist() == [
+    assert several.masks(batch, category).policy.tolist() == [
         [False, True, True],
         [True, False, False],
     ]
     category[0, 1] = 0
-    assert several.train_mask(batch, category)[0].tolist() == [False, True, True]
-    metrics, _ = literal.step(PROMPTS, [6.0] * len(PROMPTS))
+    assert several.masks(batch, category).policy[0].tolist() == [False, True, True]
+    metrics, _ = literal.step(questions(PROMPTS))
     assert torch.isfinite(torch.tensor(list(metrics.values()))).all()
 
 
@@ -233,8 +255,8 @@ def test_values_of_cut_answers_come_from_their_last_token(folder):
 def test_the_length_penalty_takes_rewards_past_the_suggested_length(folder):
     ppo = trainer(folder)
     rollout = RolloutBatch([[5]], [[8, 9, 10, 11, 12, 13, 14, 15]], None, ["length"])
-    short, _ = ppo.score(rollout, [2.0])
-    free, _ = ppo.score(rollout, [100.0])
+    short, _ = score(ppo, rollout, 2.0)
+    free, _ = score(ppo, rollout, 100.0)
     position = torch.arange(1, 9)
     wanted = free.rewards * torch.sigmoid(6 - 2.0 * (position - 2.0))
     torch.testing.assert_close(short.rewards, wanted)

@@ -5,6 +5,7 @@ Each comparison stands beside controls: the same code with one part broken must 
 
 import contextlib
 import copy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from tppo.methods.config import PPOConfig, SFTConfig
-from tppo.methods.ppo import Models, PPOTrainer
+from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import PolicyTokens
 from tppo.methods.sft import Examples, answer_loss, sft_step
 from tppo.models import batch as batches
@@ -27,6 +29,8 @@ from tppo.models import rollout as rollouts
 from tppo.models.batch import Batch
 from tppo.models.policy import Critic, RewardModel, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.rewards import Questions
+from tppo.rewards.token_model import TokenModelReward
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7, 12, 19, 4, 3]] * 3 + [[8, 9]] * 2 + [[10, 3, 3, 22]]
@@ -35,6 +39,15 @@ FAMILIES = ("llama", "gpt2")  # rotary and absolute positions
 SIZES = {"vocab_size": 24, "num_labels": 3, "pad_token_id": PAD, "eos_token_id": EOS,
          "bos_token_id": 2, "tie_word_embeddings": True}  # fmt: skip
 TOLERANCE = 2e-5  # of the largest value, in fp32
+
+
+class Used(NamedTuple):
+    """What PPO reads with."""
+
+    policy: Any
+    ref: Any
+    critic: Any
+    reward: Any
 
 
 def models(family):
@@ -50,7 +63,7 @@ def models(family):
     policy, ref, start = (enlarged(causal(config)).eval() for _ in range(3))
     critic = Critic(copy.deepcopy(start.base_model), 16).eval()
     torch.nn.init.normal_(critic.head.weight)
-    return Models(policy, ref, critic, RewardModel(enlarged(classifier(config)).eval()))
+    return Used(policy, ref, critic, RewardModel(enlarged(classifier(config)).eval()))
 
 
 @torch.no_grad()
@@ -195,11 +208,14 @@ def test_an_experience_and_with_it_the_heat_map_is_that_of_each_answer_alone(fam
     def score(prompts, responses, way):
         used = models(family)
         engine = HFRollout(used.policy, pad_id=PAD, eos_id=EOS)
-        ppo = PPOTrainer(used, engine, config, sampling=Sampling(8, 0.7), pad_id=PAD, eos_id=EOS,
-                         seed=0, prefix=way)  # fmt: skip
+        ppo = PPO(
+            Models(*used[:3]), engine, config, reward=TokenModelReward(used.reward),
+            sampling=Sampling(8, 0.7), pad_id=PAD, eos_id=EOS, seed=0, prefix=way,
+        )  # fmt: skip
         finish = ["eos" if row[-1] == EOS else "length" for row in responses]
         rollout = RolloutBatch(prompts, responses, None, finish)
-        found, _ = ppo.score(rollout, [6.0] * len(prompts))
+        asked = Questions(prompts, columns={"suggested_length": [6.0] * len(prompts)})
+        found, _ = ppo.score(rollout, ppo.answers(asked, rollout))
         names = ("rewards", "logprobs", "values", "advantages", "returns")
         return [{name: getattr(found, name)[i, : len(row)] for name in names}
                 for i, row in enumerate(responses)]  # fmt: skip

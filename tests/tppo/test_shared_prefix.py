@@ -21,12 +21,15 @@ from transformers import (
 
 from tppo import progress
 from tppo.methods.config import PPOConfig, SFTConfig
-from tppo.methods.ppo import Models, PPOTrainer
+from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import GuardError
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.batch import Batch
 from tppo.models.policy import Critic, RewardModel, place, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.rewards import Questions
+from tppo.rewards.token_model import TokenModelReward
 
 PAD, EOS, CPU = 0, 1, torch.device("cpu")
 PROMPTS = [[5, 6, 7]] * 3 + [[8, 9, 4, 4, 2]] * 2 + [[10]] * 2 + [[5, 6, 7]]
@@ -46,16 +49,28 @@ def models(vocab=24, hidden=16, layers=2, heads=2, positions=512, seed=0):
     critic = Critic(copy.deepcopy(policy.model), hidden)
     torch.nn.init.normal_(critic.head.weight)
     reward = place(enlarged(LlamaForTokenClassification(LlamaConfig(**settings))), CPU)
-    return Models(policy, copy.deepcopy(policy), critic, RewardModel(reward))
+    return Models(policy, copy.deepcopy(policy), critic), RewardModel(reward)
 
 
 def new_trainer(prefix, config, length, **settings):
-    used = models(**settings)
+    used, classifier = models(**settings)
     rollout = HFRollout(used.policy, pad_id=PAD, eos_id=EOS, prefix=prefix)
-    return PPOTrainer(
-        used, rollout, config, sampling=Sampling(length), pad_id=PAD, eos_id=EOS, seed=0,
-        prefix=prefix,
+    reward = TokenModelReward(classifier, max_tokens=config.max_tokens)
+    return PPO(
+        used, rollout, config, reward=reward, sampling=Sampling(length), pad_id=PAD, eos_id=EOS,
+        seed=0, prefix=prefix,
     )  # fmt: skip
+
+
+def questions(prompts, length=6.0):
+    """Prompts by their ids, with the suggested length of an answer."""
+    return Questions(prompts, columns={"suggested_length": [length] * len(prompts)})
+
+
+def score(trainer, rollout, length=6.0):
+    """A rollout scored as `step` does it."""
+    asked = questions(rollout.prompt_ids, length)
+    return trainer.score(rollout, trainer.answers(asked, rollout))
 
 
 def relative(actual, expected):
@@ -73,16 +88,16 @@ class Tokens:
         self.count += args[0].numel()
 
 
-def outputs_and_gradients(used, prefix):
+def outputs_and_gradients(used, classifier, prefix):
     """What every model gives for a batch, and the gradients of a projection of it."""
     batch = Batch(PROMPTS, RESPONSES, PAD, prefix=prefix)
     assert batch.shares == (prefix == "shared")
     logprobs, entropy = policy_logprobs(used.policy, batch, 0.7)
     values, after = used.critic(batch)
-    classes = used.reward(batch)
+    classes = classifier(batch)
     projection = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
     loss = ((logprobs + entropy + values + classes.sum(-1)) * projection).sum() + after.sum()
-    parameters = [p for model in (used.policy, used.critic, used.reward.model)
+    parameters = [p for model in (used.policy, used.critic, classifier.model)
                   for p in model.parameters()]  # fmt: skip
     gradients = torch.autograd.grad(loss, parameters)
     return [logprobs, entropy, values, after, classes, *gradients]
@@ -90,19 +105,20 @@ def outputs_and_gradients(used, prefix):
 
 def test_every_model_and_gradient_equals_dense(monkeypatch):
     """And none of them does where the answers of a prompt see each other."""
-    used = models()
-    found = {prefix: outputs_and_gradients(used, prefix) for prefix in ("shared", "dense")}
+    used, classifier = models()
+    found = {prefix: outputs_and_gradients(used, classifier, prefix)
+             for prefix in ("shared", "dense")}  # fmt: skip
     for shared, dense in zip(found["shared"], found["dense"], strict=True):
         assert relative(shared, dense) < 1e-5 or torch.equal(shared, dense)
     monkeypatch.setattr("tppo.models.batch.tk.shared_prefix", lambda *_: nullcontext())
-    wrong = outputs_and_gradients(used, "shared")
+    wrong = outputs_and_gradients(used, classifier, "shared")
     off = [relative(w, dense) > 1e-2 for w, dense in zip(wrong, found["dense"], strict=True)]
     assert all(off[:5]) and off.count(False) == 2  # the gradients of two biases come from no state
 
 
 def test_a_prompt_is_computed_once_for_responses_that_follow_each_other():
     batch = Batch(PROMPTS, RESPONSES, PAD)
-    policy = models().policy
+    policy = models()[0].policy
     tokens = Tokens(policy)
     policy_logprobs(policy, batch, 1.0)
     assert tokens.count == 3 + 5 + 1 + 3 + sum(map(len, RESPONSES)) + 16  # 16: its check
@@ -118,7 +134,7 @@ class Mixed(HFRollout):
 
 
 def test_a_prompt_is_prefilled_once_for_its_answers():
-    policy = models().policy
+    policy = models()[0].policy
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12]] * 4 + [[3]] * 2
     answers, tokens = {}, Tokens(policy)
     for prefix in ("shared", "dense"):
@@ -148,7 +164,7 @@ def test_a_step_with_several_answers_a_prompt():
     )
     trainer = new_trainer("shared", config, 6)
     prompts = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
-    metrics, rollout = trainer.step(prompts, [6.0] * 12)
+    metrics, rollout = trainer.step(questions(prompts))
     assert metrics["episode"] == 12 and len(rollout.response_ids) == 12
     assert len({tuple(ids) for ids in rollout.response_ids}) > 6
 
@@ -157,8 +173,8 @@ def test_verify_prefix_says_what_it_found(capsys):
     config = PPOConfig(
         lr=1e-3, critic_lr=1e-3, minibatch_size=6, responses_per_prompt=3, verify_prefix=True
     )
-    prompts, lengths = [[5, 6, 7]] * 3 + [[8, 9, 4]] * 3, [6.0] * 6
-    new_trainer("shared", config, 6).step(prompts, lengths)
+    asked = questions([[5, 6, 7]] * 3 + [[8, 9, 4]] * 3)
+    new_trainer("shared", config, 6).step(asked)
     assert "agrees with dense prompts" in capsys.readouterr().err
     broken = new_trainer("shared", config, 6)
 
@@ -168,7 +184,7 @@ def test_verify_prefix_says_what_it_found(capsys):
 
     broken.models.critic.trunk.norm.register_forward_hook(off)
     with pytest.raises(GuardError, match="values with a shared prefix differ .* --prefix dense"):
-        broken.step(prompts, lengths)
+        broken.step(asked)
 
 
 def test_a_trunk_that_cannot_share_is_read_dense_and_says_so_once(capsys):
@@ -212,11 +228,11 @@ def test_no_stage_makes_logits_of_its_tokens(prefix):
     trainer = new_trainer(prefix, config, length, vocab=vocab)
     prompts = [[3 + i] * prompt for i in range(6) for _ in range(4)]
     with Largest() as seen:
-        trainer.step(prompts, [6.0] * rows)
+        trainer.step(questions(prompts))
     assert rows * vocab <= seen.numel < rows * (prompt + length) * vocab / 2
     n_sft = 32 * (prompt + 30)
     for prompt_loss in (False, True):
-        model = models(vocab=vocab).policy
+        model = models(vocab=vocab)[0].policy
         examples = Examples([[3] * prompt] * 32, [[4] * 30] * 32)
         sft = SFTConfig(lr=1e-4, max_steps=1, prompt_loss=prompt_loss)
         with Largest() as seen:
@@ -242,7 +258,7 @@ def update_case(prefix):
 
 def whole_update(trainer, rollout):
     """Old and reference log-probs, values, rewards, and the update of policy and critic."""
-    experience, _ = trainer.score(rollout, [16.0] * 32)
+    experience, _ = score(trainer, rollout, 16.0)
     return trainer.update(experience)
 
 
@@ -257,7 +273,7 @@ def test_a_whole_update_is_at_least_three_times_as_fast_as_dense():
             assert metrics["shared"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
         start, shared, dense = (
             torch.cat([p.detach().flatten() for p in used.policy.parameters()])
-            for used in (models(**DEMO), *(trainer.models for trainer, _ in cases.values()))
+            for used in (models(**DEMO)[0], *(trainer.models for trainer, _ in cases.values()))
         )
         # Adam's first step is the sign of a gradient: one of about 0 may go either way.
         assert (shared - dense).norm() < 0.005 * (dense - start).norm()
@@ -329,7 +345,7 @@ def test_a_step_in_parts_is_the_step_at_once():
         trainer = new_trainer("shared", config, 6)
         prompts = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
         rollout = trainer.rollout.generate(prompts, trainer.sampling)
-        experience, metrics = trainer.score(rollout, [6.0] * 12)
+        experience, metrics = score(trainer, rollout)
         trainer.optimizer.step = lambda: None  # keep the gradients of the minibatch
         metrics |= trainer.update(experience)
         gradients = [
@@ -351,7 +367,7 @@ def test_sft_on_several_answers_of_one_prompt_reads_it_once(monkeypatch):
     examples = Examples([[5, 6, 7, 8, 9, 10]] * 6, [[4, i, EOS] for i in range(11, 17)])
     losses, tokens = {}, {}
     for prefix in ("shared", "dense"):
-        model = models().policy
+        model = models()[0].policy
         counted = Tokens(model)
         sft = SFTConfig(lr=1e-2, max_steps=3, batch_size=6, prompt_loss=False)
         result = train_sft(model, examples, examples, sft, pad_id=PAD, seed=0, prefix=prefix)
@@ -359,5 +375,5 @@ def test_sft_on_several_answers_of_one_prompt_reads_it_once(monkeypatch):
     assert losses["shared"] == pytest.approx(losses["dense"], rel=1e-5)
     assert tokens["shared"] < tokens["dense"] * 0.6, tokens
     monkeypatch.setattr("tppo.models.batch.tk.shared_prefix", lambda *_: nullcontext())
-    wrong = train_sft(models().policy, examples, examples, sft, pad_id=PAD, seed=0)
+    wrong = train_sft(models()[0].policy, examples, examples, sft, pad_id=PAD, seed=0)
     assert wrong.heldout_loss != pytest.approx(losses["dense"], rel=1e-2)

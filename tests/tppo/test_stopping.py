@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from tppo.cli import main
-from tppo.methods.ppo import PPOTrainer
+from tppo.methods.ppo import PPO
 from tppo.progress import Bar
 from tppo.stages.ppo import Loop
 from tppo.store.run_folder import RunFolder
@@ -160,7 +160,7 @@ def test_a_signal_lets_ppo_finish_its_step_and_saves_it(
 ):
     """41 lines of traceback, and the steps since the last checkpoint were lost."""
     train = ["train", "--out", str(before_ppo)]
-    done = run(server, tmp_path, train, at(PPOTrainer, "update", 1, signalled(number)))
+    done = run(server, tmp_path, train, at(PPO, "update", 1, signalled(number)))
     assert done.code == code, done.said
     assert "stopping: the step under way is finished and saved" in done.said
     step = len(list(before_ppo.glob("train.tmp/checkpoints/step-*")))
@@ -187,7 +187,7 @@ def test_a_signal_in_the_export_lets_the_stage_finish(server, before_ppo, tmp_pa
 def test_a_second_signal_ends_it_at_once(server, before_ppo, tmp_path):
     start = time.monotonic()
     train = ["train", "--out", str(before_ppo), "--ppo.lr", "1e-3"]
-    done = run(server, tmp_path, train, at(PPOTrainer, "update", 1, signal_me_twice))
+    done = run(server, tmp_path, train, at(PPO, "update", 1, signal_me_twice))
     assert done.code == 130 and time.monotonic() - start < 60, done.said
     assert "Traceback" not in done.said
     with RunFolder(before_ppo).lock():  # it is free

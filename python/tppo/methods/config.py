@@ -93,6 +93,7 @@ class PPOConfig:
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
     critic_lr: Positive | None = None
     """By default 1e-3 from scratch, 1e-5 with --model."""
+    advantage: Literal["gae"] = "gae"
     gamma: Share = 1.0
     lam: Share = 0.95
     clip: Positive = 0.2

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tppo.methods.experience import Experience, Models
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.policy import policy_logprobs
 from tppo.progress import say
-
-if TYPE_CHECKING:
-    from tppo.methods.ppo import Experience, Models
+from tppo.rewards import Reward, TokenReward
+from tppo.rewards.token_model import TokenModelReward
 
 MAX_RATIO_DRIFT = 1e-4  # of the first minibatch of the first step, in fp32
 MAX_PREFIX_ERROR = 1e-4  # of shared against dense, of the largest value, in fp32
@@ -31,24 +29,47 @@ def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
         raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
 
 
-def check_shared_prefix(models: Models, batch: Batch, temperature: float) -> None:
+def check_reward(found: TokenReward, mask: Tensor) -> None:
+    """A reward gave what `Reward` promises for responses of this mask.
+
+    Errors: ValueError naming what it gave.
+    """
+    for name, tensor in found._asdict().items():
+        if tensor is not None and tensor.shape != mask.shape:
+            raise ValueError(
+                f"the reward gave {name} of shape {[*tensor.shape]}, expected [B, T] = "
+                f"{[*mask.shape]}: a number for each token of each response"
+            )
+    outside = (found.rewards != 0) & ~mask.to(found.rewards.device)  # NaN is not 0 either
+    if outside.any():
+        b, t = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"the reward gave {found.rewards[b, t].item()} at token {t} of response {b}, which has "
+            f"{int(mask[b].sum())} tokens; expected 0 behind the last one"
+        )
+
+
+def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperature: float) -> None:
     """A shared prompt gives what dense prompts give: states of every model, and gradients.
 
-    Compared by the largest error over the largest value: log-probs, values, class logits, and the
-    gradients of policy and critic of the sums of log-probs and of values.
+    Compared by the largest error over the largest value: log-probs, values, class logits where the
+    reward has them, and the gradients of policy and critic of the sums of log-probs and of values.
     Errors: GuardError naming the first of them that is off by 1e-4 or more.
     """
+    inner = reward.modules() if isinstance(reward, nn.Module) else ()
+    classifiers = [module for module in inner if isinstance(module, TokenModelReward)]
     results = []
     for way in (batch, batch.dense()):
         logprobs, _ = policy_logprobs(models.policy, way, temperature)  # [B, T]
-        values, _ = models.critic(way)  # [B, T]
-        found = {"log-probs": logprobs, "values": values}
+        found = {"log-probs": logprobs}
+        outputs: list[tuple[str, nn.Module, Tensor]] = [("policy", models.policy, logprobs)]
+        if models.critic is not None:
+            found["values"], _ = models.critic(way)  # [B, T]
+            outputs.append(("critic", models.critic, found["values"]))
         with torch.no_grad():
-            found["class logits"] = models.reward(way)  # [B, T, 3]
-        for name, model, output in (
-            ("policy", models.policy, logprobs),
-            ("critic", models.critic, values),
-        ):
+            for classifier in classifiers:
+                found["class logits"] = classifier.logits(way)  # [B, T, 3]
+        for name, model, output in outputs:
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
             kept = [g.flatten() for g in gradients if g is not None]
@@ -73,9 +94,9 @@ def check_gradients(models: Models, data: Experience) -> None:
     reward model rates all tokens alike there is nothing to learn from: only a warning.
     """
     if not data.advantages.any():
-        say("WARNING: step 0: every advantage is zero, the reward model rates all tokens alike")
+        say("WARNING: step 0: every advantage is zero, the reward rates all tokens alike")
         return
-    for name, model in (("policy", models.policy), ("critic", models.critic)):
+    for name, model in models.trained.items():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not any(bool(g.any()) for g in gradients):
             raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")

@@ -1,11 +1,13 @@
-"""Token-level PPO (Ouyang et al., EMNLP 2025) with a frozen token reward model.
+"""Token-level PPO (Ouyang et al., EMNLP 2025), in three pieces that a caller may use one by one.
 
-One step:
-    responses    sampled from the policy at one temperature, G a prompt, prefilled once
-    old, ref     log-probs of the same tokens under the policy and the frozen SFT model
-    rewards      class of each token -> reward, times the length penalty
-    advantages   GAE over reward - kl_coef * (log pi - log ref), whitened
-    update       clipped policy loss and critic loss, `epochs` times over shuffled minibatches
+    sample(prompts)            responses of the policy at one temperature, G a prompt, prefilled
+                               once: a `RolloutBatch`
+    score(rollout, answers)    log-probs under the policy and the frozen reference, rewards of
+                               tokens, values, advantages: an `Experience`
+    update(experience)         policy loss and critic loss, `epochs` times over shuffled minibatches
+
+What pays (`Reward`), how that becomes advantages (`Advantage`) and the loss of the policy
+(`PolicyObjective`) are given; by default GAE over rewards minus KL, and the clipped loss.
 
 Every model reads a prompt once for its G responses, and every head reads the states of response
 tokens alone; the policy loss comes straight from them, without logits.  Of several processes each
@@ -19,70 +21,54 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 import tppo_kernels as tk
+from tppo.methods.advantages import ADVANTAGES, Advantage, Masks
 from tppo.methods.config import PPOConfig
-from tppo.methods.guards import check_gradients, check_shared_prefix, check_step_zero_ratio
-from tppo.models.batch import Batch
+from tppo.methods.experience import Experience, Losses, Models, minibatch_metrics
+from tppo.methods.guards import (
+    check_gradients,
+    check_reward,
+    check_shared_prefix,
+    check_step_zero_ratio,
+)
+from tppo.methods.objective import Clipped, PolicyObjective
+from tppo.models.batch import Batch, assembled
 from tppo.models.config import Prefix
 from tppo.models.guards import check_figures, check_step, check_weights
 from tppo.models.parallel import ALONE, World
-from tppo.models.policy import Critic, policy_head, policy_logprobs, policy_states
+from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling
+from tppo.rewards import Answers, Questions, Reward
 
 PPO_REMEDY = "usually a smaller --ppo.lr or --ppo.critic-lr helps"
 
 
-class Models(NamedTuple):
-    """The four models of PPO; only policy and critic are trained.
+class Reading(NamedTuple):
+    """What models and reward make of a rollout; 0 where masked."""
 
-    reward: gives class logits [B, T, 3] of a batch, at the policy's tokens.
+    old: Tensor  # [B, T], log-probs of the policy
+    ref: Tensor  # [B, T], log-probs of the reference
+    rewards: Tensor  # [B, T]
+    category: Tensor | None  # [B, T]
+    values: Tensor | None  # [B, T]; None without a critic
+    after: Tensor | None  # [B], values after the last tokens
+
+
+class PPO:
+    """The models, their optimiser and the step count: all that a step changes.
+
+    reward: where it runs a model it is an `nn.Module`, which is frozen here.
+    advantage: by default the one that `config.advantage` names.  objective: by default the clipped
+    one with `config.clip`.
+    tokenizer: what `Answers.texts` are read with; None where the reward looks at ids alone.
+    Errors: ValueError where the advantage needs a critic that is not given, or the other way round.
     """
-
-    policy: PreTrainedModel
-    ref: PreTrainedModel
-    critic: Critic
-    reward: nn.Module
-
-
-class Experience(NamedTuple):
-    """A scored rollout, detached."""
-
-    batch: Batch
-    category: Tensor  # [B, T] int64, class of the reward model
-    rewards: Tensor  # [B, T] of the reward model, KL not included
-    logprobs: Tensor  # [B, T] under the policy that sampled
-    values: Tensor  # [B, T]
-    advantages: Tensor  # [B, T] whitened
-    returns: Tensor  # [B, T]
-    train_mask: Tensor  # [B, T] bool
-
-    def rows(self, index: Sequence[int]) -> Experience:
-        """Some of the responses, itself for all of them; T may shrink to the longest of them."""
-        batch = self.batch.rows(index)
-        if batch is self.batch:
-            return self
-        length = batch.targets.shape[1]
-        return Experience(batch, *(field[index, :length] for field in self[1:]))
-
-
-class Losses(NamedTuple):
-    """What a part of a minibatch adds to its figures."""
-
-    policy: Tensor  # []
-    value: Tensor  # []
-    policy_metrics: Any  # of tk.ppo_loss
-    value_metrics: Any  # of tk.value_loss
-    squared_log_ratio: Tensor  # [], summed over the train mask
-
-
-class PPOTrainer:
-    """Policy, critic, their optimiser and the step count: all that a step changes."""
 
     def __init__(
         self,
@@ -90,6 +76,10 @@ class PPOTrainer:
         rollout: Rollout,
         config: PPOConfig,
         *,
+        reward: Reward,
+        advantage: Advantage | None = None,
+        objective: PolicyObjective | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         sampling: Sampling,
         pad_id: int,
         eos_id: int | Sequence[int],
@@ -98,39 +88,52 @@ class PPOTrainer:
         world: World = ALONE,
     ):
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
+        self.advantage = advantage or ADVANTAGES[config.advantage](config)
+        self.objective = objective or Clipped(config.clip)
+        self.reward, self.tokenizer = reward, tokenizer
         self.pad_id, self.seed, self.prefix, self.world = pad_id, seed, prefix, world
         self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.step_count, self.weights_checked = 0, False
+        if self.advantage.needs_critic != (models.critic is not None):
+            raise ValueError(
+                f"models.critic was {'None' if models.critic is None else 'a critic'}, expected "
+                f"{'one' if models.critic is None else 'None'} for advantages of {self.advantage}"
+            )
         models.ref.requires_grad_(False)
-        models.reward.requires_grad_(False)
+        if isinstance(reward, nn.Module):
+            reward.requires_grad_(False)
         assert config.lr is not None and config.critic_lr is not None
+        rates = {"policy": config.lr, "critic": config.critic_lr}
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(models.policy.parameters()), "lr": config.lr},
-                {"params": list(models.critic.parameters()), "lr": config.critic_lr},
+                {"params": list(model.parameters()), "lr": rates[name]}
+                for name, model in models.trained.items()
             ],
             weight_decay=0.0,
         )
 
-    def step(
-        self, prompts: Sequence[Sequence[int]], suggested_lengths: Sequence[float]
-    ) -> tuple[dict[str, float], RolloutBatch]:
-        """One PPO step on `prompts`, one response for each row of them; its metrics, the rollout.
+    def step(self, questions: Questions) -> tuple[dict[str, float], RolloutBatch]:
+        """One PPO step with one response for each row of `questions`; its metrics, the rollout.
 
         The G rows of one prompt follow each other.
         """
         self.step_count += 1
         if not self.weights_checked:  # later steps begin where an update was checked
-            check_weights(f"before ppo step {self.step_count}", self.models._asdict())
+            check_weights(f"before ppo step {self.step_count}", self._with_weights())
             self.weights_checked = True
-        rollout = self._sample(prompts)
-        experience, metrics = self.score(rollout, suggested_lengths)
+        rollout = self.sample(questions.ids)
+        experience, metrics = self.score(rollout, self.answers(questions, rollout))
         metrics |= self.update(experience)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        metrics["episode"] = self.step_count * len(prompts)
+        metrics["episode"] = self.step_count * len(questions)
         return metrics, rollout
 
-    def _sample(self, prompts: Sequence[Sequence[int]]) -> RolloutBatch:
+    def _with_weights(self) -> dict[str, nn.Module]:
+        """Every model by name, that of the reward included."""
+        found = {**self.models._asdict(), "reward": self.reward}
+        return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> RolloutBatch:
         """One response a row; each process samples those of its prompts, from a seed of its own."""
         size, world = self.config.responses_per_prompt, self.world
         mine = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
@@ -142,85 +145,77 @@ class PPOTrainer:
         responses, finish = zip(*(rows[i] for i in range(len(prompts))), strict=True)
         return RolloutBatch([[*p] for p in prompts], list(responses), None, list(finish))
 
+    def answers(self, questions: Questions, rollout: RolloutBatch) -> Answers:
+        """What the reward may look at: the rollout's responses to these questions."""
+        size = self.config.responses_per_prompt
+        groups = [i // size for i in range(len(questions))]
+        return Answers(
+            questions.prompts,
+            rollout.response_ids,
+            questions.columns,
+            self.tokenizer,  # type: ignore[arg-type]  # a reward of ids alone needs none
+            self.eos_ids,
+            groups,
+        )
+
     @torch.no_grad()
     def score(
-        self, rollout: RolloutBatch, suggested_lengths: Sequence[float]
+        self, rollout: RolloutBatch, answers: Answers
     ) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, token rewards, values and advantages of a rollout."""
-        config, device = self.config, self.models.policy.device
+        device = self.models.policy.device
         batch = Batch(rollout.prompt_ids, rollout.response_ids, self.pad_id, device, self.prefix)
-        old, ref, classes, values, after = self._read(batch)
-        reward = tk.token_rewards(
-            classes,
-            batch.mask,
-            mode=config.reward,
-            suggested_length=None
-            if config.length_alpha is None
-            else torch.tensor(suggested_lengths, device=device),  # [B]
-            alpha=config.length_alpha or 0.0,
-            values=config.reward_values,
+        read = self._read(batch, answers)
+        masks = self.masks(batch, read.category)
+        bootstrap = None if read.after is None else self.bootstrap(rollout.finish, read.after)
+        found = self.advantage(
+            read.rewards, read.values, masks, read.old, read.ref, answers.groups, bootstrap
         )
-        train_mask = self.train_mask(batch, reward.category)  # [B, T]
-        result = tk.token_advantages(
-            reward.rewards,
-            values,
-            batch.mask,
-            train_mask=train_mask,
-            logprobs=old,
-            ref_logprobs=ref,
-            kl_coef=config.kl_coef,
-            gamma=config.gamma,
-            lam=config.lam,
-            bootstrap=self.bootstrap(rollout.finish, after),
-            normalize=config.normalize,
-        )
+        of_classes = read.category is not None
+        figures = {
+            "log-probs of the policy": read.old,
+            "log-probs of the reference": read.ref,
+            "class logits of the reward model" if of_classes else "rewards": read.rewards,
+            "values of the critic": read.values,
+            "values of the critic after the last tokens": read.after,
+            "advantages": found.advantages,
+        }
         check_figures(
-            f"ppo step {self.step_count}",
-            {
-                "log-probs of the policy": old,
-                "log-probs of the reference": ref,
-                "class logits of the reward model": classes,
-                "values of the critic": values,
-                "values of the critic after the last tokens": after,
-                "advantages": result.advantages,
-            },
+            f"ppo step {self.step_count}", {n: x for n, x in figures.items() if x is not None}
         )
         experience = Experience(
             batch=batch,
-            category=reward.category,
-            rewards=reward.rewards,
-            logprobs=old,
-            values=values,
-            advantages=result.advantages,
-            returns=result.returns,
-            train_mask=train_mask,
+            masks=masks,
+            rewards=read.rewards,
+            category=read.category,
+            logprobs=read.old,
+            values=read.values,
+            advantages=found.advantages,
+            returns=found.returns,
         )
-        return experience, self._rollout_metrics(rollout, old, ref, reward.rewards)
+        return experience, self._rollout_metrics(rollout, read)
 
-    def _read(self, batch: Batch) -> list[Tensor]:
-        """Log-probs of policy and reference, class logits, values, and the values after: [B, T]
-        but for class logits [B, T, 3] and the values after [B]; 0 where masked.
-        """
+    def _read(self, batch: Batch, answers: Answers) -> Reading:
+        """Each process reads its share of the responses with every model, and rates it."""
         models, temperature, world = self.models, self.sampling.temperature, self.world
-        read: list[tuple[list[int], tuple[Tensor, ...]]] = []
-        for index in batch.parts(self.config.max_tokens, world.size)[world.rank]:
+        parts = batch.parts(self.config.max_tokens, world.size)[world.rank]
+        states: list[tuple[list[int], tuple[Tensor, ...]]] = []
+        for index in parts:
             part = batch.rows(index)
             old, _ = policy_logprobs(models.policy, part, temperature)
             ref, _ = policy_logprobs(models.ref, part, temperature)
-            read.append((index, (old, ref, models.reward(part), *models.critic(part))))
-        results: list[Tensor] = []
-        for index, found in chain.from_iterable(world.exchanged(read)):
-            if not results:
-                results = [
-                    torch.zeros(
-                        *batch.mask.shape[: x.dim()], *x.shape[2:], dtype=x.dtype,
-                        device=batch.mask.device,
-                    )
-                    for x in found
-                ]  # fmt: skip
-            for result, x in zip(results, found, strict=True):
-                result[(index, slice(x.shape[1])) if x.dim() > 1 else index] = x
-        return results
+            states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
+        rated = []
+        if mine := sorted(chain.from_iterable(parts)):
+            own = batch.rows(mine)
+            found = self.reward(own, answers.rows(mine))
+            check_reward(found, own.mask)
+            rated.append((mine, tuple(x for x in found if x is not None)))
+        exchanged = world.exchanged((states, rated))
+        old, ref, *of_critic = _columns(batch, [row for part, _ in exchanged for row in part])
+        rewards, *category = _columns(batch, [row for _, part in exchanged for row in part])
+        values, after = of_critic or (None, None)
+        return Reading(old, ref, rewards, category[0] if category else None, values, after)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """`epochs` passes over shuffled minibatches; policy and critic step together."""
@@ -233,8 +228,7 @@ class PPOTrainer:
             for first in range(0, len(order), config.minibatch_size):
                 data = experience.rows(order[first : first + config.minibatch_size])
                 parts.append(self._minibatch(data, not parts))
-        trained = {"policy": self.models.policy, "critic": self.models.critic}
-        check_weights(f"after ppo step {self.step_count}", trained)
+        check_weights(f"after ppo step {self.step_count}", self.models.trained)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         return means | {"val/ratio_var": ratios.var(correction=0).item()}
@@ -245,69 +239,67 @@ class PPOTrainer:
         parts = [data.rows(index) for index in mine]
         step_zero = first and self.step_count == 1
         if step_zero and config.verify_prefix and parts and parts[0].batch.shares:
-            check_shared_prefix(models, parts[0].batch, self.sampling.temperature)
+            check_shared_prefix(models, self.reward, parts[0].batch, self.sampling.temperature)
         self.optimizer.zero_grad()
         losses = [self._backward(part, data, step_zero) for part in parts]
-        for model in (models.policy, models.critic):
+        for model in models.trained.values():
             world.add_gradients(model.parameters())
         if step_zero:
             check_gradients(models, data)
-        trained = {"policy": models.policy, "critic": models.critic}
         norms = {
             name: torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-            for name, model in trained.items()
+            for name, model in models.trained.items()
         }
         # Of all processes: each of them has the same figures, and stops or goes on as they do.
         whole = [*chain.from_iterable(world.exchanged(losses))]
-        sums = {
-            "policy loss": sum(part.policy for part in whole),
-            "value loss": sum(part.value for part in whole),
-        }
-        check_step(f"ppo step {self.step_count}", trained, sums, norms, PPO_REMEDY)
+        sums = {"policy loss": sum(part.policy for part in whole)}
+        if models.critic is not None:
+            sums["value loss"] = sum(part.value for part in whole if part.value is not None)
+        check_step(f"ppo step {self.step_count}", models.trained, sums, norms, PPO_REMEDY)
         self.optimizer.step()
-        return _minibatch_metrics(whole)
+        return minibatch_metrics(whole)
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
-        config, policy = self.config, self.models.policy
-        policy_loss = policy_head(policy).loss(
+        policy, critic, trained = self.models.policy, self.models.critic, part.masks.policy
+        policy_loss = self.objective(
+            policy_head(policy),
             policy_states(policy, part.batch),  # [B, T, D]
-            part.batch.targets,
-            part.logprobs,
-            part.advantages,
-            part.train_mask,
-            clip_low=config.clip,
-            clip_high=config.clip,
+            part,
             temperature=self.sampling.temperature,
-            num_tokens=whole.train_mask.sum(),
+            num_tokens=whole.masks.policy.sum(),
         )
         if step_zero:
-            check_step_zero_ratio(policy_loss.logprobs, part.logprobs, part.train_mask)
-        values, _ = self.models.critic(part.batch)  # [B, T]
+            check_step_zero_ratio(policy_loss.logprobs, part.logprobs, trained)
+        moved = torch.where(trained, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
+        figures = policy_loss.loss.detach(), policy_loss.metrics, moved.square().sum()
+        if critic is None:
+            policy_loss.loss.backward()
+            return Losses(*figures)
+        assert part.returns is not None  # `score` checks what an advantage gives
+        values, _ = critic(part.batch)  # [B, T]
         value_loss = tk.value_loss(
             values,
             part.returns,
-            part.batch.mask,
+            part.masks.critic,
             old_values=part.values,
-            clip=config.value_clip,
-            num_tokens=whole.batch.mask.sum(),
+            clip=self.config.value_clip,
+            num_tokens=whole.masks.critic.sum(),
         )
         (policy_loss.loss + value_loss.loss).backward()
-        moved = torch.where(part.train_mask, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
-        return Losses(
-            policy_loss.loss.detach(),
-            value_loss.loss.detach(),
-            policy_loss.metrics,
-            value_loss.metrics,
-            moved.square().sum(),
-        )
+        return Losses(*figures, value_loss.loss.detach(), value_loss.metrics)
 
-    def train_mask(self, batch: Batch, category: Tensor) -> Tensor:
-        """Every sampled token; the paper read literally: those of class 1 or 2, and EOS."""
-        if self.config.train_on_unlabelled:
-            return batch.mask
-        ends = torch.isin(batch.targets, batch.targets.new_tensor(self.eos_ids))  # [B, T]
-        return batch.mask & ((category > 0) | ends)
+    def masks(self, batch: Batch, category: Tensor | None) -> Masks:
+        """Every sampled token is trained, in policy and critic, and pays KL.
+
+        The paper read literally (`train_on_unlabelled` False): of the policy only tokens of class 1
+        or 2, and EOS.
+        """
+        policy = batch.mask
+        if not self.config.train_on_unlabelled and category is not None:
+            ends = torch.isin(batch.targets, batch.targets.new_tensor(self.eos_ids))  # [B, T]
+            policy = batch.mask & ((category > 0) | ends)
+        return Masks(action=batch.mask, policy=policy, critic=batch.mask, kl=batch.mask)
 
     def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
         """V after the last token of cut responses, 0 elsewhere, [B].
@@ -321,15 +313,13 @@ class PPOTrainer:
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
         return torch.where(cut, after, torch.zeros_like(after))
 
-    def _rollout_metrics(
-        self, rollout: RolloutBatch, old: Tensor, ref: Tensor, rewards: Tensor
-    ) -> dict[str, float]:
+    def _rollout_metrics(self, rollout: RolloutBatch, read: Reading) -> dict[str, float]:
         """TRL's names for figures of a rollout: sums over a response, means over responses."""
-        kl = (old - ref).sum(1).mean().item()
-        score = rewards.sum(1)  # [B]
+        kl = (read.old - read.ref).sum(1).mean().item()
+        score = read.rewards.sum(1)  # [B]
         return {
             "objective/kl": kl,
-            "objective/entropy": -old.sum(1).mean().item(),
+            "objective/entropy": -read.old.sum(1).mean().item(),
             "objective/non_score_reward": -self.config.kl_coef * kl,
             "objective/rlhf_reward": score.mean().item() - self.config.kl_coef * kl,
             "objective/scores": score.mean().item(),
@@ -338,22 +328,11 @@ class PPOTrainer:
         }
 
 
-def _minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
-    """TRL's names for figures of an optimiser step, over all its parts."""
-    policy, value = losses[0].policy_metrics, losses[0].value_metrics
-    for part in losses[1:]:
-        policy, value = policy.merged(part.policy_metrics), value.merged(part.value_metrics)
-    squared = sum(part.squared_log_ratio.item() for part in losses)
-    return {
-        "policy/approxkl_avg": 0.5 * squared / max(policy.tokens.item(), 1),
-        "policy/clipfrac_avg": policy.clip_fraction.item(),
-        "policy/entropy_avg": policy.entropy.item(),
-        "loss/policy_avg": sum(part.policy.item() for part in losses),
-        "loss/value_avg": sum(part.value.item() for part in losses),
-        "val/clipfrac_avg": value.clip_fraction.item(),
-        "val/ratio": policy.ratio_mean.item(),
-        "val/explained_variance": value.explained_variance.item(),
-    }
+def _columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> list[Tensor]:
+    """What was found for parts of a batch, each kind of it for the whole."""
+    kinds = zip(*(found for _, found in rows), strict=True)
+    return [assembled(batch.mask, [(i, x) for (i, _), x in zip(rows, kind, strict=True)])
+            for kind in kinds]  # fmt: skip
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

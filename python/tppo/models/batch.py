@@ -240,6 +240,20 @@ def _packed(pieces: Sequence[Piece], max_tokens: int) -> list[list[int]]:
     return [sorted(rows) for rows in parts]
 
 
+def assembled(mask: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """What was found for parts of the rows of a batch as one tensor, 0 where nothing was.
+
+    mask: [B, T] of the batch.  parts: rows, and of each of them [T', ...] with T' <= T, or [].
+    """
+    first = parts[0][1]
+    shape = (*mask.shape[: first.dim()], *first.shape[2:])
+    whole = torch.zeros(shape, dtype=first.dtype, device=mask.device)
+    for index, found in parts:
+        place = (list(index), slice(found.shape[1])) if found.dim() > 1 else list(index)
+        whole[place] = found.to(mask.device)
+    return whole
+
+
 def pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     """Ragged per-token numbers as a tensor of the shape, dtype and device of `like`, 0-filled."""
     out = torch.zeros_like(like)  # [B, T]

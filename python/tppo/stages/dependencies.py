@@ -25,7 +25,10 @@ class Dependencies(NamedTuple):
 
 SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix")  # of any temperature
 JUDGED = ("train", "eval")  # stages whose result depends on the rule's verdicts, as its labels do
-OPTIONAL = {"data/transfer.jsonl"}  # only generated sessions have it
+OPTIONAL = {
+    "data/transfer.jsonl",  # only generated sessions have it
+    "train/critic.safetensors",  # only where the advantage needs one
+}
 
 STAGES: dict[str, Dependencies] = {
     "data": Dependencies((), ()),
@@ -71,7 +74,7 @@ STAGES: dict[str, Dependencies] = {
             "generate.temperature", *SAMPLING, "ppo.reward", "ppo.reward_values",
             "ppo.length_alpha", "ppo.train_on_unlabelled", "ppo.bootstrap_truncated",
             "ppo.kl_coef", "ppo.gamma", "ppo.lam", "ppo.normalize", "ppo.max_tokens",
-            "eval.heat_users",
+            "ppo.advantage", "ppo.responses_per_prompt", "eval.heat_users",
         ),
     ),
 }  # fmt: skip

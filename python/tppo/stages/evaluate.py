@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tppo.errors import DataError
 from tppo.evaluation.heat import HeatRow, print_heat, write_heat
 from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, score_answers
 from tppo.evaluation.table import findings, print_table
@@ -19,7 +20,7 @@ from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
-from tppo.stages.ppo import new_trainer, suggested_lengths
+from tppo.stages.ppo import new_trainer, questions_of
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json, write_json
 
@@ -128,14 +129,29 @@ def heat(run: Run) -> None:
 
 @torch.no_grad()
 def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> list[HeatRow]:
+    """The first of the answers to each session: as many are sampled as in training, because an
+    advantage may compare them.
+    """
     policy = load_policy(run.path(path), run.device)
     trainer = new_trainer(run, policy)
-    trainer.models.critic.load_state_dict(load_file(run.path("train/critic.safetensors")))
-    prompts = run.prompts(sessions, policy)
-    rollout = trainer.rollout.generate(prompts, run.sampling(seed=run.seed))
-    experience, _ = trainer.score(rollout, suggested_lengths(run, sessions))
+    size = run.config.ppo.responses_per_prompt
+    if trainer.models.critic is not None:
+        critic = run.path("train/critic.safetensors")
+        if not critic.exists():
+            raise DataError(
+                f"{critic}: no such file, because training needed no critic; give the "
+                "--ppo.advantage of the training here too"
+            )
+        trainer.models.critic.load_state_dict(load_file(critic))
+    several = [session for session in sessions for _ in range(size)]
+    questions = questions_of(run, several, run.prompts(several, policy))
+    rollout = trainer.rollout.generate(questions.ids, run.sampling(seed=run.seed))
+    experience, _ = trainer.score(rollout, trainer.answers(questions, rollout))
+    assert experience.category is not None  # the reward is the token reward model
     result = []
-    for b, session in enumerate(sessions):
+    for b, session in enumerate(several):
+        if b % size:
+            continue
         n = len(rollout.response_ids[b])
         text, offsets = token_offsets(run.tokenizer, rollout.response_ids[b], run.eos_ids)
         result.append(

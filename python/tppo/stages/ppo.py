@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from tppo import stopping
 from tppo.evaluation.metrics import evaluate_policy, score_answers
 from tppo.labels.queries import parse_answer, query_key
+from tppo.methods.advantages import ADVANTAGES
 from tppo.methods.config import PPOConfig
-from tppo.methods.ppo import Models, PPOTrainer
+from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import check_auc, check_signal
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.guards import GuardError
@@ -31,6 +33,9 @@ from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, RolloutBatch
 from tppo.models.tokenizer import decode
 from tppo.progress import say, status
+from tppo.rewards import Questions
+from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
+from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.run import Run
 from tppo.store.checkpoint import load_latest, save_checkpoint
@@ -108,9 +113,9 @@ class Loop:
         chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         sessions = [self.sessions[i] for i in rows]
-        lengths = suggested_lengths(self.settings, sessions)
+        questions = questions_of(self.settings, sessions, [self.prompts[i] for i in rows])
         before = _sums(self.trainer.models.policy) if step == 1 else None
-        metrics, rollout = self.trainer.step([self.prompts[i] for i in rows], lengths)
+        metrics, rollout = self.trainer.step(questions)
         if step == 1 and before == _sums(self.trainer.models.policy):
             stands_still(self.config.without_signal)
         row = {"step": step, **metrics, **self.answer_metrics(sessions, rollout)}
@@ -176,14 +181,14 @@ class Loop:
         qualifies = figures["format"] >= self.min_format and figures["kl"] <= self.config.max_kl
         if qualifies and figures["relevance"] > self.best_score:
             self.best_score, self.best_step = figures["relevance"], step
-            for name, model in (("policy", models.policy), ("critic", models.critic)):
+            for name, model in models.trained.items():
                 self.best[name] = snapshot(model, self.best.get(name))
         return {f"heldout/{name}": figures[name] for name in ("relevance", "format", "kl")}
 
     def save(self, step: int) -> None:
         """A checkpoint with all that the remaining steps depend on."""
         models = self.trainer.models
-        weights = {"policy": models.policy.state_dict(), "critic": models.critic.state_dict()}
+        weights = {name: model.state_dict() for name, model in models.trained.items()}
         weights |= {f"best_{name}": tensors for name, tensors in self.best.items()}
         state = {
             "metrics": self.metrics,
@@ -200,13 +205,13 @@ class Loop:
         if found is None:
             return
         models = self.trainer.models
-        models.policy.load_state_dict(found.weights["policy"])
-        models.critic.load_state_dict(found.weights["critic"])
+        for name, model in models.trained.items():
+            model.load_state_dict(found.weights[name])
         self.trainer.optimizer.load_state_dict(found.optimizer)
         self.trainer.step_count = found.step
         self.best = {
             name: found.weights[f"best_{name}"]
-            for name in ("policy", "critic")
+            for name in models.trained
             if f"best_{name}" in found.weights
         }
         self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
@@ -217,8 +222,8 @@ class Loop:
         """The weights kept, as a plain folder of transformers, and a report."""
         models = self.trainer.models
         if self.best:
-            models.policy.load_state_dict(self.best["policy"])
-            models.critic.load_state_dict(self.best["critic"])
+            for name, model in models.trained.items():
+                model.load_state_dict(self.best[name])
             say(
                 f"ppo: kept step {self.best_step}, held-out relevance {self.best_score:.3f} (by "
                 f"the rule), {self.seconds:.0f} s"
@@ -231,8 +236,9 @@ class Loop:
                 "one is kept"
             )
         save_model(models.policy, self.settings.tokenizer, self.out / "model")
-        critic = {name: t.detach().cpu().clone() for name, t in models.critic.state_dict().items()}
-        save_file(critic, self.out / "critic.safetensors")
+        if models.critic is not None:
+            critic = {name: x.cpu() for name, x in snapshot(models.critic).items()}
+            save_file(critic, self.out / "critic.safetensors")
         write_json(self.out / "report.json", self.report())
 
     def report(self) -> dict[str, Any]:
@@ -274,23 +280,37 @@ def _sums(model: PreTrainedModel) -> list[float]:
     return torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist()
 
 
-def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOTrainer:
-    """A trainer over `policy`, with reference and critic from SFT and the frozen reward model."""
+def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
+    """PPO over `policy`, with the reference and, where it is needed, the critic from SFT, and the
+    frozen reward model.
+    """
+    config, prefix = run.config.ppo, run.config.prefix
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
-    batch_size, prefix = run.config.generate.batch_size, run.config.prefix
+    advantage = ADVANTAGES[config.advantage](config)
+    with_critic = advantage.needs_critic
     models = Models(
         policy=policy,
         ref=run.sft_model(),
-        critic=Critic.from_policy(run.path("sft/model"), run.device),
-        reward=load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids),
+        critic=Critic.from_policy(run.path("sft/model"), run.device) if with_critic else None,
     )
     if run.config.model.gradient_checkpointing:
-        for trained in (models.policy, models.critic):
+        for trained in models.trained.values():
             recompute_layers(trained)
-    return PPOTrainer(
+    reward = TokenModelReward(
+        load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids),
+        mode=config.reward,
+        values=config.reward_values,
+        length_alpha=config.length_alpha,
+        max_tokens=config.max_tokens,
+    )
+    batch_size = run.config.generate.batch_size
+    return PPO(
         models,
         HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
-        run.config.ppo,
+        config,
+        reward=reward,
+        advantage=advantage,
+        tokenizer=run.tokenizer,
         sampling=run.sampling(),
         pad_id=pad_id,
         eos_id=eos_ids,
@@ -298,6 +318,14 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPOT
         prefix=prefix,
         world=world,
     )
+
+
+def questions_of(
+    run: Run, sessions: Sequence[Session], prompt_ids: Sequence[Sequence[int]]
+) -> Questions:
+    """The sessions as a reward sees them."""
+    columns = {SUGGESTED_LENGTH: suggested_lengths(run, sessions)}
+    return Questions(prompt_ids, [prompt_text(session) for session in sessions], columns)
 
 
 def suggested_lengths(run: Run, sessions: Sequence[Session]) -> list[float]:

@@ -1,0 +1,86 @@
+"""What PPO's three pieces hand on to each other: models, a scored rollout, figures of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tppo.methods.advantages import Masks
+from tppo.models.batch import Batch
+from tppo.models.policy import Critic
+
+
+class Models(NamedTuple):
+    """The models of PPO; only policy and critic are trained."""
+
+    policy: PreTrainedModel
+    ref: PreTrainedModel
+    critic: Critic | None = None  # None where the advantage needs none
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What is trained, checkpointed and kept, by name."""
+        found = {"policy": self.policy, "critic": self.critic}
+        return {name: model for name, model in found.items() if model is not None}
+
+
+class Experience(NamedTuple):
+    """A scored rollout, detached."""
+
+    batch: Batch
+    masks: Masks
+    rewards: Tensor  # [B, T], KL not included
+    category: Tensor | None  # [B, T] int64, of a reward that has classes
+    logprobs: Tensor  # [B, T] under the policy that sampled
+    values: Tensor | None  # [B, T], None without a critic
+    advantages: Tensor  # [B, T]
+    returns: Tensor | None  # [B, T], the critic's targets
+
+    def rows(self, index: Sequence[int]) -> Experience:
+        """Some of the responses, itself for all of them; T may shrink to the longest of them."""
+        batch = self.batch.rows(index)
+        if batch is self.batch:
+            return self
+        length = batch.targets.shape[1]
+
+        def cut(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field[index, :length]
+
+        masks = Masks(*(mask[index, :length] for mask in self.masks))
+        return Experience(batch, masks, *map(cut, self[2:]))  # type: ignore[arg-type]
+
+
+class Losses(NamedTuple):
+    """What a part of a minibatch adds to its figures; the last two are None without a critic."""
+
+    policy: Tensor  # []
+    policy_metrics: Any  # of tk.ppo_loss
+    squared_log_ratio: Tensor  # [], summed over the tokens trained
+    value: Tensor | None = None  # []
+    value_metrics: Any = None  # of tk.value_loss
+
+
+def minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
+    """TRL's names for figures of an optimiser step, over all its parts."""
+    policy, value = losses[0].policy_metrics, losses[0].value_metrics
+    for part in losses[1:]:
+        policy = policy.merged(part.policy_metrics)
+        value = None if value is None else value.merged(part.value_metrics)
+    squared = sum(part.squared_log_ratio.item() for part in losses)
+    figures = {
+        "policy/approxkl_avg": 0.5 * squared / max(policy.tokens.item(), 1),
+        "policy/clipfrac_avg": policy.clip_fraction.item(),
+        "policy/entropy_avg": policy.entropy.item(),
+        "loss/policy_avg": sum(part.policy.item() for part in losses),
+        "val/ratio": policy.ratio_mean.item(),
+    }
+    if value is None:
+        return figures
+    return figures | {
+        "loss/value_avg": sum(part.value.item() for part in losses if part.value is not None),
+        "val/clipfrac_avg": value.clip_fraction.item(),
+        "val/explained_variance": value.explained_variance.item(),
+    }
