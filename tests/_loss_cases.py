@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
+from tppo_kernels._core.op import _given
 from tppo_kernels.testing import (
     assert_accurate,
     assert_same_bits,
@@ -174,10 +175,13 @@ def numbers(*values):
 
 
 def check_nothing_but_kernels(backend, forward, gradients):
-    """Forward and backward of raw ops on a backend: torch itself launches nothing."""
+    """Forward and backward of raw ops on a backend: torch itself launches nothing.
+
+    gradients: the record of backward from (loss, scale, slopes ...).
+    """
     with Launching() as launching:
-        loss, *slopes, _, scale = backend.fwd(*forward)
-        backend.bwd(loss, scale, *slopes, *gradients)
+        loss, *slopes, _, scale = _given(backend.fwd, forward)
+        _given(backend.bwd, gradients(loss, scale, *slopes))
     assert launching.names == []
 
 

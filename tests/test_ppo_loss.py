@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._core.check import REDUCTIONS
+from tppo_kernels._core.check import REDUCTIONS, Reduction
 from tppo_kernels._math.sequence import KL_ESTIMATORS, reduction_weights
 from tppo_kernels.ops.ppo_loss import _check_values, reference
 from tppo_kernels.testing import (
@@ -414,7 +414,8 @@ def test_packed_arguments_of_n_equal_b_are_per_token():
 def test_the_formula_exists_once_and_serves_chunks():
     """A second copy of the loss drifts (Liger#1082, trl#7063): chunks of tokens add up to it."""
     x, mask = sample(3, 8, seed=11), sample_mask("interior", 3, 8)
-    share = reduction_weights(mask, "seq-mean-token-mean", None, None, None, None, torch.float32)
+    share = reduction_weights(mask, Reduction(None, None, None, "seq-mean-token-mean"), None,
+                              torch.float32)
     flat = {k: v.flatten() for k, v in x.items()}
     number = [torch.tensor(v) for v in (0.2, 0.2, 1.5, 20.0, 0.1, 0.3)]
     formula = reference.Formula(*number, "token", "k3")
@@ -619,10 +620,11 @@ def test_cuda_kernel_emulated(monkeypatch):
     backend = _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
     x = sample(3, 5, torch.bfloat16)
     tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
-    check_nothing_but_kernels(backend, [
+    check_nothing_but_kernels(backend, (
         *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
             0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
-        "seq-mean-token-sum-norm", True, True], (torch.bfloat16, torch.float16))
+        "seq-mean-token-sum-norm", True, True),
+        lambda *results: (*results, torch.bfloat16, torch.float16))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), **ALL_TERMS)
     check_long_sequences(monkeypatch, backend, run, sample, {"kl_coef": 0.1})

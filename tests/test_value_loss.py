@@ -26,8 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._core.check import REDUCTIONS
+from tppo_kernels._core import record
+from tppo_kernels._core.check import REDUCTIONS, Reduction
 from tppo_kernels.ops.value_loss import reference
+from tppo_kernels.ops.value_loss.reference import ValueLossCall, ValueLossGradient
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -223,8 +225,9 @@ def test_only_values_get_a_gradient():
     assert not any(m.requires_grad for m in out.metrics)
     with torch.no_grad():
         assert not tk.value_loss(values, returns).loss.requires_grad
-    raw = (x["values"], returns.detach(), *[None] * 7, "token-mean")
-    assert [t.numel() for t in _fwd(*raw, False)] == [1, 0, 6, 1]
+    raw = ValueLossCall(x["values"], returns.detach(), None, None, None,
+                        Reduction(None, None, None, "token-mean"), None, False)
+    assert [t.numel() for t in _fwd(*record.flat(raw))] == [1, 0, 6, 1]
     expected = run(x, clip=0.2)
     with torch.inference_mode():
         assert_same_bits(tk.value_loss(**x, clip=0.2).loss, expected[0])
@@ -289,16 +292,18 @@ def test_opcheck_and_no_host_read(clip, packed):
         x, mask = {k: v.flatten() for k, v in x.items()}, mask.flatten()
     else:  # dense, but not in the order that the results have
         x, mask = {k: v.T.contiguous().T for k, v in x.items()}, mask.T.contiguous().T
-    arguments = [x["values"], x["returns"], mask, x["old_values"], clip, torch.tensor(9), None,
-                 torch.tensor(3.0), cu, "seq-mean-token-sum-norm", True]
-    torch.library.opcheck(_fwd, arguments)
-    torch.library.opcheck(_fwd, [*arguments[:-1], False])
+    call = ValueLossCall(
+        x["values"], x["returns"], mask, x["old_values"], clip,
+        Reduction(torch.tensor(9), None, torch.tensor(3.0), "seq-mean-token-sum-norm"), cu, True)
+    torch.library.opcheck(_fwd, record.flat(call))
+    torch.library.opcheck(_fwd, record.flat(call._replace(grad=False)))
     torch.library.opcheck(_bwd, [torch.tensor(2.0), torch.tensor(0.5), x["values"],
                                  torch.float16])
     if not packed:  # a fake tensor raises where its value is read; segment_reduce has no fake
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            assert reference.fwd(*fakes)[1].shape == x["values"].shape
+            fakes = (mode.from_tensor(a) if isinstance(a, torch.Tensor) else a
+                     for a in record.flat(call))
+            assert reference.fwd(record.build(ValueLossCall, fakes))[1].shape == x["values"].shape
 
 
 def test_compile_recompilation_and_export():
@@ -393,9 +398,11 @@ def test_cuda_kernel_emulated(monkeypatch):
     """csrc/value_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
     backend = _emulated.on_the_cpu(monkeypatch, "value_loss", "loss", "ppo_loss", "value_loss")
     x = sample(3, 5, torch.bfloat16)
-    check_nothing_but_kernels(backend, [
-        x["values"], x["returns"], sample_mask("row", 3, 5), x["old_values"], *numbers(0.2), None,
-        None, None, None, "seq-mean-token-mean", True], (torch.bfloat16,))
+    check_nothing_but_kernels(
+        backend, ValueLossCall(
+            x["values"], x["returns"], sample_mask("row", 3, 5), x["old_values"], *numbers(0.2),
+            Reduction(None, None, None, "seq-mean-token-mean"), None, True),
+        lambda *results: ValueLossGradient(*results, torch.bfloat16))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), clip=0.2)
     check_long_sequences(monkeypatch, backend, run, sample, {"clip": 0.2})

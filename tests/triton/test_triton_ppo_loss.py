@@ -135,8 +135,9 @@ def test_two_launches_and_nothing_else(monkeypatch):
     monkeypatch.setattr(_triton, "ticket", lambda like: ticket)
     x = policy_sample(3, 5, torch.bfloat16)
     tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
-    check_nothing_but_kernels(_triton, [
+    check_nothing_but_kernels(_triton, (
         *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
             0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
-        "seq-mean-token-sum-norm", True, True], (torch.bfloat16, torch.float16))
+        "seq-mean-token-sum-norm", True, True),
+        lambda *results: (*results, torch.bfloat16, torch.float16))
     assert launches == ["_ppo_loss_fwd_kernel", "_ppo_loss_bwd_kernel"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ def _parse(shape: str) -> list[tuple[str, tuple[str, ...], bool, bool]]:
         (text, letters, letters[:1] == ("...",), all(x.isalpha() or x == "..." for x in letters))
         for text, letters in split]
     return parsed
+
+
+class Reduction(NamedTuple):
+    """How a loss adds up its tokens; the denominators of a batch that others share in."""
+
+    num_tokens: Tensor | None  # []; None: the valid tokens of this batch
+    num_sequences: Tensor | None  # []; None: its sequences with a valid token
+    norm_length: Tensor | None  # []; None: T
+    reduction: str  # of REDUCTIONS
 
 
 class Check:
@@ -249,7 +258,7 @@ class Check:
         return [self.scalar(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
     def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
-                  cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+                  cu_seqlens: Tensor | None) -> Reduction:
         """Holds the arguments of a reduction; its denominators as 0-d tensors, None where none."""
         self.choice("reduction", reduction, REDUCTIONS)
         if (reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None
@@ -257,9 +266,10 @@ class Check:
             raise ValueError(f"{self.op}: norm_length is None, expected a length, because "
                              f"reduction is {reduction!r} and the layout is packed")
         if num_tokens is num_sequences is norm_length is None:
-            return None, None, None
-        return (self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
-                self.count("norm_length", norm_length))
+            return Reduction(None, None, None, reduction)
+        return Reduction(
+            self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
+            self.count("norm_length", norm_length), reduction)
 
     def count(self, name: str, value: Any) -> Tensor | None:
         """A whole number >= 0, or a 0-d tensor (whole numbers too), as a detached 0-d tensor."""

@@ -18,7 +18,7 @@ import torch
 
 from .backends import BACKENDS, RARE, forced, interpreting, missing, variable
 from .eager import plain_device
-from .record import build, flattener
+from .record import build, flat
 from .record import schema as arguments
 
 OPS: dict[str, Op] = {}
@@ -72,7 +72,6 @@ class Op:
         entry = raw.rpartition("_")[2]
         if record:
             schema = schema.replace(raw, f"{raw}({arguments(record)})", 1)
-        flat = flattener(record) if record else tuple
 
         def of(args: tuple) -> tuple:
             return build(record, args) if record else args

@@ -11,7 +11,6 @@ autograd know only flat arguments: `flat` and `build` are the two ways between.
 
 from __future__ import annotations
 
-import functools
 import operator
 import types
 import typing
@@ -26,12 +25,8 @@ Record = TypeVar("Record", bound=tuple)
 
 _SCHEMA = {Tensor: "Tensor", list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool",
            str: "str", torch.dtype: "ScalarType"}
-
-
-@functools.cache
-def _fields(record: type) -> dict[str, Any]:
-    """The fields of a record with their types."""
-    return typing.get_type_hints(record)
+_INNER: dict[type, tuple[type | None, ...]] = {}  # of each field, the record that it is
+_READ: dict[type, Callable[[Any], tuple]] = {}  # what reads all arguments, where some are inner
 
 
 def _is_record(kind: Any) -> bool:
@@ -40,7 +35,7 @@ def _is_record(kind: Any) -> bool:
 
 def _leaves(record: type, before: str = "") -> Iterator[tuple[str, Any]]:
     """(path, type) of everything that is not a record itself: ("mask", Tensor | None)."""
-    for name, kind in _fields(record).items():
+    for name, kind in typing.get_type_hints(record).items():
         if _is_record(kind):
             yield from _leaves(kind, f"{before}{name}.")
         else:
@@ -48,7 +43,11 @@ def _leaves(record: type, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def schema(record: type) -> str:
-    """The arguments of the raw op as torch's schema language has them."""
+    """The arguments of the raw op as torch's schema language has them.
+
+    From here on `flat` and `build` know such records.
+    """
+    _learn(record)
     names = [path.rpartition(".")[2] for path, _ in _leaves(record)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -66,37 +65,39 @@ def _spell(record: type, path: str, kind: Any) -> str:
     return _SCHEMA[kinds[0]] + "?" * optional
 
 
-@functools.cache
-def flattener(record: type) -> Callable[[Any], tuple]:
-    """What gives the arguments of such a record one by one, in the order of its schema."""
+def _learn(record: Any) -> None:
+    """Reads the types of a record's fields once: what calls need of them, Dynamo can trace."""
+    kinds = typing.get_type_hints(record).values()
+    _INNER[record] = tuple(kind if _is_record(kind) else None for kind in kinds)
+    for kind in filter(None, _INNER[record]):
+        _learn(kind)
     paths = [path for path, _ in _leaves(record)]
-    if not any("." in path for path in paths):
-        return lambda call: call  # it is a tuple of them already
-    outside_python = operator.attrgetter(*paths)  # of several paths: it gives a tuple
-    return lambda call: _listed(call) if is_compiling() else outside_python(call)
+    if any("." in path for path in paths):
+        _READ[record] = operator.attrgetter(*paths)  # of several paths: it gives a tuple
 
 
 def flat(call: tuple) -> tuple:
     """The arguments of a record, one by one, in the order of its schema."""
-    return flattener(type(call))(call)
+    if is_compiling():
+        return _listed(call)
+    read = _READ.get(type(call))  # outside Python, unlike `_listed`
+    return call if read is None else read(call)  # without inner records it is a tuple of them
 
 
 def _listed(call: tuple) -> tuple:
-    """The same by code that Dynamo can trace."""
     args: tuple = ()
     for x in call:
-        args += _listed(x) if hasattr(x, "_fields") else (x,)
+        args += _listed(x) if isinstance(x, tuple) else (x,)
     return args
 
 
 def build(record: type[Record], values: Iterable[Any]) -> Record:
     """The record of arguments that come one by one, as the dispatcher and autograd give them."""
-    if not any(map(_is_record, _fields(record).values())):
+    if not any(_INNER[record]):
         return record(*values)
-    rest = iter(values)
-    return _built(record, rest)
+    return _built(record, iter(values))
 
 
 def _built(record: type[Record], rest: Iterator[Any]) -> Record:
-    return record(*(_built(kind, rest) if _is_record(kind) else next(rest)
-                    for kind in _fields(record).values()))
+    return record(*[next(rest) if inner is None else _built(inner, rest)
+                    for inner in _INNER[record]])

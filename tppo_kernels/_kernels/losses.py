@@ -4,11 +4,12 @@ denominators of its reduction; for the compiled ones also the structs of csrc/lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._core.check import Reduction
 from .memory import address, refuses_fp64
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
@@ -17,9 +18,11 @@ ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
 ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
 
 
-def supports(*args: object) -> str | None:
+def supports(*args: Any) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(*args[:7])  # the tensors of tokens come first
+    if len(args) == 1:  # a record
+        args = args[0]
+    return refuses_fp64(args[:7])  # the tensors of tokens come first
 
 
 class Share(NamedTuple):
@@ -36,9 +39,9 @@ class Share(NamedTuple):
         return self.by_length or self.count_of == SEQUENCES
 
 
-def share_of(reduction: str, num_tokens: Tensor | None, num_sequences: Tensor | None,
-             norm_length: Tensor | None, like: Tensor) -> Share:
+def share_of(over: Reduction, like: Tensor) -> Share:
     """The denominators of a reduction, as `_math.sequence.reduction_weights` has them."""
+    num_tokens, num_sequences, norm_length, reduction = over
     if reduction == "token-sum":
         return Share(ONE, None, 1, False)
     if reduction == "token-mean":

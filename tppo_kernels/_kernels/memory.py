@@ -8,9 +8,9 @@ from torch import Tensor
 FP64 = "fp64 is computed by the reference only"
 
 
-def refuses_fp64(*args: object) -> str | None:
-    """The reason for refusing, where one of the arguments is a tensor of fp64 with a size."""
-    for x in args:
+def refuses_fp64(call: tuple) -> str | None:
+    """The reason for refusing, where one of a record's fields is a tensor of fp64 with a size."""
+    for x in call:
         if isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim():
             return FP64
     return None

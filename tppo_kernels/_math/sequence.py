@@ -6,11 +6,15 @@ tensor's value on the host, and everything runs in the dtype of its input.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from .._core.check import Reduction
 from .._core.packed import sequence_index
 
+Optional = TypeVar("Optional", Tensor, Tensor | None)  # a tensor stays one
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 KL_CLAMP = 20.0
 
@@ -23,7 +27,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def detached(x: Tensor | None) -> Tensor | None:
+def detached(x: Optional) -> Optional:
     """An input without its graph; None stays None.
 
     Dynamo refuses an `autograd.Function` that gets one tensor twice: each detach is another one.
@@ -78,19 +82,19 @@ def alive(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     return sequence_sum(valid_mask(x, mask).to(torch.float32), cu_seqlens) > 0
 
 
-def reduction_weights(mask: Tensor, reduction: str, num_tokens: Tensor | None,
-                      num_sequences: Tensor | None, norm_length: Tensor | None,
-                      cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight c of each token in Red(x) = sum(c x), 0 where masked.
-
-    mask: [B, T] or [N]; the counts are 0-d tensors, or None for the batch's own.
-    """
+def reduction_weights(
+        mask: Tensor,  # [B, T] or [N] bool
+        over: Reduction,
+        cu_seqlens: Tensor | None,  # [B + 1] int32
+        dtype: torch.dtype) -> Tensor:
+    """The weight c of each token in Red(x) = sum(c x), 0 where masked."""  # [B, T] or [N]
+    reduction, num_sequences, norm_length = over.reduction, over.num_sequences, over.norm_length
     tokens = mask.to(dtype)
     one = tokens.new_ones(())
     if reduction == "token-sum":
         return tokens
     if reduction == "token-mean":
-        total = tokens.sum() if num_tokens is None else on(num_tokens, one)
+        total = tokens.sum() if over.num_tokens is None else on(over.num_tokens, one)
         return tokens / torch.maximum(total, one)
     lengths = sequence_sum(tokens, cu_seqlens)  # [B]
     sequences = (lengths > 0).to(dtype).sum() if num_sequences is None else on(num_sequences, one)

@@ -201,7 +201,7 @@ def linear_ppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob
         check.scalar("dual_clip", dual_clip, above=1.0, high=inf, optional=True),
         check.scalar("max_log_ratio", max_log_ratio, above=0.0, high=inf),
         check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
-        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
+        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)[:3])
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):
         _require_reference(kl_coef)
     refuse_forward_mode("linear_ppo_loss", hidden, weight, bias)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.check import Reduction
 from ..._math.chunks import Gradients
 from ..._math.rows import Selection
 from ..._math.sequence import compute_dtype, on, reduction_weights, spread, valid_mask
@@ -51,7 +52,7 @@ def tokens_of(old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None,
     def every(x: Tensor) -> Tensor:
         return (x if x.shape == valid.shape else spread(x, valid, cu_seqlens)).to(dtype)
 
-    share = reduction_weights(valid, reduction, *counts, cu_seqlens, dtype)
+    share = reduction_weights(valid, Reduction(*counts, reduction), cu_seqlens, dtype)
     return Tokens(old_logprobs.to(dtype), every(advantages), valid, share,
                   None if ref_logprobs is None else every(ref_logprobs),
                   None if weights is None else every(weights))

@@ -257,7 +257,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
         check.scalar("dual_clip", dual_clip, above=1.0, high=inf, optional=True),
         check.scalar("max_log_ratio", max_log_ratio, above=0.0, high=inf),
         check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
-        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens))
+        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)[:3])
     if entropy is None and not isinstance(entropy_coef, Tensor):
         _require("entropy", "entropy_coef", entropy_coef)
     if ref_logprobs is None and not isinstance(kl_coef, Tensor):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
+from ..._core.check import Reduction
 from ..._kernels.losses import (
     DTYPES,
     arrange,
@@ -38,7 +39,7 @@ class Call:
                  kl_coef: Tensor, num_tokens: Tensor | None, num_sequences: Tensor | None,
                  norm_length: Tensor | None, cu_seqlens: Tensor | None, ratio: str,
                  kl_estimator: str, reduction: str, grad_logprobs: bool, grad_entropy: bool):
-        share = share_of(reduction, num_tokens, num_sequences, norm_length, logprobs)
+        share = share_of(Reduction(num_tokens, num_sequences, norm_length, reduction), logprobs)
         columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
         batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
         alive: list[Tensor | None] = []

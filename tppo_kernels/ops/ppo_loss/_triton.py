@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._core.check import Reduction
 from ..._kernels.launch import launching_on
 from ..._kernels.losses import arrange, like_slopes, pair, share_of, supports
 from ..._kernels.triton_losses import (
@@ -300,7 +301,7 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
             logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, clip_low,
             clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens, num_sequences,
             norm_length, cu_seqlens, ratio, kl_estimator, reduction, grad_logprobs, grad_entropy)
-    share = share_of(reduction, num_tokens, num_sequences, norm_length, logprobs)
+    share = share_of(Reduction(num_tokens, num_sequences, norm_length, reduction), logprobs)
     columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
     batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
     numbers = [pair(clip_low), pair(clip_high), pair(dual_clip, NO_DUAL_CLIP), *(pair(x) for x in (

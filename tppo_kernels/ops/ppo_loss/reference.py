@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.check import Reduction
 from ..._math.sequence import (
     compute_dtype,
     kl,
@@ -130,8 +131,8 @@ def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantag
         """A per-token or per-sequence argument at every token; N = B is per token."""
         return (x if x.shape == valid.shape else spread(x, valid, cu_seqlens)).to(dtype)
 
-    share = reduction_weights(valid, reduction, num_tokens, num_sequences, norm_length, cu_seqlens,
-                              dtype)
+    share = reduction_weights(valid, Reduction(num_tokens, num_sequences, norm_length, reduction),
+                              cu_seqlens, dtype)
     formula = Formula(clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, ratio,
                       kl_estimator)
     terms = token_terms(

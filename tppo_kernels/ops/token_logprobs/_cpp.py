@@ -14,7 +14,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype o
 
 def supports(*args: object) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(*args[:3])
+    return refuses_fp64(args[:3])
 
 
 class _Rows:

@@ -14,9 +14,11 @@ from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
+from ..._core.record import build, flat
 from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype, detached
 from . import reference
+from .reference import ValueLossCall, ValueLossGradient
 
 _op = Op("value_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
@@ -92,45 +94,43 @@ class ValueLoss(NamedTuple):
     metrics: ValueMetrics  # detached
 
 
-def _check_values(values, returns, mask, old_values, clip, num_tokens, num_sequences, norm_length,
-                  cu_seqlens, reduction, grad) -> None:
-    offsets("value_loss", cu_seqlens, values.shape[0])
-    values_between("value_loss", "clip", clip, 0.0, inf)
+def _check_values(call: ValueLossCall) -> None:
+    offsets("value_loss", call.cu_seqlens, call.values.shape[0])
+    values_between("value_loss", "clip", call.clip, 0.0, inf)
 
 
-def _fake(values, returns, mask, old_values, *rest):
-    dtype = compute_dtype(values, returns, old_values)
+def _fake(call: ValueLossCall) -> tuple[Tensor, ...]:
+    values, dtype = call.values, compute_dtype(call.values, call.returns, call.old_values)
     return (values.new_empty((), dtype=dtype),
-            values.new_empty(values.shape if rest[-1] else 0, dtype=dtype),
+            values.new_empty(values.shape if call.grad else 0, dtype=dtype),
             values.new_empty(len(ValueMetrics._fields), dtype=dtype),
             values.new_empty((), dtype=dtype))
 
 
-_fwd = _op.define(
-    "value_loss_fwd(Tensor values, Tensor returns, Tensor? mask, Tensor? old_values, Tensor? clip,"
-    " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
-    " str reduction, bool grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.fwd, _fake, _check_values)
-_bwd = _op.define(
-    "value_loss_bwd(Tensor grad_loss, Tensor scale, Tensor dvalues, ScalarType dtype) -> Tensor",
-    reference.bwd, lambda grad_loss, scale, dvalues, dtype: torch.empty_like(dvalues, dtype=dtype))
+_fwd = _op.define("value_loss_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
+                  _check_values, record=ValueLossCall)
+_bwd = _op.define("value_loss_bwd -> Tensor", reference.bwd,
+                  lambda call: torch.empty_like(call.dvalues, dtype=call.dtype),
+                  record=ValueLossGradient)
 
 
 class _ValueLoss(torch.autograd.Function):
     """Forward keeps the derivative; backward multiplies it by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, values, *rest):
-        loss, dvalues, metrics, scale = _fwd(values, *rest, True)
-        ctx.dtype = values.dtype
-        ctx.save_for_backward(values, scale, dvalues)
+    def forward(ctx, *args):
+        call = build(ValueLossCall, args)
+        loss, dvalues, metrics, scale = _fwd(call)
+        ctx.dtype = call.values.dtype
+        ctx.save_for_backward(call.values, scale, dvalues)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @first_only(1)
     def backward(ctx, grad_loss, _):
-        return (_bwd(grad_loss, *ctx.saved_tensors[1:], ctx.dtype),
+        _, scale, dvalues = ctx.saved_tensors
+        return (_bwd(ValueLossGradient(grad_loss, scale, dvalues, ctx.dtype)),
                 *[None] * (len(ctx.needs_input_grad) - 1))
 
 
@@ -161,14 +161,15 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
     mask = check.sequences("values", values, mask, cu_seqlens)
     check.tensor("returns", returns, check.tokens(cu_seqlens))
     check.tensor("old_values", old_values, check.tokens(cu_seqlens), optional=True)
-    clip = check.scalar("clip", clip, low=0.0, high=inf, optional=True)
-    if clip is not None and old_values is None:
+    bound = check.scalar("clip", clip, low=0.0, high=inf, optional=True)
+    if bound is not None and old_values is None:
         raise ValueError("value_loss: old_values is None, expected a tensor, because clip is given")
-    counts = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
-    old_values = None if clip is None else detached(old_values)
-    arguments = (values, detached(returns), mask, old_values, clip, *counts, cu_seqlens, reduction)
-    if wanted(values):
-        loss, metrics = recorded(_ValueLoss, *arguments)
+    over = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
+    old_values = None if bound is None else detached(old_values)
+    grad = wanted(values)
+    call = ValueLossCall(values, detached(returns), mask, old_values, bound, over, cu_seqlens, grad)
+    if grad:
+        loss, metrics = recorded(_ValueLoss, *flat(call))
     else:
-        loss, _, metrics, _ = _fwd(*arguments, False)
+        loss, _, metrics, _ = _fwd(call)
     return ValueLoss(loss, ValueMetrics(*metrics.unbind()))

@@ -20,21 +20,20 @@ from ..._kernels.losses import (
     supports,
 )
 from . import reference
+from .reference import ValueLossCall, ValueLossGradient
 
-__all__ = ["Call", "bwd", "fwd", "supports"]
+__all__ = ["Batch", "bwd", "fwd", "supports"]
 
 METRICS = 6
 NO_CLIP = -1.0
 
 
-class Call:
+class Batch:
     """The C++ struct ValueBatch of a call, the results that it fills, and what it points to."""
 
-    def __init__(self, values: Tensor, returns: Tensor, mask: Tensor | None,
-                 old_values: Tensor | None, clip: Tensor | None, num_tokens: Tensor | None,
-                 num_sequences: Tensor | None, norm_length: Tensor | None,
-                 cu_seqlens: Tensor | None, reduction: str, grad: bool):
-        share = share_of(reduction, num_tokens, num_sequences, norm_length, values)
+    def __init__(self, call: ValueLossCall):
+        values, returns, mask, old_values, clip, reduction, cu_seqlens, grad = call
+        share = share_of(reduction, values)
         columns = (values, returns, None if clip is None else old_values)
         batch = arrange(columns, mask, cu_seqlens, share.of_sequences)
         alive: list[Tensor | None] = []
@@ -57,17 +56,18 @@ class Call:
         return self.loss, self.dvalues, self.metrics, self.scale
 
 
-def fwd(values: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dvalues, metrics, scale), fp32; see `reference.fwd`."""
-    if values.numel() == 0:
-        return reference.fwd(values, *arguments)
-    call = Call(values, *arguments)
-    _C.value_loss_fwd(*call.arguments, torch.get_num_threads())
-    return call.results()
+    if call.values.numel() == 0:
+        return reference.fwd(call)
+    batch = Batch(call)
+    _C.value_loss_fwd(*batch.arguments, torch.get_num_threads())
+    return batch.results()
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+def bwd(call: ValueLossGradient) -> Tensor:
     """The gradient of values in their dtype; see `reference.bwd`."""
+    grad_loss, scale, dvalues, dtype = call
     slopes, out = like_slopes(dvalues, dtype)
     _C.loss_bwd((slopes.data_ptr(), slopes.numel(), DTYPES[dtype], out.data_ptr()),
                 float(grad_loss) * float(scale), torch.get_num_threads())

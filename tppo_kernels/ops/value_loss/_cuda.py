@@ -11,24 +11,27 @@ import tppo_kernels._C as _C
 from ..._kernels.launch import current_stream, launching_on
 from ..._kernels.losses import DTYPES, like_slopes, supports, workspace
 from . import reference
-from ._cpp import Call
+from ._cpp import Batch
+from .reference import ValueLossCall, ValueLossGradient
 
 __all__ = ["bwd", "fwd", "supports"]
 
 
-def fwd(values: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dvalues, metrics, scale), fp32; see `reference.fwd`."""
+    values = call.values
     if values.numel() == 0:
-        return reference.fwd(values, *arguments)
+        return reference.fwd(call)
     with launching_on(values):
-        call = Call(values, *arguments)
+        batch = Batch(call)
         room = workspace(values)
-        _C.value_loss_fwd_cuda(*call.arguments, room.data_ptr(), current_stream(values))
-    return call.results()
+        _C.value_loss_fwd_cuda(*batch.arguments, room.data_ptr(), current_stream(values))
+    return batch.results()
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+def bwd(call: ValueLossGradient) -> Tensor:
     """The gradient of values in their dtype; see `reference.bwd`."""
+    grad_loss, scale, dvalues, dtype = call
     slopes, out = like_slopes(dvalues, dtype)
     grad_loss = grad_loss.to(torch.float32)
     with launching_on(slopes):

@@ -29,6 +29,7 @@ from ..._kernels.triton_losses import (
     valid_tokens,
 )
 from . import reference
+from .reference import ValueLossCall, ValueLossGradient
 
 __all__ = ["bwd", "fwd", "supports"]
 
@@ -146,15 +147,12 @@ def _value_loss_bwd_kernel(grad_ptr, scale_ptr, dvalues_ptr, out_ptr, n, BLOCK: 
     scaled(dvalues_ptr, out_ptr, n, factor, BLOCK)
 
 
-def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor | None,
-        clip: Tensor | None, num_tokens: Tensor | None, num_sequences: Tensor | None,
-        norm_length: Tensor | None, cu_seqlens: Tensor | None, reduction: str,
-        grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dvalues, metrics, scale), fp32; see `reference.fwd`."""
+    values, returns, mask, old_values, clip, reduction, cu_seqlens, grad = call
     if values.numel() == 0:
-        return reference.fwd(values, returns, mask, old_values, clip, num_tokens, num_sequences,
-                             norm_length, cu_seqlens, reduction, grad)
-    share = share_of(reduction, num_tokens, num_sequences, norm_length, values)
+        return reference.fwd(call)
+    share = share_of(reduction, values)
     batch = arrange((values, returns, None if clip is None else old_values), mask, cu_seqlens,
                     share.of_sequences)
     numbers = [pair(x) for x in (clip, share.denominator, share.length)]
@@ -174,8 +172,9 @@ def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor
     return loss, dvalues, metrics, scale
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+def bwd(call: ValueLossGradient) -> Tensor:
     """The gradient of values in their dtype; see `reference.bwd`."""
+    grad_loss, scale, dvalues, dtype = call
     slopes, out = like_slopes(dvalues, dtype)
     if slopes.numel():
         with launching_on(scale):

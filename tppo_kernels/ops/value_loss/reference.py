@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ..._core.check import Reduction
 from ..._math.sequence import compute_dtype, on, reduction_weights, select, valid_mask
 
 
-def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor | None,
-        clip: Tensor | None, num_tokens: Tensor | None, num_sequences: Tensor | None,
-        norm_length: Tensor | None, cu_seqlens: Tensor | None, reduction: str,
-        grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class ValueLossCall(NamedTuple):
+    """The arguments of a raw call; per-token tensors are [B, T], or packed [N] with offsets."""
+
+    values: Tensor  # [B, T] or [N]
+    returns: Tensor  # [B, T] or [N]
+    mask: Tensor | None  # [B, T] or [N] bool
+    old_values: Tensor | None  # [B, T] or [N]
+    clip: Tensor | None  # []
+    reduction: Reduction
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    grad: bool  # whether dvalues is wanted
+
+
+class ValueLossGradient(NamedTuple):
+    """The arguments of a raw call of backward."""
+
+    grad_loss: Tensor  # []
+    scale: Tensor  # []
+    dvalues: Tensor  # [B, T] or [N]
+    dtype: torch.dtype  # of values
+
+
+def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], dvalues, metrics [6], scale []); see `tppo_kernels.value_loss`.
 
     d loss/d values = scale * dvalues: a kernel of one pass writes it before it has counted the
     tokens that it is divided by. Here scale is 1. dvalues is empty where it is not wanted.
     """
-    given = (values, returns, old_values)
-    dtype = compute_dtype(*given)
+    values, returns, mask, old_values, clip, reduction, cu_seqlens, grad = call
+    dtype = compute_dtype(values, returns, old_values)
     valid = valid_mask(values, mask)
     value, target = select(values, valid, dtype), select(returns, valid, dtype)  # [B, T] or [N]
     error = value - target
@@ -26,8 +48,7 @@ def fwd(values: Tensor, returns: Tensor, mask: Tensor | None, old_values: Tensor
     if clip is not None and old_values is not None:
         loss, slope, clipped = _clipped(value, target, select(old_values, valid, dtype),
                                         on(clip, value))
-    share = reduction_weights(valid, reduction, num_tokens, num_sequences, norm_length, cu_seqlens,
-                              dtype)
+    share = reduction_weights(valid, reduction, cu_seqlens, dtype)
     metrics = [valid.sum(dtype=torch.float64), clipped.sum(dtype=torch.float64),
                *_moments(target, valid), *_moments(-error, valid)]
     return ((share * loss).sum(dtype=torch.float64).to(dtype),
@@ -56,7 +77,8 @@ def _moments(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return mean, select((x - mean).square(), valid).sum(dtype=torch.float64)
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dvalues: Tensor, dtype: torch.dtype) -> Tensor:
+def bwd(call: ValueLossGradient) -> Tensor:
     """The gradient of values in their dtype; a derivative of 0 stays 0 whatever comes in."""
+    grad_loss, scale, dvalues, dtype = call
     return torch.where(dvalues == 0, torch.zeros_like(dvalues),
                        grad_loss * scale * dvalues).to(dtype)
