@@ -20,7 +20,8 @@ Broken = set[tuple[str, str]]  # (file, what it imports)
 # What may be imported from each room of python/tppo.  Labels come before sessions: what a word is,
 # and when two queries say the same, is the matter of those who judge answers, and sessions count
 # words and find duplicates by it; a labeller is given texts and knows no log.
-BASE = {"errors", "progress", "console", "environment", "stopping", "settings"}  # single files
+BASE = {"errors", "progress", "console", "environment", "stopping", "settings",
+        "plain_text"}  # single files
 STORE = BASE | {"store"}
 LABELS = STORE | {"labels"}
 SESSIONS = LABELS | {"sessions"}

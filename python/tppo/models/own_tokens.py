@@ -24,6 +24,7 @@ from tppo.models.config import Prefix
 from tppo.models.folder import load_from
 from tppo.models.policy import RewardModel, load_reward_model
 from tppo.models.tokenizer import decode, token_offsets
+from tppo.plain_text import plain_text
 from tppo.progress import say, say_once
 
 QUESTION, ANSWER = "question: ", ". \n\n answer: "
@@ -69,10 +70,9 @@ class OwnTokens(nn.Module):
         result = []
         for i in range(0, len(texts), READ_AT_ONCE):
             part = slice(i, i + READ_AT_ONCE)
-            encoded = self.tokenizer(texts[part], return_offsets_mapping=True, verbose=False)
-            starts = map(len, before[part])
-            rows = zip(encoded["input_ids"], encoded["offset_mapping"], starts, strict=True)
-            result += [self._fit(*row) for row in rows]
+            encoded = plain_text(self.tokenizer).spelled(texts[part])
+            rows = zip(encoded, before[part], strict=True)
+            result += [self._fit(*spelled, len(head)) for spelled, head in rows]
         return result
 
     def _fit(self, ids: list[int], offsets: list[tuple[int, int]], start: int) -> Reading:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tppo.errors import DataError
 from tppo.labels.queries import answer_text
+from tppo.plain_text import plain_text
 from tppo.progress import say_once, track
 from tppo.sessions.session import Session
 
@@ -32,13 +33,14 @@ def prompt_text(session: Session, skip: int = 0) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt: through the chat template where there is one, else bos + text."""
+    """Token ids of a prompt: through the chat template where there is one, else bos + text.
+
+    Control tokens are the template's alone: those that a user typed are text.
+    """
+    encoder = plain_text(tokenizer)
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": text}]
         try:
-            ids = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return encoder.message(text, tokenizer.apply_chat_template)
         except Exception as error:  # what a template of somebody else's does, in jinja2's words
             raise ValueError(
                 f"{tokenizer.name_or_path}: the chat template of the tokenizer cannot be used "
@@ -46,15 +48,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
                 "without a template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json) the prompt is given as it is"
             ) from error
-        return list(ids)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer.encode(text, add_special_tokens=False)
+    return bos + encoder.ids(text)
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) -> list[int]:
-    """Token ids of an answer, EOS included."""
-    ids = tokenizer.encode(answer_text(queries), add_special_tokens=False)
-    return [*ids, tokenizer.eos_token_id]
+    """Token ids of an answer, its one EOS included."""
+    return [*plain_text(tokenizer).ids(answer_text(queries)), tokenizer.eos_token_id]
 
 
 def check_separator(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]) -> None:

@@ -191,11 +191,15 @@ def prompt(item: LabelItem, template: Template = "words") -> str:
     """
     queries = [line for line in item.response.split("\n") if line.strip()]
     slots = {"history": item.history, "true_queries": item.targets, "returned_queries": queries}
-    data = json.dumps(slots, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
-    data = re.sub(r"\[(?=[A-Za-z/])", r"\\u005b", data)  # JSON's own are before no such thing
+    data = _escaped(json.dumps(slots, ensure_ascii=False))
     return PROMPTS[template].format(
         data=data, repeat=_REPEAT, words_tag=WORDS_TAG, sentence_tag=SENTENCE_TAG
     )
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("<", "\\u003c").replace(">", "\\u003e")
+    return re.sub(r"\[(?=[A-Za-z/])", r"\\u005b", text)  # JSON's own are before no such thing
 
 
 def parse(
@@ -313,8 +317,8 @@ def _check_words(judgement: Judgement, response: str, template: Template) -> Non
         )
     try:
         map_labels(response, [(word.word, word.label) for word in judgement.words], [])
-    except ValueError as error:
-        raise BadAnswer(str(error)) from None
+    except ValueError as error:  # it quotes the response, and the judge is told of it
+        raise BadAnswer(_escaped(str(error))) from None
 
 
 @functools.cache
