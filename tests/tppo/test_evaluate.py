@@ -1,8 +1,9 @@
 """The rule labeller and the figures of the closing table, on cases counted by hand."""
 
 import pytest
+from judged import score_answers
 
-from tppo.evaluation.metrics import distinct_n, repeat_last_query, score_answers
+from tppo.evaluation.metrics import distinct_n, repeat_last_query
 from tppo.labels.label import Label
 from tppo.labels.rule import label_by_rule
 from tppo.labels.words import map_labels

@@ -24,7 +24,7 @@ from tppo.models.parallel import ALONE
 from tppo.models.tokenizer import token_offsets, train_tokenizer
 from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import read_sessions
-from tppo.stages.ppo import Loop
+from tppo.stages.ppo import new_loop
 from tppo.stages.reward_rows import policy_twins
 from tppo.stages.run import Run
 from tppo.store.hashes import sha256
@@ -119,11 +119,14 @@ def finished(tmp_path_factory, config):
 
 
 # Read, and without a word in the result: how often, how fast, whether at all.
+RECOMPUTED = {"model.gradient_checkpointing"}
 WITHOUT_RESULT = {
-    "train-rm": {"reward_model.model"},  # its content is compared, wherever it lies
-    "train": {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
-              "reward_model.min_auc_sessions", "ppo.without_signal"},
-    "heat": {"ppo.lr", "ppo.critic_lr"},
+    "sft": RECOMPUTED,
+    "train-rm": RECOMPUTED | {"reward_model.model"},  # its content is compared, wherever it lies
+    "train": RECOMPUTED | {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
+                           "reward_model.min_auc_sessions", "ppo.without_signal"},
+    "eval": RECOMPUTED,
+    "heat": RECOMPUTED | {"ppo.lr", "ppo.critic_lr"},
 }  # fmt: skip
 
 
@@ -385,12 +388,12 @@ def test_the_format_that_keeps_weights_is_relative_to_that_of_sft(finished, tmp_
     run = Run(finished, fill_defaults(_parse("train", ["--out", str(finished)])[0].settings, False))
     run = dataclasses.replace(run, config=dataclasses.replace(
         run.config, ppo=dataclasses.replace(run.config.ppo, min_format=1.0)))  # fmt: skip
-    loop = Loop(run, tmp_path, ALONE)
-    figures = loop.look(1)  # of a policy that is still SFT
+    loop = new_loop(run, tmp_path, ALONE)
+    figures = loop.look(1, loop.held)  # of a policy that is still SFT
     assert figures["heldout/format"] == loop.min_format < 1
     assert loop.best and loop.best_step == 1
-    loop.best, loop.best_score, loop.min_format = {}, -1.0, figures["heldout/format"] + 1e-3
-    loop.look(2)
+    loop.best, loop.best_score, loop.min_format = {}, None, figures["heldout/format"] + 1e-3
+    loop.look(2, loop.held)
     assert not loop.best
 
 

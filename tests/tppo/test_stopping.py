@@ -19,7 +19,7 @@ import yaml
 from tppo.cli import main
 from tppo.methods.ppo import PPO
 from tppo.progress import Bar
-from tppo.stages.ppo import Loop
+from tppo.stages.loop import Loop
 from tppo.store.run_folder import RunFolder
 
 TINY = {

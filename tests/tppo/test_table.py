@@ -7,18 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from judged import score_answers
 from rich.console import Console
 
 from tppo.console import print_rows
 from tppo.evaluation.heat import HeatRow, print_heat
-from tppo.evaluation.metrics import score_answers
 from tppo.evaluation.table import findings, print_table
 from tppo.labels.shares import difference, wilson
 from tppo.sessions.session import Session
 
 SESSION = Session("s", "u", "made", (), (), ("red shoes",))
 ROW = score_answers([SESSION], ["red shoes"], ["eos"], 0.6) | {"kl": 4.25, "length": 15.04}
-TEST = {"labeller": "rule", "threshold": 0.6}
+TEST = {"judge": "rule", "labeller": "rule", "threshold": 0.6}
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,13 @@ def result(tppo=None, sft=None, **training):
         "auc": 0.9, "relevant_share": 0.3, "first_reward": 1.0,
         "last_reward": 3.0, "qualified": True, "sessions": 4000,
     }  # fmt: skip
-    return {
+    rows = {
         "sft": row | (sft or {}),
         "tppo": row | {"relevance": 0.6, "kl": 3.0} | (tppo or {}),
-        "training": usual | training,
     }
+    for found in rows.values():
+        found["relevance_interval"] = wilson(found["relevance"], found["users"])
+    return rows | {"training": usual | training}
 
 
 WORSE = {"relevance": 0.01}
@@ -156,7 +158,7 @@ accept_any_text()
 from tppo.evaluation.heat import HeatRow, print_heat
 from tppo.evaluation.table import print_table
 row = {"relevance": 0.5, "relevance_interval": [0.4, 0.6], "distinct_queries": 2.0}
-test = {"labeller": "rule", "threshold": 0.6}
+test = {"judge": "rule", "labeller": "rule", "threshold": 0.6}
 print_table({"sft": row, "test": test, "findings": ["−1 ± 2"]}, "title · of 東京")
 print_heat([HeatRow("u1 sft", "p", ["red", ""], [0.5, -0.25], [2, 0], None, ["red", "鞋"])])
 assert "torch" not in sys.modules

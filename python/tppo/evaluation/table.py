@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from tppo.console import print_rows
-from tppo.labels.shares import difference
+from tppo.evaluation.judge import RULE, first_figure, spoken
+from tppo.labels.shares import difference_of
 
 COLUMNS = {
-    "relevance": "relevance 95 %",
     "distinct_queries": "distinct",
     "exact_match": "exact",
     "chrf": "chrF",
     "kl": "KL",
     "length": "length",
     "format": "format",
-}  # figure -> header of the closing table
+}  # figure -> header of the closing table, behind the judge's first figure
 MIN_DISTINCT = 0.9  # of SFT's distinct queries: with fewer, a run repeats itself
 LOW_AUC = 0.8
 FEW_RELEVANT = 0.05  # share of relevant tokens below which a reward says little
@@ -31,29 +31,41 @@ def print_table(result: dict[str, Any], title: str) -> None:
         console.print(finding, markup=False, highlight=False, style="bold")
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("answers by", no_wrap=True)
-    for header in COLUMNS.values():
-        table.add_column(header, justify="right", no_wrap=True)
     shown = {name: row for name, row in result.items() if is_row(row)}
+    figure = next(map(first_figure, shown.values()), None) or "relevance"
+    columns = {figure: f"{figure} 95 %"} | {k: v for k, v in COLUMNS.items() if _has(shown, k)}
+    for header in columns.values():
+        table.add_column(header, justify="right", no_wrap=True)
     print_rows(
         console,
         table,
-        [(name, [_cell(row, key) for key in COLUMNS]) for name, row in shown.items()],
+        [(name, [_cell(row, key) for key in columns]) for name, row in shown.items()],
     )
-    console.print(judge_line(result["test"]), markup=False, highlight=False)
+    console.print(judge_line(result["test"], figure), markup=False, highlight=False)
 
 
 def is_row(value: Any) -> bool:
     """Whether an entry of `result.json` is a row of the table."""
-    return isinstance(value, dict) and "relevance" in value
+    return isinstance(value, dict) and first_figure(value) is not None
 
 
-def judge_line(test: dict[str, Any]) -> str:
-    """Who judged relevance, and what that means."""
-    labeller = test["labeller"]
-    trained = "which also labelled" if labeller == "rule" else f"not by {labeller}, which labelled"
+def _has(rows: dict[str, dict[str, Any]], figure: str) -> bool:
+    return any(figure in row for row in rows.values())
+
+
+def judge_line(test: dict[str, Any], figure: str) -> str:
+    """Who judged, and what that means."""
+    labeller, judge = test["labeller"], test["judge"]
+    same = f"not by {spoken(labeller)}, which labelled"
+    trained = "which also labelled" if labeller == judge else same
+    judged = (
+        f"{figure}: judged by {spoken(judge)} ({trained} the reward model's data), here and where "
+        "PPO's best step is kept"
+    )
+    if judge != RULE:
+        return f"{judged}; with its 95 % interval"
     return (
-        f"relevance: judged by the rule ({trained} the reward model's data), here and where PPO's "
-        f"best step is kept: at least {test['threshold']:.0%} of an answer's words stand in the "
+        f"{judged}: at least {test['threshold']:.0%} of an answer's words stand in the "
         "true next queries, a repeated query counts as nothing; with Wilson's 95 % interval"
     )
 
@@ -62,11 +74,15 @@ def _cell(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         return "-"
-    if key == "relevance":
-        low, high = (f"{bound:.3f}".removeprefix("0") for bound in row["relevance_interval"])
+    if key == first_figure(row):
+        low, high = (_bound(bound) for bound in row[f"{key}_interval"])
         return f"{value:.3f} {low}-{high}"
     digits = 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
     return f"{value:.{digits}f}"
+
+
+def _bound(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
 
 
 def findings(result: dict[str, Any]) -> list[str]:
@@ -74,19 +90,21 @@ def findings(result: dict[str, Any]) -> list[str]:
     answers that repeat themselves.
     """
     found, sft, tppo = [], result["sft"], result["tppo"]
-    gain, low, _ = difference(
-        (tppo["relevance"], tppo["users"]), (sft["relevance"], sft["users"])
+    figure = first_figure(tppo) or "relevance"
+    gain, low, _ = difference_of(
+        *((row[figure], *row[f"{figure}_interval"]) for row in (tppo, sft))
     )
-    figures = f"relevance {tppo['relevance']:.3f} against {sft['relevance']:.3f} of SFT"
+    figures = f"{figure} {tppo[figure]:.3f} against {sft[figure]:.3f} of SFT"
     if gain < 0:
         found.append(f"PPO made the answers worse ({figures}). {_cause(result)}")
     elif low <= 0:
         found.append(f"PPO did not help beyond chance ({figures}). {_cause(result)}")
-    share = tppo["distinct_queries"] / sft["distinct_queries"] if sft["distinct_queries"] else 1.0
+    distinct = [row.get("distinct_queries", 0.0) for row in (tppo, sft)]
+    share = distinct[0] / distinct[1] if distinct[1] else 1.0
     if share < MIN_DISTINCT:
         found.append(
-            f"Answers of PPO repeat themselves: {tppo['distinct_queries']:.2f} distinct queries an "
-            f"answer against {sft['distinct_queries']:.2f} of SFT ({share:.0%}). Smaller "
+            f"Answers of PPO repeat themselves: {distinct[0]:.2f} distinct queries an "
+            f"answer against {distinct[1]:.2f} of SFT ({share:.0%}). Smaller "
             "--ppo.steps or a larger --ppo.kl-coef keeps more of SFT's variety"
         )
     return found

@@ -29,6 +29,16 @@ def difference(
     intervals of the two (Newcombe, 1998, method 10).
     """
     (a, n), (b, m) = one, other
-    (low_a, high_a), (low_b, high_b) = wilson(a, n, z), wilson(b, m, z)
+    return difference_of((a, *wilson(a, n, z)), (b, *wilson(b, m, z)))
+
+
+def difference_of(
+    one: tuple[float, float, float], other: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """The difference of two independent estimates and its interval; each comes as (value, lower
+    bound, upper bound): a - b - sqrt((a - low_a)² + (high_b - b)²), and likewise above
+    (Zou and Donner, 2008; for shares with Wilson's intervals Newcombe's method 10).
+    """
+    (a, low_a, high_a), (b, low_b, high_b) = one, other
     down, up = math.hypot(a - low_a, high_b - b), math.hypot(high_a - a, b - low_b)
     return a - b, a - b - down, a - b + up

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from tppo.errors import DataError
 from tppo.evaluation.heat import HeatRow, print_heat, write_heat
-from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, score_answers
+from tppo.evaluation.judge import SESSION, judge_answers, written
+from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, text_figures
 from tppo.evaluation.table import findings, print_table
 from tppo.methods.sft import Examples, continue_sft
 from tppo.models.policy import load_policy
@@ -40,8 +41,10 @@ def rows(run: Run) -> dict[str, Any]:
     test = run.sessions("test")
     threshold = run.config.label.sentence_threshold
     repeats = [repeat_last_query(session) for session in test]
+    prompts = [prompt_text(session) for session in test]
+    repeated = written(repeats, prompts, {SESSION: test}, run.tokenizer)
     result: dict[str, Any] = {
-        "repeat_last": score_answers(test, repeats, ["eos"] * len(test), threshold)
+        "repeat_last": judge_answers(run.judge, repeated) | text_figures(test, repeats)
     }
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
@@ -63,7 +66,7 @@ def rows(run: Run) -> dict[str, Any]:
         "sessions": len(test),
         "true_length": _mean_length(run, test),
         "seed": run.seed,
-        "judge": "rule",
+        "judge": run.judge.name,
         "labeller": training["labeller"],
         "threshold": threshold,
     }
@@ -75,17 +78,18 @@ def rows(run: Run) -> dict[str, Any]:
 def _judge(
     run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
 ) -> dict[str, Any]:
-    return evaluate_policy(
+    figures, answers = evaluate_policy(
         model,
         ref,
-        run.tokenizer,
-        sessions,
-        run.prompts(sessions, model),
+        run.questions(sessions, model),
+        run.judge,
         run.sampling(temperature=temperature, seed=run.seed),
+        tokenizer=run.tokenizer,
         batch_size=run.config.generate.batch_size,
-        threshold=run.config.label.sentence_threshold,
         prefix=run.config.prefix,
     )
+    texts = answers.texts
+    return figures | text_figures(sessions, texts) | {"example": texts[0]}
 
 
 def _continued(run: Run, steps: int) -> tuple[Any, float]:
@@ -144,7 +148,7 @@ def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> l
             )
         trainer.models.critic.load_state_dict(load_file(critic))
     several = [session for session in sessions for _ in range(size)]
-    questions = questions_of(run, several, run.prompts(several, policy))
+    questions = questions_of(run, several, policy)
     rollout = trainer.rollout.generate(questions.ids, run.sampling(seed=run.seed))
     experience, _ = trainer.score(rollout, trainer.answers(questions, rollout))
     assert experience.category is not None  # the reward is the token reward model

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config
 from tppo.errors import DataError
+from tppo.evaluation.judge import SESSION, Judge, RuleJudge
 from tppo.models.config import GenerateConfig
 from tppo.models.folder import folder_eos_ids
 from tppo.models.policy import load_policy, resolve_device
 from tppo.models.rollout import Sampling
 from tppo.models.tokenizer import load_tokenizer
 from tppo.progress import say
-from tppo.sessions.prompts import encode_answer, encode_prompts
+from tppo.rewards import Questions
+from tppo.sessions.prompts import encode_answer, encode_prompts, prompt_text
 from tppo.sessions.session import Session, read_sessions
 from tppo.stages.dependencies import OPTIONAL, STAGES, settings
 from tppo.store.jsonl import Line, is_text, read_jsonl
@@ -185,6 +187,18 @@ class Run:
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:
         """Prompt ids of the sessions, cut so that the longest answer still fits the model."""
         return fit_prompts(self.tokenizer, sessions, model, self.max_new_tokens)
+
+    def questions(
+        self, sessions: Sequence[Session], model: PreTrainedModel, **columns: Sequence[Any]
+    ) -> Questions:
+        """The sessions as questions to a model, with a column "session" besides `columns`."""
+        prompts = [prompt_text(session) for session in sessions]
+        return Questions(self.prompts(sessions, model), prompts, {SESSION: sessions, **columns})
+
+    @property
+    def judge(self) -> Judge:
+        """Who judges the answers of the closing table and of the step that PPO keeps."""
+        return RuleJudge(self.config.label.sentence_threshold)
 
     @cached_property
     def max_new_tokens(self) -> int:

@@ -1,0 +1,321 @@
+"""The PPO loop around `tppo.methods.ppo`: metrics, checkpoints, the weights kept, the export.
+
+It knows questions and judges, but no run, no session and no label: the PPO stage is one user of
+it, a script with a reward function of its own another.
+
+Files in the folder that it is given: `checkpoints/` while it runs, `metrics.jsonl` with a row a
+step, and at the end `model/`, `critic.safetensors` where there is a critic, and `report.json`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tppo import stopping
+from tppo.evaluation.judge import FORMAT, Judge, finish, first_figure, spoken
+from tppo.evaluation.metrics import evaluate_policy
+from tppo.methods.config import PPOConfig
+from tppo.methods.ppo import PPO
+from tppo.models.folder import save_model
+from tppo.models.guards import GuardError
+from tppo.models.policy import snapshot
+from tppo.progress import say, status
+from tppo.rewards import Answers, Questions
+from tppo.store.checkpoint import load_latest, save_checkpoint
+from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.run_folder import KEPT
+
+__all__ = ["Loop", "Questions", "Watch", "response_figures"]
+
+
+def response_figures(answers: Answers) -> dict[str, float]:
+    """Mean length in tokens of answers, and the share of them that ended by themselves."""
+    ends, n = finish(answers), len(answers.response_ids)
+    return {
+        "response/length": sum(map(len, answers.response_ids)) / n,
+        "response/eos": ends.count("eos") / n,
+    }
+
+
+class Watch(NamedTuple):
+    """What a row of metrics.jsonl says of the step's answers, beside the figures of the method."""
+
+    figures: Callable[[Answers], Mapping[str, float]] = response_figures
+    shown: Mapping[str, str] = {}
+    """Text on the progress line -> name of the figure that it shows."""
+
+
+class Held(NamedTuple):
+    """Held-out questions, and the judge of the answers to them."""
+
+    questions: Questions
+    judge: Judge
+    batch_size: int = 256
+    """Answers sampled at once."""
+
+
+class Loop:
+    """The steps of PPO with what they keep: metrics, the best weights, the time spent.
+
+    Weights are the best where the first figure of the judge is the largest on the held-out
+    questions, of those with a KL of at most `max_kl` and, if the judge has a figure "format", at
+    least `min_format` of the reference's.  Without held-out questions the last weights are kept.
+
+    A signal is answered after the step under way where the caller has opened
+    `stopping.deferrable()`; that block ends after all that has to be whole on the disk.
+    Several processes (`trainer.world`) call every method together; the first alone writes.
+    """
+
+    def __init__(
+        self,
+        trainer: PPO,
+        train: Questions,
+        held: Held | None,
+        out: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        watch: Watch | None = None,
+        about: Mapping[str, Any] | None = None,
+    ):
+        """`about` is what report.json says besides: of the reward, of the data."""
+        self.trainer, self.train, self.held, self.out = trainer, train, held, out
+        self.tokenizer, self.watch, self.about = tokenizer, watch or Watch(), about or {}
+        self.config, self.world = trainer.config, trainer.world
+        self.steps, self.batch_size = schedule(len(train), self.config)
+        self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
+        self.metrics: list[dict[str, Any]] = []
+        self.best: dict[str, dict[str, Tensor]] = {}
+        self.best_score: float | None = None
+        self.best_step, self.seconds = 0, 0.0
+
+    def run_all(self) -> None:
+        """Every step that is still to do, then the export."""
+        self.resume()
+        first = self.trainer.step_count + 1
+        stopping.defer()
+        with status("ppo", self.steps) as bar:
+            bar.resume(first - 1)
+            for step in range(first, self.steps + 1):
+                row = self.step(step)
+                bar.advance()
+                shown = [f"{text} {row[name]:.2f}" for text, name in self.watch.shown.items()]
+                shown += [
+                    f"reward {row['objective/scores']:.2f}", f"KL {row['objective/kl']:.1f}",
+                    f"length {row['response/length']:.1f}",
+                ]  # fmt: skip
+                bar.note(", ".join(shown))
+                if step < self.steps:
+                    self.stop_if_asked(step)
+        if self.world.rank == 0:
+            self.export()
+        self.world.of_first(None)
+
+    def stop_if_asked(self, step: int) -> None:
+        """Save and stop after a signal to any of the processes; raises Stopped in all of them."""
+        signum = max(self.world.exchanged(stopping.asked() or 0))
+        if not signum:
+            return
+        if self.world.rank == 0 and step % self.config.checkpoint_every:
+            self.save(step)
+        self.world.of_first(None)  # where one ends before the first has saved, torchrun ends it too
+        raise stopping.Stopped(signum, f"it is saved after step {step} of {self.steps}")
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One PPO step; looks at held-out questions and writes a checkpoint when it is time."""
+        start = time.monotonic()
+        policy = self.trainer.models.policy
+        chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
+        rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
+        before = _sums(policy) if step == 1 else None
+        questions = self.train.rows(rows)
+        metrics, rollout = self.trainer.step(questions)
+        if step == 1 and before == _sums(policy):
+            stands_still(self.config.without_signal)
+        answers = self.trainer.answers(questions, rollout)
+        row = {"step": step, **metrics, **self.watch.figures(answers)}
+        last = step == self.steps
+        if self.held is not None and (step % self.config.eval_every == 0 or last):
+            row |= self.look(step, self.held)
+        self.metrics.append(row)
+        self.seconds += time.monotonic() - start
+        if self.world.rank == 0:
+            write_jsonl(self.out / "metrics.jsonl", self.metrics)
+            if step % self.config.checkpoint_every == 0 and not last:
+                self.save(step)
+        return row
+
+    def judged(self, policy: PreTrainedModel, held: Held) -> dict[str, Any]:
+        """Figures of held-out answers, the same questions and draws every time.
+
+        The first process judges for all: another answer of the judge to another process would have
+        them keep other weights.
+        """
+        trainer, figures = self.trainer, None
+        if self.world.rank == 0:
+            figures, _ = evaluate_policy(
+                policy,
+                trainer.models.ref,
+                held.questions,
+                held.judge,
+                replace(trainer.sampling, seed=trainer.seed),
+                tokenizer=self.tokenizer,
+                batch_size=held.batch_size,
+                prefix=trainer.prefix,
+            )
+        return self.world.of_first(figures)
+
+    @cached_property
+    def min_format(self) -> float:
+        """The format share that weights must have to be kept, where the judge knows a format.
+
+        Relative to SFT's, because PPO starts there: a model or a log whose SFT answers seldom
+        have the format could otherwise keep nothing.
+        """
+        assert self.held is not None
+        return self.config.min_format * self.judged(self.trainer.models.ref, self.held)[FORMAT]
+
+    def look(self, step: int, held: Held) -> dict[str, float]:
+        """Judge held-out answers; keep the weights if they are the best that qualify."""
+        figures = self.judged(self.trainer.models.policy, held)
+        figure = first_figure(figures)
+        assert figure is not None
+        qualifies = figures["kl"] <= self.config.max_kl
+        if FORMAT in figures:  # asked in every process, for they judge the reference together
+            qualifies = figures[FORMAT] >= self.min_format and qualifies
+        if qualifies and (self.best_score is None or figures[figure] > self.best_score):
+            self.best_score, self.best_step = figures[figure], step
+            for name, model in self.trainer.models.trained.items():
+                self.best[name] = snapshot(model, self.best.get(name))
+        names = dict.fromkeys((figure, FORMAT, "kl"))  # in order, once each
+        return {f"heldout/{name}": figures[name] for name in names if name in figures}
+
+    def save(self, step: int) -> None:
+        """A checkpoint with all that the remaining steps depend on."""
+        weights = {name: model.state_dict() for name, model in self.trainer.models.trained.items()}
+        weights |= {f"best_{name}": tensors for name, tensors in self.best.items()}
+        state = {
+            "metrics": self.metrics,
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+        }
+        optimizer = self.trainer.optimizer.state_dict()
+        save_checkpoint(self.out / KEPT, step, weights, optimizer, state)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = load_latest(self.out / KEPT)
+        if found is None:
+            return
+        for name, model in self.trainer.models.trained.items():
+            model.load_state_dict(found.weights[name])
+        self.trainer.optimizer.load_state_dict(found.optimizer)
+        self.trainer.step_count = found.step
+        self.best = {
+            name: found.weights[f"best_{name}"]
+            for name in self.trainer.models.trained
+            if f"best_{name}" in found.weights
+        }
+        self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
+        self.best_step, self.seconds = found.state["best_step"], found.state["seconds"]
+        say(f"ppo: resumes after step {found.step} of {self.steps}")
+
+    def export(self) -> None:
+        """The weights kept, as a plain folder of transformers, and a report."""
+        models, kept = self.trainer.models.trained, f"ppo: kept step {self.best_step}"
+        if self.held is not None and self.best:
+            for name, model in models.items():
+                model.load_state_dict(self.best[name])
+            judge = spoken(self.held.judge.name)
+            say(
+                f"{kept}, held-out {self._looked_at()[0]} {self.best_score:.3f} (by {judge}), "
+                f"{self.seconds:.0f} s"
+            )
+        else:
+            self.best_step = self.steps
+            say(f"ppo: kept step {self.steps}, the last: nothing is held out, {self.seconds:.0f} s"
+                if self.held is None else self._none_qualified())  # fmt: skip
+        save_model(self.trainer.models.policy, self.tokenizer, self.out / "model")
+        if "critic" in models:
+            weights = models["critic"].state_dict().items()
+            critic = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+            save_file(critic, self.out / "critic.safetensors")
+        write_json(self.out / "report.json", self.report())
+
+    def report(self) -> dict[str, Any]:
+        """What the closing table needs to know of the training."""
+        config = self.config
+        responses = self.batch_size * config.responses_per_prompt
+        updates = config.epochs * math.ceil(responses / config.minibatch_size)
+        return {
+            "steps": self.steps,
+            "optimizer_steps": self.steps * updates,
+            "kept_step": self.best_step,
+            "qualified": bool(self.best),
+            "first_reward": self.metrics[0]["objective/scores"],
+            "last_reward": self.metrics[-1]["objective/scores"],
+            **self.about,
+            "seconds": self.seconds,
+        }
+
+    def _looked_at(self) -> list[str]:
+        """Names of the figures of held-out answers, the one first by which weights are kept."""
+        newest = next(row for row in reversed(self.metrics) if "heldout/kl" in row)
+        return [name.removeprefix("heldout/") for name in newest if name.startswith("heldout/")]
+
+    def _none_qualified(self) -> str:
+        form = ""
+        if FORMAT in self._looked_at():
+            form = f"format >= {self.min_format:.3f} ({self.config.min_format:g} of SFT's) and "
+        return (
+            f"WARNING: no step had held-out {form}KL <= {self.config.max_kl:g}; the last one is "
+            "kept"
+        )
+
+
+def stands_still(allowed: bool) -> None:
+    """Stop after a first step that left the policy as it was.
+
+    Errors: GuardError unless `allowed`.
+    """
+    problem = (
+        "there is nothing to learn from: the first step left the policy as it was (every advantage "
+        "is zero, or the learning rate is too small for a weight to change)"
+    )
+    if not allowed:
+        raise GuardError(f"{problem}. --ppo.without-signal goes on all the same")
+    say(f"WARNING: {problem}")
+
+
+def _sums(model: PreTrainedModel) -> list[float]:
+    """A number a weight tensor that changes where the tensor does, but for a coincidence."""
+    return torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist()
+
+
+def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:
+    """Steps and prompts a step: a small file gets fewer of both."""
+    batch_size = min(config.batch_size, questions)
+    return max(1, min(config.steps, math.ceil(config.max_passes * questions / batch_size))), (
+        batch_size
+    )
+
+
+def prompt_order(questions: int, n: int, seed: int) -> list[int]:
+    """Indices of the prompts of all steps: one shuffled pass after another."""
+    rng = random.Random(f"{seed}/ppo")
+    order: list[int] = []
+    while len(order) < n:
+        order += rng.sample(range(questions), questions)
+    return order[:n]
