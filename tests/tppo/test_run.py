@@ -126,7 +126,7 @@ WITHOUT_RESULT = {
     "train": RECOMPUTED | {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
                            "reward_model.min_auc_sessions", "ppo.without_signal"},
     "eval": RECOMPUTED,
-    "heat": RECOMPUTED | {"ppo.lr", "ppo.critic_lr"},
+    "heat": RECOMPUTED | {"ppo.lr", "ppo.critic_lr", "ppo.clip"},
 }  # fmt: skip
 
 
