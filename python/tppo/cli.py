@@ -74,8 +74,9 @@ class Options:
     seed: Seed = 0
     """Decides everything random."""
     model: FilePath | None = None
-    """Local folder of a causal LM with its tokenizer; by default a small Llama from scratch. Any of
-    the folder's EOS ids ends an answer; Python code in it is never executed."""
+    """A causal LM with its tokenizer: a local folder, a .gguf file, or an id of the Hugging Face
+    hub (owner/name); by default a small Llama from scratch. Any of its EOS ids ends an answer; code
+    that comes with it is never executed."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None

@@ -9,7 +9,7 @@ from tppo.methods.config import RewardModelConfig, SFTConfig
 from tppo.methods.reward_model import PolicyTokens, train_reward_model
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.guards import GuardError, check_step
-from tppo.models.policy import load_policy, load_reward_model
+from tppo.models.load import load_policy, load_reward_model
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

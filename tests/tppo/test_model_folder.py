@@ -21,8 +21,9 @@ from tppo.cli import main
 from tppo.models.batch import Batch
 from tppo.models.config import ScratchConfig
 from tppo.models.folder import folder_eos_ids, model_eos_ids, save_model
+from tppo.models.load import load_policy, load_reward_model
 from tppo.models.own_tokens import load_frozen, start_reward_model
-from tppo.models.policy import load_policy, load_reward_model, new_policy
+from tppo.models.policy import new_policy
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.models.tokenizer import decode, load_tokenizer, token_offsets, train_tokenizer
 from tppo.sessions.prompts import encode_answer
@@ -419,7 +420,7 @@ def test_pickled_weights_are_read_without_their_code(tokenizer, tmp_path):
     path = write(tmp_path / "given", tokenizer, weights="pickle")
     (path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marks(tmp_path / "mark")}, 2))
     with pytest.raises(ValueError, match="given: its weights are a pickle.* expected safetensors"):
-        load_policy(path, CPU)
+        load_policy(path, CPU, pickles=True)
     assert not (tmp_path / "mark").exists()
 
 

@@ -13,7 +13,8 @@ from tppo.methods.guards import check_step_zero_ratio
 from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import GuardError
 from tppo.models.batch import Batch, pad_rows
-from tppo.models.policy import Critic, RewardModel, load_policy, load_reward_model, policy_logprobs
+from tppo.models.load import load_policy, load_reward_model
+from tppo.models.policy import Critic, RewardModel, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 from tppo.rewards import Questions
 from tppo.rewards.token_model import TokenModelReward

@@ -15,7 +15,7 @@ from tppo.methods.reward_model import (
     evaluate_reward_model,
     train_reward_model,
 )
-from tppo.models.policy import load_reward_model
+from tppo.models.load import load_reward_model
 
 CONFIG = RewardModelConfig(epochs=3, batch_size=16, lr=3e-3)
 

@@ -604,11 +604,10 @@ def test_a_missing_file_and_a_missing_stage_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--model", "GONE"], "gone: no such file; .* a local folder is expected"),
-    (["--model", "org/name"], "org/name: no such file; .* nothing is fetched from a hub"),
+    (["--model", "GONE"], "gone: no such file .* expected a local folder .* owner/name"),
     (["--model", "FILE"], "file: a file, expected a local folder"),
     (["--data", "GONE"], "gone: no such file; is the path right?"),
-    (["--reward-model.model", "GONE"], "gone: no such file; .* a local folder is expected"),
+    (["--reward-model.model", "GONE"], "gone: no such file .* expected a local folder"),
     (["--reward-model.model", "FILE"], "file: a file, expected a local folder"),
     (["--label.labeller", "endpoint"], "model was '', expected its name at the endpoint"),
     (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.price-read",

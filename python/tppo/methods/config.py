@@ -45,8 +45,8 @@ class RewardModelConfig:
     """Token reward model: three classes, local and global loss."""
 
     model: Text | None = None
-    """Local folder of a token classifier (or its trunk) with its tokenizer, whichever that is; by
-    default the trunk and the tokenizer of the SFT model."""
+    """Local folder or id on the hub of a token classifier (or its trunk) with its tokenizer,
+    whichever that is; by default the trunk and the tokenizer of the SFT model."""
     epochs: Count = 3
     batch_size: Count = 32
     max_tokens: Count = MAX_TOKENS

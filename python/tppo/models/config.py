@@ -1,4 +1,4 @@
-"""The sizes of a model from scratch, how models are held, how answers are sampled.
+"""How a model is loaded and held, its sizes from scratch, how answers are sampled.
 
 This file loads no torch, so that `tppo --help` can list the settings at once.
 """
@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tppo.settings import Count, Natural, Positive, section
+from tppo.settings import Count, Natural, Positive, Text, section
 
 Prefix = Literal["shared", "dense"]
+DType = Literal["auto", "float32", "bfloat16"]
 
 
 @section
@@ -37,8 +38,15 @@ class ScratchConfig:
 
 @section
 class ModelConfig:
-    """How the models are held in memory and trained, those of every stage."""
+    """How models are loaded and held in memory, those of every stage."""
 
+    revision: Text | None = None
+    """Branch, tag or commit of --model where it is an id of a hub; by default its main branch."""
+    dtype: DType = "auto"
+    """Of the weights in memory. auto: float32 on a CPU; on a GPU bfloat16 for a model of 16 bits,
+    its updates kept in float32, else float32. An export has the type of --model always."""
+    allow_pickle: bool = False
+    """Read pytorch_model.bin where a model has no safetensors; only tensors are taken from it."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for backward and compute the rest again there: less memory
     for a quarter more time, and the same bits."""

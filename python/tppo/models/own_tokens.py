@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
 from tppo.models.batch import Batch, pad_rows
-from tppo.models.config import Prefix
-from tppo.models.folder import load_from
-from tppo.models.policy import RewardModel, load_reward_model
+from tppo.models.config import DType, Prefix
+from tppo.models.load import load_from, load_reward_model
+from tppo.models.policy import RewardModel
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.plain_text import plain_text
 from tppo.progress import say, say_once
@@ -180,6 +180,9 @@ def start_reward_model(
     sft: Path,
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    dtype: DType = "auto",
+    *,
+    pickles: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, from the folder `own` or else from SFT, with the tokenizer that it reads.
 
@@ -187,7 +190,7 @@ def start_reward_model(
     the model, so that PPO reads as training did.
     """
     path = sft if own is None else Path(own)
-    model = load_reward_model(path, device, new_head=True)
+    model = load_reward_model(path, device, dtype, new_head=True, pickles=pickles)
     tokenizer = policy_tokenizer if own is None else load_own_tokenizer(path)
     model.config.own_tokens = own is not None and not reads_policy_tokens(
         model, tokenizer, policy_tokenizer
@@ -202,12 +205,13 @@ def load_frozen(
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     eos_ids: Collection[int] = (),
+    dtype: DType = "auto",
 ) -> nn.Module:
     """The trained reward model in `path`, to give class logits [B, T, 3] at the policy's tokens.
 
     eos_ids: the policy's ends of an answer, which have no text and therefore class 0.
     """
-    model = load_reward_model(path, device)
+    model = load_reward_model(path, device, dtype)
     if not getattr(model.config, "own_tokens", False):
         return RewardModel(model)
     reader = OwnTokens(model, load_own_tokenizer(path))

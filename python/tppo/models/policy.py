@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -21,17 +19,8 @@ from transformers import (
 
 import tppo_kernels as tk
 from tppo.models.batch import Batch
-from tppo.models.config import ScratchConfig
-from tppo.models.folder import load_from, read_generation_config
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but torch {torch.__version__} sees no GPU")
-    return torch.device(name)
+from tppo.models.config import DType, ScratchConfig
+from tppo.models.load import load_policy
 
 
 def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -53,38 +42,6 @@ def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     )
 
 
-def place(model: nn.Module, device: torch.device) -> Any:
-    """The model on its device, dropout off: it stays off in training too."""
-    return model.to(device).eval()
-
-
-def load_policy(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """A causal LM from a local folder, in fp32, dropout off, with the folder's generation config.
-
-    Errors: ValueError naming the folder whose generation config transformers refuses, or whose
-    model needs code of its own.
-    """
-    read_generation_config(path)  # transformers takes a broken one for an absent one
-    return place(load_from(AutoModelForCausalLM, path, dtype=torch.float32), device)
-
-
-def load_reward_model(
-    path: str | Path, device: torch.device, *, new_head: bool = False
-) -> PreTrainedModel:
-    """A three-class token classifier from a local folder; a causal LM's trunk is taken over.
-
-    new_head: a head of other than three classes is replaced too, instead of an error.
-    """
-    model = load_from(
-        AutoModelForTokenClassification,
-        path,
-        num_labels=3,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=new_head,
-    )
-    return place(model, device)
-
-
 class Critic(nn.Module):
     """A trunk of its own, started from the SFT model, with a value head started at zero."""
 
@@ -96,9 +53,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_policy(cls, path: str | Path, device: torch.device) -> Critic:
-        """The critic that starts from the causal LM in `path`."""
-        model = load_policy(path, device)
+    def from_policy(cls, path: str | Path, device: torch.device, dtype: DType = "auto") -> Critic:
+        """The critic that starts from the causal LM in `path`; its head is in float32."""
+        model = load_policy(path, device, dtype)
         return cls(model.base_model, model.config.hidden_size).to(device).eval()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

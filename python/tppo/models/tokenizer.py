@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tppo.models.folder import folder_eos_ids, load_from
+from tppo.models.folder import folder_eos_ids
+from tppo.models.load import load_from
 from tppo.models.pieces import pieces_of
 from tppo.progress import say
 

@@ -23,7 +23,8 @@ class Dependencies(NamedTuple):
     settings: tuple[str, ...]
 
 
-SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix")  # of any temperature
+HELD = "model.dtype"  # the type of weights in memory
+SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix", HELD)  # of any temperature
 JUDGED = ("train", "eval")  # stages whose result depends on the rule's verdicts, as its labels do
 OPTIONAL = {
     "data/transfer.jsonl",  # only generated sessions have it
@@ -33,16 +34,17 @@ OPTIONAL = {
 STAGES: dict[str, Dependencies] = {
     "data": Dependencies((), ()),
     "sft": Dependencies(
-        ("data/train.jsonl", "data/heldout.jsonl"), ("sft", "generate.max_new_tokens", "prefix")
+        ("data/train.jsonl", "data/heldout.jsonl"),
+        ("sft", "generate.max_new_tokens", "prefix", HELD),
     ),
-    "generate": Dependencies(("data/train.jsonl", "sft/model"), ("generate", "prefix")),
+    "generate": Dependencies(("data/train.jsonl", "sft/model"), ("generate", "prefix", HELD)),
     "label": Dependencies(("data/train.jsonl", "generate/answers.jsonl"), ("label.labeller",)),
     "map": Dependencies(("sft/model", "generate/answers.jsonl", "label/labels.jsonl"), ()),
     "train-rm": Dependencies(
         ("sft/model", "generate/answers.jsonl", "label/labels.jsonl", "map/categories.jsonl"),
         (
             "reward_model", "-reward_model.model", "-reward_model.min_auc",
-            "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix",
+            "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix", HELD,
         ),
     ),
     "train": Dependencies(

@@ -15,7 +15,6 @@ from tppo.evaluation.judge import SESSION, judge_answers, written
 from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, text_figures
 from tppo.evaluation.table import findings, print_table
 from tppo.methods.sft import Examples, continue_sft
-from tppo.models.policy import load_policy
 from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
@@ -49,7 +48,7 @@ def rows(run: Run) -> dict[str, Any]:
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
         result[name] = _judge(run, ref, ref, test, temperature)
-    tppo = load_policy(run.path("train/model"), run.device)
+    tppo = run.load_policy("train/model")
     training = read_json(run.path("train/report.json"))
     steps = training["optimizer_steps"]
     continued, seconds = _continued(run, steps)
@@ -136,7 +135,7 @@ def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> l
     """The first of the answers to each session: as many are sampled as in training, because an
     advantage may compare them.
     """
-    policy = load_policy(run.path(path), run.device)
+    policy = run.load_policy(path)
     trainer = new_trainer(run, policy)
     size = run.config.ppo.responses_per_prompt
     if trainer.models.critic is not None:

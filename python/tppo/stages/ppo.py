@@ -90,17 +90,18 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
     config, prefix = run.config.ppo, run.config.prefix
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     advantage = ADVANTAGES[config.advantage](config)
+    sft, dtype = run.path("sft/model"), run.config.model.dtype
     with_critic = advantage.needs_critic
     models = Models(
         policy=policy,
         ref=run.sft_model(),
-        critic=Critic.from_policy(run.path("sft/model"), run.device) if with_critic else None,
+        critic=Critic.from_policy(sft, run.device, dtype) if with_critic else None,
     )
     if run.config.model.gradient_checkpointing:
         for trained in models.trained.values():
             recompute_layers(trained)
     reward = TokenModelReward(
-        load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids),
+        load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids, dtype),
         mode=config.reward,
         values=config.reward_values,
         length_alpha=config.length_alpha,

@@ -15,6 +15,7 @@ from tppo.methods.reward_model import (
     relevant_share,
     train_reward_model,
 )
+from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
@@ -30,7 +31,12 @@ def train_rm(run: Run) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             model, tokenizer = start_reward_model(
-                config.model, run.path("sft/model"), run.tokenizer, run.device
+                run.own_reward_model,
+                run.path("sft/model"),
+                run.tokenizer,
+                run.device,
+                run.config.model.dtype,
+                pickles=run.config.model.allow_pickle,
             )
         if run.config.model.gradient_checkpointing:
             recompute_layers(model)
@@ -56,7 +62,7 @@ def train_rm(run: Run) -> None:
         report["labeller"] = next(iter_labels(run.path("label/labels.jsonl"))).labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
-        model.save_pretrained(out / "model")
+        save_weights(model, out / "model")
         tokenizer.save_pretrained(out / "model")
         write_jsonl(out / "metrics.jsonl", history)
         write_json(out / "report.json", report)

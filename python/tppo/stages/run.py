@@ -17,7 +17,8 @@ from tppo.errors import DataError
 from tppo.evaluation.judge import SESSION, Judge, RuleJudge
 from tppo.models.config import GenerateConfig
 from tppo.models.folder import folder_eos_ids
-from tppo.models.policy import load_policy, resolve_device
+from tppo.models.hub import locate
+from tppo.models.load import load_policy, resolve_device
 from tppo.models.rollout import Sampling
 from tppo.models.tokenizer import load_tokenizer
 from tppo.progress import say
@@ -58,6 +59,22 @@ class Run:
         return resolve_device(self.device_name)
 
     @cached_property
+    def base(self) -> Path | None:
+        """The folder or GGUF file of --model.  Errors: DataError where there is none."""
+        if self.model is None:
+            return None
+        config = self.config.model
+        return locate(self.model, config.revision, pickles=config.allow_pickle)
+
+    @cached_property
+    def own_reward_model(self) -> Path | None:
+        """The folder of --reward-model.model.  Errors: DataError where there is none."""
+        given = self.config.reward_model.model
+        if given is None:
+            return None
+        return locate(given, flag="--reward-model.model", pickles=self.config.model.allow_pickle)
+
+    @cached_property
     def folder(self) -> RunFolder:
         return RunFolder(self.out)
 
@@ -93,14 +110,10 @@ class Run:
             yield work
 
     def check_outside(self, stage: str) -> None:
-        """Raise DataError where what the user names for a stage is not there, or is no folder."""
-        path = self._outside.get(stage)
-        if path is None:
-            return
-        if not path.exists():
+        """Raise DataError where what the user names for a stage is not there, or no model."""
+        path = self._outside(stage)
+        if path is not None and not path.exists():
             raise DataError(f"{path}: no such file; {self._remedy(path)}")
-        if stage != "data" and not path.is_dir():
-            raise DataError(f"{path}: a file, expected a local folder as save_pretrained writes it")
 
     def inputs(self, stage: str) -> list[Path]:
         """What the stage reads.
@@ -144,19 +157,18 @@ class Run:
     def _remedy(self, path: Path) -> str:
         if path == self.data:
             return "is the path right?"
-        if path in self._outside.values():
-            return "is the path right? a local folder is expected, nothing is fetched from a hub"
         return f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
 
-    @property
-    def _outside(self) -> dict[str, Path | None]:
+    def _outside(self, stage: str) -> Path | None:
         """What a stage reads that the user names."""
-        reward = self.config.reward_model.model
-        own = None if reward is None else Path(reward)
-        return {"data": self.data, "sft": self.model, "train-rm": own}
+        if stage == "data":
+            return self.data
+        if stage == "train-rm":
+            return self.own_reward_model
+        return self.base if stage == "sft" else None
 
     def _inputs(self, stage: str) -> list[Path]:
-        outside = self._outside.get(stage)
+        outside = self._outside(stage)
         inputs = [] if outside is None else [outside]
         return inputs + [self.path(relative) for relative in self._files(stage)]
 
@@ -182,7 +194,11 @@ class Run:
         return folder_eos_ids(self.path("sft/model"), self.tokenizer)
 
     def sft_model(self) -> PreTrainedModel:
-        return load_policy(self.path("sft/model"), self.device)
+        return self.load_policy("sft/model")
+
+    def load_policy(self, relative: str) -> PreTrainedModel:
+        """The causal LM of a finished stage."""
+        return load_policy(self.path(relative), self.device, self.config.model.dtype)
 
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:
         """Prompt ids of the sessions, cut so that the longest answer still fits the model."""

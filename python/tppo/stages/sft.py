@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.labels.queries import answer_text
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.folder import model_eos_ids, save_model
-from tppo.models.policy import load_policy, new_policy, place
+from tppo.models.load import load_policy, place
+from tppo.models.policy import new_policy
 from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokenizer
 from tppo.progress import say
@@ -50,8 +51,10 @@ def sft(run: Run) -> None:
 def _base_model(
     run: Run, train: Sequence[Session]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    if run.model is not None:
-        tokenizer, model = load_tokenizer(run.model), load_policy(run.model, run.device)
+    if run.base is not None:
+        config = run.config.model
+        tokenizer = load_tokenizer(run.base)
+        model = load_policy(run.base, run.device, config.dtype, pickles=config.allow_pickle)
         check_separator(tokenizer, model_eos_ids(tokenizer, model))
         return tokenizer, model
     texts = (text for s in train for text in (prompt_text(s), answer_text(s.targets)))

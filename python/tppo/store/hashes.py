@@ -30,7 +30,13 @@ class Hashes:
         self._known: dict[str, Any] | None = None
 
     def of(self, path: Path) -> str:
-        """The hash of a file, or of all files of a folder and their names but its manifest."""
+        """The hash of a file, or of all files of a folder and their names but its manifest.
+
+        A folder of a hub's cache (models--owner--name/snapshots/COMMIT) has its commit, which
+        stands for all that is in it: what is fetched later for another program changes nothing.
+        """
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path.name
         return sha256(path, self._of_file)
 
     def _of_file(self, path: Path) -> str:

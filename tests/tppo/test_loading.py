@@ -1,0 +1,303 @@
+"""Models from a hub's cache, a GGUF file, pickles and adapters; the type of weights and exports."""
+
+import json
+import shutil
+import struct
+
+import gguf
+import pytest
+import torch
+from _weights import enlarged
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from tppo.cli import main
+from tppo.models.folder import save_model, save_weights
+from tppo.models.hub import locate
+from tppo.models.load import compute_dtype, load_policy, load_reward_model
+from tppo.models.tokenizer import load_tokenizer, train_tokenizer
+from tppo.store.run_folder import RunFolder
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+COMMITS = ["a" * 40, "b" * 40]
+SMALL = ["--sft.max-steps", "1", "--sft.batch-size", "4", "--generate.max-new-tokens", "40"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["red shoes\nblue hat", "search: boots!"] * 4, 280)
+
+
+def small(tokenizer, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512,
+                         **sizes | ids | options)  # fmt: skip
+    return enlarged(LlamaForCausalLM(config))
+
+
+def write(path, tokenizer, dtype=F32, **options):
+    """A folder as a user has it."""
+    small(tokenizer, **options).to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """A run folder whose sessions are read."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    main(["data", "--out", str(out), "--sessions.train-users", "24", "--sessions.test-users", "2"])
+    return out
+
+
+@pytest.fixture
+def cache(tokenizer, tmp_path, monkeypatch):
+    """A hub's cache with two commits of own/tiny, main and old, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    root = tmp_path / "hub" / "models--own--tiny"
+    for commit, branch in zip(COMMITS, ("main", "old"), strict=True):
+        write(root / "snapshots" / commit, tokenizer)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / branch).write_text(commit)
+    return root
+
+
+def test_an_id_of_a_hub_is_the_folder_of_its_commit(cache):
+    assert locate("own/tiny") == cache / "snapshots" / COMMITS[0]
+    assert locate("own/tiny", "old") == cache / "snapshots" / COMMITS[1]
+    assert locate("own/tiny", COMMITS[1]) == cache / "snapshots" / COMMITS[1]
+    assert load_tokenizer(locate("own/tiny")).eos_token_id == 2
+
+
+@pytest.mark.parametrize(("given", "revision", "message"), [
+    ("own/gone", None, "own/gone: no local path; .* is not whole in the cache, and the hub cannot "
+     "be reached .*HF_HUB_OFFLINE.*`hf download own/gone`.* local folder"),
+    ("own/tiny", "never", "own/tiny: .* cache at 'never'"),
+    ("own--tiny/a..b", None, "own--tiny/a..b: .* cannot be fetched"),
+    ("tiny", None, "tiny: no such file or folder; is the path right.* owner/name"),
+    ("./own/gone/deep", None, "own/gone/deep: no such file or folder"),
+    ("/own/tiny", None, "/own/tiny: no such file or folder"),
+])  # fmt: skip
+def test_an_id_that_cannot_be_had_is_one_sentence(given, revision, message, cache):
+    with pytest.raises(ValueError, match=message) as raised:
+        locate(given, revision)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_revision_is_of_a_hub_alone(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="given: a local model, .*--model.revision was 'v1'"):
+        locate(write(tmp_path / "given", tokenizer), "v1")
+
+
+def test_a_run_keeps_the_id_and_its_commit(cache, log, tmp_path):
+    """run.yaml keeps the id, the manifest the commit; another commit runs the stage again."""
+    out = tmp_path / "out"
+    shutil.copytree(log, out)
+    main(["sft", "--out", str(out), "--model", "own/tiny", "--model.dtype", "float32", *SMALL])
+    manifest = RunFolder(out).manifest("sft")
+    assert manifest["inputs"][0]["sha256"] == COMMITS[0]
+    assert "models--own--tiny" in manifest["inputs"][0]["path"]
+    assert "model: own/tiny" in (out / "run.yaml").read_text()
+    again = (out / "sft" / "manifest.json").read_text()
+    flags = ["--config", str(out / "run.yaml"), "--out", str(out)]
+    from tppo.cli import _defaults
+    from tppo.config import fill_defaults
+    from tppo.stages.run import Run
+
+    def run():
+        options = _defaults("run", flags)
+        return Run(out, fill_defaults(options.settings, True), data=None, model=options.model)
+
+    assert run().done("sft")
+    (cache / "snapshots" / COMMITS[0] / "onnx.json").write_text("{}")  # of another program
+    assert run().done("sft")
+    (cache / "refs" / "main").write_text(COMMITS[1])
+    assert not run().done("sft")
+    assert (out / "sft" / "manifest.json").read_text() == again
+
+
+def permuted(weight, heads):
+    """Rows of q and k as llama.cpp has them: the two halves of each head interleaved."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(path, tokenizer, model):
+    """The model as llama.cpp's converter writes it, with the tokenizer inside."""
+    config, vocabulary = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_rope_dimension_count(config.head_dim)
+    file.add_rope_freq_base(10000.0)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_vocab_size(config.vocab_size)
+    file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre("gpt-2")
+    file.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    file.add_token_types([3] * 3 + [1] * (len(tokenizer) - 3))
+    file.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    file.add_bos_token_id(1)
+    file.add_eos_token_id(2)
+    file.add_pad_token_id(0)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm"}
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        whole = name.removeprefix("model.").removesuffix(".weight")
+        if whole == "lm_head":
+            file.add_tensor("output.weight", tensor.numpy())
+            continue
+        if whole.startswith("layers."):
+            _, layer, part = whole.split(".", 2)
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+            if count := heads.get(parts[part]):
+                tensor = permuted(tensor, count)
+            whole = f"blk.{layer}.{parts[part]}"
+        file.add_tensor(f"{names.get(whole, whole)}.weight", tensor.contiguous().numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path
+
+
+def test_a_gguf_file_is_a_model_and_its_tokenizer(tokenizer, log, tmp_path):
+    model = small(tokenizer)
+    path = write_gguf(tmp_path / "tiny.gguf", tokenizer, model)
+    assert locate(path) == path
+    loaded, own = load_policy(path, CPU), load_tokenizer(path)
+    assert own.encode("red shoes\nblue") == tokenizer.encode("red shoes\nblue")
+    assert (own.eos_token_id, own.pad_token_id) == (2, 0)
+    save_model(loaded, own, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(12)[None]
+    for other in (loaded, again):
+        torch.testing.assert_close(other(ids).logits, model(ids).logits)
+    main(["sft", "--out", str(log), "--model", str(path), *SMALL])
+    assert (log / "sft" / "model" / "model.safetensors").exists()
+
+
+def test_a_damaged_gguf_file_is_named(log, tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="cut.gguf: it begins with b'vers', expected .* GGUF"):
+        locate(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, 5))
+    with pytest.raises(SystemExit, match="cut.gguf: cannot be read") as stopped:
+        main(["sft", "--out", str(log), "--model", str(path)])
+    assert "\n" not in str(stopped.value)
+
+
+def test_an_adapter_is_refused_with_the_way_out(tokenizer, log, tmp_path):
+    """Read as a model it was frozen: `element 0 of tensors does not require grad` in SFT."""
+    base = write(tmp_path / "base", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    message = "adapter: an adapter .* of .*base, expected a whole model; merge"
+    with pytest.raises(SystemExit, match=message):
+        main(["sft", "--out", str(log), "--model", str(tmp_path / "adapter"), *SMALL])
+    for name in ("config.json", "model.safetensors"):  # a trainer's folder with both
+        shutil.copy(base / name, tmp_path / "adapter")
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "adapter", CPU)
+
+
+def test_pickled_weights_are_read_where_they_are_asked_for(tokenizer, log, tmp_path):
+    path = write(tmp_path / "given", tokenizer)
+    wanted = load_policy(path, CPU).state_dict()
+    (path / "model.safetensors").unlink()
+    torch.save(wanted, path / "pytorch_model.bin")
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(ValueError, match="given: its weights are a pickle.*allow-pickle"):
+            load(path, CPU)
+    found = load_policy(path, CPU, pickles=True).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    main(["sft", "--out", str(log), "--model", str(path), "--model.allow-pickle", *SMALL])
+    main(["sft", "--out", str(log), "--model", str(log / "sft" / "model"), *SMALL])
+
+
+def test_quantised_weights_are_refused(tokenizer, tmp_path):
+    path = write(tmp_path, tokenizer)
+    change(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="config.json: quantization_config .*'gptq'.* not quant"):
+        load_policy(path, CPU)
+
+
+def test_the_type_in_memory(tokenizer, tmp_path):
+    table = {  # asked for, stored, device -> held
+        ("auto", BF16, CPU): F32, ("auto", F32, CPU): F32, ("auto", F32, CUDA): F32,
+        ("auto", BF16, CUDA): BF16, ("auto", F16, CUDA): BF16, ("float32", BF16, CUDA): F32,
+        ("bfloat16", F32, CPU): BF16, ("bfloat16", F16, CUDA): BF16,
+    }  # fmt: skip
+    assert {case: compute_dtype(*case) for case in table} == table
+    path = write(tmp_path, tokenizer, BF16)
+    assert {p.dtype for p in load_policy(path, CPU).parameters()} == {F32}
+    assert {p.dtype for p in load_policy(path, CPU, "bfloat16").parameters()} == {BF16}
+    buffers = load_policy(path, CPU, "bfloat16").model.rotary_emb.inv_freq
+    assert buffers.dtype == F32  # angles of positions are lost in 8 bits
+
+
+def kinds(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("held", ["auto", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", [BF16, F16, F32])
+def test_an_export_has_the_type_of_its_input(stored, tied, held, tokenizer, tmp_path):
+    """It was float32 whatever the input was: twice the size, and not what its config said."""
+    given = write(tmp_path / "given", tokenizer, stored, tie_word_embeddings=tied)
+    model = load_policy(given, CPU, held)
+    save_model(model, load_tokenizer(given), tmp_path / "sft")
+    save_weights(load_reward_model(tmp_path / "sft", CPU, held), tmp_path / "reward")
+    before, after = kinds(given), kinds(tmp_path / "sft")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name].dtype == stored
+        expected = before[name].to(model.dtype).to(stored)
+        assert torch.equal(after[name], expected), name
+    for name in ("sft", "reward"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == str(
+            stored
+        ).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sft").dtype == stored
+    reward = AutoModelForTokenClassification.from_pretrained(tmp_path / "reward")
+    assert {p.dtype for p in reward.parameters()} == {stored}
+    assert model.dtype == compute_dtype(held, stored, CPU)  # saving leaves the model as it was
+
+
+def test_a_configuration_without_a_type_has_that_of_its_weights(tokenizer, tmp_path):
+    given = write(tmp_path / "given", tokenizer, BF16)
+    config = json.loads((given / "config.json").read_text())
+    del config["dtype"]
+    (given / "config.json").write_text(json.dumps(config))
+    save_model(load_policy(given, CPU), load_tokenizer(given), tmp_path / "out")
+    assert {tensor.dtype for tensor in kinds(tmp_path / "out").values()} == {BF16}
