@@ -113,7 +113,8 @@ def stored_dtype(path: Path, config: Any) -> torch.dtype:
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
-                kinds = (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+                slices = map(weights.get_slice, weights.keys())
+                kinds = [part.get_dtype() for part in slices]
                 known = [_OF_HEADER[kind] for kind in kinds if kind in _OF_HEADER]
         except Exception:  # a damaged file: reading the weights says what is wrong with it
             return torch.float32
