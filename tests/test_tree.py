@@ -25,7 +25,7 @@ ROOMS = {  # of the kernel library, beside its operators
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench",
-       "docs"}
+       "docs", "examples"}
 SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py", "_processes.py",
                 "_weights.py", "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
                 "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py",

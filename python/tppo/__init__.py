@@ -1,1 +1,87 @@
-"""Token-level PPO (Ouyang et al., EMNLP 2025), stage by stage, over `tppo_kernels`."""
+"""Token-level PPO (Ouyang et al., EMNLP 2025) over `tppo_kernels`: in a script of one's own, or
+stage by stage (`tppo run`).
+
+    import tppo
+    trainer = tppo.PPOTrainer("path/or/hub-id", reward=my_reward, prompts=prompts)
+    trainer.train()
+    trainer.save("out")
+
+`import tppo` loads nothing else; each name below loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tppo.evaluation.judge import CallableJudge, Judge, RuleJudge
+    from tppo.methods.advantages import GAE, Advantage, Masks, TokenAdvantages
+    from tppo.methods.config import PPOConfig
+    from tppo.models.config import GenerateConfig, ModelConfig
+    from tppo.rewards import Answers, Reward, TokenReward
+    from tppo.rewards.function import FunctionReward
+    from tppo.rewards.token_model import TokenModelReward
+    from tppo.stages.trainer import PPOTrainer
+
+_HOMES = {
+    "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
+    "tppo.methods.advantages": ("GAE", "Advantage", "Masks", "TokenAdvantages"),
+    "tppo.methods.config": ("PPOConfig",),
+    "tppo.models.config": ("GenerateConfig", "ModelConfig"),
+    "tppo.rewards": ("Answers", "Reward", "TokenReward"),
+    "tppo.rewards.function": ("FunctionReward",),
+    "tppo.rewards.token_model": ("TokenModelReward",),
+    "tppo.stages.trainer": ("PPOTrainer",),
+}
+
+__all__ = [
+    "GAE",
+    "Advantage",
+    "Answers",
+    "CallableJudge",
+    "FunctionReward",
+    "GenerateConfig",
+    "Judge",
+    "Masks",
+    "ModelConfig",
+    "PPOConfig",
+    "PPOTrainer",
+    "Reward",
+    "RuleJudge",
+    "TokenAdvantages",
+    "TokenModelReward",
+    "TokenReward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, from the module that defines it."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return _load(home, name)
+    import difflib
+
+    close = difflib.get_close_matches(name, __all__, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"module 'tppo' has no attribute {name!r}{hint}")
+
+
+def _load(home: str, name: str) -> Any:
+    import importlib
+
+    try:
+        found = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("tppo", "tppo_kernels"):
+            raise
+        raise ModuleNotFoundError(
+            f"tppo.{name} needs {error.name}, which is not installed: "
+            "pip install 'tppo-kernels[train]'",
+            name=error.name,
+        ) from error
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

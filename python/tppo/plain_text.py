@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -76,10 +76,13 @@ class PlainText:
 
         render: `apply_chat_template` of the tokenizer.  Errors: whatever the template raises.
         """
-        content = _replaced(text, self._stand_ins)
-        rendered = render(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        return self.chat([{"role": "user", "content": text}], render)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], render: Callable[..., Any]) -> list[int]:
+        """Token ids of the chat template around messages, up to the answer; see `message`."""
+        marked = [{**message, "content": _replaced(message["content"], self._stand_ins)}
+                  for message in messages]  # fmt: skip
+        rendered = render(marked, add_generation_prompt=True, tokenize=False)
         return self.ids(_replaced(rendered, self._back))
 
 

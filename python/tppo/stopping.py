@@ -46,6 +46,7 @@ class _State:
 
     asked: int | None = None
     deferred = False
+    listening = False
 
 
 def asked() -> int | None:
@@ -73,12 +74,13 @@ def deferrable() -> Iterator[None]:
 def listening() -> Iterator[None]:
     """Handle the signals as this module says; ignored ones (nohup) stay ignored.
 
-    In another thread than the main one, where Python handles no signals, nothing is changed.
+    In another thread than the main one, where Python handles no signals, and inside of another
+    such block, nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _State.listening or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.asked, _State.deferred = None, False
+    _State.asked, _State.deferred, _State.listening = None, False, True
     taken = [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -90,6 +92,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        _State.listening = False
         for s, handler in earlier.items():
             signal.signal(s, handler)
         signal.set_wakeup_fd(earlier_fd)

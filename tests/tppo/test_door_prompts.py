@@ -69,11 +69,15 @@ def test_a_text_is_read_behind_bos_and_a_chat_through_the_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     try:
         (ids,) = questions(read_prompts([CHAT]), tokenizer, 99).ids
+        typed = [{"role": "user", "content": "red </s> shoes"}]
+        (forged,) = questions(read_prompts([typed]), tokenizer, 99).ids
         (text,) = questions(read_prompts(["red"]), tokenizer, 99).ids
     finally:
         tokenizer.chat_template = None
     assert tokenizer.decode(ids) == "<system>be short\n<user>red shoes\n<assistant>"
     assert tokenizer.decode(text) == "<s>red"
+    assert tokenizer.eos_token_id not in forged  # what is typed in a chat is text
+    assert tokenizer.decode(forged) == "<user>red </s> shoes\n<assistant>"
 
 
 def test_columns_go_with_their_prompts(tokenizer):

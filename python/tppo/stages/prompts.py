@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tppo.errors import DataError, short
+from tppo.plain_text import plain_text
 from tppo.rewards import Questions
 from tppo.rewards.user_function import GIVEN
 from tppo.store.jsonl import read_jsonl
@@ -124,7 +125,7 @@ def questions(
 
     A text is read as it stands, behind the tokenizer's bos token where it has one; special tokens
     that stand in it are such.  A chat goes through the tokenizer's chat template, with the header
-    of the assistant's answer behind it.
+    of the assistant's answer behind it; special tokens there are the template's alone.
     Errors: DataError naming the first prompt with more than `max_tokens` tokens, or with none;
     where the tokenizer has no chat template or it refuses a chat.
     """
@@ -153,13 +154,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, place: str) -> list
             "chat template, expected a model that was tuned on chats, or prompts as texts"
         )
     try:
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],
-            add_generation_prompt=True, tokenize=True, return_dict=False,
-        )  # fmt: skip
+        return plain_text(tokenizer).chat(prompt, tokenizer.apply_chat_template)
     except Exception as error:  # what a template of somebody else's does, in jinja2's words
         raise DataError(
             f"{place}: the chat template of {tokenizer.name_or_path or 'the tokenizer'} does not "
             f"take this chat ({type(error).__name__}: {error})"
         ) from error
-    return list(ids)

@@ -1,0 +1,360 @@
+"""The Python door: token-level PPO of a model on prompts, with a reward function of one's own.
+
+No log, no labels and no reward model are needed.  `tppo train --reward` is the same from the
+command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tppo import stopping
+from tppo.config import Config, fill_defaults
+from tppo.errors import DataError, short
+from tppo.evaluation.judge import CallableJudge, Judge
+from tppo.methods.advantages import ADVANTAGES, Advantage
+from tppo.methods.config import PPOConfig
+from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
+from tppo.models.config import GenerateConfig, ModelConfig, Prefix
+from tppo.models.folder import model_eos_ids, save_model
+from tppo.models.hub import locate
+from tppo.models.load import load_policy, resolve_device
+from tppo.models.parallel import World, from_environment, joined
+from tppo.models.policy import Critic
+from tppo.models.recompute import recompute_layers
+from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.tokenizer import check_embeddings, decode, load_tokenizer
+from tppo.progress import say
+from tppo.rewards import Answers, Questions, Reward
+from tppo.rewards.function import FunctionReward
+from tppo.stages.loop import Held, Loop
+from tppo.stages.prompts import Prompts, questions, read_prompts
+from tppo.stages.run import DEFAULT_POSITIONS
+from tppo.store.jsonl import plain
+from tppo.store.run_folder import RunFolder
+
+STAGE = "train"  # the folder in `out` that holds what `train` makes
+LONGEST = 256  # tokens of an answer by default, but at most half of the model's positions
+OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "train_on_unlabelled")
+WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
+
+
+class RewardJudge:
+    """The training reward as the judge of held-out answers: it sees nothing that PPO does not."""
+
+    name = "the training reward itself"
+
+    def __init__(self, reward: FunctionReward) -> None:
+        self.reward = reward
+
+    def __call__(self, answers: Answers) -> dict[str, list[float]]:
+        """The total reward of each answer."""
+        return {"reward": self.reward.totals(answers)}
+
+
+class PPOTrainer:
+    """Token-level PPO of a causal LM on prompts, with a reward of one's own.
+
+        trainer = tppo.PPOTrainer("path/or/hub-id", reward=my_reward, prompts=prompts,
+                                  config=tppo.PPOConfig(steps=100, responses_per_prompt=8))
+        trainer.train()
+        trainer.save("out")
+
+    model: what `--model` takes.  The reference, and the critic's trunk, start from it too.
+    reward: a function `f(prompts, completions, **columns) -> list`, one entry an answer: a number,
+        a list with one number a token, or a list of (start, end, value) over the characters of the
+        answer (`tppo.FunctionReward` says how each is paid); a list of functions, which add up; or
+        any `tppo.Reward`, called with (batch, answers).
+    prompts: a list of texts, of chats (lists of {"role": ..., "content": ...}), or of dicts with
+        the key "prompt", whose other keys are columns; a `datasets.Dataset`; the path of a JSONL
+        file of such dicts.  A text is read as it stands, a chat through the chat template.
+    config: settings of PPO.  `advantage="grpo"` or "rloo" loads and trains no critic.  Those of the
+        token reward model (reward, reward_values, length_alpha, train_on_unlabelled) do not apply
+        to a function.
+    heldout: prompts like those above, on which `judge` decides every `config.eval_every` steps
+        which weights are kept; without them those of the last step are.
+    judge: a function `f(prompts, completions, **columns) -> list of numbers`, or a `tppo.Judge`; by
+        default the reward itself.
+    advantage: a `tppo.Advantage` of one's own instead of `config.advantage`.
+    generate: `max_new_tokens` (0: 256, but at most half of the model's positions), `temperature`
+        and `batch_size` of sampling.
+    loading: how the models are loaded and held in memory.
+    out: folder that gets `train/model`, `train/metrics.jsonl` (a row a step, TRL's names),
+        `train/report.json`, and checkpoints while it runs.
+    seed: decides everything random.  device: auto, cpu, cuda, cuda:1.
+
+    A script that was killed or stopped goes on from its newest checkpoint when it runs again with
+    the same arguments.  Under `torchrun --nproc-per-node N` the processes share the responses; each
+    calls the reward function with those of its share.
+
+    Errors: DataError for arguments that do not fit together, before any weights are loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        reward: Callable[..., Any] | Sequence[Callable[..., Any]],
+        prompts: Any,
+        config: PPOConfig | None = None,
+        heldout: Any = None,
+        judge: Callable[..., Any] | None = None,
+        advantage: Advantage | None = None,
+        generate: GenerateConfig | None = None,
+        loading: ModelConfig | None = None,
+        out: str | Path = "runs/ppo",
+        seed: int = 0,
+        device: str = "auto",
+        prefix: Prefix = "shared",
+    ) -> None:
+        self.out, self.seed, self.prefix = Path(out), seed, prefix
+        self.device = resolve_device(device)
+        self.generate, self.loading = generate or GenerateConfig(), loading or ModelConfig()
+        self.reward = as_reward(reward)
+        given = config or PPOConfig()
+        self.advantage = advantage or ADVANTAGES[given.advantage](given)
+        self.config = _own_config(given, self.reward)
+        self.prompts = read_prompts(prompts)
+        self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
+        self.judge = _judge(judge, self.reward, self.heldout)
+        if isinstance(self.reward, FunctionReward):
+            for part in (self.prompts, self.heldout):
+                if part is not None:
+                    self.reward.check(list(part.columns))
+        self.identity = self._identity()
+        pickles = self.loading.allow_pickle
+        self.path = locate(model, self.loading.revision, flag="model", pickles=pickles)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
+        self.model = self._load()
+        self.eos_ids = model_eos_ids(self.tokenizer, self.model)
+        self.positions = (
+            getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+        )
+        longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
+        self.sampling = Sampling(longest, self.generate.temperature, seed)
+        self._train = self._questions(self.prompts)
+        self._held = None if self.heldout is None else self._questions(self.heldout)
+        self.metrics: list[dict[str, Any]] = []
+        self.used = False
+        self.report: dict[str, Any] | None = None
+
+    def train(self) -> dict[str, Any]:
+        """Every step that is still to do; returns the report, also in `report.json`.
+
+        Afterwards `model` holds the weights kept, `metrics` a row a step.  Ctrl-C and SIGTERM let
+        the step under way end and be saved, then raise `KeyboardInterrupt`; a second one does not
+        wait.
+        Errors: DataError where the reward returns what it should not; RuntimeError from the guards
+        where to go on would do harm, or another process works in the folder.
+        """
+        try:
+            with stopping.listening():
+                return self._run()
+        except stopping.Stopped as stop:
+            say(f"stopped by {stop.cause}: {stop.lost or 'nothing is lost'}. The same script goes "
+                "on from there")  # fmt: skip
+            raise
+
+    def _run(self) -> dict[str, Any]:
+        folder = RunFolder(self.out)
+        if (self.out / "run.yaml").exists():
+            raise DataError(f"{self.out}: holds a run of stages (run.yaml), expected another "
+                            "folder for the training with a reward of one's own")  # fmt: skip
+        with joined(self.device) as world, ExitStack() as stack:
+            stack.enter_context(folder.lock() if world.rank == 0 else nullcontext())
+            stack.enter_context(stopping.deferrable())  # ends after the folder has its name
+            out = world.of_first(
+                stack.enter_context(
+                    folder.stage(STAGE, [self.path], self.identity, self.seed, resume=True)
+                )
+                if world.rank == 0
+                else None
+            )
+            loop = self._loop(out, world)
+            loop.run_all()
+        self.metrics, self.report = loop.metrics, loop.report()
+        return self.report
+
+    def _loop(self, out: Path, world: World) -> Loop:
+        if self.used:  # from the beginning, or from a checkpoint
+            self.model = self._load()
+        self.used = True
+        models = Models(
+            policy=self.model,
+            ref=self._load(),
+            critic=Critic.from_policy(self.path, self.device, self.loading.dtype)
+            if self.advantage.needs_critic
+            else None,
+        )
+        if self.loading.gradient_checkpointing:
+            for trained in models.trained.values():
+                recompute_layers(trained)
+        trainer = PPO(
+            models,
+            self._engine(),
+            self.config,
+            reward=self.reward,
+            advantage=self.advantage,
+            tokenizer=self.tokenizer,
+            sampling=self.sampling,
+            pad_id=self.tokenizer.pad_token_id,
+            eos_id=self.eos_ids,
+            seed=self.seed,
+            prefix=self.prefix,
+            world=world,
+        )
+        held = None
+        if self._held is not None:
+            assert self.judge is not None
+            held = Held(self._held, self.judge, self.generate.batch_size)
+        loop = Loop(trainer, self._train, held, out, self.tokenizer,
+                    about={"reward": described(self.reward)})  # fmt: skip
+        self._say_what_runs(loop)
+        return loop
+
+    def _say_what_runs(self, loop: Loop) -> None:
+        n = len(self._train)
+        if loop.steps < self.config.steps:
+            say(f"ppo: {loop.steps} of {self.config.steps} steps, because max_passes is "
+                f"{self.config.max_passes:g} and a step takes {loop.batch_size} of {n} "
+                "prompts")  # fmt: skip
+        if not self.generate.max_new_tokens:
+            say(f"ppo: an answer has at most {self.sampling.max_new_tokens} tokens "
+                "(generate.max_new_tokens)")  # fmt: skip
+        if isinstance(self.judge, RewardJudge):
+            say("ppo: held-out answers are judged by the reward that is trained on, because no "
+                "judge is given: it cannot see what the reward gets wrong")  # fmt: skip
+
+    def answer(self, prompts: Any, *, temperature: float | None = None, seed: int = 0) -> list[str]:
+        """Answers of the model as it is now, one a prompt.  prompts: in any form of those above."""
+        asked = self._questions(read_prompts(prompts))
+        warmth = self.sampling.temperature if temperature is None else temperature
+        sampling = Sampling(self.sampling.max_new_tokens, warmth, seed)
+        rollout = self._engine().generate(asked.ids, sampling)
+        return [decode(self.tokenizer, ids, self.eos_ids) for ids in rollout.response_ids]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model as it is now with its tokenizer, as `save_pretrained` does."""
+        if from_environment().rank == 0:
+            save_model(self.model, self.tokenizer, folder)
+
+    def _load(self) -> PreTrainedModel:
+        config = self.loading
+        return load_policy(self.path, self.device, config.dtype, pickles=config.allow_pickle)
+
+    def _engine(self) -> HFRollout:
+        return HFRollout(
+            self.model,
+            pad_id=self.tokenizer.pad_token_id,
+            eos_id=self.eos_ids,
+            batch_size=self.generate.batch_size,
+            prefix=self.prefix,
+        )
+
+    def _questions(self, prompts: Prompts) -> Questions:
+        asked = questions(prompts, self.tokenizer, self.positions - self.sampling.max_new_tokens)
+        check_embeddings(self.tokenizer, self.model, max(map(max, asked.ids)))
+        return asked
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the weights depend on: another one begins anew instead of resuming."""
+        ppo = plain(self.config)
+        for name in WITHOUT_EFFECT:
+            del ppo[name]
+        sampling = {name: getattr(self.generate, name)
+                    for name in ("max_new_tokens", "temperature", "batch_size")}  # fmt: skip
+        return {
+            "dtype": self.loading.dtype,
+            "prompts": self.prompts.fingerprint,
+            "heldout": None if self.heldout is None else self.heldout.fingerprint,
+            "reward": described(self.reward),
+            "judge": None if self.judge is None else described(self.judge),
+            "advantage": described(self.advantage),
+            "ppo": ppo,
+            "generate": sampling,
+            "prefix": self.prefix,
+        }
+
+
+def as_reward(given: Any) -> Reward:
+    """A reward of `given`: a `Reward` (called with batch and answers), or functions of the user."""
+    if callable(given):
+        try:
+            names = list(inspect.signature(given).parameters)
+        except (TypeError, ValueError):
+            names = []
+        if names[:2] == ["batch", "answers"] or hasattr(given, "forward"):
+            return given
+    if not callable(given) and not isinstance(given, list | tuple):
+        raise DataError(f"reward was {short(given)}, a {type(given).__name__}, expected a function "
+                        "f(prompts, completions, **columns) -> list")  # fmt: skip
+    return FunctionReward(given)
+
+
+def _judge(given: Any, reward: Reward, heldout: Prompts | None) -> Judge | None:
+    if heldout is None:
+        if given is not None:
+            raise DataError("judge was given and heldout was None, expected held-out prompts for "
+                            "the judge too")  # fmt: skip
+        return None
+    if given is None:
+        if not isinstance(reward, FunctionReward):
+            raise DataError("judge was None, expected one for the held-out prompts: a function "
+                            "f(prompts, completions, **columns) -> list of numbers")  # fmt: skip
+        return RewardJudge(reward)
+    if not callable(given):
+        raise DataError(f"judge was {short(given)}, a {type(given).__name__}, expected a function "
+                        "f(prompts, completions, **columns) -> list of numbers")  # fmt: skip
+    if isinstance(getattr(given, "name", None), str):
+        return given
+    return CallableJudge(given, getattr(given, "__qualname__", type(given).__qualname__))
+
+
+def _own_config(config: PPOConfig, reward: Reward) -> PPOConfig:
+    """The settings with defaults filled for a model that is not from scratch.
+
+    A cut answer's value is not bootstrapped unless asked for: a reward at its last token would be
+    counted twice.
+    """
+    if isinstance(reward, FunctionReward):
+        default = PPOConfig()
+        for name in OF_THE_TOKEN_MODEL:
+            if getattr(config, name) != getattr(default, name):
+                raise DataError(
+                    f"config.{name} was {getattr(config, name)!r}, expected the default: it "
+                    "belongs to the token reward model, and the reward is a function"
+                )
+    filled = fill_defaults(Config(ppo=config), pretrained=True).ppo
+    return replace(filled, bootstrap_truncated=bool(config.bootstrap_truncated))
+
+
+def described(thing: Any) -> str:
+    """What a part of the training is called, with a mark that changes where its source does."""
+    if isinstance(thing, FunctionReward):
+        return " + ".join(described(function.function) for function in thing.functions)
+    if isinstance(thing, RewardJudge):
+        return f"{thing.name}: {described(thing.reward)}"
+    if isinstance(thing, CallableJudge):
+        return described(thing.function.function)
+    inner = thing.func if isinstance(thing, partial) else thing
+    owner = inner if hasattr(inner, "__qualname__") else type(inner)
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):  # typed at a prompt
+        source = ""
+    if isinstance(thing, partial):
+        source += repr((thing.args, thing.keywords))
+    elif owner is not inner and "object at 0x" not in repr(thing):  # a dataclass with its values
+        source += repr(thing)
+    mark = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{owner.__module__}:{owner.__qualname__} ({mark})"

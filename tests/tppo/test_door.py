@@ -1,0 +1,252 @@
+"""The Python door: a model, prompts and a reward of one's own."""
+
+import ast
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from _weights import enlarged
+from safetensors.torch import load_file
+from test_mapping import CORPUS, FAMILIES
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import tppo
+from tppo.errors import DataError
+from tppo.models.policy import Critic
+from tppo.stopping import listening
+
+WORDS = ["red shoes", "cheap boots", "running socks", "red boots and socks"]
+PROMPTS = [{"prompt": f"{word}\n", "letter": "e"} for word in WORDS]
+CHATS = [[{"role": "user", "content": word}] for word in WORDS]
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+CONFIG = tppo.PPOConfig(
+    steps=4, max_passes=9, batch_size=4, responses_per_prompt=2, minibatch_size=4, lr=3e-3,
+    critic_lr=3e-3, kl_coef=0.01, checkpoint_every=2, eval_every=2, max_kl=1e3,
+)  # fmt: skip
+SHORT = tppo.GenerateConfig(max_new_tokens=6)
+
+
+def by_letter(completions, letter):
+    """Every such letter of an answer pays 1, at its span."""
+    pairs = zip(completions, letter, strict=True)
+    return [[(i, i + 1, 1.0) for i, c in enumerate(text) if c == x] for text, x in pairs]
+
+
+def letters(completions, letter):
+    """The same as a number."""
+    return [text.count(x) for text, x in zip(completions, letter, strict=True)]
+
+
+class Rewards:
+    """An advantage that is the reward itself."""
+
+    needs_critic = False
+
+    def __call__(self, rewards, values, masks, old, ref, groups, bootstrap=None):
+        return tppo.TokenAdvantages(rewards)
+
+
+def lengths(completions):
+    return [len(text) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    backend, trainer = FAMILIES["byte-level"]()
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    enlarged(LlamaForCausalLM(config), std=0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def door(model, out, **changes):
+    given = {"reward": by_letter, "prompts": PROMPTS, "config": CONFIG, "generate": SHORT}
+    return tppo.PPOTrainer(model, out=out, **given | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    """A finished training, with the folder that it was given."""
+    out = tmp_path_factory.mktemp("door")
+    trainer = door(model, out)
+    before = trainer.answer(PROMPTS * 8)
+    trainer.train()
+    return trainer, out, before
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_span_reward_is_raised_and_everything_is_kept(model, trained, tmp_path, capsys):
+    trainer, out, before = trained
+    after = trainer.answer(PROMPTS * 8)
+    assert sum(letters(after, "e" * 32)) > sum(letters(before, "e" * 32))
+    rows = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] == [row["step"] for row in trainer.metrics]
+    report = json.loads((out / "train/report.json").read_text())
+    assert report["kept_step"] == 4 and "by_letter" in report["reward"]
+    assert report["reward"] == trainer.report["reward"]
+    assert not (out / "train/checkpoints").exists()
+    trainer.save(tmp_path / "saved")
+    assert_same(weights(tmp_path / "saved"), weights(out / "train/model"))
+    assert any((weights(model)[n] != w).any() for n, w in weights(tmp_path / "saved").items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same(dict(loaded.named_parameters()), dict(trainer.model.named_parameters()))
+
+
+def test_without_heldout_prompts_the_last_weights_are_kept_and_that_is_said(
+    model, tmp_path, capfd
+):
+    config = replace(CONFIG, steps=9, max_passes=1.0, batch_size=2)
+    door(model, tmp_path, config=config, reward=lengths).train()
+    said = capfd.readouterr().err
+    assert "kept step 2, the last: nothing is held out" in said
+    assert "2 of 9 steps, because max_passes is 1 and a step takes 2 of 4 prompts" in said
+
+
+def test_heldout_prompts_are_judged_by_the_judge_or_else_by_the_reward(model, tmp_path, capfd):
+    trainer = door(model, tmp_path / "a", heldout=PROMPTS[:2], judge=letters)
+    trainer.train()
+    assert [("heldout/score" in row) for row in trainer.metrics] == [False, True, False, True]
+    assert "judged by the reward" not in capfd.readouterr().err
+    trainer = door(model, tmp_path / "b", heldout=PROMPTS[:2])
+    trainer.train()
+    assert "heldout/reward" in trainer.metrics[-1]
+    assert "held-out answers are judged by the reward that is trained on" in capfd.readouterr().err
+    best = max(trainer.metrics[1::2], key=lambda row: row["heldout/reward"])
+    assert trainer.report["kept_step"] == best["step"]
+
+
+def test_chats_and_a_number_for_the_whole_answer_without_a_critic(model, tmp_path, monkeypatch):
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append((prompts, completions, columns))
+        return [float(message["content"].count("e")) for (message,) in completions]
+
+    monkeypatch.setattr(Critic, "from_policy", None)  # to load one would be an error
+    config, advantage = replace(CONFIG, steps=1), Rewards()
+    door(model, tmp_path, reward=reward, prompts=CHATS, config=config, advantage=advantage).train()
+    ((prompts, completions, columns),) = seen
+    assert len(prompts) == 8 and prompts[0] == prompts[1] and all(p in CHATS for p in prompts)
+    assert all(m["role"] == "assistant" for (m,) in completions)
+    assert set(columns) == {"completion_ids"}
+    assert not (tmp_path / "train/critic.safetensors").exists()
+
+
+def test_another_reward_begins_anew_and_says_so(model, tmp_path, capfd):
+    def stops(at, value):
+        calls = []
+
+        def reward(completions):
+            calls.append(1)
+            if len(calls) == at:
+                raise RuntimeError("enough")
+            return [value * len(text) for text in completions]
+
+        return reward
+
+    with pytest.raises(DataError, match="raised RuntimeError: enough"):
+        door(model, tmp_path, reward=stops(3, 1.0)).train()
+    kept = tmp_path / "train.tmp/checkpoints/step-2"
+    assert kept.is_dir()
+    again = door(model, tmp_path, reward=by_letter)
+    again.train()
+    assert "starts anew and deletes its checkpoints" in capfd.readouterr().err
+    assert [row["step"] for row in again.metrics] == [1, 2, 3, 4]
+
+
+def test_ctrl_c_saves_the_step_and_the_next_call_goes_on(model, tmp_path, trained, capfd):
+    interrupt = [3]
+
+    def by_letter_until(completions, letter):
+        interrupt[0] -= 1
+        if interrupt[0] == 0:
+            signal.raise_signal(signal.SIGINT)
+        return by_letter(completions, letter)
+
+    trainer = door(model, tmp_path, reward=by_letter_until)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "stopped by Ctrl-C: it is saved after step 3 of 4. The same" in capfd.readouterr().err
+    trainer.train()
+    assert "resumes after step 3 of 4" in capfd.readouterr().err
+    assert_same(weights(tmp_path / "train/model"), weights(trained[1] / "train/model"))
+
+
+def test_listening_inside_of_listening_changes_nothing():
+    with listening():
+        outer = signal.getsignal(signal.SIGINT)
+        with listening():
+            assert signal.getsignal(signal.SIGINT) is outer
+        assert signal.getsignal(signal.SIGINT) is outer
+    assert signal.getsignal(signal.SIGINT) is not outer
+
+
+WRONG = {
+    "reward": ({"reward": 3}, "reward was 3, a int, expected a function"),
+    "a column": ({"reward": lambda completions, lettre: []},
+                 "takes 'lettre'.*did you mean 'letter'"),
+    "a column of heldout": ({"heldout": ["red"]}, "takes 'letter'.*they have none"),
+    "a judge alone": ({"judge": letters}, "judge was given and heldout was None"),
+    "no judge": ({"judge": 3, "heldout": PROMPTS}, "judge was 3, a int, expected a function"),
+    "settings": ({"config": tppo.PPOConfig(length_alpha=1.0)},
+                 "config.length_alpha was 1.0, expected the default: it belongs to the token rew"),
+    "no model": ({"model": "absent/model"}, "absent/model"),
+    "too long": ({"prompts": ["red shoes " * 60], "reward": lambda completions: []},
+                 r"prompts\[0\]: the prompt has .* expected at most 58"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_anything_runs(model, tmp_path, case):
+    changes, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        door(changes.pop("model", model), tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_run_of_stages_is_left_alone(model, tmp_path):
+    (tmp_path / "run.yaml").write_text("{}")
+    with pytest.raises(DataError, match="holds a run of stages"):
+        door(model, tmp_path).train()
+
+
+def test_every_public_name_is_there_for_readers_and_type_checkers():
+    assert set(tppo.__all__) <= set(dir(tppo))
+    for name in tppo.__all__:
+        assert getattr(tppo, name).__name__ == name
+    tree = ast.parse(Path(tppo.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {node.module: tuple(alias.name for alias in node.names) for node in block.body}
+    assert {home: sorted(names) for home, names in typed.items()} == {
+        home: sorted(names) for home, names in tppo._HOMES.items()
+    }
+    assert sorted(tppo.__all__) == sorted(n for names in typed.values() for n in names)
+    with pytest.raises(AttributeError, match=r"no attribute 'PPOTraner'; did you mean 'PPOTrainer"):
+        tppo.PPOTraner  # noqa: B018

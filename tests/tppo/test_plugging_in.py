@@ -1,0 +1,61 @@
+"""A stranger's reward, advantage, judge and stage: defined here, run without patching anything."""
+
+import torch
+from test_door import CONFIG, PROMPTS, SHORT, model  # noqa: F401  # a fixture
+
+import tppo
+
+
+class EveryToken:
+    """A reward: a token whose text has the letter e pays 1, every other one costs .1."""
+
+    def __call__(self, batch: object, answers: tppo.Answers) -> tppo.TokenReward:
+        rewards = torch.zeros(batch.mask.shape)  # [B, T]
+        for b, (text, spans) in enumerate(zip(answers.texts, answers.offsets, strict=True)):
+            for t, (start, end) in enumerate(spans):
+                rewards[b, t] = 1.0 if "e" in text[start:end] else -0.1
+        return tppo.TokenReward(rewards)
+
+
+class OverTheMean:
+    """An advantage without a critic: rewards still to come, less their mean over all answers."""
+
+    needs_critic = False
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, rewards, values, masks, old, ref, groups, bootstrap=None):
+        self.seen.append((values, bootstrap, list(groups)))
+        to_go = rewards.flip(1).cumsum(1).flip(1)  # [B, T]
+        mean = to_go[masks.policy].mean()
+        return tppo.TokenAdvantages(torch.where(masks.policy, to_go - mean, 0.0))
+
+
+class Brevity:
+    """A judge that likes short answers."""
+
+    name = "brevity"
+
+    def __call__(self, answers: tppo.Answers) -> dict[str, list[float]]:
+        return {"shortness": [-float(len(text)) for text in answers.texts],
+                "letters": [float(text.count("e")) for text in answers.texts]}  # fmt: skip
+
+
+def test_a_reward_an_advantage_and_a_judge_from_outside(model, tmp_path, capfd):  # noqa: F811
+    advantage = OverTheMean()
+    trainer = tppo.PPOTrainer(
+        model, reward=EveryToken(), advantage=advantage, judge=Brevity(), prompts=PROMPTS,
+        heldout=PROMPTS, config=CONFIG, generate=SHORT, out=tmp_path,
+    )  # fmt: skip
+    report = trainer.train()
+    first, *_, last = (row["objective/scores"] for row in trainer.metrics)
+    assert last > first
+    assert advantage.seen == [(None, None, [0, 0, 1, 1, 2, 2, 3, 3])] * 4
+    assert not (tmp_path / "train/critic.safetensors").exists()
+    looks = {row["step"]: row for row in trainer.metrics if "heldout/shortness" in row}
+    assert set(looks) == {2, 4}
+    assert report["kept_step"] == max(looks, key=lambda step: looks[step]["heldout/shortness"])
+    said = capfd.readouterr().err
+    assert "held-out shortness" in said and "(by brevity)" in said
+    assert "EveryToken" in report["reward"]
