@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import field
 from pathlib import Path
@@ -29,31 +28,14 @@ from tppo.labels.endpoint.config import (
 from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
 from tppo.settings import Count, FilePath, Seed, from_dict, section
+from tppo.stages.registry import REGISTRY, load_stage
 from tppo.stopping import Stopped, listening
 from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
 
-COMMANDS = {
-    "run": "every stage below in one run folder; finished stages are skipped",
-    "data": "sessions: generated, or read from --data; split by user; or: data inspect FILE",
-    "sft": "supervised fine-tuning to the early stop; from scratch, or from --model",
-    "generate": "answers of the SFT model",
-    "label": "word and answer labels, by the rule or an endpoint; or: label --agreement FILE",
-    "map": "word labels to token categories",
-    "train-rm": "the token reward model",
-    "train": "token-level PPO; resumes from its newest checkpoint",
-    "eval": "the closing table and result.json",
-    "heat": "token heat map, as HTML and in the terminal",
-}
 PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
          "--import-batch")  # fmt: skip
-LOST = {  # by a signal, of a stage that is under way
-    "sft": "its steps so far are lost",
-    "generate": "its answers so far are lost",
-    "label": "labels of an endpoint are kept in label-cache.jsonl",
-    "train-rm": "its steps so far are lost",
-    "train": "no step of this process is lost",
-}
+RUN = "every stage below in one run folder; finished stages are skipped"
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
 
@@ -81,6 +63,9 @@ class Options:
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None
     """CPU threads; by default 1 for the small model (more cost time there), else torch's own."""
+    round: Count = 1
+    """Of a single stage: later rounds lie in folders of their own (generate-2), and read of every
+    other stage the newest round up to theirs."""
     config: FilePath | None = None
     """YAML file of settings, or the run.yaml of an earlier run; flags go before it."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -134,9 +119,7 @@ def _write_no_more() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in COMMANDS:
-        _usage(arguments)
-    command, rest = arguments[0], arguments[1:]
+    command, rest = _command(arguments), arguments[1:]
     try:
         environment.check()
     except ValueError as error:
@@ -155,6 +138,19 @@ def _main(arguments: list[str]) -> None:
         sys.exit(f"tppo {command}: {_told(error)}")
 
 
+def _command(arguments: list[str]) -> str:
+    """The command; `module:STAGE` names a stage from outside the package, which is registered."""
+    name = arguments[0] if arguments else ""
+    if ":" in name:
+        try:
+            return load_stage(name).name
+        except (ValueError, ImportError) as error:
+            sys.exit(f"tppo {name}: {error}")
+    if name != "run" and name not in REGISTRY:
+        _usage(arguments)
+    return name
+
+
 def _told(error: Exception) -> str:
     """What an error says; one of the system's without its number, the file first."""
     if isinstance(error, OSError) and error.filename is not None:
@@ -166,7 +162,8 @@ def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
     for flag in PATHS:
         if _flag(rest, flag) == "":
             sys.exit(f"tppo {command}: {flag} was '', expected a path")
-    name, text, default = f"tppo {command}", COMMANDS[command], _defaults(command, rest)
+    name, default = f"tppo {command}", _defaults(command, rest)
+    text = RUN if command == "run" else REGISTRY[command].help
     try:
         if command == "label":
             start = LabelOptions(options=default)
@@ -180,7 +177,9 @@ def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
 
 
 def _usage(arguments: list[str]) -> None:
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    commands = {"run": RUN} | {name: stage.help for name, stage in REGISTRY.items()}
+    lines = [f"  {name:<9} {text}" for name, text in commands.items()]
+    lines.append("  module:STAGE  a stage of your own, as tppo.stages.registry says")
     text = "\n".join(["usage: tppo COMMAND [flags]; tppo COMMAND --help lists them", *lines])
     if arguments and arguments[0] in ("-h", "--help"):
         print(text)
@@ -232,10 +231,12 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         say(line)
     with status("loading torch and transformers"):
         import torch
+        import transformers
 
-        stages = _stages()
         from tppo.models.parallel import from_environment
         from tppo.stages.run import Run
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     environment.check_backend()
     run = Run(
         out=options.out,
@@ -244,13 +245,15 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         data=options.data,
         model=options.model,
         device_name=options.device,
+        round=options.round,
     )
     threads = options.threads or (1 if options.model is None else None)
     if threads is not None:
         torch.set_num_threads(threads)
     world = from_environment()
-    if world.size > 1 and command != "train":
-        raise ValueError(f"{world.size} processes, expected 1: several share `tppo train` alone")
+    if world.size > 1 and (command == "run" or not REGISTRY[command].processes):
+        able = " and ".join(f"`tppo {name}`" for name in REGISTRY if REGISTRY[name].processes)
+        raise ValueError(f"{world.size} processes, expected 1: several share {able} alone")
     _check_early(command, run, label_task)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
@@ -265,13 +268,16 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         if label_task is not None:
             _label_task(run, *label_task)
         else:
-            _run_stages(run, stages, command)
+            _run_stages(run, command)
 
 
 def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) -> None:
     """Refuse before hours of other stages, and before the flags are kept, what a stage would."""
+    if command == "run" and run.round > 1:
+        raise ValueError(f"--round was {run.round}, expected 1: `tppo run` makes the first round, "
+                         "single stages the later ones")  # fmt: skip
     if label_task is None:
-        for name in COMMANDS if command == "run" else [command]:
+        for name in _names(command):
             run.check_outside(name)
     elif label_task[0] == "export_batch" and not label_task[1].absolute().parent.is_dir():
         raise ValueError(f"--export-batch was {str(label_task[1])!r}, expected a file in a folder "
@@ -301,6 +307,7 @@ def _keep_settings(options: Options) -> None:
     from tppo.store.yaml_file import read_yaml, write_yaml
 
     path, new = options.out / SETTINGS, plain(options)
+    del new["round"]  # the next command is of the first again, unless it says so
     try:
         old = read_yaml(path)[0]
     except DataError:  # absent, or damaged: `tppo run` does not read it
@@ -313,28 +320,28 @@ def _keep_settings(options: Options) -> None:
         write_yaml(path, new)
 
 
-def _run_stages(run: Any, stages: dict[str, Callable[[Any], None]], command: str) -> None:
-    for name in stages if command == "run" else [command]:
+def _names(command: str) -> list[str]:
+    """The stages that a command runs."""
+    return [name for name in REGISTRY if REGISTRY[name].in_run] if command == "run" else [command]
+
+
+def _run_stages(run: Any, command: str) -> None:
+    for name in _names(command):
         try:
             if command == "run":
-                _run_unless_done(run, name, stages[name])
+                _run_unless_done(run, name)
             else:
-                stages[name](run)
+                run.perform(name)
         except Stopped as stop:
-            lost = stop.lost or LOST.get(name, "its work so far is lost")
+            lost = stop.lost or REGISTRY[name].lost
             raise Stopped(stop.signum, f"{name}: {lost}, earlier stages are kept") from None
 
 
-def _run_unless_done(run: Any, name: str, stage: Callable[[Any], None]) -> None:
-    from tppo.labels.endpoint.lost import lost_by_endpoint
-    from tppo.stages.label import label_lost_again
-
+def _run_unless_done(run: Any, name: str) -> None:
     if not run.done(name):
-        say(f"{name}: {COMMANDS[name]}")
-        stage(run)
-    elif name == "label" and lost_by_endpoint(run.label_lost):
-        label_lost_again(run)
-    else:
+        say(f"{name}: {REGISTRY[name].help}")
+        run.perform(name)
+    elif not run.go_on(name):
         say(f"{name}: finished before, skipped")
 
 
@@ -347,30 +354,3 @@ def _label_task(run: Any, name: str, path: Path) -> None:
         "import_batch": import_labels,
     }
     tasks[name](run, path)
-
-
-def _stages() -> dict[str, Callable[[Any], None]]:
-    import transformers
-
-    from tppo.stages.data import data
-    from tppo.stages.evaluate import evaluate, heat
-    from tppo.stages.generate import generate
-    from tppo.stages.label import label_answers
-    from tppo.stages.map import map_to_tokens
-    from tppo.stages.ppo import train
-    from tppo.stages.reward_model import train_rm
-    from tppo.stages.sft import sft
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return {
-        "data": data,
-        "sft": sft,
-        "generate": generate,
-        "label": label_answers,
-        "map": map_to_tokens,
-        "train-rm": train_rm,
-        "train": train,
-        "eval": evaluate,
-        "heat": heat,
-    }

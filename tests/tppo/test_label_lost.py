@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli
-from tppo.stages.label import label_answers  # noqa: E402
+from tppo.stages.registry import LABELS, REGISTRY  # noqa: E402
 from tppo.store.run_folder import RunFolder  # noqa: E402
 
 COUNT = 40
@@ -20,7 +21,7 @@ COUNT = 40
 def read_labels(run):
     """In place of the stage map: it only reads the labels."""
     with run.stage("map") as out:
-        shutil.copy(run.path("label/labels.jsonl"), out)
+        shutil.copy(run.path(LABELS), out)
 
 
 @pytest.fixture
@@ -31,8 +32,11 @@ def folder(tmp_path, monkeypatch):
     with RunFolder(out).stage("sft") as work:
         (work / "model").mkdir()
         (work / "model" / "weights").write_text("x")
-    ours = {"label": label_answers, "map": read_labels}
-    monkeypatch.setattr(cli, "_stages", lambda: ours)
+    for name, stage in REGISTRY.items():
+        monkeypatch.setitem(REGISTRY, name, replace(stage, in_run=name in ("label", "map")))
+    monkeypatch.setitem(
+        REGISTRY, "map", replace(REGISTRY["map"], function=read_labels, outputs=())
+    )
     return out
 
 

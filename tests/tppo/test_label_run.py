@@ -16,8 +16,9 @@ pytest.importorskip("pydantic", reason="pydantic is not installed: pip install t
 
 from test_label_openai import answer, environment, serving, slots  # noqa: E402, F401
 
-from tppo.cli import COMMANDS, main  # noqa: E402
+from tppo.cli import main  # noqa: E402
 from tppo.labels.rule import label_by_rule  # noqa: E402
+from tppo.stages.registry import REGISTRY  # noqa: E402
 
 SMALL = {
     "scratch": {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 400, "max_length": 280},
@@ -28,7 +29,7 @@ SMALL = {
             "without_signal": True},
     "eval": {"temperatures": [1.0], "heat_users": 2},
 }
-STAGES = [name for name in COMMANDS if name != "run"]
+STAGES = list(REGISTRY)
 
 
 def by_rule(request, number):

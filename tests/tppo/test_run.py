@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tppo.cli import COMMANDS, _parse, main
+from tppo.cli import _parse, main
 from tppo.config import fill_defaults
 from tppo.labels.queries import parse_answer, repeats
 from tppo.models.parallel import ALONE
@@ -25,6 +25,7 @@ from tppo.models.tokenizer import token_offsets, train_tokenizer
 from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import read_sessions
 from tppo.stages.ppo import new_loop
+from tppo.stages.registry import REGISTRY
 from tppo.stages.reward_rows import policy_twins
 from tppo.stages.run import Run
 from tppo.store.hashes import sha256
@@ -41,7 +42,7 @@ TINY = {
             "eval_every": 2, "min_format": 0.0, "max_kl": 100.0},
     "eval": {"temperatures": [1.0, 0.5], "heat_users": 2},
 }  # fmt: skip
-STAGES = [name for name in COMMANDS if name != "run"]
+STAGES = list(REGISTRY)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,8 @@ class NotedRun(Run):
     @contextmanager
     def stage(self, stage, *, resume=False):
         Read.out = str(self.out)
-        for kept in ("tokenizer", "max_new_tokens"):  # each stage may run in a process of its own
+        # Each stage may run in a process of its own.
+        for kept in ("_tokenizer", "_eos_ids", "_max_new_tokens"):
             self.__dict__.pop(kept, None)
         with super().stage(stage, resume=resume) as work:
             Read.stage = stage

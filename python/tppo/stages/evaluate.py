@@ -21,6 +21,16 @@ from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.ppo import new_trainer, questions_of
+from tppo.stages.registry import (
+    CRITIC,
+    HEAT_MAP,
+    POLICY,
+    RESULT,
+    SFT_MODEL,
+    TRAINING,
+    TRANSFER_SESSIONS,
+    Artifact,
+)
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json, write_json
 
@@ -29,8 +39,8 @@ def evaluate(run: Run) -> None:
     """Every row of the closing table on the test users, and `result.json` in the run folder."""
     with run.stage("eval") as out:
         result = rows(run)
-        write_json(out / "result.json", result)
-    write_json(run.out / "result.json", result)
+        write_json(out / RESULT.name, result)
+    write_json(run.beside(RESULT.name), result)
     print_table(result, f"{result['test']['users']} held-out users, seed {run.seed}")
 
 
@@ -48,15 +58,15 @@ def rows(run: Run) -> dict[str, Any]:
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
         result[name] = _judge(run, ref, ref, test, temperature)
-    tppo = run.load_policy("train/model")
-    training = read_json(run.path("train/report.json"))
+    tppo = run.load_policy(POLICY)
+    training = read_json(run.path(TRAINING))
     steps = training["optimizer_steps"]
     continued, seconds = _continued(run, steps)
     result["sft_continued"] = _judge(run, continued, ref, test, 1.0)
     result["sft_continued"] |= {"seconds": seconds, "optimizer_steps": steps}
     result["tppo"] = _judge(run, tppo, ref, test, 1.0)
     result["tppo"] |= {"seconds": training["seconds"], "optimizer_steps": steps}
-    if run.path("data/transfer.jsonl").exists():
+    if run.path(TRANSFER_SESSIONS).exists():
         transfer = run.sessions("transfer")
         result["sft_transfer"] = _judge(run, ref, ref, transfer, 1.0)
         result["tppo_transfer"] = _judge(run, tppo, ref, transfer, 1.0)
@@ -121,25 +131,27 @@ def heat(run: Run) -> None:
         sessions = run.sessions("test")[: run.config.eval.heat_users]
         shown = [
             row
-            for name, path in (("sft", "sft/model"), ("tppo", "train/model"))
-            for row in _heat_rows(run, name, path, sessions)
+            for name, model in (("sft", SFT_MODEL), ("tppo", POLICY))
+            for row in _heat_rows(run, name, model, sessions)
         ]
         shown.sort(key=lambda row: row.id)
-        write_heat(out / "heat.html", shown, "Token rewards of test answers")
+        write_heat(out / HEAT_MAP.name, shown, "Token rewards of test answers")
     print_heat(shown[:4])
-    say(f"heat map: {run.path('heat/heat.html')}")
+    say(f"heat map: {run.path(HEAT_MAP)}")
 
 
 @torch.no_grad()
-def _heat_rows(run: Run, name: str, path: str, sessions: Sequence[Session]) -> list[HeatRow]:
+def _heat_rows(
+    run: Run, name: str, model: Artifact, sessions: Sequence[Session]
+) -> list[HeatRow]:
     """The first of the answers to each session: as many are sampled as in training, because an
     advantage may compare them.
     """
-    policy = run.load_policy(path)
+    policy = run.load_policy(model)
     trainer = new_trainer(run, policy)
     size = run.config.ppo.responses_per_prompt
     if trainer.models.critic is not None:
-        critic = run.path("train/critic.safetensors")
+        critic = run.path(CRITIC)
         if not critic.exists():
             raise DataError(
                 f"{critic}: no such file, because training needed no critic; give the "

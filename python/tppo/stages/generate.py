@@ -6,6 +6,7 @@ import random
 
 from tppo.models.rollout import HFRollout
 from tppo.models.tokenizer import decode
+from tppo.stages.registry import ANSWERS
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_jsonl
 
@@ -27,10 +28,10 @@ def generate(run: Run) -> None:
             prefix=run.config.prefix,
         )
         rollout = engine.generate(
-            [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.seed)
+            [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.round_seed)
         )
         write_jsonl(
-            out / "answers.jsonl",
+            out / ANSWERS.name,
             (
                 {
                     "id": f"{session.id}#{i // len(order)}",

@@ -17,14 +17,16 @@ from tppo.labels.label import Label, write_labels
 from tppo.labels.rule import label_by_rule
 from tppo.progress import say, track
 from tppo.sessions.session import Session, session_of
-from tppo.stages.run import Answer, Run
+from tppo.stages.answers import Answer
+from tppo.stages.registry import ANSWERS, LABELS, TRAIN_SESSIONS
+from tppo.stages.run import Run
 from tppo.store.jsonl import read_lines
 from tppo.store.line_index import LineIndex
 
 
 def label_answers(run: Run) -> None:
     """Word and answer labels, by the rule or by an endpoint."""
-    train, config = run.path("data/train.jsonl"), run.config.label
+    train, config = run.path(TRAIN_SESSIONS), run.config.label
     with (
         run.stage("label") as out,
         LineIndex(train, session_of) as sessions,
@@ -39,10 +41,10 @@ def label_answers(run: Run) -> None:
                 for a in track(run.iter_answers(), "label")
             )
         else:
-            answers = sum(1 for _ in read_lines(run.path("generate/answers.jsonl")))
+            answers = sum(1 for _ in read_lines(run.path(ANSWERS)))
             found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
             labels = open_until_then.enter_context(recorded(found, run.label_lost))
-        write_labels(out / "labels.jsonl", _counted(labels, counts))
+        write_labels(out / LABELS.name, _counted(labels, counts))
         if not counts["labels"]:
             raise DataError("none of the generated answers got a label")
         relevant = counts["relevant"] / counts["labels"]
@@ -55,31 +57,38 @@ def label_answers(run: Run) -> None:
         )
 
 
-def label_lost_again(run: Run) -> None:
-    """Ask for the labels that a finished stage lost to the endpoint; without an endpoint that
-    answers, the labels stay as they were."""
-    say(f"label: the endpoint lost {lost_by_endpoint(run.label_lost)} items, asked again")
+def label_lost_again(run: Run) -> bool:
+    """Ask for the labels that a finished stage lost to the endpoint, if it lost any; without an
+    endpoint that answers, the labels stay as they were.
+    """
+    lost = lost_by_endpoint(run.label_lost)
+    if not lost:
+        return False
+    say(f"label: the endpoint lost {lost} items, asked again")
     try:
         label_answers(run)
     except (EndpointError, NoKey) as error:
         say(f"label: its labels stay as they were: {error}")
+    return True
 
 
 def export_labels(run: Run, path: Path) -> None:
     """The questions that an endpoint has not answered yet, as an OpenAI batch file."""
-    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+    run.inputs("label")  # are whole
+    with LineIndex(run.path(TRAIN_SESSIONS), session_of) as sessions:
         export_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
 
 
 def import_labels(run: Run, path: Path) -> None:
     """Answers of an OpenAI batch, checked, to where the label stage finds them."""
-    with LineIndex(run.inputs("label")[0], session_of) as sessions:
+    run.inputs("label")  # are whole
+    with LineIndex(run.path(TRAIN_SESSIONS), session_of) as sessions:
         import_batch(_items(run, sessions), run.config.label.endpoint, run.label_cache, path)
 
 
 def compare_labels(run: Run, path: Path) -> None:
     """Print how far the run's labels agree with those of a file."""
-    own = run.path("label/labels.jsonl")
+    own = run.path(LABELS)
     if not own.exists():
         raise DataError(f"{own}: no such file; run `tppo label --out {run.out}` first")
     run.folder.verify(own)
@@ -99,7 +108,9 @@ def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:
     """The session that an answer belongs to."""
     session = sessions.get(answer.session)
     if session is None:
-        raise DataError(f"answers of session {answer.session!r}, which data/train.jsonl lacks")
+        raise DataError(
+            f"answers of session {answer.session!r}, which {TRAIN_SESSIONS.path} lacks"
+        )
     return session
 
 

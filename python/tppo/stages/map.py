@@ -12,25 +12,27 @@ from tppo.labels.queries import SEPARATOR
 from tppo.labels.words import map_labels
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import track
-from tppo.stages.run import Answer, Run, answer_of
+from tppo.stages.answers import Answer, answer_of
+from tppo.stages.registry import ANSWERS, CATEGORIES, LABELS, QUERY_LENGTHS
+from tppo.stages.run import Run
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.line_index import LineIndex
 
 
 def map_to_tokens(run: Run) -> None:
     """Word labels to token categories, and the median length of a query in tokens."""
-    generated = run.path("generate/answers.jsonl")
+    generated = run.path(ANSWERS)
     with run.stage("map") as out, LineIndex(generated, answer_of) as answers:
         lengths: Counter[int] = Counter()
-        labels = _with_words(track(iter_labels(run.path("label/labels.jsonl")), "map"))
+        labels = _with_words(track(iter_labels(run.path(LABELS)), "map"))
         write_jsonl(
-            out / "categories.jsonl",
+            out / CATEGORIES.name,
             (_map_one(run, item, answers.get(item.id), lengths) for item in labels),
         )
         queries = lengths.total()
         ordered = (n for n in sorted(lengths) for _ in range(lengths[n]))
         median = next(islice(ordered, queries // 2, None), 1)
-        write_json(out / "lengths.json", {"median_query_tokens": median, "queries": queries})
+        write_json(out / QUERY_LENGTHS.name, {"median_query_tokens": median, "queries": queries})
 
 
 def _with_words(labels: Iterable[Label]) -> Iterator[Label]:

@@ -26,6 +26,7 @@ from tppo.rewards import Answers, Questions
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.loop import Held, Loop, Watch, response_figures
+from tppo.stages.registry import QUERY_LENGTHS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json
 
@@ -41,7 +42,7 @@ def train(run: Run) -> None:
         out = world.of_first(
             stack.enter_context(run.stage("train", resume=True)) if first else None
         )
-        report = read_json(run.path("train-rm/report.json"))
+        report = read_json(run.path(REWARD_REPORT))
         check_signal(report, run.config.ppo.without_signal)
         check_auc(report, run.config.reward_model)
         new_loop(run, out, world).run_all()
@@ -51,7 +52,7 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
     trainer = new_trainer(run, run.sft_model(), world)
     policy, train, heldout = trainer.models.policy, run.sessions("train"), run.sessions("heldout")
-    report = read_json(run.path("train-rm/report.json"))
+    report = read_json(run.path(REWARD_REPORT))
     return Loop(
         trainer,
         questions_of(run, train, policy),
@@ -90,7 +91,7 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
     config, prefix = run.config.ppo, run.config.prefix
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     advantage = ADVANTAGES[config.advantage](config)
-    sft, dtype = run.path("sft/model"), run.config.model.dtype
+    sft, dtype = run.path(SFT_MODEL), run.config.model.dtype
     with_critic = advantage.needs_critic
     models = Models(
         policy=policy,
@@ -101,7 +102,7 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
         for trained in models.trained.values():
             recompute_layers(trained)
     reward = TokenModelReward(
-        load_frozen(run.path("train-rm/model"), run.tokenizer, run.device, eos_ids, dtype),
+        load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype),
         mode=config.reward,
         values=config.reward_values,
         length_alpha=config.length_alpha,
@@ -133,6 +134,6 @@ def suggested_lengths(run: Run, sessions: Sequence[Session]) -> list[float]:
     """Tokens after which the length penalty bites: the queries' median length times their
     number, plus the separators between them.
     """
-    median = read_json(run.path("map/lengths.json"))["median_query_tokens"]
+    median = read_json(run.path(QUERY_LENGTHS))["median_query_tokens"]
     counts = [len(session.targets) for session in sessions]
     return [float(median * n + (n - 1)) for n in counts]

@@ -19,6 +19,7 @@ from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
+from tppo.stages.registry import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_json, write_jsonl
@@ -32,7 +33,7 @@ def train_rm(run: Run) -> None:
             torch.manual_seed(run.seed)
             model, tokenizer = start_reward_model(
                 run.own_reward_model,
-                run.path("sft/model"),
+                run.path(SFT_MODEL),
                 run.tokenizer,
                 run.device,
                 run.config.model.dtype,
@@ -59,13 +60,13 @@ def train_rm(run: Run) -> None:
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
-        report["labeller"] = next(iter_labels(run.path("label/labels.jsonl"))).labeller
+        report["labeller"] = next(iter_labels(run.path(LABELS))).labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
-        save_weights(model, out / "model")
-        tokenizer.save_pretrained(out / "model")
+        save_weights(model, out / REWARD_MODEL.name)
+        tokenizer.save_pretrained(out / REWARD_MODEL.name)
         write_jsonl(out / "metrics.jsonl", history)
-        write_json(out / "report.json", report)
+        write_json(out / REWARD_REPORT.name, report)
         auc, of_repeated = (
             "unknown" if report[name] is None else f"{report[name]:.3f}"
             for name in ("auc", "auc_repeated")

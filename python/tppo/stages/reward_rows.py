@@ -16,7 +16,9 @@ from tppo.methods.reward_model import LabelledAnswer
 from tppo.models.own_tokens import OwnTokens
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.sessions.prompts import encode_answer
-from tppo.stages.run import Answer, Run
+from tppo.stages.answers import Answer
+from tppo.stages.registry import CATEGORIES, LABELS
+from tppo.stages.run import Run
 from tppo.store.jsonl import is_text, read_jsonl
 
 
@@ -24,7 +26,7 @@ def policy_rows(run: Run) -> dict[str, list[LabelledAnswer]]:
     """The labelled answers of every session in the policy's tokens."""
     answers = {answer.id: answer for answer in run.iter_answers()}
     rows: dict[str, list[LabelledAnswer]] = {}
-    for line in read_jsonl(run.path("map/categories.jsonl")):
+    for line in read_jsonl(run.path(CATEGORIES)):
         answer = answers[line.get("id", is_text, "a text")]
         categories = line.get("categories", lambda v: isinstance(v, list), "a list")
         sentence = line.get("sentence", lambda v: v in (1, 2), "1 or 2")
@@ -38,7 +40,7 @@ def _twins(run: Run) -> Iterator[tuple[Answer, Twin]]:
     """Labelled answers with one query repeated, a share of them all."""
     answers = {answer.id: answer for answer in run.iter_answers()}
     share, rng = run.config.reward_model.repeated_share, random.Random(f"{run.seed}/twins")
-    for item in iter_labels(run.path("label/labels.jsonl")):
+    for item in iter_labels(run.path(LABELS)):
         if rng.random() < share:
             twin = repeating_twin(item, run.config.label.sentence_threshold, rng)
             if twin is not None:
@@ -65,7 +67,7 @@ def policy_twins(run: Run) -> dict[str, list[LabelledAnswer]]:
 def own_rows(run: Run, reader: OwnTokens) -> dict[str, list[LabelledAnswer]]:
     """The same in the reward model's own tokens: word labels mapped onto those."""
     answers = {answer.id: answer for answer in run.iter_answers()}
-    labels = read_labels(run.path("label/labels.jsonl"))
+    labels = read_labels(run.path(LABELS))
     readings = reader.read(
         [decode(run.tokenizer, answers[item.id].prompt_ids) for item in labels],
         [item.response for item in labels],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,27 +26,32 @@ from tppo.progress import say
 from tppo.rewards import Questions
 from tppo.sessions.prompts import encode_answer, encode_prompts, prompt_text
 from tppo.sessions.session import Session, read_sessions
-from tppo.stages.dependencies import OPTIONAL, STAGES, settings
-from tppo.store.jsonl import Line, is_text, read_jsonl
+from tppo.stages.answers import Answer, answer_of
+from tppo.stages.registry import (
+    ANSWERS,
+    REGISTRY,
+    SFT_MODEL,
+    SPLITS,
+    Artifact,
+    Given,
+    Stage,
+    before,
+)
+from tppo.store.hashes import MANIFEST
+from tppo.store.jsonl import read_jsonl
 from tppo.store.run_folder import RunFolder, differences
 
 DEFAULT_POSITIONS = 2048  # of a model that does not say how many it has
 
 
-class Answer(NamedTuple):
-    """A generated answer, as `generate` writes it."""
-
-    id: str
-    session: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    finish: str
-    text: str
-
-
 @dataclass(frozen=True)
 class Run:
-    """The settings of a run; every stage is a function of one."""
+    """The settings of a run, and one of its rounds; every stage is a function of one.
+
+    The first round is what `tppo run` makes.  A stage of a later one lies beside it in a folder of
+    its own (`generate-2`) with a manifest of its own, and reads of every other stage the newest
+    round that is there, up to its own.
+    """
 
     out: Path
     config: Config
@@ -53,6 +59,8 @@ class Run:
     data: Path | None = None
     model: Path | None = None
     device_name: str = "auto"
+    round: int = 1
+    _running: list[Stage] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @cached_property
     def device(self) -> torch.device:
@@ -78,9 +86,55 @@ class Run:
     def folder(self) -> RunFolder:
         return RunFolder(self.out)
 
-    def path(self, relative: str) -> Path:
-        """A file of a finished stage."""
-        return self.out / relative
+    def at(self, round: int) -> Run:
+        """The same run in another round."""
+        if round == self.round:
+            return self
+        other = replace(self, round=round)
+        vars(other).update(folder=self.folder, _running=self._running)
+        return other
+
+    @property
+    def round_seed(self) -> int:
+        """Seed of what a round draws: the run's own in the first, another one in each later."""
+        return self.seed + (self.round - 1) * 1_000_003
+
+    def perform(self, name: str, round: int | None = None) -> None:
+        """Do the work of a stage, in this round or another.
+
+        Errors: ValueError where no stage of this name is registered, or it reads what it does not
+        declare; DataError naming the first input that is not there and the stage that makes it.
+        """
+        run = self if round is None else self.at(round)
+        stage = _registered(name)
+        with run._runs(stage):
+            stage(run)
+
+    def go_on(self, name: str) -> bool:
+        """Do what a finished stage has left over; whether there was something."""
+        stage = _registered(name)
+        with self._runs(stage):
+            return stage.go_on(self)
+
+    def path(self, artifact: Artifact) -> Path:
+        """Where a file or folder of a finished stage lies.
+
+        A stage that is running sees an own output as the round before has left it if that is among
+        its inputs, else where its own result gets its name.
+        Errors: ValueError where the stage that is running does not declare the artifact.
+        """
+        running = self._running[-1] if self._running else None
+        if running is None:
+            return self._newest(artifact)
+        if artifact in running.inputs:
+            return self._input(running, artifact)
+        if artifact in running.outputs:
+            return self.out / self._folder_of(running.name) / artifact.name
+        raise ValueError(
+            f"stage {running.name} reads {artifact.path}, which it does not declare; expected one "
+            f"of its inputs ({', '.join(a.path for a in running.inputs) or 'it has none'}): add it "
+            "there, so that the stage runs again where the file changes"
+        )
 
     @property
     def label_cache(self) -> Path:
@@ -90,24 +144,49 @@ class Run:
     @property
     def label_lost(self) -> Path:
         """The record of the items without a label, beside the stages like the cache."""
-        return self.out / "label-lost.jsonl"
+        return self.beside("label-lost.jsonl")
+
+    def beside(self, name: str) -> Path:
+        """A file beside the stages, in a later round with its number: `result-2.json`."""
+        stem, dot, kind = name.partition(".")
+        return self.out / f"{self._folder_of(stem)}{dot}{kind}"
 
     def done(self, stage: str) -> bool:
         """Whether the stage has finished with these inputs and settings."""
         inputs = self._inputs(stage)
         if not all(path.exists() for path in inputs):
             return False
-        return self.folder.done(stage, inputs, self._settings(stage), self.seed)
+        return self.folder.done(self._folder_of(stage), inputs, self._settings(stage), self.seed)
 
     @contextmanager
     def stage(self, stage: str, *, resume: bool = False) -> Iterator[Path]:
         """A folder to write the stage's files into; it counts only when the block succeeds.
 
-        Errors: DataError naming the first input that is not there and the stage that makes it.
+        Errors: DataError naming the first input that is not there and the stage that makes it;
+        ValueError where the block does not write an output that the stage declares.
         """
-        inputs, settings = self.inputs(stage), self._settings(stage)
-        with self.folder.stage(stage, inputs, settings, self.seed, resume=resume) as work:
-            yield work
+        known = _registered(stage)
+        with self._runs(known):
+            inputs, settings, folder = self.inputs(stage), self._settings(stage), self.folder
+            name = self._folder_of(stage)
+            with folder.stage(name, inputs, settings, self.seed, resume=resume) as work:
+                yield work
+                for output in known.outputs:
+                    if not output.optional and not (work / output.name).exists():
+                        raise ValueError(f"stage {stage} declares the output {output.path} and did "
+                                         "not write it")  # fmt: skip
+
+    @contextmanager
+    def _runs(self, stage: Stage) -> Iterator[None]:
+        """Inside the block `path` gives what the stage declares and nothing else."""
+        if self._running and self._running[-1] != stage:
+            raise ValueError(f"stage {self._running[-1].name} does the work of stage {stage.name}, "
+                             "expected its own alone")  # fmt: skip
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
     def check_outside(self, stage: str) -> None:
         """Raise DataError where what the user names for a stage is not there, or no model."""
@@ -120,12 +199,13 @@ class Run:
 
         Raises DataError, with the remedy, where one is not there or not what its stage wrote.
         """
-        inputs = self._inputs(stage)
+        outside, inputs = self._outside(stage), self._inputs(stage)
         for path in inputs:
             if not path.exists():
                 raise DataError(f"{path}: no such file; {self._remedy(path)}")
-        for relative in self._files(stage):
-            self.folder.verify(self.path(relative))
+        for path in inputs:
+            if path != outside:
+                self.folder.verify(path)
         return inputs
 
     def check_stages_before(self, stage: str) -> None:
@@ -133,8 +213,10 @@ class Run:
 
         Raises DataError where one of them had another seed; says what else is not as it was.
         """
-        for name in _before(stage):
-            manifest = self.folder.manifest(name)
+        for name in before(stage):
+            run = self.at(self._newest_round(name, self.round))
+            folder = run._folder_of(name)
+            manifest = self.folder.manifest(folder)
             if manifest is None:
                 continue  # `inputs` says so where its files are read
             if manifest["seed"] != self.seed:
@@ -143,9 +225,9 @@ class Run:
                     f"{self.seed}: leave --seed out, or begin with `tppo run --seed {self.seed}` "
                     "in another --out"
                 )
-            inputs, own = self._inputs(name), self._settings(name)
+            inputs, own = run._inputs(name), run._settings(name)
             if all(path.exists() for path in inputs):
-                changes = self.folder.changes(name, inputs, own, self.seed)
+                changes = self.folder.changes(folder, inputs, own, self.seed)
             else:  # a log that was read and then moved away
                 changes = differences("config", manifest["config"], own)
             if changes:
@@ -157,48 +239,83 @@ class Run:
     def _remedy(self, path: Path) -> str:
         if path == self.data:
             return "is the path right?"
-        return f"run `tppo {path.relative_to(self.out).parts[0]} --out {self.out}` first"
+        command = re.sub(r"-(\d+)$", r" --round \1", path.relative_to(self.out).parts[0])
+        return f"run `tppo {command} --out {self.out}` first"
 
     def _outside(self, stage: str) -> Path | None:
         """What a stage reads that the user names."""
-        if stage == "data":
-            return self.data
-        if stage == "train-rm":
-            return self.own_reward_model
-        return self.base if stage == "sft" else None
+        outside = REGISTRY[stage].outside
+        return None if outside is None else outside(self)
 
     def _inputs(self, stage: str) -> list[Path]:
-        outside = self._outside(stage)
+        """What the stage reads: what the user names, and of the run folder."""
+        outside, known = self._outside(stage), REGISTRY[stage]
         inputs = [] if outside is None else [outside]
-        return inputs + [self.path(relative) for relative in self._files(stage)]
+        for artifact in known.inputs:
+            if artifact.stage == stage and self.round == 1:
+                continue  # of the round before, and there is none
+            path = self._input(known, artifact)
+            if path.exists() or not artifact.optional:
+                inputs.append(path)
+        return inputs
 
-    def _files(self, stage: str) -> list[str]:
-        """What the stage reads of the run folder."""
-        files = STAGES[stage].files
-        return [name for name in files if name not in OPTIONAL or self.path(name).exists()]
+    def _input(self, reader: Stage, artifact: Artifact) -> Path:
+        """Where an input of a stage lies."""
+        if artifact.stage != reader.name:
+            return self._newest(artifact)
+        if self.round == 1:
+            raise ValueError(f"stage {reader.name} reads {artifact.path} of the round before, and "
+                             "this is the first: ask `run.round`")  # fmt: skip
+        return self.at(self.round - 1)._newest(artifact)
+
+    def _newest(self, artifact: Artifact) -> Path:
+        run = self.at(self._newest_round(artifact.stage, self.round))
+        return self.out / run._folder_of(artifact.stage) / artifact.name
+
+    def _newest_round(self, stage: str, last: int) -> int:
+        """The newest round up to `last` in which the stage has finished; 1 where none has."""
+        finished = (r for r in range(last, 1, -1)
+                    if (self.out / self.at(r)._folder_of(stage) / MANIFEST).exists())  # fmt: skip
+        return next(finished, 1)
+
+    def _folder_of(self, stage: str) -> str:
+        return stage if self.round == 1 else f"{stage}-{self.round}"
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        from_file, from_model = self.data is not None, self.model is not None
-        return settings(stage, self.config, from_file=from_file, from_model=from_model)
+        given = Given(self.config, self.data is not None, self.model is not None)
+        found = REGISTRY[stage].dependencies(given)
+        return found if self.round == 1 else found | {"round": self.round}
 
     def sessions(self, split: str) -> list[Session]:
-        return read_sessions(self.path(f"data/{split}.jsonl"))
+        """The sessions of train, heldout, test or transfer."""
+        return read_sessions(self.path(SPLITS[split]))
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path("sft/model"))
+        """That of the SFT model."""
+        self.path(SFT_MODEL)  # whoever asks declares it, though it may have been read before
+        return self._tokenizer
 
     @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path(SFT_MODEL))
+
+    @property
     def eos_ids(self) -> list[int]:
         """Every id that ends an answer."""
-        return folder_eos_ids(self.path("sft/model"), self.tokenizer)
+        self.path(SFT_MODEL)
+        return self._eos_ids
+
+    @cached_property
+    def _eos_ids(self) -> list[int]:
+        return folder_eos_ids(self.path(SFT_MODEL), self.tokenizer)
 
     def sft_model(self) -> PreTrainedModel:
-        return self.load_policy("sft/model")
+        return self.load_policy(SFT_MODEL)
 
-    def load_policy(self, relative: str) -> PreTrainedModel:
+    def load_policy(self, artifact: Artifact) -> PreTrainedModel:
         """The causal LM of a finished stage."""
-        return load_policy(self.path(relative), self.device, self.config.model.dtype)
+        return load_policy(self.path(artifact), self.device, self.config.model.dtype)
 
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:
         """Prompt ids of the sessions, cut so that the longest answer still fits the model."""
@@ -216,9 +333,15 @@ class Run:
         """Who judges the answers of the closing table and of the step that PPO keeps."""
         return RuleJudge(self.config.label.sentence_threshold)
 
-    @cached_property
+    @property
     def max_new_tokens(self) -> int:
         """Cap of an answer: as configured, or from the true answers."""
+        for artifact in (SFT_MODEL, SPLITS["train"]):
+            self.path(artifact)
+        return self._max_new_tokens
+
+    @cached_property
+    def _max_new_tokens(self) -> int:
         return answer_cap(self.tokenizer, self.sessions("train"), self.config.generate)
 
     def sampling(self, *, temperature: float | None = None, seed: int = 0) -> Sampling:
@@ -231,30 +354,13 @@ class Run:
 
     def iter_answers(self) -> Iterator[Answer]:
         """The generated answers one at a time."""
-        return map(answer_of, read_jsonl(self.path("generate/answers.jsonl")))
+        return map(answer_of, read_jsonl(self.path(ANSWERS)))
 
 
-def _before(stage: str) -> list[str]:
-    """The stages whose files a stage reads, and theirs, in order."""
-    found: set[str] = set()
-    left = [stage]
-    while left:
-        direct = {file.split("/")[0] for file in STAGES[left.pop()].files}
-        left += direct - found
-        found |= direct
-    return [name for name in STAGES if name in found]
-
-
-def answer_of(line: Line) -> Answer:
-    """The answer that a line holds.  Errors: DataError naming file, line and field."""
-    return Answer(
-        id=line.get("id", is_text, "a text"),
-        session=line.get("session", is_text, "a text"),
-        prompt_ids=line.get("prompt_ids", _is_ids, "a list of token ids"),
-        response_ids=line.get("response_ids", _is_ids, "a list of token ids"),
-        finish=line.get("finish", lambda v: v in ("eos", "length"), "eos or length"),
-        text=line.get("text", lambda v: isinstance(v, str), "a text"),
-    )
+def _registered(name: str) -> Stage:
+    if name not in REGISTRY:
+        raise ValueError(f"stage was {name!r}, expected one of {', '.join(REGISTRY)}")
+    return REGISTRY[name]
 
 
 def answer_cap(
@@ -276,7 +382,3 @@ def fit_prompts(
     """Prompt ids that leave room for an answer of `cap` tokens in the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
     return encode_prompts(tokenizer, sessions, positions - cap)
-
-
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)

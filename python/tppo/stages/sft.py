@@ -17,6 +17,7 @@ from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokeni
 from tppo.progress import say
 from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.registry import SFT_MODEL
 from tppo.stages.run import Run, answer_cap, fit_prompts
 from tppo.store.jsonl import write_json, write_jsonl
 
@@ -38,7 +39,7 @@ def sft(run: Run) -> None:
             seed=run.seed,
             prefix=run.config.prefix,
         )
-        save_model(model, tokenizer, out / "model")
+        save_model(model, tokenizer, out / SFT_MODEL.name)
         write_jsonl(out / "metrics.jsonl", result.history)
         report = {name: value for name, value in result._asdict().items() if name != "history"}
         write_json(out / "report.json", report)
