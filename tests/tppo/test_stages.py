@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from opened import opened, undeclared
 
+import tppo
 from tppo.cli import main
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
@@ -306,3 +308,16 @@ def test_a_round_reads_its_own_result_of_the_round_before_and_survives_a_kill(tm
     assert third.done("count") and not (run.out / "count-3" / "part").exists()
     (run.out / "count-2" / "total.json").write_text('{"rounds": 7}')
     assert not third.done("count") and not run.at(2).done("count") and run.done("count")
+
+
+def test_the_path_of_an_artifact_stands_once():
+    """`"sft/model"` stood eleven times in four files."""
+    package = Path(tppo.__file__).parent
+    sources = {path.relative_to(package).as_posix(): path.read_text()
+               for path in package.rglob("*.py")}  # fmt: skip
+    outputs = [artifact for stage in REGISTRY.values() for artifact in stage.outputs]
+    assert len(outputs) > 12
+    for artifact in outputs:
+        text = f'"{artifact.path}"'
+        where = [file for file, source in sources.items() for _ in range(source.count(text))]
+        assert where == ["stages/registry.py"], artifact
