@@ -140,7 +140,7 @@ def test_offsets_of_ids_that_the_tokenizer_would_not_choose(tokenizer):
 
 
 def test_positions_of_the_model_bound_the_prompt(tokenizer):
-    from tppo.stages.run import fit_prompts
+    from tppo.stages.lengths import fit_prompts
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,

@@ -257,6 +257,23 @@ def test_a_stage_in_two_rounds(made, tmp_path, monkeypatch, capsys):
     answers.write_text(content)
     assert second.done("label")
 
+    pooled = []
+
+    def pool(run):
+        with run.stage("pool"):
+            with pytest.raises(ValueError, match="pool runs in round 2 and asks for a path of rou"):
+                run.at(1).path(ANSWERS)
+            with pytest.raises(ValueError, match="reads generate/answers.jsonl, which it does not"):
+                run.path(ANSWERS)
+            pooled.extend(run.paths(ANSWERS))
+
+    register(Stage("pool", pool, "all answers", (ANSWERS.of_every_round(),)))
+    second.perform("pool")
+    both = ["generate/answers.jsonl", "generate-2/answers.jsonl"]
+    assert pooled == second.paths(ANSWERS) == [out / path for path in both]
+    inputs = read_json(out / "pool-2" / "manifest.json")["inputs"]
+    assert [entry["path"] for entry in inputs] == both and run.paths(ANSWERS) == pooled[:1]
+
 
 def test_rounds_from_the_command_line(made, tmp_path, capsys):
     out = tmp_path / "out"

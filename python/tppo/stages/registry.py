@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -48,6 +48,12 @@ class Artifact:
     """What it holds, for people."""
     optional: bool = False
     """Whether the stage may do without it."""
+    every: bool = False
+    """As an input: of every round up to the reader's own, not of the newest one alone."""
+
+    def of_every_round(self) -> Artifact:
+        """The input of a stage that reads what each round has left: `Run.paths` gives them."""
+        return replace(self, every=True)
 
     @property
     def stage(self) -> str:
@@ -79,7 +85,7 @@ class Stage:
     section without it, "rule" the edition of the rule's verdicts.  A setting that decides how fast,
     how often or whether at all something happens, but not what comes of it, is not among them:
     changing it repeats no stage.
-    An own output among the inputs is that of the round before; the first round has none.
+    An own output among the inputs is of rounds before; the first round has none.
     """
 
     name: str
@@ -136,7 +142,7 @@ def register(stage: Stage) -> Stage:
                              f"{stage.name}/...")  # fmt: skip
     for artifact in stage.inputs:
         maker = stage if artifact.stage == stage.name else REGISTRY.get(artifact.stage)
-        if maker is None or artifact not in maker.outputs:
+        if maker is None or replace(artifact, every=False) not in maker.outputs:
             known = "no such stage is registered" if maker is None else "its stage has " + (
                 ", ".join(output.path for output in maker.outputs) or "no outputs")  # fmt: skip
             raise ValueError(f"stage {stage.name}: input {artifact.path!r}, expected an output of "

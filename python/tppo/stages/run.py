@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.config import Config
 from tppo.errors import DataError
 from tppo.evaluation.judge import SESSION, Judge, RuleJudge
-from tppo.models.config import GenerateConfig
 from tppo.models.folder import folder_eos_ids
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
@@ -24,9 +23,10 @@ from tppo.models.rollout import Sampling
 from tppo.models.tokenizer import load_tokenizer
 from tppo.progress import say
 from tppo.rewards import Questions
-from tppo.sessions.prompts import encode_answer, encode_prompts, prompt_text
+from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import Session, read_sessions
 from tppo.stages.answers import Answer, answer_of
+from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import (
     ANSWERS,
     REGISTRY,
@@ -40,8 +40,6 @@ from tppo.stages.registry import (
 from tppo.store.hashes import MANIFEST
 from tppo.store.jsonl import read_jsonl
 from tppo.store.run_folder import RunFolder, differences
-
-DEFAULT_POSITIONS = 2048  # of a model that does not say how many it has
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ class Run:
     model: Path | None = None
     device_name: str = "auto"
     round: int = 1
-    _running: list[Stage] = field(default_factory=list, init=False, repr=False, compare=False)
+    _running: list[tuple[Stage, int]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def device(self) -> torch.device:
@@ -123,18 +123,41 @@ class Run:
         its inputs, else where its own result gets its name.
         Errors: ValueError where the stage that is running does not declare the artifact.
         """
-        running = self._running[-1] if self._running else None
-        if running is None:
+        running = self._reader(artifact)
+        if running is None or artifact not in running.outputs:
             return self._newest(artifact)
-        if artifact in running.inputs:
-            return self._input(running, artifact)
-        if artifact in running.outputs:
+        if artifact not in running.inputs:
             return self.out / self._folder_of(running.name) / artifact.name
-        raise ValueError(
-            f"stage {running.name} reads {artifact.path}, which it does not declare; expected one "
-            f"of its inputs ({', '.join(a.path for a in running.inputs) or 'it has none'}): add it "
-            "there, so that the stage runs again where the file changes"
-        )
+        before = self._rounds(running, artifact)
+        if not before:
+            raise ValueError(f"stage {running.name} reads {artifact.path} of the round before, and "
+                             "there is none: ask `run.round`")  # fmt: skip
+        return before[-1]
+
+    def paths(self, artifact: Artifact) -> list[Path]:
+        """Where it lies in every round up to this, the oldest first; a stage that is running
+        declares it as `artifact.of_every_round()`, and its own outputs are of the rounds before.
+        """
+        artifact = artifact.of_every_round()
+        return self._rounds(self._reader(artifact), artifact)
+
+    def _reader(self, artifact: Artifact) -> Stage | None:
+        """The stage that is running, if one is, which has to declare the artifact."""
+        if not self._running:
+            return None
+        stage, round = self._running[-1]
+        if round != self.round:
+            raise ValueError(f"stage {stage.name} runs in round {round} and asks for a path of "
+                             f"round {self.round}, expected `run.paths` of an input that it "
+                             "declares of every round")  # fmt: skip
+        if artifact not in (*stage.inputs, *stage.outputs):
+            every = " of every round" if artifact.every else ""
+            raise ValueError(
+                f"stage {stage.name} reads {artifact.path}{every}, which it does not declare; "
+                f"expected one of its inputs ({', '.join(a.path for a in stage.inputs)}): add it "
+                "there, so that the stage runs again where the file changes"
+            )
+        return stage
 
     @property
     def label_cache(self) -> Path:
@@ -179,10 +202,10 @@ class Run:
     @contextmanager
     def _runs(self, stage: Stage) -> Iterator[None]:
         """Inside the block `path` gives what the stage declares and nothing else."""
-        if self._running and self._running[-1] != stage:
-            raise ValueError(f"stage {self._running[-1].name} does the work of stage {stage.name}, "
-                             "expected its own alone")  # fmt: skip
-        self._running.append(stage)
+        if self._running and self._running[-1] != (stage, self.round):
+            raise ValueError(f"stage {self._running[-1][0].name} does the work of stage "
+                             f"{stage.name}, expected its own alone")  # fmt: skip
+        self._running.append((stage, self.round))
         try:
             yield
         finally:
@@ -214,7 +237,7 @@ class Run:
         Raises DataError where one of them had another seed; says what else is not as it was.
         """
         for name in before(stage):
-            run = self.at(self._newest_round(name, self.round))
+            run = self.at(self._newest_round(name))
             folder = run._folder_of(name)
             manifest = self.folder.manifest(folder)
             if manifest is None:
@@ -252,29 +275,28 @@ class Run:
         outside, known = self._outside(stage), REGISTRY[stage]
         inputs = [] if outside is None else [outside]
         for artifact in known.inputs:
-            if artifact.stage == stage and self.round == 1:
-                continue  # of the round before, and there is none
-            path = self._input(known, artifact)
-            if path.exists() or not artifact.optional:
-                inputs.append(path)
+            found = self._rounds(known, artifact)
+            if not artifact.every:
+                found = found[-1:]
+            if not found and artifact.stage != stage:
+                found = [self._newest(artifact)]  # to be missed
+            inputs += [path for path in found if path.exists() or not artifact.optional]
         return inputs
 
-    def _input(self, reader: Stage, artifact: Artifact) -> Path:
-        """Where an input of a stage lies."""
-        if artifact.stage != reader.name:
-            return self._newest(artifact)
-        if self.round == 1:
-            raise ValueError(f"stage {reader.name} reads {artifact.path} of the round before, and "
-                             "this is the first: ask `run.round`")  # fmt: skip
-        return self.at(self.round - 1)._newest(artifact)
+    def _rounds(self, reader: Stage | None, artifact: Artifact) -> list[Path]:
+        """Where it lies in each finished round up to this; for its own stage, before this."""
+        own = reader is not None and artifact.stage == reader.name
+        folders = [self.out / self.at(r)._folder_of(artifact.stage)
+                   for r in range(1, self.round + (not own))]  # fmt: skip
+        return [folder / artifact.name for folder in folders if (folder / MANIFEST).exists()]
 
     def _newest(self, artifact: Artifact) -> Path:
-        run = self.at(self._newest_round(artifact.stage, self.round))
+        run = self.at(self._newest_round(artifact.stage))
         return self.out / run._folder_of(artifact.stage) / artifact.name
 
-    def _newest_round(self, stage: str, last: int) -> int:
-        """The newest round up to `last` in which the stage has finished; 1 where none has."""
-        finished = (r for r in range(last, 1, -1)
+    def _newest_round(self, stage: str) -> int:
+        """The newest round up to this in which the stage has finished; 1 where none has."""
+        finished = (r for r in range(self.round, 1, -1)
                     if (self.out / self.at(r)._folder_of(stage) / MANIFEST).exists())  # fmt: skip
         return next(finished, 1)
 
@@ -361,24 +383,3 @@ def _registered(name: str) -> Stage:
     if name not in REGISTRY:
         raise ValueError(f"stage was {name!r}, expected one of {', '.join(REGISTRY)}")
     return REGISTRY[name]
-
-
-def answer_cap(
-    tokenizer: PreTrainedTokenizerBase, train: Sequence[Session], config: GenerateConfig
-) -> int:
-    """Cap of an answer: as configured, or 1.25 times the 99th percentile of the true ones."""
-    if config.max_new_tokens:
-        return config.max_new_tokens
-    ordered = sorted(len(encode_answer(tokenizer, session.targets)) for session in train)
-    return int(1.25 * ordered[int(0.99 * (len(ordered) - 1))]) + 1
-
-
-def fit_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    sessions: Sequence[Session],
-    model: PreTrainedModel,
-    cap: int,
-) -> list[list[int]]:
-    """Prompt ids that leave room for an answer of `cap` tokens in the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
-    return encode_prompts(tokenizer, sessions, positions - cap)

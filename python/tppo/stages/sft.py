@@ -17,8 +17,9 @@ from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokeni
 from tppo.progress import say
 from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
-from tppo.stages.run import Run, answer_cap, fit_prompts
+from tppo.stages.run import Run
 from tppo.store.jsonl import write_json, write_jsonl
 
 

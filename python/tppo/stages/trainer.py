@@ -37,9 +37,9 @@ from tppo.models.tokenizer import check_embeddings, decode, load_tokenizer
 from tppo.progress import say
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
+from tppo.stages.lengths import DEFAULT_POSITIONS
 from tppo.stages.loop import Held, Loop
 from tppo.stages.prompts import Prompts, questions, read_prompts
-from tppo.stages.run import DEFAULT_POSITIONS
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
 
