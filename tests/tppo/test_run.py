@@ -124,7 +124,8 @@ def finished(tmp_path_factory, config):
 RECOMPUTED = {"model.gradient_checkpointing"}
 WITHOUT_RESULT = {
     "sft": RECOMPUTED,
-    "train-rm": RECOMPUTED | {"reward_model.model"},  # its content is compared, wherever it lies
+    # The content of the model is compared, wherever it lies.
+    "train-rm": RECOMPUTED | {"reward_model.model", "model.allow_pickle"},
     "train": RECOMPUTED | {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
                            "reward_model.min_auc_sessions", "ppo.without_signal"},
     "eval": RECOMPUTED,

@@ -236,8 +236,8 @@ def _of_data(given: Given) -> tuple[str, ...]:
 
 
 def _of_sft(given: Given) -> tuple[str, ...]:
-    names = ("sft", "generate.max_new_tokens", "prefix", _HELD)
-    return names if given.from_model else (*names, "scratch")
+    start = _HELD if given.from_model else "scratch"
+    return "sft", "generate.max_new_tokens", "prefix", start
 
 
 def _of_label(given: Given) -> tuple[str, ...]:
