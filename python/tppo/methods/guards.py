@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tppo.methods.experience import Experience, Models
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.policy import policy_logprobs
+from tppo.models.precision import relative_rms, rounding_error
 from tppo.progress import say
 from tppo.rewards import Reward, TokenReward
 from tppo.rewards.token_model import TokenModelReward
@@ -27,6 +29,34 @@ def check_step_zero_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> None:
     drift = (ratio - 1).abs().max().item()
     if not drift < MAX_RATIO_DRIFT:
         raise GuardError(f"step 0: max|ratio - 1| is {drift:.1e}, expected < {MAX_RATIO_DRIFT:.0e}")
+
+
+def check_step_zero(
+    policy: PreTrainedModel, part: Experience, logprobs: Tensor, temperature: float
+) -> None:
+    """Before the first update the log-probs of the loss are those of the policy that sampled.
+
+    In float32 they are compared with the old ones as they are.  In 16 bits old ones come from
+    batches of another shape, whose sums are rounded in another order.  Read again in the batch of
+    the loss they are equal to the bit, and are held to float32's bound; the old ones are held to
+    what roundings explain (`rounding_error`).
+    Errors: GuardError where they differ: dropout, a second temperature or a mask that differs
+    between the two passes, or answers in another order.
+    """
+    mask = part.masks.policy
+    if policy.dtype == torch.float32:
+        check_step_zero_ratio(logprobs, part.logprobs, mask)
+        return
+    with torch.no_grad():
+        again, _ = policy_logprobs(policy, part.batch, temperature)  # [B, T]
+    check_step_zero_ratio(logprobs, again, mask)
+    error, limit = relative_rms(again[mask], part.logprobs[mask]), rounding_error(policy)
+    if not error < limit:
+        raise GuardError(
+            f"step 0: the log-probs of the update differ from those of scoring by {error:.1e} "
+            f"(root mean square, relative), expected < {limit:.1e}, the error of roundings in "
+            f"{str(policy.dtype).removeprefix('torch.')}"
+        )
 
 
 def check_reward(found: TokenReward, mask: Tensor) -> None:
@@ -52,9 +82,10 @@ def check_reward(found: TokenReward, mask: Tensor) -> None:
 def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperature: float) -> None:
     """A shared prompt gives what dense prompts give: states of every model, and gradients.
 
-    Compared by the largest error over the largest value: log-probs, values, class logits where the
-    reward has them, and the gradients of policy and critic of the sums of log-probs and of values.
-    Errors: GuardError naming the first of them that is off by 1e-4 or more.
+    Compared: log-probs, values, class logits where the reward has them, and the gradients of policy
+    and critic of the sums of log-probs and of values.  In float32 by the largest error over the
+    largest value, in 16 bits by `relative_rms`.
+    Errors: GuardError naming the first of them that is off by 1e-4, or `rounding_error`, or more.
     """
     inner = reward.modules() if isinstance(reward, nn.Module) else ()
     classifiers = [module for module in inner if isinstance(module, TokenModelReward)]
@@ -77,12 +108,17 @@ def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperatur
         results.append({name: tensor.detach() for name, tensor in found.items()})
     shared, dense = results
     for name, expected in dense.items():
-        error = (shared[name] - expected).abs().max().item()
-        error /= max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny)
-        if not error < MAX_PREFIX_ERROR:
+        if models.policy.dtype == torch.float32:
+            error, limit = (shared[name] - expected).abs().max().item(), MAX_PREFIX_ERROR
+            error /= max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny)
+        else:
+            passes = 2 if name.endswith("gradients") else 1
+            error = relative_rms(shared[name], expected)
+            limit = rounding_error(models.policy, passes)
+        if not error < limit:
             raise GuardError(
-                f"step 0: {name} with a shared prefix differ from dense ones by {error:.1e} of the "
-                f"largest, expected < {MAX_PREFIX_ERROR:.0e}; --prefix dense goes on without it"
+                f"step 0: {name} with a shared prefix differ from dense ones by {error:.1e} "
+                f"(relative), expected < {limit:.1e}; --prefix dense goes on without it"
             )
     say("step 0: the shared prefix agrees with dense prompts, forward and backward")
 

@@ -35,9 +35,10 @@ from tppo.methods.guards import (
     check_gradients,
     check_reward,
     check_shared_prefix,
-    check_step_zero_ratio,
+    check_step_zero,
 )
 from tppo.methods.objective import Clipped, PolicyObjective
+from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch, assembled
 from tppo.models.config import Prefix
 from tppo.models.guards import check_figures, check_step, check_weights
@@ -104,12 +105,12 @@ class PPO:
             reward.requires_grad_(False)
         assert config.lr is not None and config.critic_lr is not None
         rates = {"policy": config.lr, "critic": config.critic_lr}
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             [
                 {"params": list(model.parameters()), "lr": rates[name]}
                 for name, model in models.trained.items()
             ],
-            weight_decay=0.0,
+            lr=config.lr,
         )
 
     def step(self, questions: Questions) -> tuple[dict[str, float], RolloutBatch]:
@@ -270,7 +271,7 @@ class PPO:
             num_tokens=whole.masks.policy.sum(),
         )
         if step_zero:
-            check_step_zero_ratio(policy_loss.logprobs, part.logprobs, trained)
+            check_step_zero(policy, part, policy_loss.logprobs, self.sampling.temperature)
         moved = torch.where(trained, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
         figures = policy_loss.loss.detach(), policy_loss.metrics, moved.square().sum()
         if critic is None:

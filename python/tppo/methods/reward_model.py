@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import tppo_kernels as tk
 from tppo.methods.config import RewardModelConfig
+from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights
@@ -75,7 +76,7 @@ def train_reward_model(
     model, rng = reader.model, random.Random(seed)
     assert config.lr is not None
     check_weights("before train-rm step 1", {"reward model": model})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = AdamW(model.parameters(), lr=config.lr)
     per_epoch = math.ceil(len(train) / config.batch_size)
     step, history = 0, []
     with status("reward model", config.epochs * per_epoch) as bar:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo.methods.config import SFTConfig
+from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights
@@ -59,7 +60,7 @@ def train_sft(
     assert config.lr is not None
     check_weights("before sft step 1", {"model": model})
     steps, eval_every = schedule(len(train.prompts), config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = AdamW(model.parameters(), lr=config.lr)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
     best_loss, best_step, history = math.inf, 0, []
     best: dict[str, Tensor] = {}
@@ -104,7 +105,7 @@ def continue_sft(
     """Train on for `steps` optimiser steps at the final learning rate."""
     assert config.lr is not None
     lr = config.lr * config.final_lr_share
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = AdamW(model.parameters(), lr=lr)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
     with status("sft continued", steps) as bar:
         for step in range(1, steps + 1):

@@ -23,6 +23,7 @@ from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import DType, Prefix
 from tppo.models.load import load_from, load_reward_model
 from tppo.models.policy import RewardModel
+from tppo.models.precision import relative_rms, rounding_error
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.plain_text import plain_text
 from tppo.progress import say, say_once
@@ -245,6 +246,8 @@ def reads_policy_tokens(
     positions = torch.arange(half.shape[1], device=model.device)[None]
     states = trunk(input_ids=whole).last_hidden_state[:, : half.shape[1]]
     alone = trunk(input_ids=half, position_ids=positions).last_hidden_state
+    if model.dtype != torch.float32:
+        return relative_rms(states, alone) < rounding_error(model)
     return torch.allclose(states, alone, rtol=1e-4, atol=1e-4)
 
 
