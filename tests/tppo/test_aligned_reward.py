@@ -338,7 +338,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     flags = ["--out", str(tmp_path / "out"), "--reward-model.model", str(tmp_path / "gone")]
     tiny = ["--sessions.train-users", "12", "--sessions.test-users", "2"]
     main(["data", *flags, *tiny])
-    with pytest.raises(SystemExit, match="gone: no such file; is the path right"):
+    with pytest.raises(SystemExit, match="gone: no such file or folder; is the path right"):
         main(["train-rm", *flags])
 
 

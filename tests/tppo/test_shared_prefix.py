@@ -26,7 +26,8 @@ from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import GuardError
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.batch import Batch
-from tppo.models.policy import Critic, RewardModel, place, policy_logprobs
+from tppo.models.load import place
+from tppo.models.policy import Critic, RewardModel, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 from tppo.rewards import Questions
 from tppo.rewards.token_model import TokenModelReward
