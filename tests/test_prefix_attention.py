@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import itertools
 import math
 import sys
@@ -17,7 +18,9 @@ import tppo_kernels as tk
 from tests._matrix import third
 from tppo_kernels import __main__
 from tppo_kernels._core.op import missing
+from tppo_kernels._core.record import flat
 from tppo_kernels._kernels import varlen as _varlen
+from tppo_kernels._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 from tppo_kernels.ops import prefix_attention as op
 from tppo_kernels.testing import DTYPES, assert_accurate, assert_same_bits, count_graphs, strided
 
@@ -307,10 +310,10 @@ def test_cost_follows_the_tokens(prompts, responses):
 
     layout = tk.PrefixLayout.from_lengths(prompts, responses)
     q, k, v = batch(layout, batched=False)
-    arguments = (q, k, v, *op.plan(layout), torch.tensor(0.3))
+    call = PrefixAttentionCall(q, k, v, op.plan(layout), torch.tensor(0.3))
     with Largest() as largest:
-        out, lse = _flash.fwd(*arguments)
-        _flash.bwd(*arguments, torch.ones(out.shape), out, lse)
+        out, lse = _flash.fwd(call)
+        _flash.bwd(PrefixAttentionGradient(call, torch.ones(out.shape), out, lse))
     assert q.numel() <= largest.numel <= 2 * q.numel() < layout.n_tokens ** 2
 
 
@@ -338,11 +341,11 @@ def test_opcheck():
     layout = tk.PrefixLayout.from_lengths(*RAGGED)
     for dtype, backend in zip((torch.bfloat16, torch.float32), BACKENDS, strict=True):
         q, k, v = batch(layout, dtype=dtype, batched=False)
-        arguments = (q, k, v, *op.plan(layout), torch.tensor(0.3))
+        call = PrefixAttentionCall(q, k, v, op.plan(layout), torch.tensor(0.3))
         with tk.use_backend(backend):
-            torch.library.opcheck(fwd, arguments)
-            out, lse = fwd(*arguments)
-            torch.library.opcheck(bwd, (*arguments, torch.randn(out.shape), out, lse))
+            torch.library.opcheck(fwd, flat(call))
+            out, lse = fwd(*flat(call))
+            torch.library.opcheck(bwd, (*flat(call), torch.randn(out.shape), out, lse))
 
 
 def test_compiles_as_one_graph_and_exports():
@@ -486,9 +489,9 @@ PARTS = [_varlen.Kernels(part_forward, part_backward, lambda q, groups, apart=ap
 
 def run_raw(forward, backward, inputs, layout, grad, scale=0.3):
     """(out, dq, dk, dv, logsumexp) of a raw forward and backward."""
-    arguments = (*inputs, *op.plan(layout), torch.tensor(scale, dtype=torch.float64))
-    out, lse = forward(*arguments)
-    return out, *backward(*arguments, grad, out, lse), lse
+    call = PrefixAttentionCall(*inputs, op.plan(layout), torch.tensor(scale, dtype=torch.float64))
+    out, lse = forward(call)
+    return out, *backward(PrefixAttentionGradient(call, grad, out, lse)), lse
 
 
 @settings(deadline=None, max_examples=30)
@@ -531,6 +534,21 @@ class Emulated:
         return *result, *meta[len(result):]
 
 
+def foreign(parameters):
+    """Gives a stand-in the signature of a foreign function, and it its arguments by name."""
+    def decorate(stand_in):
+        signature = inspect.signature(eval(f"lambda {parameters}: None"))
+
+        def function(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return stand_in(SimpleNamespace(**bound.arguments))
+
+        function.__signature__ = signature
+        return function
+    return decorate
+
+
 def flash_call(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal):
     assert max_q > 1 and dropout_p == 0.0  # of 1 it regroups the heads and their logsumexp
     return _varlen.Call(cum_seq_q, cum_seq_k, max_q, max_k, is_causal)
@@ -541,11 +559,16 @@ def flash_forward(query, key, value, return_debug_mask, scale, **call):
     return part_forward(query, key, value, flash_call(**call), scale)
 
 
-def flash_backward(grad_out, query, key, value, out, logsumexp, rng_state, unused, scale, **call):
-    assert torch.are_deterministic_algorithms_enabled() and logsumexp.is_contiguous()
+@foreign("grad_out, query, key, value, out, logsumexp, rng_state, unused, scale, cum_seq_q, "
+         "cum_seq_k, max_q, max_k, dropout_p, is_causal")
+def flash_backward(given):
+    assert torch.are_deterministic_algorithms_enabled() and given.logsumexp.is_contiguous()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert out.dtype == grad_out.dtype == query.dtype
-    return part_backward(grad_out, query, key, value, out, logsumexp, flash_call(**call), scale)
+    assert given.out.dtype == given.grad_out.dtype == given.query.dtype
+    call = flash_call(given.cum_seq_q, given.cum_seq_k, given.max_q, given.max_k,
+                      given.dropout_p, given.is_causal)
+    return part_backward(given.grad_out, given.query, given.key, given.value, given.out,
+                         given.logsumexp, call, given.scale)
 
 
 def efficient_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
@@ -567,58 +590,74 @@ def efficient_forward(query, key, value, compute_log_sumexp, scale, **call):
     return out[None], padded
 
 
-def efficient_backward(grad_out_, query, key, value, out, logsumexp, philox_seed, philox_offset,
-                       bias_requires_grad, scale, num_splits_key, **call):
-    assert num_splits_key == 1  # more of them add to dq as they come
-    call, lse = efficient_call(**call), torch.empty(query.shape[2], query.shape[1])
+@foreign("grad_out_, query, key, value, out, logsumexp, philox_seed, philox_offset, "
+         "bias_requires_grad, scale, num_splits_key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+         "max_seqlen_k, dropout_p, custom_mask_type, bias")
+def efficient_backward(given):
+    assert given.num_splits_key == 1  # more of them add to dq as they come
+    call = efficient_call(given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                          given.max_seqlen_k, given.dropout_p, given.custom_mask_type, given.bias)
+    lse = torch.empty(given.query.shape[2], given.query.shape[1])
     for i, (queries, _) in enumerate(sequences(call)):
-        own = logsumexp[i, :, :queries.stop - queries.start]
+        own = given.logsumexp[i, :, :queries.stop - queries.start]
         lse[:, queries] = own
-        assert own.isfinite().all() and logsumexp[i, :, own.shape[1]:].isposinf().all()
-    grads = part_backward(grad_out_[0], query[0], key[0], value[0], out[0], lse, call, scale)
-    return *(g[None] for g in grads), torch.empty(0)
+        assert own.isfinite().all() and given.logsumexp[i, :, own.shape[1]:].isposinf().all()
+    tensors = (x[0] for x in (given.grad_out_, given.query, given.key, given.value, given.out))
+    return *(g[None] for g in part_backward(*tensors, lse, call, given.scale)), torch.empty(0)
 
 
-def package_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-                    softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
-                    alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
-                    seqused_k=None, zero_tensors=False):
-    """The signature of flash-attn 2.7 and 2.8."""
-    call = flash_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    return *part_forward(q, k, v, call, softmax_scale), None, None
+@foreign("q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, "
+         "softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0, "
+         "alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None, "
+         "seqused_k=None, zero_tensors=False")
+def package_forward(given):
+    """flash-attn 2.7 and 2.8."""
+    call = flash_call(given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                      given.max_seqlen_k, given.dropout_p, given.causal)
+    return *part_forward(given.q, given.k, given.v, call, given.softmax_scale), None, None
 
 
-def package_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-                     max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-                     window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-                     rng_state=None, zero_tensors=False):
-    assert deterministic and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
-    call = flash_call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    for total, x in zip((dq, dk, dv), part_backward(dout, q, k, v, out, softmax_lse, call,
-                                                    softmax_scale), strict=True):
+def fill(given, call):
+    """Writes the gradients where the caller wants them."""
+    grads = part_backward(given.dout, given.q, given.k, given.v, given.out, given.softmax_lse, call,
+                          given.softmax_scale)
+    for total, x in zip((given.dq, given.dk, given.dv), grads, strict=True):
         total.copy_(x)
 
 
-def hopper_forward(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None,
-                   cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, seqused_k=None,
-                   max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
-                   leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None,
-                   q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False,
-                   window_size_left=-1, window_size_right=-1):
+@foreign("dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+         "max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, "
+         "softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False")
+def package_backward(given):
+    assert given.deterministic and given.softcap == 0.0
+    assert given.window_size_left == given.window_size_right == -1
+    fill(given, flash_call(given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                           given.max_seqlen_k, given.dropout_p, given.causal))
+
+
+@foreign("q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, "
+         "cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, "
+         "max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None, "
+         "leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None, "
+         "k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, "
+         "window_size_right=-1")
+def hopper_forward(given):
     """The beginning of FlashAttention-3's signature, as its source has it."""
-    call = _varlen.Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    return *part_forward(q, k, v, call, softmax_scale), torch.empty(0), torch.empty(0)
+    call = _varlen.Call(given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                        given.max_seqlen_k, given.causal)
+    return (*part_forward(given.q, given.k, given.v, call, given.softmax_scale), torch.empty(0),
+            torch.empty(0))
 
 
-def hopper_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None,
-                    sequed_q=None, sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None,
-                    dk=None, dv=None, softmax_scale=None, is_causal=False, window_size_left=-1,
-                    window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
-    assert deterministic and sequed_q is sequed_k is None and softmax_lse.is_contiguous()
-    call = _varlen.Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal)
-    for total, x in zip((dq, dk, dv), part_backward(dout, q, k, v, out, softmax_lse, call,
-                                                    softmax_scale), strict=True):
-        total.copy_(x)
+@foreign("dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, "
+         "sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, "
+         "softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1, "
+         "softcap=0.0, deterministic=False, sm_margin=0")
+def hopper_backward(given):
+    assert given.deterministic and given.sequed_q is given.sequed_k is None
+    assert given.softmax_lse.is_contiguous()
+    fill(given, _varlen.Call(given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                             given.max_seqlen_k, given.is_causal))
     return torch.empty(0)
 
 
@@ -720,7 +759,8 @@ def test_gpu_backends_refuse_with_the_reason():
     q, k, v = batch(layout, dim=16, dtype=torch.bfloat16, batched=False)
 
     def reason(module=_flash_attn, q=q, k=k, v=v, segments=layout.cu_segments, scale=1.0):
-        return module.supports(q, k, v, segments, *op.plan(layout)[1:], torch.as_tensor(scale))
+        return module.supports(PrefixAttentionCall(
+            q, k, v, op.plan(layout)._replace(cu_segments=segments), torch.as_tensor(scale)))
 
     assert reason() is None and reason(_efficient, v=v.float()) is None
     assert "q, k, v are bfloat16, bfloat16, float32, expected all" in reason(v=v.float())
@@ -733,7 +773,8 @@ def test_gpu_backends_refuse_with_the_reason():
     assert "scale is -1, expected above 0" in reason(scale=-1.0)
     assert "layout has 70000 segments" in reason(segments=torch.arange(70001))
     on_device = SimpleNamespace(is_cuda=True)
-    assert "scale is on the GPU" in _varlen.refusal(q, k, v, *op.plan(layout), on_device)
+    assert "scale is on the GPU" in _varlen.refusal(
+        PrefixAttentionCall(q, k, v, op.plan(layout), on_device))
     if not torch.backends.cuda.is_flash_attention_available():
         assert "built without flash" in _flash._gpu_refusal(torch.device("cuda"))
     order = op._op.order["cuda"]
@@ -748,7 +789,8 @@ def test_flash_attention_3_refuses_with_the_reason(monkeypatch, caplog):
     q, k, v = batch(layout, dim=16, dtype=torch.bfloat16, batched=False)
 
     def reason(q=q, k=k, v=v):
-        return _flash_attn_3.supports(q, k, v, *op.plan(layout), torch.as_tensor(1.0))
+        return _flash_attn_3.supports(
+            PrefixAttentionCall(q, k, v, op.plan(layout), torch.as_tensor(1.0)))
 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", HOPPER)
     assert reason() is None and "expected all bf16 or all fp16" in reason(v=v.float())
@@ -766,9 +808,9 @@ def test_flash_attention_3_refuses_with_the_reason(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     assert "build flash_attn_interface from" in missing.__wrapped__("flash_attn_3")
     with caplog.at_level("WARNING", "tppo_kernels"):  # that few have it is no news
-        arguments = (q, k, v, *op.plan(layout), torch.tensor(1.0))
+        call = PrefixAttentionCall(q, k, v, op.plan(layout), torch.tensor(1.0))
         with pytest.raises(AttributeError):  # the next, PyTorch's own: CPU tensors have no GPU
-            op._op.choose("cuda", arguments, "fwd", None)
+            op._op.choose("cuda", call, "fwd", None)
             raise AttributeError
     assert "flash_attn_3" not in caplog.text
 

@@ -289,5 +289,6 @@ def test_a_slot_outside_is_nan_where_nothing_is_checked():
     """On a GPU no value is read: never an out-of-bounds read, never a plausible number."""
     from tppo_kernels.ops.response_states import reference
 
-    out = reference.fwd(torch.ones(2, 4), torch.tensor([1, 3]), None, None, 3, "reward")
+    out = reference.fwd(reference.ResponseStatesCall(
+        torch.ones(2, 4), torch.tensor([1, 3]), None, None, 3, "reward"))
     assert_same_bits(out, torch.tensor([[1., 1., 1.], [1., float("nan"), float("nan")]]))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import missing
+from tppo_kernels.ops.token_advantages.reference import AdvantagesCall, WhitenAdvantages
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -353,13 +354,14 @@ def test_cuda_launches_nothing_else_and_reads_scalars_by_pointer(monkeypatch):
     from tppo_kernels.ops.gae import _cuda as walk
 
     *tensors, mask = batch(3, 6, dtype=torch.bfloat16)
-    arguments = (*tensors[:2], mask, mask, *tensors[2:], torch.tensor(0.1), torch.tensor(0.9),
-                 torch.rand(3), torch.tensor(0.7), torch.randn(3), None, "k3", True, True)
+    call = AdvantagesCall(
+        *tensors[:2], mask, mask, *tensors[2:], torch.tensor(0.1), torch.tensor(0.9),
+        torch.rand(3), torch.tensor(0.7), torch.randn(3), None, "k3", True, True)
     with Launching() as launching:
-        expected = backend.fwd(*arguments)
+        expected = backend.fwd(call)
     assert launching.names == []
     monkeypatch.setattr(walk, "scalar", lambda x: (0.0, x.to(torch.float32)))
-    assert_same_bits(backend.fwd(*arguments), expected)
+    assert_same_bits(backend.fwd(call), expected)
 
 
 def test_cuda_kernels_emulated_many_blocks_and_no_variance(monkeypatch):
@@ -385,7 +387,7 @@ def test_cuda_whitening_emulated_of_more_tokens_than_threads(monkeypatch):
     x = torch.randn(1_050_001) + 3  # a turn of all threads takes 2^20
     trained = torch.rand(len(x)) < 0.7
     moments = torch.ops.tppo_kernels.whiten_stats(x, trained)
-    actual = backend.whiten(x, trained, moments, False)
+    actual = backend.whiten(WhitenAdvantages(x, trained, moments, False))
     assert_accurate(actual, tk.whiten(x.double(), trained, unbiased=False), floor=SEQUENTIAL_FLOOR)
 
 

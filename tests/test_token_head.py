@@ -171,8 +171,9 @@ def test_without_compaction_as_on_a_gpu(poison, monkeypatch):
         torch.testing.assert_close(actual, wanted)
     with FakeTensorMode() as fake:  # a read of values raises
         hidden, weight, bias, grad, mask = map(fake.from_tensor, (hidden, weight, bias, grad, mask))
-        assert reference.fwd(hidden, weight, bias, mask).shape == (4, 9, 3)
-        grads = reference.bwd(grad, hidden, weight, bias, mask, True, True, True)
+        head = reference.TokenHeadCall(hidden, weight, bias, mask)
+        assert reference.fwd(head).shape == (4, 9, 3)
+        grads = reference.bwd(reference.TokenHeadGradient(grad, head, True, True, True))
         assert [x.shape for x in grads] == [(4, 9, 8), (3, 8), (3,)]
 
 
@@ -431,7 +432,8 @@ def test_cuda_kernels_emulated_poisoned_and_in_part(emulated):
     weight = torch.ones_like(weight)
     full = cuda(hidden, weight, bias, grad)[1:]
     for wanted in itertools.product((False, True), repeat=3):
-        raw = backend.bwd(grad, hidden, weight, bias, None, *wanted)
+        head = reference.TokenHeadCall(hidden, weight, bias, None)
+        raw = backend.bwd(reference.TokenHeadGradient(grad, head, *wanted))
         assert [x.numel() > 0 for x in raw] == list(wanted)
         assert all(not want or torch.equal(x, f)
                    for x, f, want in zip(raw, full, wanted, strict=True))
@@ -440,14 +442,19 @@ def test_cuda_kernels_emulated_poisoned_and_in_part(emulated):
 def test_what_the_cuda_kernels_refuse(emulated):
     backend, _ = emulated
     hidden, weight, bias, grad = sample(2, 5, 3, 8)
-    assert backend.supports(hidden, weight, bias, None) is None
-    assert backend.supports(grad, hidden, weight, bias, None, True, True, True) is None
-    assert "16 bytes" in backend.supports(*(x[..., :7] for x in (hidden, weight)), None, None)
-    assert "16 bytes" in backend.supports(F.pad(hidden, (1, 0))[..., 1:], weight, None, None)
-    assert "2 outputs" in backend.supports(hidden, weight[:2], None, None)
-    assert "float16" in backend.supports(hidden.bfloat16(), weight.half(), None, None)
-    assert "fp64" in backend.supports(hidden, weight, bias.double(), None)
-    assert backend.supports(hidden.transpose(0, 1), weight, None, None) is None
+    head = reference.TokenHeadCall(hidden, weight, bias, None)
+
+    def reason(hidden=hidden, weight=weight, bias=None):
+        return backend.supports(head._replace(hidden=hidden, weight=weight, bias=bias))
+
+    assert backend.supports(head) is None
+    assert backend.supports(reference.TokenHeadGradient(grad, head, True, True, True)) is None
+    assert "16 bytes" in reason(*(x[..., :7] for x in (hidden, weight)))
+    assert "16 bytes" in reason(F.pad(hidden, (1, 0))[..., 1:])
+    assert "2 outputs" in reason(weight=weight[:2])
+    assert "float16" in reason(hidden.bfloat16(), weight.half())
+    assert "fp64" in reason(bias=bias.double())
+    assert reason(hidden.transpose(0, 1)) is None
 
 
 GOOD = {"hidden": torch.zeros(2, 3, 8), "weight": torch.zeros(3, 8), "bias": torch.zeros(3),

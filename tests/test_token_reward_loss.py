@@ -407,7 +407,7 @@ def test_opcheck_and_no_host_read(packed):
                       (logits, labels, None, None, UNIT, None, None, cu, "sequence", False)):
         torch.library.opcheck(_fwd, arguments)
         with FakeTensorMode(allow_non_fake_inputs=True):  # a read of values raises
-            reference.fwd(*arguments)
+            reference.fwd(reference.TokenRewardLossCall(*arguments))
     slopes = torch.randn_like(logits), torch.randn_like(logits)
     torch.library.opcheck(_bwd, (torch.tensor(2.0), torch.tensor(3.0), *slopes))
 
@@ -468,8 +468,8 @@ def test_a_label_that_is_not_checked_makes_nan_and_reads_nothing_else():
     logits, labels, sentences = sample(2, 3)
     for label in (3, -1, -100, 2**40):
         labels[1, 1] = label
-        local, _, _, dlocal, dglobal = reference.fwd(
-            logits, labels, None, sentences, UNIT, None, None, None, "token", True)
+        local, _, _, dlocal, dglobal = reference.fwd(reference.TokenRewardLossCall(
+            logits, labels, None, sentences, UNIT, None, None, None, "token", True))
         assert local.isnan() and dlocal[1, 1].isnan().all()
         assert dlocal[0].isfinite().all() and dglobal.isfinite().all()
 

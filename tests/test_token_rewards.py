@@ -255,9 +255,11 @@ def test_opcheck_and_no_host_read(packed, expected):
         logits, mask, cu = logits.reshape(12, 3), mask.flatten(), torch.tensor([0, 4, 8, 12]).int()
     worth = [torch.tensor(v) for v in VALUES]
     for length in (None, torch.tensor(3.0), torch.ones(3)):
-        torch.library.opcheck(_fwd, (logits, mask, worth, length, torch.tensor(2.0), cu, expected))
+        call = reference.TokenRewardsCall(logits, mask, worth, length, torch.tensor(2.0), cu,
+                                          expected)
+        torch.library.opcheck(_fwd, call)
         with FakeTensorMode(allow_non_fake_inputs=True):  # a read of values raises
-            reference.fwd(logits, mask, worth, length, torch.tensor(2.0), cu, expected)
+            reference.fwd(call)
 
 
 def test_compile_and_export():
@@ -334,5 +336,6 @@ def test_bad_input(change, error, words):
 def test_the_length_of_an_empty_sequence_is_not_looked_at():
     lengths = torch.tensor([math.nan, 3.0])
     mask = torch.tensor([[False], [True]])
-    _check_values(torch.zeros(2, 1, 3), mask, [], lengths, torch.tensor(2.0), None, False)
+    _check_values(reference.TokenRewardsCall(torch.zeros(2, 1, 3), mask, [], lengths,
+                                             torch.tensor(2.0), None, False))
     assert tk.token_rewards(torch.zeros(2, 1, 3), mask, suggested_length=lengths).rewards[0] == 0

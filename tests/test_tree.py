@@ -13,6 +13,7 @@ from tppo_kernels._core.op import OPS
 ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_attention", "step",
           "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
+ENGINES = {"token_advantages": {"_composed.py"}}  # what several backends of an op share
 KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py"}
 ROOMS = {  # of the kernel library, beside its operators
     "_core": {"op", "check", "backends", "derivatives", "eager", "keywords", "metrics",
@@ -52,6 +53,7 @@ def test_every_op_has_its_pieces_and_no_other():
     for name, op in OPS.items():
         backends = {b for order in op.order.values() for b in order} - {"reference"}
         expected = {"__init__.py", "reference.py"} | {f"_{b}.py" for b in backends}
+        expected |= ENGINES.get(name, set())
         present = {p.name for p in (ROOT / "tppo_kernels/ops" / name).glob("*.py")}
         assert present == expected, name
         assert (ROOT / f"tests/test_{name}.py").exists(), name

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .._core.backends import missing
+from .._math.layout import PrefixAttentionCall, PrefixAttentionGradient, PrefixPlan
 from .._math.sequence import compute_dtype
 from .memory import FP64
 
@@ -56,10 +57,9 @@ class Kernels(NamedTuple):
     separates: Callable[[Tensor, int], bool]
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-            prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-            scale: Tensor, *_: Tensor) -> str | None:
+def refusal(call: PrefixAttentionCall) -> str | None:
     """Why no such kernels can take these arguments of the raw operator, or None."""
+    q, k, v, plan, scale = call
     if compute_dtype(q, k, v) == torch.float64:
         return FP64
     if q.shape[-1] != v.shape[-1]:
@@ -70,8 +70,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Ten
         return "scale is on the GPU, expected a number or a CPU tensor: its kernels take a float"
     if reason := scale_refusal(scale):
         return reason
-    if cu_segments.shape[0] - 1 > MAX_SEGMENTS:
-        return f"layout has {cu_segments.shape[0] - 1} segments, expected up to {MAX_SEGMENTS}"
+    if plan.cu_segments.shape[0] - 1 > MAX_SEGMENTS:
+        return f"layout has {plan.cu_segments.shape[0] - 1} segments, expected up to {MAX_SEGMENTS}"
     return None
 
 
@@ -92,26 +92,30 @@ def few_prompts(q: Tensor, groups: int) -> bool:
     return 2 * groups * q.shape[1] <= processors
 
 
-def half_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why kernels for bf16 and fp16 alone cannot take q, k and v, or None."""
+def half_refusal(call: PrefixAttentionCall) -> str | None:
+    """Why kernels for bf16 and fp16 alone cannot take these arguments, or None."""
+    q, k, v, *_ = call
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         names = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
         return f"q, k, v are {names}, expected all bf16 or all fp16"
-    return None
+    return refusal(call)
 
 
-def fwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor) -> tuple[Tensor, Tensor]:
+def attention_of(call: PrefixAttentionCall | PrefixAttentionGradient) -> PrefixAttentionCall:
+    """The arguments of forward, of either pass: which kernels can take both depends on them."""
+    return call.attention if isinstance(call, PrefixAttentionGradient) else call
+
+
+def fwd(kernels: Kernels, call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D], logsumexp of the scores [Hq, L])."""
-    q, k, v = (_rows(x) for x in (q, k, v))  # [L, H, D]
+    plan, scale = call.plan, float(call.scale)
+    q, k, v = (_rows(x) for x in call[:3])  # [L, H, D]
     if q.shape[0] == 0:
         return torch.empty_like(q).transpose(0, 1), q.new_empty((q.shape[1], 0), dtype=torch.float)
-    prompts, responses = _split(prompts_first, sizes)
-    own, shared, *_ = _calls(cu_segments, cu_shared, cu_responses, sizes)
-    out, lse = kernels.forward(q, k, v, own, float(scale))
-    part, weight = kernels.forward(*_pick(responses, q), *_pick(prompts, k, v), shared,
-                                   float(scale))
+    prompts, responses = _split(plan)
+    own, shared, *_ = _calls(plan)
+    out, lse = kernels.forward(q, k, v, own, scale)
+    part, weight = kernels.forward(*_pick(responses, q), *_pick(prompts, k, v), shared, scale)
     if out.is_cuda and missing("triton") is None and part.shape[:2].numel() < MOST_PAIRS:
         from .triton_prefix import merge as in_one_launch
 
@@ -132,26 +136,25 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, responses: Ten
     return out, lse
 
 
-def bwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(kernels: Kernels, call: PrefixAttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
-    q, k, v, grad, out = (_rows(x) for x in (q, k, v, grad, out))  # [L, H, D]
+    plan, scale, lse = call.attention.plan, float(call.attention.scale), call.lse
+    q, k, v, grad, out = (_rows(x) for x in (*call.attention[:3], call.grad, call.out))  # [L, H, D]
     if q.shape[0] == 0:
         dq, dk, dv = (torch.empty_like(x).transpose(0, 1) for x in (q, k, v))
         return dq, dk, dv
-    prompts, responses = _split(prompts_first, sizes)
-    own, shared, *apart = _calls(cu_segments, cu_shared, cu_responses, sizes)
+    prompts, responses = _split(plan)
+    own, shared, *apart = _calls(plan)
 
-    def backward(queries: Tensor | None, keys: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    def backward(queries: Tensor | None, keys: Tensor | None, part: Call) -> tuple[Tensor, ...]:
         of_queries, of_keys = _pick(queries, grad, q, out), _pick(keys, k, v)
         own_lse = lse if queries is None else lse.index_select(1, queries)
-        return kernels.backward(*of_queries[:2], *of_keys, of_queries[2], own_lse, call,
-                                float(scale))
+        return kernels.backward(*of_queries[:2], *of_keys, of_queries[2], own_lse, part,
+                                scale)
 
-    if kernels.separates(q, cu_shared.shape[1] - 1):
-        parts = (backward(rows, rows, call)
-                 for rows, call in zip((prompts, responses), apart, strict=True))
+    if kernels.separates(q, plan.cu_shared.shape[1] - 1):
+        parts = (backward(rows, rows, part)
+                 for rows, part in zip((prompts, responses), apart, strict=True))
         grads = [x.new_empty(x.shape).index_copy_(0, prompts, a).index_copy_(0, responses, b)
                  for x, a, b in zip((q, k, v), *parts, strict=True)]
     else:
@@ -163,21 +166,21 @@ def bwd(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, 
     return dq, dk, dv
 
 
-def _split(prompts_first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def _split(plan: PrefixPlan) -> tuple[Tensor, Tensor]:
     """(the tokens of prompts, the tokens of responses); sizes lies on the CPU."""
-    of_prompts = int(sizes[0])
-    return prompts_first[:of_prompts], prompts_first[of_prompts:]
+    of_prompts = int(plan.sizes[0])
+    return plan.prompts_first[:of_prompts], plan.prompts_first[of_prompts:]
 
 
 def _pick(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return list(tensors) if rows is None else [x.index_select(0, rows) for x in tensors]
 
 
-def _calls(cu_segments: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor
-           ) -> tuple[Call, Call, Call, Call]:
+def _calls(plan: PrefixPlan) -> tuple[Call, Call, Call, Call]:
     """own, shared, and own of the prompts and of the responses apart."""
-    prompt, response, group = sizes.tolist()[1:]
-    cu_groups, cu_prompts = cu_shared
+    prompt, response, group = plan.sizes.tolist()[1:]
+    cu_groups, cu_prompts = plan.cu_shared
+    cu_segments, cu_responses = plan.cu_segments, plan.cu_responses
     longest = max(prompt, response)
     return (Call(cu_segments, cu_segments, longest, longest, True),
             Call(cu_groups, cu_prompts, group, prompt, False),

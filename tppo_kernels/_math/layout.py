@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,46 @@ from .._core.check import Check, describe
 
 ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
 _PROMPT, _INNER, _LAST = 0, 1, 2  # the role of a token
+
+
+class PrefixPlan(NamedTuple):
+    """What attention takes of a layout; the letters and the tensors are those of PrefixLayout."""
+
+    cu_segments: Tensor  # [S + 1] int32
+    is_prompt: Tensor  # [S] bool
+    prompts_first: Tensor  # [L] int64
+    cu_shared: Tensor  # [2, B + 1] int32
+    cu_responses: Tensor  # [M + 1] int32
+    sizes: Tensor  # [4] int64, on the CPU
+
+
+class PrefixAttentionCall(NamedTuple):
+    """The arguments of a raw call of `prefix_attention`."""
+
+    q: Tensor  # [Hq, L, D]
+    k: Tensor  # [Hkv, L, D]
+    v: Tensor  # [Hkv, L, Dv]
+    plan: PrefixPlan
+    scale: Tensor  # []
+
+
+class PrefixAttentionGradient(NamedTuple):
+    """The arguments of a raw call of its backward."""
+
+    attention: PrefixAttentionCall
+    grad: Tensor  # [Hq, L, Dv]
+    out: Tensor  # [Hq, L, Dv]
+    lse: Tensor  # [Hq, L], the logsumexps of the scores
+
+
+class _Slots(NamedTuple):
+    """Where the states of a layout's tokens go, for the backward of `response_states`."""
+
+    mask: Tensor  # [M, R_max] bool
+    slot: Tensor  # [L]
+    role: Tensor  # [L]
+    prompt_last: Tensor  # [B]
+    group_sizes: Tensor  # [B]
 
 
 class PrefixLayout:
@@ -191,8 +231,9 @@ class PrefixLayout:
         return self.to(hidden.device)._take(hidden, align)
 
     def _take(self, hidden: Tensor, align: str) -> Tensor:
-        return _ResponseStates.apply(hidden, self._index(align), self.response_mask, self._slot,
-                                     self._role, self._prompt_last, self.group_sizes, align)
+        slots = _Slots(self.response_mask, self._slot, self._role, self._prompt_last,
+                       self.group_sizes)
+        return _ResponseStates.apply(hidden, self._index(align), align, *slots)
 
     def _index(self, align: str) -> Tensor:
         """The token whose state each slot takes."""  # [M, R_max], or [M] for "bootstrap"
@@ -251,12 +292,16 @@ def _ids(name: str, ids: Any, length: int) -> Any:
 
 
 class _ResponseStates(torch.autograd.Function):
-    """Gathers both ways: every state but a prompt's last has one slot at most."""
+    """Gathers both ways: every state but a prompt's last has one slot at most.
+
+    No operator stands behind it, since a layout does its work in plain torch. Its gradient depends
+    on no input: torch's own refusal of a second derivative is enough.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, index, mask, slot, role, prompt_last, group_sizes, align):
-        ctx.save_for_backward(mask, slot, role, prompt_last, group_sizes)
-        ctx.align = align
+    def forward(ctx, hidden, index, align, *slots):
+        ctx.save_for_backward(*slots)
+        ctx.align, mask = align, slots[0]
         states = hidden[index]
         if align == "bootstrap":
             return states
@@ -266,7 +311,7 @@ class _ResponseStates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        mask, slot, role, prompt_last, group_sizes = ctx.saved_tensors
+        mask, slot, role, prompt_last, group_sizes = _Slots(*ctx.saved_tensors)
         responses, width = mask.shape
         inner = grad.shape[1 if ctx.align == "bootstrap" else 2:]
         total = grad.new_zeros(slot.shape[0], *inner)  # [L, ...]

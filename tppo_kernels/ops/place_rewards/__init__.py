@@ -14,6 +14,7 @@ from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._math.sequence import compute_dtype
 from . import reference
+from .reference import PlaceRewardsCall
 
 _op = Op("place_rewards")
 
@@ -35,16 +36,14 @@ class PlacedRewards(NamedTuple):
     dropped: Tensor  # 0-d int64: how many non-zero rewards `on_masked="drop"` left out
 
 
-def _fake(mask, terminal, spans, span_values, dense, cu_seqlens, span_at, on_masked):
-    floats = [x for x in (terminal, dense, span_values) if x is not None]
-    return (mask.new_empty(mask.shape, dtype=compute_dtype(*floats)),
-            mask.new_empty((), dtype=torch.int64))
+def _fake(call: PlaceRewardsCall) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(call.terminal, call.dense, call.span_values)
+    return (call.mask.new_empty(call.mask.shape, dtype=dtype),
+            call.mask.new_empty((), dtype=torch.int64))
 
 
-_fwd = _op.define(
-    "place_rewards_fwd(Tensor mask, Tensor? terminal, Tensor spans, Tensor span_values,"
-    " Tensor? dense, Tensor? cu_seqlens, str span_at, str on_masked) -> (Tensor, Tensor)",
-    reference.fwd, _fake)
+_fwd = _op.define("place_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake,
+                  record=PlaceRewardsCall)
 
 
 def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
@@ -116,5 +115,5 @@ def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
     floats = [x for x in (terminal, dense) if x is not None]
     where, values = _pairs(check, spans, compute_dtype(*floats), mask.device)
     with torch.no_grad():
-        return PlacedRewards(*_fwd(mask, terminal, where, values, dense, cu_seqlens, span_at,
-                                   on_masked))
+        return PlacedRewards(*_fwd(PlaceRewardsCall(
+            mask, terminal, where, values, dense, cu_seqlens, span_at, on_masked)))

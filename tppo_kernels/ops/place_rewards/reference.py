@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,21 +12,31 @@ from ..._math.sequence import compute_dtype
 OP = "place_rewards"
 
 
-def fwd(mask: Tensor, terminal: Tensor | None, spans: Tensor, span_values: Tensor,
-        dense: Tensor | None, cu_seqlens: Tensor | None, span_at: str,
-        on_masked: str) -> tuple[Tensor, Tensor]:
-    """(rewards, dropped); see `tppo_kernels.place_rewards`. spans [S, 3], span_values [S]."""
+class PlaceRewardsCall(NamedTuple):
+    """The arguments of a raw call."""
+
+    mask: Tensor  # [B, T], or packed [N] with offsets, bool
+    terminal: Tensor | None  # [B]
+    spans: Tensor  # [S, 3] int64: sequence, first token, the token behind the last
+    span_values: Tensor  # [S]
+    dense: Tensor | None  # [B, T] or [N]
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    span_at: str
+    on_masked: str
+
+
+def fwd(call: PlaceRewardsCall) -> tuple[Tensor, Tensor]:
+    """(rewards [B, T] or [N], dropped []); see `tppo_kernels.place_rewards`."""
     with torch.device("cpu"):  # whatever torch's default device is
-        return _place(mask, terminal, spans, span_values, dense, cu_seqlens, span_at, on_masked)
+        return _place(call)
 
 
-def _place(mask: Tensor, terminal: Tensor | None, spans: Tensor, span_values: Tensor,
-           dense: Tensor | None, cu_seqlens: Tensor | None, span_at: str,
-           on_masked: str) -> tuple[Tensor, Tensor]:
+def _place(call: PlaceRewardsCall) -> tuple[Tensor, Tensor]:
     """Every reward is one placement (slot, amount): dense ones, terminal ones, then spans in order.
 
     Slots count through the flattened mask.
     """
+    mask, terminal, spans, span_values, dense, cu_seqlens, span_at, on_masked = call
     valid = mask.detach().cpu().reshape(-1)  # [S]
     begin, end = bounds(mask, cu_seqlens)  # [B] each
     back = torch.where(valid, torch.arange(len(valid)), -1)

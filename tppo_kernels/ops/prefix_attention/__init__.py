@@ -7,9 +7,16 @@ from torch import Tensor
 
 from ..._core.check import Check, describe
 from ..._core.derivatives import first_only
+from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
-from ..._math.layout import PrefixLayout
+from ..._core.record import build, flat
+from ..._math.layout import (
+    PrefixAttentionCall,
+    PrefixAttentionGradient,
+    PrefixLayout,
+    PrefixPlan,
+)
 from ..._math.sequence import compute_dtype
 from . import reference
 
@@ -39,53 +46,52 @@ def nbytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> int:
     return inputs + out + lse + (2 * inputs + 2 * out + lse if backward else 0)
 
 
-def _check_values(q, k, v, cu_segments, *_) -> None:
-    total = int(cu_segments[-1])
-    if total != q.shape[1]:
-        raise ValueError(f"prefix_attention: layout holds {total} tokens, q has L = {q.shape[1]}")
+def _check_values(call: PrefixAttentionCall) -> None:
+    total, length = int(call.plan.cu_segments[-1]), call.q.shape[1]
+    if total != length:
+        raise ValueError(f"prefix_attention: layout holds {total} tokens, q has L = {length}")
 
 
-def _fake_fwd(q, k, v, *_):
+def _fake_fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+    q, k, v, *_ = call
     heads, length = q.shape[:2]
     return (q.new_empty((length, heads, v.shape[2])).transpose(0, 1),
             q.new_empty((heads, length), dtype=compute_dtype(q, k, v)))
 
 
-def _fake_bwd(q, k, v, *_):
+def _fake_bwd(call: PrefixAttentionGradient) -> tuple[Tensor, ...]:
     return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
-                 for x in (q, k, v))
+                 for x in call.attention[:3])
 
 
-_ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor cu_segments, Tensor is_prompt,"
-              " Tensor prompts_first, Tensor cu_shared, Tensor cu_responses, Tensor sizes,"
-              " Tensor scale")
-_fwd = _op.define(f"prefix_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", reference.fwd,
-                  _fake_fwd, _check_values)
-_bwd = _op.define(f"prefix_attention_bwd({_ARGUMENTS}, Tensor grad, Tensor out, Tensor lse)"
-                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd)
+_fwd = _op.define("prefix_attention_fwd -> (Tensor, Tensor)", reference.fwd, _fake_fwd,
+                  _check_values, record=PrefixAttentionCall)
+_bwd = _op.define("prefix_attention_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
+                  record=PrefixAttentionGradient)
 
 
-def plan(layout: PrefixLayout) -> tuple[Tensor, ...]:
-    """What the raw operators take of a layout, in the order of their arguments."""
-    return (layout.cu_segments, layout.is_prompt, layout.prompts_first, layout.cu_shared,
-            layout.cu_responses, layout.sizes)
+def plan(layout: PrefixLayout) -> PrefixPlan:
+    """What the raw operators take of a layout."""
+    return PrefixPlan(layout.cu_segments, layout.is_prompt, layout.prompts_first,
+                      layout.cu_shared, layout.cu_responses, layout.sizes)
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        out, lse = _fwd(*inputs)
-        ctx.save_for_backward(*inputs, out, lse)
+    def forward(ctx, *args):
+        out, lse = _fwd(build(PrefixAttentionCall, args))
+        ctx.save_for_backward(*args, out, lse)
         return out
 
     @staticmethod
     @first_only(3)
     def backward(ctx, grad):
-        *inputs, out, lse = ctx.saved_tensors
-        grads = _bwd(*inputs, grad, out, lse)
+        *args, out, lse = ctx.saved_tensors
+        call = build(PrefixAttentionCall, args)
+        grads = _bwd(PrefixAttentionGradient(call, grad, out, lse))
         wanted = (g if need else None
                   for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
-        return (*wanted, *[None] * (len(inputs) - 3))
+        return (*wanted, *[None] * (len(args) - 3))
 
 
 @suggests
@@ -136,5 +142,5 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
     factor = check.scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale)
     if batched:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-    out = _PrefixAttention.apply(q, k, v, *plan(layout), factor)
+    out = recorded(_PrefixAttention, *flat(PrefixAttentionCall(q, k, v, plan(layout), factor)))
     return out.unsqueeze(0) if batched else out

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ..._kernels import varlen as _varlen
+from ..._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 
 _aten = torch.ops.aten
 _LSE = 32  # the logsumexps of a sequence are padded to a multiple of this
 
 
-def supports(*args: Tensor) -> str | None:
+def supports(call: PrefixAttentionCall | PrefixAttentionGradient) -> str | None:
     """The reason for refusing, or None."""
-    return _varlen.refusal(*args)
+    return _varlen.refusal(_varlen.attention_of(call))
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,15 +64,19 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 KERNELS = _varlen.Kernels(_forward, _backward, lambda q, groups: False)
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+def _wide(call: PrefixAttentionCall) -> PrefixAttentionCall:
+    return call._replace(q=call.q.float(), k=call.k.float(), v=call.v.float())
+
+
+def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D] in the dtype of q, logsumexp of the scores [Hq, L])."""
-    out, lse = _varlen.fwd(KERNELS, q.float(), k.float(), v.float(), *rest)
-    return out.to(q.dtype), lse
+    out, lse = _varlen.fwd(KERNELS, _wide(call))
+    return out.to(call.q.dtype), lse
 
 
-def bwd(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: PrefixAttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k, v."""
-    gradient_out_lse = (x.float() for x in rest[-3:])
-    grads = _varlen.bwd(KERNELS, q.float(), k.float(), v.float(), *rest[:-3], *gradient_out_lse)
-    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    grads = _varlen.bwd(KERNELS, PrefixAttentionGradient(
+        _wide(call.attention), call.grad.float(), call.out.float(), call.lse.float()))
+    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, call.attention[:3], strict=True))
     return dq, dk, dv

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..._kernels import varlen as _varlen
 from ..._kernels.memory import FP64
+from ..._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 from ..._math.sequence import compute_dtype
 
 _aten = torch.ops.aten
@@ -29,12 +30,12 @@ _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 SHORT = 16  # responses up to this length share a bucket; above it, those between two powers of two
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:
+def supports(call: PrefixAttentionCall | PrefixAttentionGradient) -> str | None:
     """The reason for refusing, or None."""
+    given = _varlen.attention_of(call)
+    q, k, v, _, scale = given
     if q.is_cuda:
-        return (_varlen.half_refusal(q, k, v) or _varlen.refusal(q, k, v, *rest)
-                or _gpu_refusal(q.device))
-    *_, scale = rest[:7]
+        return _varlen.half_refusal(given) or _gpu_refusal(q.device)
     if compute_dtype(q, k, v) == torch.float64:
         return FP64
     if q.shape[-1] != v.shape[-1]:
@@ -114,15 +115,14 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
     return x[start:end].permute(1, 2, 0, 3)  # [L, Hkv, G, D] -> [Hkv, G, n, D]
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor) -> tuple[Tensor, Tensor]:
+def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D] in the dtype of q, logsumexp of the scores [Hq, L] in fp32)."""
-    if q.is_cuda:
-        return _varlen.fwd(KERNELS, q, k, v, cu_segments, is_prompt, prompts_first, cu_shared,
-                           cu_responses, sizes, scale)
+    if call.q.is_cuda:
+        return _varlen.fwd(KERNELS, call)
+    q, k, v, plan, scale = call
     dtype = q.dtype
-    groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
+    groups, buckets = _plan(tuple(plan.cu_segments.diff().tolist()),
+                            tuple(plan.is_prompt.tolist()))
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
                                dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
@@ -147,15 +147,14 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
     return out.to(dtype).transpose(0, 1), lse.t().contiguous()
 
 
-def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: PrefixAttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k, v."""
-    if q.is_cuda:
-        return _varlen.bwd(KERNELS, q, k, v, cu_segments, is_prompt, prompts_first, cu_shared,
-                           cu_responses, sizes, scale, grad, out, lse)
+    if call.grad.is_cuda:
+        return _varlen.bwd(KERNELS, call)
+    (q, k, v, plan, scale), grad, out, lse = call
     dtypes = q.dtype, k.dtype, v.dtype
-    groups, buckets = _plan(tuple(cu_segments.diff().tolist()), tuple(is_prompt.tolist()))
+    groups, buckets = _plan(tuple(plan.cu_segments.diff().tolist()),
+                            tuple(plan.is_prompt.tolist()))
     attend = functools.partial(
         _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         dropout_p=0.0, is_causal=True, scale=float(scale))

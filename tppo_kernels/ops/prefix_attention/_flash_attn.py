@@ -6,6 +6,7 @@ kernels, which are the same, take it from a process-wide flag.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..._kernels import varlen as _varlen
+from ..._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:
+def supports(call: PrefixAttentionCall | PrefixAttentionGradient) -> str | None:
     """The reason for refusing, or None."""
-    return _varlen.half_refusal(q, k, v) or _varlen.refusal(q, k, v, *rest)
+    return _varlen.half_refusal(_varlen.attention_of(call))
 
 
 def _interface() -> Any:
@@ -47,11 +49,5 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 KERNELS = _varlen.Kernels(_forward, _backward, _varlen.few_prompts)
 
 
-def fwd(*args: Tensor) -> tuple[Tensor, Tensor]:
-    """(attention [Hq, L, D], logsumexp of the scores [Hq, L])."""
-    return _varlen.fwd(KERNELS, *args)
-
-
-def bwd(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtype of q, k and v."""
-    return _varlen.bwd(KERNELS, *args)
+fwd = functools.partial(_varlen.fwd, KERNELS)
+bwd = functools.partial(_varlen.bwd, KERNELS)

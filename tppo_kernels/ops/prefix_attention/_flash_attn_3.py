@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ..._kernels import varlen as _varlen
+from ..._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 
 WIDEST = 192  # a deterministic backward has no head size that is rounded up to 256
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> str | None:
+def supports(call: PrefixAttentionCall | PrefixAttentionGradient) -> str | None:
     """The reason for refusing, or None."""
-    reason = _varlen.half_refusal(q, k, v) or _varlen.refusal(q, k, v, *rest)
+    given = _varlen.attention_of(call)
+    reason, q = _varlen.half_refusal(given), given.q
     if reason is None and q.shape[-1] > WIDEST:
         reason = f"q has {q.shape[-1]} values a head, expected up to {WIDEST}"
     return reason or _too_old() or (_gpu_refusal(q.device) if q.is_cuda else None)

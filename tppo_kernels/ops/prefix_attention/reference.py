@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..._math.layout import PrefixAttentionCall, PrefixAttentionGradient
 from ..._math.sequence import compute_dtype, on
 
 
@@ -25,14 +26,14 @@ def visible(segment_lengths: Tensor, is_prompt: Tensor, length: int) -> Tensor:
     return causal & shared & (group[:, None] == group)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-             scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _grouped(call: PrefixAttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q [Hkv, G, L, D], k and v with a size of 1 for G, the scores [Hkv, G, L, L])."""
+    q, k, v, plan, scale = call
     dtype = compute_dtype(q, k, v)
     q = q.to(dtype).unflatten(0, (k.shape[0], q.shape[0] // k.shape[0]))
     k, v = k.to(dtype)[:, None], v.to(dtype)[:, None]
     scores = (q @ k.mT) * on(scale, q)
-    seen = visible(cu_segments.diff(), is_prompt, q.shape[2])
+    seen = visible(plan.cu_segments.diff(), plan.is_prompt, q.shape[2])
     return q, k, v, scores.masked_fill(~seen, -math.inf)
 
 
@@ -41,29 +42,26 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)  # [H, L, D]
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor) -> tuple[Tensor, Tensor]:
+def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, Dv] in the dtype of q, logsumexp of the scores [Hq, L])."""
-    with torch.autocast(q.device.type, enabled=False):
-        _, _, v, scores = _grouped(q, k, v, cu_segments, is_prompt, scale)
+    with torch.autocast(call.q.device.type, enabled=False):
+        _, _, v, scores = _grouped(call)
         out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
-        return token_major(out.flatten(0, 1).to(q.dtype)), lse.flatten(0, 1)
+        return token_major(out.flatten(0, 1).to(call.q.dtype)), lse.flatten(0, 1)
 
 
-def bwd(q: Tensor, k: Tensor, v: Tensor, cu_segments: Tensor, is_prompt: Tensor,
-        prompts_first: Tensor, cu_shared: Tensor, cu_responses: Tensor, sizes: Tensor,
-        scale: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: PrefixAttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): with p the probabilities and dp = dO v^T, dS = p (dp - sum(p dp)).
 
     The sum is dO O, and p is exp(S - lse): what other backends compute it by.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        dtypes = q.dtype, k.dtype, v.dtype
-        q, k, v, scores = _grouped(q, k, v, cu_segments, is_prompt, scale)
-        grad = grad.to(q.dtype).unflatten(0, q.shape[:2])  # [Hkv, G, L, Dv]
+    given = call.attention
+    with torch.autocast(given.q.device.type, enabled=False):
+        dtypes = given.q.dtype, given.k.dtype, given.v.dtype
+        q, k, v, scores = _grouped(given)
+        grad = call.grad.to(q.dtype).unflatten(0, q.shape[:2])  # [Hkv, G, L, Dv]
         p, d_p = scores.softmax(-1), grad @ v.mT
-        d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * on(scale, q)
+        d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * on(given.scale, q)
         grads = ((d_scores @ k).flatten(0, 1), (d_scores.mT @ q).sum(1), (p.mT @ grad).sum(1))
         dq, dk, dv = (token_major(g).to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
         return dq, dk, dv

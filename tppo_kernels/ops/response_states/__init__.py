@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._core.check import LABELS, Check, offsets
+from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
+from ..._core.record import build, flat
 from . import reference
+from .reference import ResponseStatesCall, ResponseStatesGradient
 
 ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
 
@@ -24,7 +27,8 @@ def sample_inputs() -> tuple[tuple, dict]:
         "align": "logprob", "mask": torch.rand(3, 8, generator=g) < 0.7}
 
 
-def _check_values(full, prompt_length, mask, cu_seqlens, T, align) -> None:
+def _check_values(call: ResponseStatesCall) -> None:
+    full, prompt_length, mask, cu_seqlens, T, align = call
     batch, length = full.shape[0], full.shape[0 if cu_seqlens is not None else 1]
     if cu_seqlens is not None:
         offsets("response_states", cu_seqlens, length)
@@ -46,38 +50,44 @@ def _check_values(full, prompt_length, mask, cu_seqlens, T, align) -> None:
         "behind the end of a sequence are masked by `mask`")
 
 
-def _fake_fwd(full, prompt_length, mask, cu_seqlens, T, align):
+def _fake_fwd(call: ResponseStatesCall) -> Tensor:
+    full, _, _, cu_seqlens, T, align = call
     batch = full.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inner = full.shape[2:] if cu_seqlens is None else full.shape[1:]
     return full.new_empty((batch, *inner) if align == "bootstrap" else (batch, T, *inner))
 
 
-def _fake_bwd(grad, prompt_length, mask, cu_seqlens, length, T, align):
+def _fake_bwd(call: ResponseStatesGradient) -> Tensor:
+    grad, _, _, cu_seqlens, length, _, align = call
     inner = grad.shape[1:] if align == "bootstrap" else grad.shape[2:]
     return grad.new_empty((length, *inner) if cu_seqlens is not None
                           else (grad.shape[0], length, *inner))
 
 
-_fwd = _op.define(
-    "response_states_fwd(Tensor full, Tensor prompt_length, Tensor? mask, Tensor? cu_seqlens,"
-    " SymInt T, str align) -> Tensor", reference.fwd, _fake_fwd, _check_values)
-_bwd = _op.define(
-    "response_states_bwd(Tensor grad, Tensor prompt_length, Tensor? mask, Tensor? cu_seqlens,"
-    " SymInt length, SymInt T, str align) -> Tensor", reference.bwd, _fake_bwd)
+_fwd = _op.define("response_states_fwd -> Tensor", reference.fwd, _fake_fwd, _check_values,
+                  record=ResponseStatesCall)
+_bwd = _op.define("response_states_bwd -> Tensor", reference.bwd, _fake_bwd,
+                  record=ResponseStatesGradient)
 
 
 class _ResponseStates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, full, prompt_length, mask, cu_seqlens, T, align):
-        ctx.save_for_backward(prompt_length, mask, cu_seqlens)
-        ctx.length, ctx.T, ctx.align = full.shape[0 if cu_seqlens is not None else 1], T, align
-        return _fwd(full, prompt_length, mask, cu_seqlens, T, align)
+    def forward(ctx, *args):
+        call = build(ResponseStatesCall, args)
+        ctx.save_for_backward(call.prompt_length, call.mask, call.cu_seqlens)
+        ctx.length = call.full.shape[0 if call.cu_seqlens is not None else 1]
+        ctx.T, ctx.align = call.T, call.align
+        return _fwd(call)
 
+    # Not `first_only`, as the other operators have it: a gather is linear, so that its gradient
+    # depends on no input, and torch's own refusal of a second derivative is enough.
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (_bwd(grad, *ctx.saved_tensors, ctx.length, ctx.T, ctx.align),
-                None, None, None, None, None)
+        prompt_length, mask, cu_seqlens = ctx.saved_tensors
+        call = ResponseStatesGradient(grad, prompt_length, mask, cu_seqlens, ctx.length, ctx.T,
+                                      ctx.align)
+        return _bwd(call), None, None, None, None, None
 
 
 @suggests
@@ -125,4 +135,5 @@ def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: st
                 f"response_states: prompt_length is {length} and T is {T}: align={align!r} "
                 f"needs {end} states a sequence, full has L = {full.shape[1]}")
         prompt_length = torch.full((), length, dtype=torch.int64, device=full.device)
-    return _ResponseStates.apply(full, prompt_length, mask, cu_seqlens, T, align)
+    return recorded(_ResponseStates, *flat(ResponseStatesCall(
+        full, prompt_length, mask, cu_seqlens, T, align)))

@@ -6,10 +6,35 @@ A gather has one writer an output, hence the backward is deterministic.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..._core.packed import sequence_index
+
+
+class ResponseStatesCall(NamedTuple):
+    """The arguments of a raw call."""
+
+    full: Tensor  # [B, L, ...], or packed [N, ...] with offsets
+    prompt_length: Tensor  # [] or [B]
+    mask: Tensor | None  # [B, T] bool
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    T: int
+    align: str
+
+
+class ResponseStatesGradient(NamedTuple):
+    """The arguments of a raw call of backward."""
+
+    grad: Tensor  # [B, T, ...], or [B, ...] for "bootstrap"
+    prompt_length: Tensor  # [] or [B]
+    mask: Tensor | None  # [B, T] bool
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    length: int  # L or N
+    T: int
+    align: str
 
 
 def window(prompt_length: Tensor, mask: Tensor | None, batch: int, T: int,
@@ -38,9 +63,9 @@ def positions(first: Tensor, slots: int, cu_seqlens: Tensor | None,
     return position, (position >= 0) & (position < end)
 
 
-def fwd(full: Tensor, prompt_length: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-        T: int, align: str) -> Tensor:
+def fwd(call: ResponseStatesCall) -> Tensor:
     """The wanted states, 0 where masked; NaN for a valid slot outside its sequence."""
+    full, prompt_length, mask, cu_seqlens, T, align = call
     packed = cu_seqlens is not None
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else full.shape[0]
     length, inner = (full.shape[0], full.shape[1:]) if packed else (full.shape[1], full.shape[2:])
@@ -59,9 +84,9 @@ def fwd(full: Tensor, prompt_length: Tensor, mask: Tensor | None, cu_seqlens: Te
     return states.squeeze(1) if align == "bootstrap" else states
 
 
-def bwd(grad: Tensor, prompt_length: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-        length: int, T: int, align: str) -> Tensor:
+def bwd(call: ResponseStatesGradient) -> Tensor:
     """The gradient of `full`: `grad` at the states that were taken, 0 elsewhere."""
+    grad, prompt_length, mask, cu_seqlens, length, T, align = call
     batch = grad.shape[0]
     first, wanted = window(prompt_length, mask, batch, T, align)
     grad = grad[:, None] if align == "bootstrap" else grad  # [B, S, ...]

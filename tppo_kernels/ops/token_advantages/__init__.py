@@ -16,6 +16,7 @@ from ..._kernels.values import values_between
 from ..._math.sequence import KL_ESTIMATORS, alive, compute_dtype
 from ..whiten import check_group, over_group
 from . import reference
+from .reference import AdvantagesCall, WhitenAdvantages
 
 _op = Op("token_advantages", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
@@ -57,40 +58,33 @@ class TokenAdvantages(NamedTuple):
     stats: AdvantageStats
 
 
-def _check_values(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma,
-                  lam, value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased,
-                  whitened) -> None:
-    offsets("token_advantages", cu_seqlens, token_rewards.shape[0])
-    seen = partial(alive, token_rewards, mask, cu_seqlens)
-    values_between("token_advantages", "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
-    values_between("token_advantages", "gamma", gamma, -FP32_MAX, FP32_MAX)
-    values_between("token_advantages", "lam", lam, 0.0, 1.0, seen)
-    values_between("token_advantages", "value_lam", value_lam, 0.0, 1.0, seen)
+def _check_values(call: AdvantagesCall) -> None:
+    op, mask, train_mask = "token_advantages", call.mask, call.train_mask
+    offsets(op, call.cu_seqlens, call.token_rewards.shape[0])
+    seen = partial(alive, call.token_rewards, mask, call.cu_seqlens)
+    values_between(op, "kl_coef", call.kl_coef, -FP32_MAX, FP32_MAX)
+    values_between(op, "gamma", call.gamma, -FP32_MAX, FP32_MAX)
+    values_between(op, "lam", call.lam, 0.0, 1.0, seen)
+    values_between(op, "value_lam", call.value_lam, 0.0, 1.0, seen)
     if mask is not None and train_mask is not None and bool((train_mask & ~mask).any()):
         where = (train_mask & ~mask).nonzero()[0].tolist()
         raise ValueError(f"token_advantages: train_mask is True at {where}, where mask is False, "
                          "expected a subset of mask")
 
 
-def _fake(token_rewards, values, mask, train_mask, logprobs, ref_logprobs, kl_coef, gamma, lam,
-          value_lam, bootstrap, cu_seqlens, kl_estimator, unbiased, whitened):
-    dtype = compute_dtype(token_rewards, values, logprobs, ref_logprobs)
-    tokens = [token_rewards.new_empty(token_rewards.shape, dtype=dtype) for _ in range(3)]
-    return (*tokens, token_rewards.new_empty(7, dtype=dtype),
-            token_rewards.new_empty((), dtype=torch.int64),
-            token_rewards.new_empty(4, dtype=torch.float64))
+def _fake(call: AdvantagesCall) -> tuple[Tensor, ...]:
+    like = call.token_rewards
+    dtype = compute_dtype(like, call.values, call.logprobs, call.ref_logprobs)
+    tokens = [like.new_empty(like.shape, dtype=dtype) for _ in range(3)]
+    return (*tokens, like.new_empty(7, dtype=dtype), like.new_empty((), dtype=torch.int64),
+            like.new_empty(4, dtype=torch.float64))
 
 
 _fwd = _op.define(
-    "token_advantages_fwd(Tensor token_rewards, Tensor values, Tensor? mask, Tensor? train_mask,"
-    " Tensor? logprobs, Tensor? ref_logprobs, Tensor kl_coef, Tensor gamma, Tensor lam,"
-    " Tensor? value_lam, Tensor? bootstrap, Tensor? cu_seqlens, str kl_estimator, bool unbiased,"
-    " bool whitened) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.fwd, _fake, _check_values)
-_whiten = _op.define(
-    "token_advantages_whiten(Tensor advantages, Tensor? trained, Tensor moments, bool unbiased)"
-    " -> Tensor", reference.whiten,
-    lambda advantages, trained, moments, unbiased: torch.empty_like(advantages))
+    "token_advantages_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd,
+    _fake, _check_values, record=AdvantagesCall)
+_whiten = _op.define("token_advantages_whiten -> Tensor", reference.whiten,
+                     lambda call: torch.empty_like(call.advantages), record=WhitenAdvantages)
 
 
 @suggests
@@ -141,12 +135,13 @@ def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None 
     value_rows = check.per_sequence("value_lam", value_lam, low=0.0, high=1.0, optional=True)
     check_group(check, group)
     together = normalize and group is None
-    advantages, returns, rewards, stats, n, moments = _fwd(
+    advantages, returns, rewards, stats, n, moments = _fwd(AdvantagesCall(
         token_rewards, values, mask, train_mask, logprobs, ref_logprobs, coef, discount,
-        lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased, together)
+        lam_rows, value_rows, bootstrap, cu_seqlens, kl_estimator, unbiased, together))
     if normalize and not together:
         trained = mask if train_mask is None else train_mask
-        advantages = _whiten(advantages, trained, over_group(moments, group), unbiased)
+        advantages = _whiten(WhitenAdvantages(advantages, trained, over_group(moments, group),
+                                              unbiased))
     kl, reward, advantage, back, *stds = stats.unbind()
     return TokenAdvantages(advantages, returns, rewards, AdvantageStats(
         n=n, kl_mean=kl, reward_mean=reward, reward_std=stds[0], advantage_mean=advantage,

@@ -14,7 +14,8 @@ import tppo_kernels._C as _C
 from ..._kernels.launch import current_stream, launching_on
 from ..gae._cuda import Arguments, column, dense, mask_rows, rows
 from ..gae.reference import GaeCall
-from .reference import refuse_fp64 as supports
+from ._composed import supports
+from .reference import AdvantagesCall, WhitenAdvantages
 
 __all__ = ["fwd", "supports", "whiten"]
 
@@ -27,12 +28,9 @@ def _blocks(batch: int, wide: bool, parts: int) -> int:
     return min(BLOCKS, batch * parts if wide else -(-batch // 8))
 
 
-def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: Tensor | None,
-        logprobs: Tensor | None, ref_logprobs: Tensor | None, kl_coef: Tensor, gamma: Tensor,
-        lam: Tensor, value_lam: Tensor | None, bootstrap: Tensor | None,
-        cu_seqlens: Tensor | None, kl_estimator: str, unbiased: bool,
-        whitened: bool) -> tuple[Tensor, ...]:
-    """See `reference.compose`."""
+def fwd(call: AdvantagesCall) -> tuple[Tensor, ...]:
+    """See `reference.fwd`."""
+    token_rewards, unbiased = call.token_rewards, call.unbiased
     device, n = token_rewards.device, token_rewards.numel()
     advantages, returns, rewards = (
         torch.empty(token_rewards.shape, dtype=torch.float32, device=device) for _ in range(3))
@@ -43,29 +41,30 @@ def fwd(token_rewards: Tensor, values: Tensor, mask: Tensor | None, train_mask: 
     stats = torch.empty(7, dtype=torch.float32, device=device)
     count = torch.empty((), dtype=torch.int64, device=device)
     moments = torch.empty(4, dtype=torch.float64, device=device)
-    mask, train_mask = (None if x is None else x.contiguous() for x in (mask, train_mask))
+    mask, train_mask = (None if x is None else x.contiguous() for x in (call.mask, call.train_mask))
     with launching_on(token_rewards):
-        given = Arguments(GaeCall(token_rewards, values, mask, gamma, lam, value_lam, bootstrap,
-                                  cu_seqlens))
-        logprobs, ref_logprobs = dense(logprobs), dense(ref_logprobs)
-        coef, described_coef = column(kl_coef)
+        given = Arguments(GaeCall(token_rewards, call.values, mask, call.gamma, call.lam,
+                                  call.value_lam, call.bootstrap, call.cu_seqlens))
+        logprobs, ref_logprobs = dense(call.logprobs), dense(call.ref_logprobs)
+        coef, described_coef = column(call.kl_coef)
         blocks = _blocks(given.batch, given.wide, given.parts)
         partials = torch.empty(5 * 4 * blocks, dtype=torch.float64, device=device)
         stream = current_stream(token_rewards)
         _C.token_advantages_fwd_cuda(
             given.described, rows(logprobs), rows(ref_logprobs), mask_rows(train_mask),
-            described_coef, ESTIMATORS[kl_estimator], given.wide, given.parts, blocks, given.maps,
-            partials.data_ptr(), advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr(),
-            stream)
+            described_coef, ESTIMATORS[call.kl_estimator], given.wide, given.parts, blocks,
+            given.maps, partials.data_ptr(), advantages.data_ptr(), returns.data_ptr(),
+            rewards.data_ptr(), stream)
         _C.token_advantages_whiten_cuda(
             advantages.data_ptr(), mask_rows(mask)[0], mask_rows(train_mask)[0],
-            n if whitened else 0, unbiased, partials.data_ptr(), blocks, stats.data_ptr(),
+            n if call.whitened else 0, unbiased, partials.data_ptr(), blocks, stats.data_ptr(),
             count.data_ptr(), moments.data_ptr(), advantages.data_ptr(), stream)
     return advantages, returns, rewards, stats, count, moments
 
 
-def whiten(advantages: Tensor, trained: Tensor | None, moments: Tensor, unbiased: bool) -> Tensor:
+def whiten(call: WhitenAdvantages) -> Tensor:
     """See `reference.whiten`."""
+    advantages, trained, moments, unbiased = call
     out = torch.empty(advantages.shape, dtype=torch.float32, device=advantages.device)
     if advantages.numel():
         advantages, moments = advantages.contiguous(), moments.contiguous()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from ..gae._triton import fwd as gae
 from ..whiten._triton import fwd as whiten_fwd
 from ..whiten._triton import stats
-from .reference import composed
-from .reference import refuse_fp64 as supports
+from ._composed import composed, supports
 
 __all__ = ["fwd", "supports", "whiten"]
 

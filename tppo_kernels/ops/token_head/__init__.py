@@ -12,7 +12,10 @@ from ..._core.derivatives import first_only, wanted
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
+from ..._core.record import flat
+from ..._math.sequence import compute_dtype
 from . import reference
+from .reference import TokenHeadCall, TokenHeadGradient
 
 _op = Op("token_head", cuda=("cuda", "triton", "reference"))
 
@@ -36,12 +39,14 @@ def nbytes(hidden: Tensor, weight: Tensor) -> int:
             + 3 * weight.numel() * weight.element_size())
 
 
-def _fake_fwd(hidden, weight, bias, mask):
+def _fake_fwd(call: TokenHeadCall) -> Tensor:
+    hidden, weight, bias, _ = call
     return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]),
-                            dtype=reference.result_dtype(hidden, weight, bias))
+                            dtype=compute_dtype(hidden, weight, bias))
 
 
-def _fake_bwd(grad, hidden, weight, bias, mask, grad_hidden, grad_weight, grad_bias):
+def _fake_bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
+    _, (hidden, weight, bias, _), grad_hidden, grad_weight, grad_bias = call
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(0)
     if grad_bias and bias is not None:
         dbias = bias.new_empty(bias.shape)
@@ -49,13 +54,9 @@ def _fake_bwd(grad, hidden, weight, bias, mask, grad_hidden, grad_weight, grad_b
             weight.new_empty(weight.shape if grad_weight else (0,)), dbias)
 
 
-_fwd = _op.define(
-    "token_head_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask) -> Tensor",
-    reference.fwd, _fake_fwd)
-_bwd = _op.define(
-    "token_head_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask,"
-    " bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
-    reference.bwd, _fake_bwd)
+_fwd = _op.define("token_head_fwd -> Tensor", reference.fwd, _fake_fwd, record=TokenHeadCall)
+_bwd = _op.define("token_head_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
+                  record=TokenHeadGradient)
 
 
 class _TokenHead(torch.autograd.Function):
@@ -65,7 +66,7 @@ class _TokenHead(torch.autograd.Function):
         if mask is not None and not torch.compiler.is_compiling() and mask.is_inference():
             mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
         ctx.save_for_backward(hidden, weight, bias, mask)
-        out = _fwd(hidden, weight, bias, mask)
+        out = _fwd(TokenHeadCall(hidden, weight, bias, mask))
         if weight.shape[0] != 1:
             return out
         if torch.compiler.is_compiling():  # in place, torch 2.11 would compile a gradient of 0
@@ -76,10 +77,10 @@ class _TokenHead(torch.autograd.Function):
     @first_only(3)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
-        hidden, weight, bias, mask = ctx.saved_tensors
-        if weight.shape[0] == 1:
+        head = TokenHeadCall(*ctx.saved_tensors)
+        if head.weight.shape[0] == 1:
             grad = grad.unsqueeze(-1)
-        grads = _bwd(grad, hidden, weight, bias, mask, *needed)
+        grads = _bwd(TokenHeadGradient(grad, head, *needed))
         return (*(g if want else None for g, want in zip(grads, needed, strict=True)), None)
 
 
@@ -106,7 +107,8 @@ def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     check.tensor("weight", weight, "K D")
     check.tensor("bias", bias, "K", optional=True)
     mask = check.mask("mask", mask, "...")
+    call = TokenHeadCall(hidden, weight, bias, mask)
     if wanted(hidden, weight, bias):
-        return recorded(_TokenHead, hidden, weight, bias, mask)
-    out = _fwd(hidden, weight, bias, mask)
+        return recorded(_TokenHead, *flat(call))
+    out = _fwd(call)
     return out.squeeze(-1) if weight.shape[0] == 1 else out

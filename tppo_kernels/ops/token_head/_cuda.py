@@ -11,9 +11,11 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
+from ..._core.record import flat
 from ..._kernels.launch import current_stream, launching_on, row_layout
 from ..._kernels.memory import FP64, address
 from . import reference
+from .reference import TokenHeadCall, TokenHeadGradient
 
 OUTPUTS = (1, 3)  # what csrc/token_head.cu is compiled for
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
@@ -21,11 +23,10 @@ PROGRAMS = 1024  # blocks of the first launch of backward; the same on every GPU
 COLUMNS = 128 * 16  # bytes of a row that a block of it takes
 
 
-def supports(*args: object) -> str | None:
+def supports(call: TokenHeadCall | TokenHeadGradient) -> str | None:
     """The reason for refusing, or None."""
-    hidden, weight = args[1:3] if len(args) > 4 else args[:2]  # backward has grad before them
-    assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+    hidden, weight, *_ = call.head if isinstance(call, TokenHeadGradient) else call
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat(call)):
         return FP64
     if weight.dtype not in (hidden.dtype, torch.float32):
         return f"weight is {weight.dtype}, expected {hidden.dtype} as hidden, or fp32"
@@ -45,9 +46,9 @@ def _aligned(x: Tensor) -> bool:
                 or x.stride(-1) == 1 and x.data_ptr() % 16)
 
 
-def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None,
-            mask: Tensor | None) -> tuple[tuple, tuple]:
+def _inputs(call: TokenHeadCall) -> tuple[tuple, tuple]:
     """(the C++ struct HeadInputs as a tuple, what keeps its addresses alive)."""
+    hidden, weight, bias, mask = call
     x, inner, outer, stride = row_layout(hidden)
     alive = (x, weight.contiguous(), None if bias is None else bias.contiguous(),
              None if mask is None else mask.contiguous())
@@ -57,22 +58,23 @@ def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None,
             stride), alive
 
 
-def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def fwd(call: TokenHeadCall) -> Tensor:
     """hidden @ weight.T + bias at valid rows, 0 elsewhere, fp32."""
+    hidden, weight, bias, mask = call
     if hidden.numel() == 0:
-        return reference.fwd(hidden, weight, bias, mask)
+        return reference.fwd(call)
     out = hidden.new_empty((*hidden.shape[:-1], weight.shape[0]), dtype=torch.float32)
     with launching_on(hidden):
-        inputs, _alive = _inputs(hidden, weight, bias, mask)
+        inputs, _alive = _inputs(call)
         _C.token_head_fwd_cuda(inputs, out.data_ptr(), current_stream(hidden))
     return out
 
 
-def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-        grad_hidden: bool, grad_weight: bool, grad_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, each in the dtype of its tensor; one that is not wanted is empty."""
+    grad, (hidden, weight, bias, mask), grad_hidden, grad_weight, grad_bias = call
     if hidden.numel() == 0:
-        return reference.bwd(grad, hidden, weight, bias, mask, grad_hidden, grad_weight, grad_bias)
+        return reference.bwd(call)
     grad_bias = grad_bias and bias is not None
     dx = hidden.new_empty(hidden.shape if grad_hidden else (0,))
     dw = weight.new_empty(weight.shape if grad_weight else (0,))
@@ -87,7 +89,7 @@ def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
     if not grad_hidden and room is None:
         return dx, dw, dbias
     with launching_on(hidden):
-        inputs, _alive = _inputs(hidden, weight, bias, mask)
+        inputs, _alive = _inputs(call.head)
         grad = grad.to(torch.float32).contiguous()
         _C.token_head_bwd_cuda(inputs, grad.data_ptr(), parts,
                                *(x.data_ptr() if x.numel() else 0 for x in (dx, dw, dbias)),

@@ -18,21 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._core.record import flat
 from ..._kernels.launch import launching_on, row_layout
 from ..._kernels.memory import FP64
 from . import reference
+from .reference import TokenHeadCall, TokenHeadGradient
 
 WARPS = 4
 MAX_OUTPUTS = 8  # the sums of all outputs stay in registers
 PROGRAMS = 1024  # of the first launch of backward; the same on every GPU, as results are
 
 
-def supports(*args: object) -> str | None:
+def supports(call: TokenHeadCall | TokenHeadGradient) -> str | None:
     """The reason for refusing, or None."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if any(x.dtype == torch.float64 for x in tensors):
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat(call)):
         return FP64
-    outputs = tensors[2 if len(args) > 4 else 1].shape[0]  # of weight, behind grad in backward
+    head = call.head if isinstance(call, TokenHeadGradient) else call
+    outputs = head.weight.shape[0]
     if outputs > MAX_OUTPUTS:
         return f"weight has {outputs} outputs, expected at most {MAX_OUTPUTS}"
     return None
@@ -166,7 +168,7 @@ def _token_head_merge_kernel(part_ptr, dw_ptr, dbias_ptr, parts, count, K, P: tl
         tl.store(dbias_ptr + column - count, result, mask=of_bias)
 
 
-class _Call(NamedTuple):
+class _Launch(NamedTuple):
     """What both passes hand to their kernels."""
 
     x: Tensor
@@ -176,7 +178,7 @@ class _Call(NamedTuple):
     shape: dict[str, int]  # compile-time
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, mask: Tensor | None, size: int) -> _Call:
+    def of(hidden: Tensor, weight: Tensor, mask: Tensor | None, size: int) -> _Launch:
         """Groups are 16 bytes of numbers of `size` bytes; of one number where rows of hidden or
         weight begin elsewhere than at multiples of 16 bytes."""
         x, inner, outer, stride = row_layout(hidden)
@@ -186,47 +188,48 @@ class _Call(NamedTuple):
         aligned = not (D % group or outer % group or stride % group or x.data_ptr() % 16
                        or weight.data_ptr() % 16)
         group, flight = (group, 32 // group) if aligned else (1, 16)
-        return _Call(x, weight, None if mask is None else mask.contiguous(),
+        return _Launch(x, weight, None if mask is None else mask.contiguous(),
                      (inner, outer, stride, hidden.numel() // D, D),
                      {"K": K, "ALIGNED": aligned, "U": flight if K <= 4 else flight // 2,
                       "L": 32 * WARPS, "G": group})
 
 
-def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def fwd(call: TokenHeadCall) -> Tensor:
     """hidden @ weight.T + bias at valid rows, 0 elsewhere, fp32; one launch."""
+    hidden, weight, bias, mask = call
     if hidden.numel() == 0 or weight.numel() == 0:
-        return reference.fwd(hidden, weight, bias, mask)
+        return reference.fwd(call)
     out = hidden.new_empty((*hidden.shape[:-1], weight.shape[0]), dtype=torch.float32)
-    call = _Call.of(hidden, weight, mask, max(hidden.element_size(), weight.element_size()))
+    given = _Launch.of(hidden, weight, mask, max(hidden.element_size(), weight.element_size()))
     with launching_on(hidden):
-        _token_head_fwd_kernel[(triton.cdiv(call.place[3], call.shape["U"]),)](
-            call.x, call.weight, None if bias is None else bias.contiguous(), call.mask, out,
-            *call.place, **call.shape, num_warps=WARPS)
+        _token_head_fwd_kernel[(triton.cdiv(given.place[3], given.shape["U"]),)](
+            given.x, given.weight, None if bias is None else bias.contiguous(), given.mask, out,
+            *given.place, **given.shape, num_warps=WARPS)
     return out
 
 
-def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-        grad_hidden: bool, grad_weight: bool, grad_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, each in the dtype of its tensor, empty where not wanted; two launches."""
+    grad, (hidden, weight, bias, mask), grad_hidden, grad_weight, grad_bias = call
     if grad.numel() == 0 or hidden.numel() == 0:
-        return reference.bwd(grad, hidden, weight, bias, mask, grad_hidden, grad_weight, grad_bias)
+        return reference.bwd(call)
     grad_bias = grad_bias and bias is not None
     dx = hidden.new_empty(hidden.shape if grad_hidden else (0,))
     dw = weight.new_empty(weight.shape if grad_weight else (0,))
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(
         bias.shape if grad_bias else (0,))
     size = hidden.element_size() * (1 if weight.shape[0] <= 4 else 2)  # or registers run out
-    call = _Call.of(hidden, weight, mask, size)
-    (K, D), shape, kept = weight.shape, call.shape, None
+    given = _Launch.of(hidden, weight, mask, size)
+    (K, D), shape, kept = weight.shape, given.shape, None
     blocks = triton.cdiv(D, shape["L"] * shape["G"])
-    parts = max(1, min(triton.cdiv(call.place[3], shape["U"]), PROGRAMS // blocks))
+    parts = max(1, min(triton.cdiv(given.place[3], shape["U"]), PROGRAMS // blocks))
     if grad_weight or grad_bias:
         kept = hidden.new_empty((parts, K * D + 2 * K), dtype=torch.float32)
     with launching_on(hidden):
         if grad_hidden or kept is not None:
             _token_head_bwd_kernel[(parts, blocks)](
-                grad.contiguous(), call.x, call.weight, call.mask, dx if grad_hidden else None,
-                kept, *call.place, **shape, num_warps=WARPS)
+                grad.contiguous(), given.x, given.weight, given.mask, dx if grad_hidden else None,
+                kept, *given.place, **shape, num_warps=WARPS)
         if kept is not None:
             _token_head_merge_kernel[(triton.cdiv(K * D + K, 64),)](
                 kept, dw if grad_weight else None, dbias if grad_bias else None, parts, K * D,

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..._math.sequence import compute_dtype
 
 
-def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+class TokenHeadCall(NamedTuple):
+    """The arguments of a raw call."""
+
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [K, D]
+    bias: Tensor | None  # [K]
+    mask: Tensor | None  # [...] bool
+
+
+class TokenHeadGradient(NamedTuple):
+    """The arguments of a raw call of backward."""
+
+    grad: Tensor  # [..., K]
+    head: TokenHeadCall
+    grad_hidden: bool  # whether it is wanted
+    grad_weight: bool
+    grad_bias: bool
+
+
+def fwd(call: TokenHeadCall) -> Tensor:
     """hidden @ weight.T + bias at valid rows, 0 elsewhere; see `tppo_kernels.token_head`."""
-    dtype = result_dtype(hidden, weight, bias)
+    hidden, weight, bias, mask = call
+    dtype = compute_dtype(hidden, weight, bias)
     x = _rows(hidden, mask).to(dtype)  # [N, D]
     with torch.autocast(hidden.device.type, enabled=False):
         out = x @ weight.to(dtype).T  # [N, K]
@@ -19,13 +41,13 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     return _place(out, mask, hidden.shape[:-1])
 
 
-def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-        grad_hidden: bool, grad_weight: bool, grad_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, each in the dtype of its tensor; one that is not wanted is empty.
 
     dhidden = g @ weight, dweight = g.T @ hidden, dbias = sum(g), over valid rows.
     """
-    dtype = result_dtype(hidden, weight, bias)
+    grad, (hidden, weight, bias, mask), grad_hidden, grad_weight, grad_bias = call
+    dtype = compute_dtype(hidden, weight, bias)
     g = _rows(grad, mask).to(dtype)  # [N, K]
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(0)
@@ -37,11 +59,6 @@ def bwd(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
     if grad_bias and bias is not None:
         dbias = g.sum(0).to(bias.dtype)
     return dhidden, dweight, dbias
-
-
-def result_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """fp64 where any of the three is fp64, else fp32."""
-    return compute_dtype(hidden, weight) if bias is None else compute_dtype(hidden, weight, bias)
 
 
 def _compacts(x: Tensor) -> bool:

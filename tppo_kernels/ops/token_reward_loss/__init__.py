@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ..._core.check import FLOATS, FP32_MAX, LABELS, Check, describe, offsets
 from ..._core.derivatives import first_only, wanted
+from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
+from ..._core.record import build, flat
 from ..._kernels.values import values_between
 from ..._math.sequence import alive, compute_dtype, on, valid_mask
 from . import reference
+from .reference import TokenRewardLossCall, TokenRewardLossGradient
 
 _op = Op("token_reward_loss")
 
@@ -64,9 +67,9 @@ class TokenRewardLoss(NamedTuple):
     metrics: TokenRewardMetrics
 
 
-def _check_values(logits, labels, mask, sentence_labels, class_weights, balance, seed, cu_seqlens,
-                  local_reduction, grad_logits) -> None:
+def _check_values(call: TokenRewardLossCall) -> None:
     op = "token_reward_loss"
+    _, labels, mask, sentence_labels, class_weights, balance, _, cu_seqlens, *_ = call
     offsets(op, cu_seqlens, labels.shape[0])
     values_between(op, "labels", labels, 0, 2, mask)
     judged = valid_mask(labels, mask) & ((labels == 1) | (labels == 2))
@@ -77,40 +80,27 @@ def _check_values(logits, labels, mask, sentence_labels, class_weights, balance,
     values_between(op, "balance", balance, 0, inf, open_low=True)
 
 
-def _fake_fwd(logits, labels, mask, sentence_labels, class_weights, balance, seed, cu_seqlens,
-              local_reduction, grad_logits):
-    def new(shape):
-        return logits.new_empty(shape, dtype=compute_dtype(logits))
+def _fake_fwd(call: TokenRewardLossCall) -> tuple[Tensor, ...]:
+    def new(shape: Sequence[int]) -> Tensor:
+        return call.logits.new_empty(shape, dtype=compute_dtype(call.logits))
 
-    slope = logits.shape if grad_logits else (0,)
+    slope = call.logits.shape if call.grad_logits else (0,)
     return new(()), new(()), new((12,)), new(slope), new(slope)
 
 
-def _fake_bwd(grad_local, grad_global, dlocal, dglobal):
-    return torch.empty_like(dlocal)
-
-
-_fwd = _op.define(
-    "token_reward_loss_fwd(Tensor logits, Tensor labels, Tensor? mask, Tensor? sentence_labels,"
-    " Tensor[] class_weights, Tensor? balance, Tensor? seed, Tensor? cu_seqlens,"
-    " str local_reduction, bool grad_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.fwd, _fake_fwd, _check_values)
-_bwd = _op.define(
-    "token_reward_loss_bwd(Tensor grad_local, Tensor grad_global, Tensor dlocal, Tensor dglobal)"
-    " -> Tensor", reference.bwd, _fake_bwd)
+_fwd = _op.define("token_reward_loss_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+                  reference.fwd, _fake_fwd, _check_values, record=TokenRewardLossCall)
+_bwd = _op.define("token_reward_loss_bwd -> Tensor", reference.bwd,
+                  lambda call: torch.empty_like(call.dlocal), record=TokenRewardLossGradient)
 
 
 class _TokenRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor | None,
-                sentence_labels: Tensor | None, weight_0: Tensor, weight_1: Tensor,
-                weight_2: Tensor, balance: Tensor | None, seed: Tensor | None,
-                cu_seqlens: Tensor | None, local_reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-        local, total, metrics, dlocal, dglobal = _fwd(
-            logits, labels, mask, sentence_labels, [weight_0, weight_1, weight_2], balance, seed,
-            cu_seqlens, local_reduction, True)
-        ctx.save_for_backward(logits, dlocal, dglobal)
-        ctx.dtype = logits.dtype
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call = build(TokenRewardLossCall, args)
+        local, total, metrics, dlocal, dglobal = _fwd(call)
+        ctx.save_for_backward(call.logits, dlocal, dglobal)
+        ctx.dtype = call.logits.dtype
         ctx.mark_non_differentiable(metrics)
         return local, total, metrics
 
@@ -118,8 +108,9 @@ class _TokenRewardLoss(torch.autograd.Function):
     @first_only(1)
     def backward(ctx: Any, grad_local: Tensor, grad_global: Tensor, _: Any
                  ) -> tuple[Tensor | None, ...]:
-        grad = _bwd(grad_local, grad_global, *ctx.saved_tensors[1:])
-        return grad.to(ctx.dtype), *(None,) * 10
+        _, dlocal, dglobal = ctx.saved_tensors
+        grad = _bwd(TokenRewardLossGradient(grad_local, grad_global, dlocal, dglobal))
+        return grad.to(ctx.dtype), *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 @suggests
@@ -169,13 +160,13 @@ def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None
     check.choice("local_reduction", local_reduction, ("token", "sequence"))
     keep = check.scalar("balance", balance, above=0.0, high=inf, optional=True)
     draw = _seed(check, seed, keep)
-    if wanted(logits):
-        local, total, metrics = _TokenRewardLoss.apply(
-            logits, labels, mask, sentence_labels, *weights, keep, draw, cu_seqlens,
-            local_reduction)
+    grad = wanted(logits)
+    call = TokenRewardLossCall(logits, labels, mask, sentence_labels, weights, keep, draw,
+                               cu_seqlens, local_reduction, grad)
+    if grad:
+        local, total, metrics = recorded(_TokenRewardLoss, *flat(call))
     else:
-        local, total, metrics, _, _ = _fwd(logits, labels, mask, sentence_labels, weights, keep,
-                                           draw, cu_seqlens, local_reduction, False)
+        local, total, metrics, _, _ = _fwd(call)
     loss = on(local_part, local) * local + on(global_part, total) * total
     return TokenRewardLoss(loss, local, total, _metrics(metrics))
 

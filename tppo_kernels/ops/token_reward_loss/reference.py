@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,37 @@ from ..._math.sequence import alive, compute_dtype, on, select, sequence_sum, sp
 _LOW_32 = 0xFFFFFFFF
 
 
-def fwd(logits: Tensor, labels: Tensor, mask: Tensor | None, sentence_labels: Tensor | None,
-        class_weights: list[Tensor], balance: Tensor | None, seed: Tensor | None,
-        cu_seqlens: Tensor | None, local_reduction: str, grad_logits: bool
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class TokenRewardLossCall(NamedTuple):
+    """The arguments of a raw call."""
+
+    logits: Tensor  # [B, T, 3], or packed [N, 3] with offsets
+    labels: Tensor  # [B, T] or [N]
+    mask: Tensor | None  # [B, T] or [N] bool
+    sentence_labels: Tensor | None  # [B]
+    class_weights: list[Tensor]  # 3 of []
+    balance: Tensor | None  # []
+    seed: Tensor | None  # [] int64
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    local_reduction: str
+    grad_logits: bool  # whether the derivatives are wanted
+
+
+class TokenRewardLossGradient(NamedTuple):
+    """The arguments of a raw call of backward."""
+
+    grad_local: Tensor  # []
+    grad_global: Tensor  # []
+    dlocal: Tensor  # [B, T, 3] or [N, 3]
+    dglobal: Tensor  # [B, T, 3] or [N, 3]
+
+
+def fwd(call: TokenRewardLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(local_loss, global_loss, metrics [12], d local/d logits, d global/d logits).
 
     See `tppo_kernels.token_reward_loss`. A derivative that is not wanted is an empty tensor.
     """
-    valid = valid_mask(labels, mask)  # [B, T] or [N]
+    logits, labels, _, sentence_labels, class_weights, balance, seed, cu_seqlens, *_ = call
+    valid = valid_mask(labels, call.mask)  # [B, T] or [N]
     z = select(logits, valid[..., None], compute_dtype(logits))  # [B, T, 3] or [N, 3]
     label = select(labels, valid).long()
     judged = valid & ((label == 1) | (label == 2))
@@ -26,7 +50,7 @@ def fwd(logits: Tensor, labels: Tensor, mask: Tensor | None, sentence_labels: Te
     p, classes = log_p.exp(), torch.arange(3, device=z.device)
 
     zone = valid if balance is None or seed is None else valid & kept(label, valid, balance, seed)
-    terms = zone if local_reduction == "token" else alive(label, valid, cu_seqlens)
+    terms = zone if call.local_reduction == "token" else alive(label, valid, cu_seqlens)
     share = zone.to(z.dtype) / terms.sum().clamp(min=1)
     local, slope = _local(log_p, label, share, class_weights)
     dlocal = slope[..., None] * (p - (label[..., None] == classes).to(z.dtype))
@@ -45,12 +69,13 @@ def fwd(logits: Tensor, labels: Tensor, mask: Tensor | None, sentence_labels: Te
             select(best, judged).sum() / judged.sum().clamp(min=1), best_total]
     metrics = torch.stack([x.to(z.dtype) for x in sums])
     none = z.new_empty(0)
-    return (local, total, metrics, dlocal if grad_logits else none,
-            dglobal if grad_logits else z.new_empty(0))
+    return (local, total, metrics, dlocal if call.grad_logits else none,
+            dglobal if call.grad_logits else z.new_empty(0))
 
 
-def bwd(grad_local: Tensor, grad_global: Tensor, dlocal: Tensor, dglobal: Tensor) -> Tensor:
+def bwd(call: TokenRewardLossGradient) -> Tensor:
     """The gradient of the logits; a derivative of 0 stays 0 whatever comes in."""
+    grad_local, grad_global, dlocal, dglobal = call
     zero = torch.zeros((), dtype=dlocal.dtype, device=dlocal.device)
     return (torch.where(dlocal == 0, zero, dlocal * grad_local)
             + torch.where(dglobal == 0, zero, dglobal * grad_global))

@@ -14,6 +14,7 @@ from ..._core.op import Op
 from ..._kernels.values import values_between
 from ..._math.sequence import alive, compute_dtype
 from . import reference
+from .reference import TokenRewardsCall
 
 _op = Op("token_rewards")
 
@@ -33,25 +34,21 @@ class TokenRewards(NamedTuple):
     category: Tensor  # [B, T] or [N], int64: the most probable class, the first where several tie
 
 
-def _check_values(class_logits, mask, values, suggested_length, alpha, cu_seqlens,
-                  expected) -> None:
-    offsets("token_rewards", cu_seqlens, class_logits.shape[0])
-    seen = alive(class_logits[..., 0], mask, cu_seqlens)
-    values_between("token_rewards", "suggested_length", suggested_length, 0.0, FP32_MAX, seen)
-    values_between("token_rewards", "alpha", alpha, 0.0, FP32_MAX)
+def _check_values(call: TokenRewardsCall) -> None:
+    offsets("token_rewards", call.cu_seqlens, call.class_logits.shape[0])
+    seen = alive(call.class_logits[..., 0], call.mask, call.cu_seqlens)
+    values_between("token_rewards", "suggested_length", call.suggested_length, 0.0, FP32_MAX, seen)
+    values_between("token_rewards", "alpha", call.alpha, 0.0, FP32_MAX)
 
 
-def _fake(class_logits, mask, values, suggested_length, alpha, cu_seqlens, expected):
-    shape = class_logits.shape[:-1]
-    return (class_logits.new_empty(shape, dtype=compute_dtype(class_logits)),
-            class_logits.new_empty(shape, dtype=torch.int64))
+def _fake(call: TokenRewardsCall) -> tuple[Tensor, Tensor]:
+    logits = call.class_logits
+    return (logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits)),
+            logits.new_empty(logits.shape[:-1], dtype=torch.int64))
 
 
-_fwd = _op.define(
-    "token_rewards_fwd(Tensor class_logits, Tensor? mask, Tensor[] values,"
-    " Tensor? suggested_length, Tensor alpha, Tensor? cu_seqlens, bool expected)"
-    " -> (Tensor, Tensor)",
-    reference.fwd, _fake, _check_values)
+_fwd = _op.define("token_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_values,
+                  record=TokenRewardsCall)
 
 
 @suggests
@@ -83,8 +80,8 @@ def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str
     if isinstance(suggested_length, Tensor) and suggested_length.dtype in LABELS:
         suggested_length = suggested_length.double()
     length = check.per_sequence("suggested_length", suggested_length, low=0.0, optional=True)
-    alpha = check.scalar("alpha", alpha, low=0.0)
+    penalty = check.scalar("alpha", alpha, low=0.0)
     worth = check.scalars("values", values, 3)
     with torch.no_grad():
-        return TokenRewards(*_fwd(class_logits, mask, worth, length, alpha, cu_seqlens,
-                                  mode == "expected"))
+        return TokenRewards(*_fwd(TokenRewardsCall(
+            class_logits, mask, worth, length, penalty, cu_seqlens, mode == "expected")))

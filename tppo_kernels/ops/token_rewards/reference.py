@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..._math.sequence import compute_dtype, on, select, spread, valid_mask
 
 
-def fwd(class_logits: Tensor, mask: Tensor | None, values: list[Tensor],
-        suggested_length: Tensor | None, alpha: Tensor, cu_seqlens: Tensor | None,
-        expected: bool) -> tuple[Tensor, Tensor]:
+class TokenRewardsCall(NamedTuple):
+    """The arguments of a raw call."""
+
+    class_logits: Tensor  # [B, T, 3], or packed [N, 3] with offsets
+    mask: Tensor | None  # [B, T] or [N] bool
+    values: list[Tensor]  # 3 of []
+    suggested_length: Tensor | None  # [] or [B]
+    alpha: Tensor  # []
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    expected: bool  # whether a reward is the expectation, not that of the best class
+
+
+def fwd(call: TokenRewardsCall) -> tuple[Tensor, Tensor]:
     """(rewards, category); see `tppo_kernels.token_rewards`."""
+    class_logits, mask, values, suggested_length, alpha, cu_seqlens, expected = call
     dtype = compute_dtype(class_logits)
     valid = valid_mask(class_logits[..., 0], mask)  # [B, T] or [N]
     logits = select(class_logits, valid[..., None], dtype)  # [B, T, 3] or [N, 3]

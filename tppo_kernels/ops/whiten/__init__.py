@@ -14,6 +14,7 @@ from ..._core.op import Op
 from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype
 from . import reference
+from .reference import WhitenCall, WhitenStats
 
 _op = Op("whiten", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
@@ -27,18 +28,17 @@ def sample_inputs() -> tuple[tuple, dict]:
     return (x, torch.rand(3, 17, generator=g) < 0.7), {}
 
 
-def _check_values(x, mask, moments, eps, unbiased, shift_mean) -> None:
-    values_between("whiten", "eps", eps, 0.0, FP32_MAX)
+def _check_values(call: WhitenCall) -> None:
+    values_between("whiten", "eps", call.eps, 0.0, FP32_MAX)
 
 
-_stats = _op.define(
-    "whiten_stats(Tensor x, Tensor? mask) -> Tensor", reference.stats,
-    lambda x, mask: x.new_empty(4, dtype=torch.float64))
-_fwd = _op.define(
-    "whiten_fwd(Tensor x, Tensor? mask, Tensor moments, Tensor eps, bool unbiased,"
-    " bool shift_mean) -> Tensor", reference.fwd,
-    lambda x, mask, moments, eps, unbiased, shift_mean: x.new_empty(
-        x.shape, dtype=compute_dtype(x)), _check_values)
+def _fake(call: WhitenCall) -> Tensor:
+    return call.x.new_empty(call.x.shape, dtype=compute_dtype(call.x))
+
+
+_stats = _op.define("whiten_stats -> Tensor", reference.stats,
+                    lambda call: call.x.new_empty(4, dtype=torch.float64), record=WhitenStats)
+_fwd = _op.define("whiten_fwd -> Tensor", reference.fwd, _fake, _check_values, record=WhitenCall)
 
 
 def check_group(check: Check, group: Any) -> None:
@@ -81,5 +81,5 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
     check.choice("shift_mean", shift_mean, (True, False))
     epsilon = check.scalar("eps", eps, low=0.0)
     check_group(check, group)
-    moments = over_group(_stats(x, mask), group)
-    return _fwd(x, mask, moments, epsilon, unbiased, shift_mean)
+    moments = over_group(_stats(WhitenStats(x, mask)), group)
+    return _fwd(WhitenCall(x, mask, moments, epsilon, unbiased, shift_mean))

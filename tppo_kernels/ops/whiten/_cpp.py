@@ -8,15 +8,17 @@ from torch import Tensor
 import tppo_kernels._C as _C
 
 from ..._kernels.memory import FP64, address
+from .reference import WhitenCall, WhitenStats
 
 
-def supports(x: Tensor, *_: object) -> str | None:
+def supports(call: WhitenStats | WhitenCall) -> str | None:
     """The reason for refusing, or None."""
-    return FP64 if x.dtype == torch.float64 else None
+    return FP64 if call.x.dtype == torch.float64 else None
 
 
-def stats(x: Tensor, mask: Tensor | None) -> Tensor:
+def stats(call: WhitenStats) -> Tensor:
     """(n, mean, M2, max|x|) of the valid tokens."""  # [4] fp64
+    x, mask = call
     values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
     moments = torch.empty(4, dtype=torch.float64, device=x.device)
     _C.whiten_stats(values.data_ptr(), address(valid), x.numel(), moments.data_ptr(),
@@ -24,9 +26,9 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     return moments
 
 
-def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: bool,
-        shift_mean: bool) -> Tensor:
+def fwd(call: WhitenCall) -> Tensor:
     """(x - mean) * rsqrt(var + eps), fp32, 0 where masked."""
+    x, mask, moments, eps, unbiased, shift_mean = call
     values, valid = x.float().contiguous(), None if mask is None else mask.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     _C.whiten_fwd(values.data_ptr(), address(valid), x.numel(), moments.contiguous().data_ptr(),

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ..._kernels.launch import launching_on, scalar
 from ..._kernels.memory import FP64
-from .reference import TINY
+from .reference import TINY, WhitenCall, WhitenStats
 
 BLOCK = 4096
 PROGRAMS = 1024  # at most; the same on every GPU, so that results are too
 _TINY = tl.constexpr(TINY)
 
 
-def supports(x: Tensor, *_: object) -> str | None:
+def supports(call: WhitenStats | WhitenCall) -> str | None:
     """The reason for refusing, or None."""
-    return FP64 if x.dtype == torch.float64 else None
+    return FP64 if call.x.dtype == torch.float64 else None
 
 
 @triton.jit
@@ -119,8 +119,9 @@ def _whiten_fwd_kernel(x_ptr, mask_ptr, moments_ptr, eps_ptr, eps, out_ptr, n, u
         tl.store(out_ptr + out_off, y, mask=out_off < n)
 
 
-def stats(x: Tensor, mask: Tensor | None) -> Tensor:
+def stats(call: WhitenStats) -> Tensor:
     """(n, mean, M2, max|x|) of the valid tokens."""  # [4] fp64
+    x, mask = call
     n = x.numel()
     if n == 0:
         return torch.zeros(4, dtype=torch.float64, device=x.device)
@@ -136,9 +137,9 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     return moments
 
 
-def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: bool,
-        shift_mean: bool) -> Tensor:
+def fwd(call: WhitenCall) -> Tensor:
     """(x - mean) * rsqrt(var + eps), fp32, 0 where masked."""
+    x, mask, moments, eps, unbiased, shift_mean = call
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     n = x.numel()
     if n == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,32 @@ from ..._math.sequence import compute_dtype, on, select
 TINY = 1e-6  # spread below this share of max|x| is rounding, not signal
 
 
-def stats(x: Tensor, mask: Tensor | None) -> Tensor:
+class WhitenStats(NamedTuple):
+    """The arguments of a raw call for the statistics; the tensors are of one shape."""
+
+    x: Tensor  # [...]
+    mask: Tensor | None  # [...] bool
+
+
+class WhitenCall(NamedTuple):
+    """The arguments of a raw call that whitens by given statistics."""
+
+    x: Tensor  # [...]
+    mask: Tensor | None  # [...] bool
+    moments: Tensor  # [4] fp64: n, mean, M2, max|x|
+    eps: Tensor  # []
+    unbiased: bool
+    shift_mean: bool
+
+
+def stats(call: WhitenStats) -> Tensor:
     """(n, mean, M2, max|x|) of the valid tokens in two passes.
 
     The second pass also corrects the rounding of the first: with m the rounded mean and
     d = x - m, the mean is m + sum(d)/n and M2 = sum(d^2) - sum(d)^2/n.
     """  # [4] fp64
-    x = select(x, mask, compute_dtype(x))
+    mask = call.mask
+    x = select(call.x, mask, compute_dtype(call.x))
     if x.numel() == 0:
         return torch.zeros(4, dtype=torch.float64, device=x.device)
     n = torch.full((), x.numel(), dtype=torch.float64, device=x.device)
@@ -38,9 +59,9 @@ def merge(parts: Tensor) -> Tensor:
     return torch.stack([total, common, spread, largest.max()])
 
 
-def fwd(x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, unbiased: bool,
-        shift_mean: bool) -> Tensor:
+def fwd(call: WhitenCall) -> Tensor:
     """(x - mean) * rsqrt(var + eps), and the mean again where it stays; 0 where masked."""
+    x, mask, moments, eps, unbiased, shift_mean = call
     dtype = compute_dtype(x)
     n, mean, m2, largest = moments.unbind()
     var = m2 / (n - int(unbiased)).clamp(min=1)
