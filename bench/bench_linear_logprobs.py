@@ -125,7 +125,7 @@ def shape_of(device: str, smoke: bool, dtype: torch.dtype, valid: float) -> tupl
 
 
 def case_of(name: str, device: str, smoke: bool, dtype: torch.dtype, valid: float, wrap: Callable,
-            judges: tuple[Callable, Callable], contenders: dict[str, Callable],
+            judges: tuple[Callable, Callable], contenders: dict[str, Callable], *,
             peers: dict[str, Callable] | None = None, factors: int = 6) -> Case:
     """One shape; every function is wrapped. judges: exact, and eager. factors: see `products`."""
     n, d, v = shape_of(device, smoke, dtype, valid)
@@ -157,7 +157,7 @@ def test_linear_logprobs(measure, device, smoke, dtype, valid):
     if dtype == torch.bfloat16 or (device == "cpu" and valid != GOAL):
         peers = _peers.collect(device, with_entropy(device))
     measure(case_of("", device, smoke, dtype, valid, with_backward, (exact, eager), contenders,
-                    peers))
+                    peers=peers))
 
 
 def with_entropy(device: str) -> dict[str, _peers.Builder]:
@@ -171,7 +171,7 @@ def test_forward(measure, device, smoke):
     dtype = half(device, smoke)
     measure(case_of(", forward", device, smoke, dtype, 1.0, lambda f: f, (in_fp64, eager),
                     {**with_budgets(device, op), "eager": eager},
-                    _peers.collect(device, with_entropy(device)), factors=2))
+                    peers=_peers.collect(device, with_entropy(device)), factors=2))
 
 
 @pytest.mark.parametrize("valid", (1.0, FEW))
@@ -193,5 +193,6 @@ def test_sum_of_logprobs(measure, device, smoke, valid):
                   for name, f in with_budgets(device, op).items()}
     measure(case_of(", sum of log-probs", device, smoke, half(device, smoke), valid, with_sum,
                     judges, {**contenders, "eager": judges[1]},
-                    _peers.collect(device, {"torch": _peers.torch_linear, "cce": _peers.cce,
-                                            _peers.liger_names(device)[1]: _peers.liger_ce})))
+                    peers=_peers.collect(device, {
+                        "torch": _peers.torch_linear, "cce": _peers.cce,
+                        _peers.liger_names(device)[1]: _peers.liger_ce})))

@@ -84,7 +84,7 @@ def with_backward(function: Callable, frozen: bool = False) -> Function:
 
 
 def case_of(name: str, device: str, smoke: bool, dtype: torch.dtype, valid: float,
-            by_sequence: bool, wrap: Callable, judges: tuple[Callable, Callable],
+            by_sequence: bool, wrap: Callable, judges: tuple[Callable, Callable], *,
             contenders: dict[str, Callable], peers: dict[str, Callable], factors: int = 6) -> Case:
     """One shape; every function is wrapped. judges: exact, and eager. factors: see `products`."""
     n, d, v = shape_of(device, smoke, dtype, valid)
@@ -107,8 +107,8 @@ def test_linear_ppo_loss(measure, device, smoke, dtype, valid, frozen):
     measure(case_of(
         ", frozen head" if frozen else "", device, smoke, dtype, valid, False,
         functools.partial(with_backward, frozen=frozen),
-        (functools.partial(by_logits, head=exact), by_logits), contenders, {},
-        4 if frozen else 6))
+        (functools.partial(by_logits, head=exact), by_logits), contenders=contenders,
+        peers={}, factors=4 if frozen else 6))
 
 
 @pytest.mark.parametrize("valid", (1.0, FEW))
@@ -123,4 +123,5 @@ def test_an_advantage_a_sequence(measure, device, smoke, valid):
         name: functools.partial(by_logits, head=head) for name, head in heads.items()}
     measure(case_of(", an advantage a sequence", device, smoke, half(device, smoke), valid, True,
                     with_backward,
-                    (functools.partial(by_logits, head=exact_alone), alone), contenders, peers))
+                    (functools.partial(by_logits, head=exact_alone), alone), contenders=contenders,
+                    peers=peers))

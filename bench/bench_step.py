@@ -244,7 +244,8 @@ def asked_for(name: str, device: str, shape: tuple[int, int, int], groups: int,
 
 @pytest.mark.parametrize("index", range(len(shapes("cpu"))))
 @pytest.mark.parametrize("size", range(2), ids=("small", "large"))
-def test_step(steps, shape_of, device, smoke, size, index, request, goals_only, journal):
+def test_step(steps, shape_of, device, smoke, size, index, request):
+    goals_only, journal = map(request.getfixturevalue, ("goals_only", "journal"))
     if size >= len(MODELS_OF[device]):
         pytest.skip("fewer models on this device")
     listed = shapes(device)

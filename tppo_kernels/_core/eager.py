@@ -15,6 +15,11 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.d
 _CONSTANTS: dict[float, Tensor] = {}
 
 
+def _plain(args: tuple | list) -> bool:
+    """Whether all are plain values, or lists of them."""
+    return all(type(x) in _PLAIN or type(x) is list and _plain(x) for x in args)
+
+
 def plain_device(args: tuple) -> str | None:
     """The device type of a call that the dispatcher would add nothing to, else None.
 
@@ -24,7 +29,7 @@ def plain_device(args: tuple) -> str | None:
     """
     if (is_compiling() or profiler._is_profiler_enabled or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None or _get_tracing_state() is not None
-            or not _PLAIN.issuperset(map(type, args))):
+            or not (_PLAIN.issuperset(map(type, args)) or _plain(args))):
         return None
     for x in args:
         if isinstance(x, Tensor):

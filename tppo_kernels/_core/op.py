@@ -79,7 +79,12 @@ class Op:
         def ready(device: str, call: tuple) -> Callable:
             if check_values and (device == "cpu" or variable("TPPO_CHECK") == "1"):
                 _given(check_values, call)
-            return self.choose(device, call, entry, reference)
+            function = self.choose(device, call, entry, reference)
+            return function if record else lambda args: function(*args)
+
+        def kernel(device: str, args: tuple) -> Any:
+            given = of(args)
+            return ready(device, given)(given)
 
         def call(given: tuple) -> Any:
             args = flat(given)
@@ -90,15 +95,14 @@ class Op:
             graded = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # the context manager costs several times as much
             try:
-                return _given(ready(device, given), given)
+                return ready(device, given)(given)
             finally:
                 torch._C._set_grad_enabled(graded)
 
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIB.impl(raw, lambda *args: _given(reference, of(args)), "CompositeExplicitAutograd")
         for device in ("cpu", "cuda"):
-            _LIB.impl(raw, lambda *args, _device=device: _given(ready(_device, of(args)), of(args)),
-                      device.upper())
+            _LIB.impl(raw, lambda *args, _device=device: kernel(_device, args), device.upper())
         torch.library.register_fake(f"tppo_kernels::{raw}", lambda *args: _given(fake, of(args)),
                                     lib=_LIB)
         dispatched = getattr(torch.ops.tppo_kernels, raw).default

@@ -64,7 +64,8 @@ def composed(gae: Callable[[GaeCall], tuple[Tensor, Tensor]],
             trained = call.train_mask if mask is None else call.train_mask & mask
             moments = statistics(WhitenStats(advantages, trained))
         if call.whitened:
-            advantages = whiten(WhitenAdvantages(advantages, trained, moments, call.unbiased))
+            advantages = whitening(WhitenCall(advantages, trained, moments, constant(EPS),
+                                              call.unbiased, True))
         return advantages, returns, rewards, stats, n.long(), moments
 
     return fwd, whiten
