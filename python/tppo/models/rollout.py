@@ -15,15 +15,17 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tppo.models.batch import pad
 from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
-from tppo.progress import track
+from tppo.progress import say_once, track
 
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
 _CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
+_COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied to its rows
 
 
 @dataclass(frozen=True)
@@ -129,20 +131,27 @@ class HFRollout:
     def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
         """Keys and values of every prompt but its last token, computed once a distinct prompt.
 
-        None where there is nothing to share, or the model keeps more than keys and values.
+        None where there is nothing to share, or the model keeps more than keys and values: then
+        every row is prefilled from here on, which is said once.
         """
         place: dict[tuple[int, ...], int] = {}
         rows = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
         if self.prefix == "dense" or len(place) == len(prompts) or max(map(len, prompts)) == 1:
             return None
         batch = pad([p[:-1] for p in place], [[] for _ in place], self.pad_id, self.model.device)
-        cache = self.model.base_model(
+        output = self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=True,
-        )[_CACHE]
-        if type(cache) is not DynamicCache:
+        )
+        cache = output.get(_CACHE)
+        if type(cache) is not DynamicCache or not {type(x) for x in cache.layers} <= _COPIED:
+            self.prefix = "dense"
+            say_once(
+                f"{type(self.model).__name__} remembers a prompt by more than keys and values "
+                "(a hybrid or recurrent model): it is read again for each of its answers"
+            )
             return None
         cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
         return cache
