@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from _families import tiny
 from _processes import two_processes
-from _weights import enlarged
 from torch import nn
 
 import tppo_kernels as tk
@@ -11,30 +11,7 @@ from tppo_kernels.models.lm_head import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 
-COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-              num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
-              bos_token_id=1, eos_token_id=2)
-EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-               shared_expert_intermediate_size=16)
-GPT = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-OWN = {
-    "gpt2": {**GPT, **NO_DROPOUT}, "gptj": {**GPT, "rotary_dim": 4},
-    "gpt_neo": dict(vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, bos_token_id=1,
-                    eos_token_id=2, attention_types=[[["global", "local"], 1]]),
-    "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 16},
-    "cohere": {**COMMON, "logit_scale": 0.3}, "granite": {**COMMON, "logits_scaling": 4.0},
-    "gemma2": {**COMMON, "final_logit_softcapping": 0.4},
-    **{name: {**COMMON, **EXPERTS} for name in ("mixtral", "qwen2_moe", "qwen3_moe")}}
 MAIN = ("llama", "qwen2", "qwen3", "gemma2", "cohere", "granite", "gpt2", "gpt_neox", "phi")
-
-
-def tiny(family, **more):
-    """A random model with large weights, so that a forgotten softcap, scale or context shows."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**OWN.get(family, COMMON), **more})
-    return enlarged(transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
 def rows():

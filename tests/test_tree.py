@@ -27,9 +27,10 @@ SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "l
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench",
        "docs", "examples"}
-SHARED_TESTS = {"conftest.py", "_linear_cases.py", "_loss_cases.py", "_matrix.py", "_processes.py",
-                "_weights.py", "test_tree.py", "test_op.py", "test_check.py", "test_compile.py",
-                "test_packaging.py", "test_testing.py", "test_align.py", "test_bench.py",
+SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.py",
+                "_matrix.py", "_processes.py", "_weights.py", "test_tree.py", "test_op.py",
+                "test_check.py", "test_compile.py", "test_packaging.py", "test_testing.py",
+                "test_align.py", "test_bench.py",
                 "test_prefix.py", "test_lm_head.py", "test_aot.py", "test_host_cost.py",
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
                 "test_hops.py", "fuzz_gradients.py", "test_fuzz_gradients.py", "test_rooms.py"}

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     GenerationConfig,
     PreTrainedModel,
 )
 
 from tppo.models.config import DType
 from tppo.models.hub import GGUF
+from tppo.models.token_classifier import token_classifier
 
 GENERATION_CONFIG = "generation_config.json"
 HALF = (torch.float16, torch.bfloat16)
@@ -70,11 +70,13 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A three-class token classifier from a local folder; a causal LM's trunk is taken over.
 
+    Of every causal family, see `token_classifier`.
     new_head: a head of other than three classes is replaced too, instead of an error.
     The rest is as in `load_policy`.
     """
-    auto, options = AutoModelForTokenClassification, {"num_labels": 3}
-    return _load(auto, path, device, dtype, pickles, ignore_mismatched_sizes=new_head, **options)
+    auto = token_classifier(load_from(AutoConfig, path))
+    options = {"num_labels": 3, "ignore_mismatched_sizes": new_head}
+    return _load(auto, path, device, dtype, pickles, **options)
 
 
 def _load(

@@ -21,6 +21,7 @@ import tppo_kernels as tk
 from tppo.models.batch import Batch
 from tppo.models.config import DType, ScratchConfig
 from tppo.models.load import load_policy
+from tppo.models.token_classifier import state_size
 
 
 def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -56,7 +57,7 @@ class Critic(nn.Module):
     def from_policy(cls, path: str | Path, device: torch.device, dtype: DType = "auto") -> Critic:
         """The critic that starts from the causal LM in `path`; its head is in float32."""
         model = load_policy(path, device, dtype)
-        return cls(model.base_model, model.config.hidden_size).to(device).eval()
+        return cls(model.base_model, state_size(model.config)).to(device).eval()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Values before each response token [B, T], and after the last one [B]."""
