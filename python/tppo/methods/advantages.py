@@ -6,12 +6,13 @@ An advantage is any callable that fits `Advantage`; `ADVANTAGES` holds those tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tppo_kernels as tk
 from tppo.methods.config import PPOConfig
@@ -100,6 +101,140 @@ class GAE:
         return TokenAdvantages(found.advantages, found.returns)
 
 
+@dataclass(frozen=True)
+class GRPO:
+    """Group relative advantages (Shao et al. 2024, DeepSeekMath, section 4.1), without a critic.
+
+        G_it = sum_{k>=t} gamma^(k-t) (r_ik - kl_coef (old_ik - ref_ik))     KL where `masks.kl`
+        A_it = (G_it - mean_j G_jt) / (std + eps)
+        std^2 = 1 / (n - 1) sum_j (mean_t (G_jt - mean_i G_it)^2)
+
+    over the n responses j of one prompt.  A response that has ended counts in mean_j G_jt with its
+    last token's G.  Where the reward is paid at the last token, gamma is 1 and KL costs nothing,
+    G_jt is the total of response j at every token, and A is the paper's with outcome supervision.
+    Its process supervision normalises the rewards instead, and sums afterwards.  The paper has KL
+    as a term of the loss; here it is a part of the reward, as in GAE.
+
+    normalize: divide by the deviation; without it this is the advantage of Dr. GRPO (Liu et al.
+    2025).  Where all responses are paid alike, advantages are 0.
+    """
+
+    kl_coef: float
+    gamma: float = 1.0
+    normalize: bool = True
+    eps: float = 1e-4
+    needs_critic = False
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        masks: Masks,
+        old: Tensor,
+        ref: Tensor,
+        groups: Sequence[int],
+        bootstrap: Tensor | None = None,
+    ) -> TokenAdvantages:
+        """Advantages.  Errors: ValueError where a prompt has one response alone."""
+        group = _Groups(groups, masks.action)
+        to_go = rewards_to_go(rewards, masks, old, ref, self.kl_coef, self.gamma)  # [B, T]
+        off = torch.where(masks.action, to_go - group.mean(to_go), 0.0)  # [B, T]
+        if not self.normalize:
+            return TokenAdvantages(off)
+        squares = off.square().sum(1, keepdim=True) / group.lengths  # [B, 1]
+        variance = group.sum(squares) / (group.sizes - 1)  # [B, 1]
+        return TokenAdvantages(off / (variance.sqrt() + self.eps))
+
+
+@dataclass(frozen=True)
+class RLOO:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 7), without a critic.
+
+        G_it = sum_{k>=t} gamma^(k-t) (r_ik - kl_coef (old_ik - ref_ik))     KL where `masks.kl`
+        A_it = G_it - 1 / (n - 1) sum_{j != i} G_jt
+
+    over the n responses j of one prompt; one that has ended counts with its last token's G.  The
+    baseline of a response holds nothing of itself, so that the gradient is unbiased.  Where the
+    reward is paid at the last token, gamma is 1 and KL costs nothing, A is the paper's, the same at
+    every token of a response.  As in the paper, KL is a part of the reward.
+    """
+
+    kl_coef: float
+    gamma: float = 1.0
+    needs_critic = False
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        masks: Masks,
+        old: Tensor,
+        ref: Tensor,
+        groups: Sequence[int],
+        bootstrap: Tensor | None = None,
+    ) -> TokenAdvantages:
+        """Advantages.  Errors: ValueError where a prompt has one response alone."""
+        group = _Groups(groups, masks.action)
+        to_go = rewards_to_go(rewards, masks, old, ref, self.kl_coef, self.gamma)  # [B, T]
+        # G_i - (n mean - G_i) / (n - 1) = n / (n - 1) (G_i - mean)
+        off = (to_go - group.mean(to_go)) * (group.sizes / (group.sizes - 1))  # [B, T]
+        return TokenAdvantages(torch.where(masks.action, off, 0.0))
+
+
+def rewards_to_go(
+    rewards: Tensor, masks: Masks, old: Tensor, ref: Tensor, kl_coef: float, gamma: float
+) -> Tensor:
+    """G_t = sum_{k>=t} gamma^(k-t) (r_k - kl_coef (old_k - ref_k)), KL where `masks.kl`, [B, T].
+
+    It is GAE with values of 0 and lambda 1.
+    """
+    return tk.token_advantages(
+        rewards,
+        torch.zeros_like(rewards),
+        masks.action,
+        logprobs=old,
+        ref_logprobs=torch.where(masks.kl, ref, old),
+        kl_coef=kl_coef,
+        gamma=gamma,
+        lam=1.0,
+        normalize=False,
+    ).advantages
+
+
+class _Groups:
+    """The responses of a step by their prompts.
+
+    Sums are products with the matrix of who belongs where, which a GPU adds up in the same order
+    every time, and in double precision.
+    """
+
+    def __init__(self, groups: Sequence[int], action: Tensor):
+        sizes = Counter(groups)
+        if min(sizes.values()) < 2:
+            raise ValueError(
+                "a prompt has one response alone, expected at least two to compare: "
+                "--ppo.responses-per-prompt 2 or more"
+            )
+        self.action = action  # [B, T]
+        self.lengths = action.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+        place = {group: k for k, group in enumerate(sizes)}
+        self.index = torch.tensor([place[group] for group in groups], device=action.device)  # [B]
+        self.member = nn.functional.one_hot(self.index, len(sizes)).double()  # [B, prompts]
+        self.sizes = self.member.sum(0)[self.index, None].float()  # [B, 1]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the group of each row, for each of them: [B, ...] as x."""
+        return (self.member.T @ x.double())[self.index].to(x.dtype)
+
+    def mean(self, to_go: Tensor) -> Tensor:
+        """The mean over the group at each position, [B, T]; a row that has ended keeps its last."""
+        places = torch.arange(to_go.shape[1], device=to_go.device)  # [T]
+        held = to_go.gather(1, torch.minimum(places, self.lengths - 1))  # [B, T]
+        return self.sum(held) / self.sizes
+
+
 ADVANTAGES: dict[str, Callable[[PPOConfig], Advantage]] = {
     "gae": lambda config: GAE(config.kl_coef, config.gamma, config.lam, config.normalize),
+    "grpo": lambda config: GRPO(config.kl_coef, config.gamma, config.normalize),
+    "rloo": lambda config: RLOO(config.kl_coef, config.gamma),
 }

@@ -93,7 +93,10 @@ class PPOConfig:
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
     critic_lr: Positive | None = None
     """By default 1e-3 from scratch, 1e-5 with --model."""
-    advantage: Literal["gae"] = "gae"
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    """gae trains a critic.  grpo and rloo train none, and none is loaded: they compare the
+    responses of one prompt, of which they need at least two (responses_per_prompt), and do not use
+    lam, critic_lr, value_clip and bootstrap_truncated."""
     gamma: Share = 1.0
     lam: Share = 0.95
     clip: Positive = 0.2
@@ -110,7 +113,8 @@ class PPOConfig:
     bootstrap_truncated: bool | None = None
     """Bootstrap cut answers from the critic; by default only without the length penalty."""
     normalize: bool = True
-    """Whiten the advantages."""
+    """Whiten the advantages (gae), or divide them by the deviation within their prompt's responses
+    (grpo); rloo does neither."""
     grad_norm: Positive = 1.0
     verify_prefix: bool = False
     """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
@@ -125,3 +129,10 @@ class PPOConfig:
     """PPO steps between two checkpoints."""
     without_signal: bool = False
     """Go on where there is nothing to learn from: labels of one class, a policy that stays put."""
+
+    def __post_init__(self) -> None:
+        if self.advantage != "gae" and self.responses_per_prompt < 2:
+            raise ValueError(
+                f"responses_per_prompt was 1, expected at least 2 with advantage {self.advantage}, "
+                "which compares the responses of one prompt: --ppo.responses-per-prompt 8"
+            )

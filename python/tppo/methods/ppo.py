@@ -39,7 +39,7 @@ from tppo.methods.guards import (
 )
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch, assembled, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import check_figures, check_step, check_weights
 from tppo.models.parallel import ALONE, World
@@ -134,17 +134,28 @@ class PPO:
         found = {**self.models._asdict(), "reward": self.reward}
         return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
-    def sample(self, prompts: Sequence[Sequence[int]]) -> RolloutBatch:
-        """One response a row; each process samples those of its prompts, from a seed of its own."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> RolloutBatch:
+        """One response a row; each process samples those of its prompts, from a seed of its own.
+
+        prefixes: forced beginnings, one a row, which the policy is not trained on.
+        """
         size, world = self.config.responses_per_prompt, self.world
         mine = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
         seed = step_seed(self.seed, self.step_count, world.rank)
+        forced = () if prefixes is None else ([prefixes[i] for i in mine],)
         sampled = self.rollout.generate([prompts[i] for i in mine],
-                                        replace(self.sampling, seed=seed))  # fmt: skip
-        rows = {i: row for part in world.exchanged((mine, sampled.response_ids, sampled.finish))
-                for i, *row in zip(*part, strict=True)}  # fmt: skip
-        responses, finish = zip(*(rows[i] for i in range(len(prompts))), strict=True)
-        return RolloutBatch([[*p] for p in prompts], list(responses), None, list(finish))
+                                        replace(self.sampling, seed=seed), *forced)  # fmt: skip
+        own = (mine, sampled.response_ids, sampled.finish, sampled.author or [[]] * len(mine))
+        rows = {i: row for part in world.exchanged(own) for i, *row in zip(*part, strict=True)}
+        responses, finish, author = zip(*(rows[i] for i in range(len(prompts))), strict=True)
+        return RolloutBatch(
+            [[*p] for p in prompts], list(responses), None, list(finish),
+            None if prefixes is None else list(author),
+        )  # fmt: skip
 
     def answers(self, questions: Questions, rollout: RolloutBatch) -> Answers:
         """What the reward may look at: the rollout's responses to these questions."""
@@ -167,7 +178,7 @@ class PPO:
         device = self.models.policy.device
         batch = Batch(rollout.prompt_ids, rollout.response_ids, self.pad_id, device, self.prefix)
         read = self._read(batch, answers)
-        masks = self.masks(batch, read.category)
+        masks = self.masks(batch, read.category, rollout.author)
         bootstrap = None if read.after is None else self.bootstrap(rollout.finish, read.after)
         found = self.advantage(
             read.rewards, read.values, masks, read.old, read.ref, answers.groups, bootstrap
@@ -194,7 +205,7 @@ class PPO:
             advantages=found.advantages,
             returns=found.returns,
         )
-        return experience, self._rollout_metrics(rollout, read)
+        return experience, self._rollout_metrics(rollout, read, masks.kl)
 
     def _read(self, batch: Batch, answers: Answers) -> Reading:
         """Each process reads its share of the responses with every model, and rates it."""
@@ -290,17 +301,30 @@ class PPO:
         (policy_loss.loss + value_loss.loss).backward()
         return Losses(*figures, value_loss.loss.detach(), value_loss.metrics)
 
-    def masks(self, batch: Batch, category: Tensor | None) -> Masks:
-        """Every sampled token is trained, in policy and critic, and pays KL.
+    def masks(
+        self,
+        batch: Batch,
+        category: Tensor | None,
+        author: Sequence[Sequence[bool]] | None = None,
+    ) -> Masks:
+        """What the learner wrote is trained, in policy and critic, and pays KL.
 
-        The paper read literally (`train_on_unlabelled` False): of the policy only tokens of class 1
-        or 2, and EOS.
+        A forced token is a step of the MDP, and no more: its reward counts in the returns before
+        it.  The paper read literally (`train_on_unlabelled` False): of the policy only tokens of
+        class 1 or 2, and EOS.
         """
-        policy = batch.mask
+        own = batch.mask
+        if author is not None:
+            lengths = [*map(len, author)], [*map(len, batch.response_ids)]
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"author had rows of {lengths[0]}, expected one entry a response "
+                                 f"token, {lengths[1]}")  # fmt: skip
+            own = pad_rows(author, batch.mask)  # [B, T]
+        policy = own
         if not self.config.train_on_unlabelled and category is not None:
             ends = torch.isin(batch.targets, batch.targets.new_tensor(self.eos_ids))  # [B, T]
-            policy = batch.mask & ((category > 0) | ends)
-        return Masks(action=batch.mask, policy=policy, critic=batch.mask, kl=batch.mask)
+            policy = own & ((category > 0) | ends)
+        return Masks(action=batch.mask, policy=policy, critic=own, kl=own)
 
     def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
         """V after the last token of cut responses, 0 elsewhere, [B].
@@ -314,13 +338,18 @@ class PPO:
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
         return torch.where(cut, after, torch.zeros_like(after))
 
-    def _rollout_metrics(self, rollout: RolloutBatch, read: Reading) -> dict[str, float]:
-        """TRL's names for figures of a rollout: sums over a response, means over responses."""
-        kl = (read.old - read.ref).sum(1).mean().item()
+    def _rollout_metrics(
+        self, rollout: RolloutBatch, read: Reading, own: Tensor
+    ) -> dict[str, float]:
+        """TRL's names for figures of a rollout: sums over a response, means over responses.
+
+        own: the tokens that pay KL, [B, T]: those that were drawn from the policy.
+        """
+        kl = torch.where(own, read.old - read.ref, 0.0).sum(1).mean().item()
         score = read.rewards.sum(1)  # [B]
         return {
             "objective/kl": kl,
-            "objective/entropy": -read.old.sum(1).mean().item(),
+            "objective/entropy": -torch.where(own, read.old, 0.0).sum(1).mean().item(),
             "objective/non_score_reward": -self.config.kl_coef * kl,
             "objective/rlhf_reward": score.mean().item() - self.config.kl_coef * kl,
             "objective/scores": score.mean().item(),

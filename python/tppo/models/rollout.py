@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import NamedTuple, Protocol
 
@@ -44,13 +44,26 @@ class RolloutBatch(NamedTuple):
     response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
     logprobs: list[list[float]] | None
     finish: list[str]  # "eos", or "length" where the response was cut
+    author: list[list[bool]] | None = None
+    """True at response tokens that the learner wrote, False at those that were forced; None: it
+    wrote all of them."""
 
 
 class Rollout(Protocol):
     """An engine that samples responses."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> RolloutBatch:
-        """One response a prompt."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> RolloutBatch:
+        """One response a prompt.
+
+        prefixes: forced beginnings of the responses, one a prompt, [] for none.  They are part of
+        `response_ids` and of `max_new_tokens`, and have no author; one that ends in an EOS is the
+        whole response.
+        """
         ...
 
 
@@ -79,9 +92,60 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str = "generate"
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        description: str = "generate",
     ) -> RolloutBatch:
-        """One response a row, a function of the weights, the prompts and `sampling` alone."""
+        """One response a row, a function of the weights and the arguments alone.
+
+        Prefixes that are all empty change no draw.
+        Errors: ValueError naming the row whose prefix is longer than `sampling.max_new_tokens`, or
+        goes on behind an EOS.
+        """
+        if prefixes is None:
+            responses = self._continue(prompts, sampling, description)
+            author = None
+        else:
+            check_prefixes(prefixes, len(prompts), sampling.max_new_tokens, self.eos_ids)
+            responses = self._behind(prompts, prefixes, sampling, description)
+            author = [[t >= len(prefix) for t in range(len(row))]
+                      for prefix, row in zip(prefixes, responses, strict=True)]  # fmt: skip
+        finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
+        return RolloutBatch([[*p] for p in prompts], responses, None, finish, author)
+
+    def _behind(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        description: str,
+    ) -> list[list[int]]:
+        """The prefixes, and what the model writes behind those that have not ended.
+
+        All of them may get as many tokens as the shortest prefix leaves; the others are cut.
+        """
+        responses = [[*prefix] for prefix in prefixes]
+        cap, ends = sampling.max_new_tokens, set(self.eos_ids)
+        open_rows = [i for i, row in enumerate(responses)
+                     if len(row) < cap and not ends.intersection(row)]  # fmt: skip
+        if not open_rows:
+            return responses
+        longest = max(cap - len(responses[i]) for i in open_rows)
+        written = self._continue(
+            [[*prompts[i], *prefixes[i]] for i in open_rows],
+            replace(sampling, max_new_tokens=longest),
+            description,
+        )
+        for i, row in zip(open_rows, written, strict=True):
+            responses[i] += row[: cap - len(responses[i])]
+        return responses
+
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str
+    ) -> list[list[int]]:
+        """What the model writes behind each row, up to an EOS or the cap."""
         place: dict[tuple[int, ...], int] = {}
         first = [place.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), first[i]))
@@ -94,8 +158,7 @@ class HFRollout:
                 rows = self._sample([prompts[i] for i in chunk], sampling)
                 for i, row in zip(chunk, rows, strict=True):
                     responses[i] = row
-        finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
-        return RolloutBatch([[*p] for p in prompts], responses, None, finish)
+        return responses
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
@@ -155,6 +218,29 @@ class HFRollout:
             return None
         cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
         return cache
+
+
+def check_prefixes(
+    prefixes: Sequence[Sequence[int]], rows: int, cap: int, eos_ids: Sequence[int]
+) -> None:
+    """Forced beginnings fit the rows and the cap, and none goes on behind an EOS.
+
+    Errors: ValueError naming the first that does not.
+    """
+    if len(prefixes) != rows:
+        raise ValueError(f"prefixes had {len(prefixes)} rows, expected one a prompt, {rows}")
+    for i, prefix in enumerate(prefixes):
+        if len(prefix) > cap:
+            raise ValueError(
+                f"the prefix of row {i} had {len(prefix)} tokens, expected at most max_new_tokens, "
+                f"{cap}, which counts them"
+            )
+        end = next((t for t, token in enumerate(prefix, 1) if token in eos_ids), len(prefix))
+        if end < len(prefix):
+            raise ValueError(
+                f"the prefix of row {i} had an EOS ({prefix[end - 1]}) at token {end - 1} of "
+                f"{len(prefix)}, expected none but at its end"
+            )
 
 
 def _until(row: list[int], eos_ids: Sequence[int]) -> list[int]:
