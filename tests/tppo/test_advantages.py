@@ -14,7 +14,8 @@ from tppo.methods.config import PPOConfig
 from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
 from tppo.models.batch import Batch
-from tppo.models.policy import Critic, load_policy
+from tppo.models.load import load_policy
+from tppo.models.policy import Critic
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 from tppo.rewards import Answers, Questions, TokenReward
 from tppo.rewards.terminal import TerminalReward
