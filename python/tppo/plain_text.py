@@ -80,8 +80,10 @@ class PlainText:
 
     def chat(self, messages: Sequence[Mapping[str, str]], render: Callable[..., Any]) -> list[int]:
         """Token ids of the chat template around messages, up to the answer; see `message`."""
-        marked = [{**message, "content": _replaced(message["content"], self._stand_ins)}
-                  for message in messages]  # fmt: skip
+        marked = [
+            {key: _replaced(value, self._stand_ins) for key, value in message.items()}
+            for message in messages
+        ]
         rendered = render(marked, add_generation_prompt=True, tokenize=False)
         return self.ids(_replaced(rendered, self._back))
 
@@ -121,9 +123,11 @@ def _renamed(text: str, names: dict[str, str]) -> dict[str, Any]:
     return copy
 
 
-def _replaced(text: str, new: dict[str, str]) -> str:
-    """The text with every key of `new` replaced, the longest where several begin."""
-    if not new:
+def _replaced(text: Any, new: dict[str, str]) -> Any:
+    """The text with every key of `new` replaced, the longest where several begin; what is no text
+    as it is.
+    """
+    if not new or not isinstance(text, str):
         return text
     pattern = "|".join(map(re.escape, sorted(new, key=len, reverse=True)))
     return re.sub(pattern, lambda found: new[found[0]], text)

@@ -19,6 +19,7 @@ from tppo.errors import DataError, short
 from tppo.labels.queries import distinct_queries, has_format, parse_answer
 from tppo.labels.rule import label_by_rule, relevance_share
 from tppo.labels.shares import Z, wilson
+from tppo.plain_text import plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +163,7 @@ def written(
     from tppo.rewards import Answers
 
     end = tokenizer.eos_token_id
-    ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+    ids = [[*plain_text(tokenizer).ids(text), end] for text in texts]
     answers = Answers(prompts, ids, columns, tokenizer, [end], range(len(texts)))
     vars(answers)["texts"] = list(texts)  # not every tokenizer gives back what it has encoded
     return answers
