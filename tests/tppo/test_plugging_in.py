@@ -1,9 +1,16 @@
 """A stranger's reward, advantage, judge and stage: defined here, run without patching anything."""
 
+import json
+from dataclasses import replace
+
 import torch
 from test_door import CONFIG, PROMPTS, SHORT, model  # noqa: F401  # a fixture
 
 import tppo
+from tppo.config import Config
+from tppo.sessions.config import SessionsConfig
+from tppo.stages.registry import REGISTRY, TRAIN_SESSIONS, Artifact, Stage, register
+from tppo.stages.run import Run
 
 
 class EveryToken:
@@ -59,3 +66,27 @@ def test_a_reward_an_advantage_and_a_judge_from_outside(model, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "held-out shortness" in said and "(by brevity)" in said
     assert "EveryToken" in report["reward"]
+
+
+USERS = Artifact("users/users.json", "the users of the training sessions")
+
+
+def list_users(run):
+    with run.stage("users") as out:
+        users = sorted({session.user for session in run.sessions("train")})
+        (out / USERS.name).write_text(json.dumps(users))
+
+
+def test_a_stage_from_outside(tmp_path):
+    sessions = SessionsConfig(train_users=5, heldout_users=2, test_users=2, transfer_users=2)
+    run = Run(tmp_path / "out", Config(sessions=sessions))
+    register(Stage("users", list_users, "who is trained on", (TRAIN_SESSIONS,), (USERS,)))
+    try:
+        run.perform("data")
+        run.perform("users")
+        assert run.done("users") and len(json.loads(run.path(USERS).read_text())) == 5
+        run = Run(run.out, Config(sessions=replace(sessions, train_users=6)))
+        run.perform("data")
+        assert not run.done("users")  # what it reads is another
+    finally:
+        del REGISTRY["users"]

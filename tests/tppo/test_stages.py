@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import tppo
 from tppo.cli import main
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
+from tppo.evaluation.judge import CallableJudge
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
 from tppo.models.config import GenerateConfig, ScratchConfig
 from tppo.sessions.config import SessionsConfig
@@ -338,3 +340,32 @@ def test_the_path_of_an_artifact_stands_once():
         text = f'"{artifact.path}"'
         where = [file for file, source in sources.items() for _ in range(source.count(text))]
         assert where == ["stages/registry.py"], artifact
+
+
+def letters(completions):
+    """A judge's verdict: the share of letters."""
+    return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in completions]
+
+
+def test_another_judge_keeps_the_weights_and_fills_the_table(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made[0].out, out)
+    run = Run(out, CONFIG, judged_by=CallableJudge(letters, "letters"))
+    assert [name for name in REGISTRY if not run.done(name)] == ["train", "eval"]
+    run.perform("train")
+    assert "ppo: kept step 1, held-out score 0." in (said := capsys.readouterr().err), said
+    assert "(by letters)" in said
+    row = json.loads((out / "train/metrics.jsonl").read_text())
+    assert {"heldout/score", "heldout/kl", "reward/rule"} <= set(row)
+    assert "heldout/format" not in row and "heldout/relevance" not in row
+    run.perform("eval")
+    assert "score: judged by letters (not by the rule, which" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    result = read_json(out / "result.json")
+    assert result["test"]["judge"] == "letters" and 0 < result["tppo"]["score"] < 1
+    assert "relevance" not in result["tppo"] and "chrf" in result["tppo"]
+    strict = replace(CONFIG, ppo=replace(CONFIG.ppo, max_kl=0.0, lr=0.1))
+    replace(run, config=strict).perform("train")  # far away from SFT
+    said = capsys.readouterr().err
+    assert "WARNING: no step had held-out KL <= 0; the last one is kept" in said

@@ -75,6 +75,8 @@ class Given:
     """Whether sessions are read from a log of the user."""
     from_model: bool
     """Whether SFT starts from a model of the user."""
+    judge: str | None = None
+    """The name of a judge in place of the rule."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Stage:
     """One stage; a stage that is not registered does not exist.
 
     settings: names of those that change its result: `ppo.lr` is one, `ppo` a section, `-ppo.lr` the
-    section without it, "rule" the edition of the rule's verdicts.  A setting that decides how fast,
+    section without it, "rule" the edition of the rule's verdicts, "judge" the name of a judge in
+    place of the rule, if there is one.  A setting that decides how fast,
     how often or whether at all something happens, but not what comes of it, is not among them:
     changing it repeats no stage.
     An own output among the inputs is of rounds before; the first round has none.
@@ -118,7 +121,7 @@ class Stage:
     def dependencies(self, given: Given) -> dict[str, Any]:
         """The settings that the result depends on, by name."""
         names = self.settings(given) if callable(self.settings) else self.settings
-        return _chosen(given.config, names)
+        return _chosen(given, names)
 
 
 REGISTRY: dict[str, Stage] = {}
@@ -182,14 +185,16 @@ def _resolved(function: Any) -> Any:
     return attrgetter(name)(import_module(module))
 
 
-def _chosen(config: Config, names: Iterable[str]) -> dict[str, Any]:
+def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         if name.startswith("-"):
             section, _, key = name.removeprefix("-").rpartition(".")
             del found[section][key]
+        elif name == "judge":
+            found |= {} if given.judge is None else {name: given.judge}
         else:
-            found[name] = RULE if name == "rule" else plain(attrgetter(name)(config))
+            found[name] = RULE if name == "rule" else plain(attrgetter(name)(given.config))
     return found
 
 
@@ -319,6 +324,7 @@ register(Stage(
     settings=(
         "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
         "-ppo.checkpoint_every", "-ppo.verify_prefix", "-ppo.without_signal", "rule",
+        "judge",
     ),
     lost="no step of this process is lost",
     in_run=True,
@@ -334,6 +340,7 @@ register(Stage(
     settings=(
         "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
         "sft.max_tokens", *_SAMPLING, "label.sentence_threshold", "eval.temperatures", "rule",
+        "judge",
     ),
     in_run=True,
 ))  # fmt: skip

@@ -58,6 +58,9 @@ class Run:
     model: Path | None = None
     device_name: str = "auto"
     round: int = 1
+    judged_by: Judge | None = None
+    """In place of the rule, in the closing table and where PPO keeps its best weights.  Manifests
+    know it by its name: what judges otherwise is called otherwise."""
     _running: list[tuple[Stage, int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -304,7 +307,8 @@ class Run:
         return stage if self.round == 1 else f"{stage}-{self.round}"
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        given = Given(self.config, self.data is not None, self.model is not None)
+        judge = None if self.judged_by is None else self.judged_by.name
+        given = Given(self.config, self.data is not None, self.model is not None, judge)
         found = REGISTRY[stage].dependencies(given)
         return found if self.round == 1 else found | {"round": self.round}
 
@@ -353,7 +357,7 @@ class Run:
     @property
     def judge(self) -> Judge:
         """Who judges the answers of the closing table and of the step that PPO keeps."""
-        return RuleJudge(self.config.label.sentence_threshold)
+        return self.judged_by or RuleJudge(self.config.label.sentence_threshold)
 
     @property
     def max_new_tokens(self) -> int:
