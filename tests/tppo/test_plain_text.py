@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from tokenizers import (
@@ -16,13 +17,14 @@ from tokenizers import (
 )
 from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
+from tppo.errors import DataError
 from tppo.labels.endpoint.prompt import BadAnswer, parse
 from tppo.labels.queries import has_format, parse_answer
 from tppo.models.own_tokens import OwnTokens
 from tppo.models.tokenizer import decode, token_offsets, train_tokenizer
 from tppo.plain_text import plain_text
 from tppo.sessions.config import SessionsConfig
-from tppo.sessions.prompts import encode_answer, encode_prompt, prompt_text
+from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.session import Event, Session, read_sessions
 from tppo.sessions.synthetic import generate_sessions
 
@@ -230,6 +232,17 @@ def test_a_changed_tokenizer_is_read_anew():
     tokenizer.eos_token = "boots"
     assert "boots" in plain_text(tokenizer).control
     assert decode(tokenizer, plain_text(tokenizer).ids("boots")) == "boots"
+
+
+def test_an_end_that_is_an_ordinary_word_is_refused_where_a_query_has_it():
+    """It is in the model's generation config alone: the tokenizer takes it for a word."""
+    tokenizer = train_tokenizer(TAUGHT, 600)
+    (word,) = plain_text(tokenizer).ids("ing")
+    ends = [tokenizer.eos_token_id, word]
+    check_ends(tokenizer, ends, [session("boots"), session("hiking")])
+    with pytest.raises(DataError, match="session 't'.*'ing', which would end the answer"):
+        check_ends(tokenizer, ends, [session("boots"), replace(session("a"), id="t",
+                                                               targets=("a", "ing"))])  # fmt: skip
 
 
 def test_a_reward_model_with_its_own_tokens_reads_text():

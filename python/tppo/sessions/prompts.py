@@ -57,15 +57,26 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, queries: Sequence[str]) ->
     return [*plain_text(tokenizer).ids(answer_text(queries)), tokenizer.eos_token_id]
 
 
-def check_separator(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]) -> None:
-    """Errors: ValueError where a token between two queries would already end the answer."""
+def check_ends(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], sessions: Sequence[Session]
+) -> None:
+    """Errors: ValueError where a token between two queries would already end the answer, and
+    DataError naming the first session whose true queries have such a token.
+    """
     one, two = (set(encode_answer(tokenizer, ["a"] * n)[:-1]) for n in (1, 2))
+    remedy = "remove it from eos_token_id of the model's generation_config.json and config.json"
     for token in (two - one) & set(eos_ids):
         raise ValueError(
             f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, ends an answer and also "
-            "separates its queries, so that no answer could have two; remove it from eos_token_id "
-            "of the model's generation_config.json and config.json"
+            f"separates its queries, so that no answer could have two; {remedy}"
         )
+    for session in sessions:
+        for token in {*encode_answer(tokenizer, session.targets)[:-1]} & set(eos_ids):
+            raise DataError(
+                f"session {session.id!r}: its next queries have token {token}, "
+                f"{tokenizer.convert_ids_to_tokens(token)!r}, which would end the answer there; "
+                f"{remedy}, or leave the session out"
+            )
 
 
 def encode_prompts(

@@ -15,7 +15,7 @@ from tppo.models.policy import new_policy
 from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokenizer
 from tppo.progress import say
-from tppo.sessions.prompts import check_separator, encode_answer, prompt_text
+from tppo.sessions.prompts import check_ends, encode_answer, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
@@ -57,7 +57,7 @@ def _base_model(
         config = run.config.model
         tokenizer = load_tokenizer(run.base)
         model = load_policy(run.base, run.device, config.dtype, pickles=config.allow_pickle)
-        check_separator(tokenizer, model_eos_ids(tokenizer, model))
+        check_ends(tokenizer, model_eos_ids(tokenizer, model), train)
         return tokenizer, model
     texts = (text for s in train for text in (prompt_text(s), answer_text(s.targets)))
     tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)
