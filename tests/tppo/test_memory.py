@@ -40,7 +40,7 @@ def gradients(model):
 
 def sft_of(max_tokens, prompt_loss, way):
     """Loss, gradients and the tokens read of one step."""
-    model = models().policy
+    model = models()[0].policy
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     config = SFTConfig(prompt_loss=prompt_loss, grad_norm=1e9, max_tokens=max_tokens)
     batch = Batch(PROMPTS, RESPONSES, PAD, prefix=way)
@@ -72,7 +72,7 @@ def labelled():
 
 def reward_model_of(max_tokens, way):
     """The row of losses, the figures, the weights after two steps, and how often it read."""
-    reader = PolicyTokens(models().reward.model, PAD, way)
+    reader = PolicyTokens(models()[1].model, PAD, way)
     calls = []
     reader.model.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
     config = RewardModelConfig(
@@ -106,7 +106,7 @@ def backward_of(model, way):
 
 @pytest.mark.parametrize("way", ["shared", "dense"])
 def test_layers_computed_again_give_the_same_bits(way):
-    model = models().policy
+    model = models()[0].policy
     backward_of(model, way)  # the check of its head is behind it
     model.zero_grad()
     again = recompute_layers(recompute_layers(copy.deepcopy(model)))
@@ -129,7 +129,7 @@ def test_what_cannot_be_computed_again_is_refused():
 
 
 def test_the_best_weights_are_kept_once():
-    model = models().policy
+    model = models()[0].policy
     model.lm_head.weight = model.model.embed_tokens.weight
     best = snapshot(model)
     places = {tensor.data_ptr() for tensor in best.values()}

@@ -39,13 +39,16 @@ class FusedLMHead:
     is not in `FAMILIES`. A head that is no plain matrix at the time of the call is refused with a
     ValueError that says why: quantised, sharded, offloaded, hooked, DoRA, LoRA with dropout.
 
+    valid_vocab: tokens from there on, which a padded vocabulary has and no tokenizer gives, have no
+    probability, in every call.
+
     FSDP2 (`fully_shard`): the weight is gathered by the hooks of the module that was given to it,
     the head or the model, once a call whatever the number of rows, and its gradient is reduced by
     them. Take the states from `hidden`, which runs those of the model, and first.
     """
 
-    def __init__(self, model: Any, *, verify: bool = False):
-        self.wrapped = model
+    def __init__(self, model: Any, *, verify: bool = False, valid_vocab: int | None = None):
+        self.wrapped, self.valid_vocab = model, valid_vocab
         self.model = _causal_model(model)[-1]
         config = self.model.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -78,13 +81,24 @@ class FusedLMHead:
     def __call__(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None,
                  **keywords: Any) -> LinearLogprobs:
         """`tk.linear_logprobs` with this head; keywords are its own but those of the head."""
+        keywords = self._limited("__call__", keywords)
         return self._use("__call__", keywords, linear_logprobs, hidden, targets, mask)
 
     def loss(self, hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
              mask: Tensor | None = None, **keywords: Any) -> LinearPolicyLoss:
         """`tk.linear_ppo_loss` with this head; keywords are its own but those of the head."""
+        keywords = self._limited("loss", keywords)
         return self._use("loss", keywords, linear_ppo_loss, hidden, targets, old_logprobs,
                          advantages, mask)
+
+    def _limited(self, method: str, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The keywords with the head's own `valid_vocab`, where it has one."""
+        if self.valid_vocab is None:
+            return keywords
+        if "valid_vocab" in keywords:
+            raise TypeError(f"FusedLMHead: {method} got valid_vocab, expected none: the head has "
+                            f"its own, {self.valid_vocab}")
+        return {**keywords, "valid_vocab": self.valid_vocab}
 
     def _use(self, method: str, keywords: dict[str, Any], operator: Callable, hidden: Tensor,
              *arguments: Tensor | None) -> Any:

@@ -45,10 +45,15 @@ def folder_eos_ids(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[int]:
     """Every id that ends an answer of the model in a folder, without reading its weights."""
+    return eos_ids(tokenizer, *folder_configs(path))
+
+
+def folder_configs(path: str | Path) -> list[Any]:
+    """Generation config and configuration of a folder or GGUF file, those that are there."""
     path = Path(path)
     configured = path.suffix.lower() == GGUF or (path / "config.json").exists()
-    config = load_from(AutoConfig, path) if configured else None
-    return eos_ids(tokenizer, read_generation_config(path), config)
+    found = [read_generation_config(path), load_from(AutoConfig, path) if configured else None]
+    return [config for config in found if config is not None]
 
 
 def save_model(

@@ -95,7 +95,9 @@ def policy_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def policy_head(model: PreTrainedModel) -> tk.FusedLMHead:
     """The head of a causal LM; one of any family that agrees with the model's own logits."""
     if not isinstance(getattr(model, "fused_head", None), tk.FusedLMHead):
-        model.fused_head = tk.FusedLMHead(model, verify=True)  # type: ignore[assignment]
+        limit = getattr(model, "valid_vocab", None)  # set by `limit_vocabulary`
+        head = tk.FusedLMHead(model, verify=True, valid_vocab=limit)
+        model.fused_head = head  # type: ignore[assignment]
     return model.fused_head  # type: ignore[return-value]  # kept with the model: verified once
 
 

@@ -21,6 +21,7 @@ from tppo.models.batch import pad
 from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
+from tppo.models.vocabulary import phantoms
 from tppo.progress import say_once, track
 
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
@@ -170,6 +171,7 @@ class HFRollout:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
+            suppress_tokens=phantoms(self.model) or None,
         )
         try:
             with without_generation_settings(self.model):

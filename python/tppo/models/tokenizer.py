@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from tppo.models.folder import folder_eos_ids
+from tppo.models.folder import folder_configs, folder_eos_ids
 from tppo.models.load import load_from
 from tppo.models.pieces import pieces_of
 from tppo.progress import say
@@ -49,7 +47,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a local model.
 
     A tokenizer without an eos token gets the first of the configuration.
-    A tokenizer without a pad token gets its eos (or unk) as filler: no embedding is added, and
+    A tokenizer without a pad token gets that of the configuration, else its eos, as filler;
     nothing here infers a mask from an id, so an eos of the answer stays an eos.
     Errors: ValueError if there is no eos token, the tokenizer has no character offsets, or it is
     code of the folder.
@@ -66,24 +64,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: the tokenizer is not a fast one; labels need character offsets")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        say(f"{path}: no pad token, {tokenizer.eos_token!r} fills the batches (always masked)")
+        tokenizer.pad_token = _pad_of_folder(path, tokenizer) or tokenizer.eos_token
+        say(f"{path}: no pad token of the tokenizer, {tokenizer.pad_token!r} fills the batches "
+            "(always masked)")  # fmt: skip
     return tokenizer
 
 
-def check_embeddings(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, largest: int
-) -> None:
-    """Errors: ValueError where a token, the end or the filler of batches has no embedding."""
-    largest = max(largest, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings
-    if largest >= rows:
-        raise ValueError(
-            f"{model.name_or_path}: the tokenizer gives token {largest}, "
-            f"{tokenizer.convert_ids_to_tokens(largest)!r}, and the model has embeddings of "
-            f"tokens 0 to {rows - 1}; expected a tokenizer and a model that belong together"
-        )
+def _pad_of_folder(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that fills batches by generation_config.json or config.json, None without one."""
+    known = set(tokenizer.get_vocab().values())
+    for config in folder_configs(path):
+        found = getattr(config, "pad_token_id", None)
+        if type(found) is int and found in known:
+            return str(tokenizer.convert_ids_to_tokens(found))
+    return None
 
 
 def decode(

@@ -21,6 +21,7 @@ from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.rollout import Sampling
 from tppo.models.tokenizer import load_tokenizer
+from tppo.models.vocabulary import limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Questions
 from tppo.sessions.prompts import prompt_text
@@ -341,7 +342,8 @@ class Run:
 
     def load_policy(self, artifact: Artifact) -> PreTrainedModel:
         """The causal LM of a finished stage."""
-        return load_policy(self.path(artifact), self.device, self.config.model.dtype)
+        model = load_policy(self.path(artifact), self.device, self.config.model.dtype)
+        return limit_vocabulary(model, self.tokenizer)
 
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:
         """Prompt ids of the sessions, cut so that the longest answer still fits the model."""

@@ -12,10 +12,12 @@ from tppo.methods.sft import Examples, train_sft
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.load import load_policy, place
 from tppo.models.policy import new_policy
+from tppo.models.preflight import preflight
 from tppo.models.recompute import recompute_layers
-from tppo.models.tokenizer import check_embeddings, load_tokenizer, train_tokenizer
+from tppo.models.tokenizer import load_tokenizer, train_tokenizer
+from tppo.models.vocabulary import check_embeddings
 from tppo.progress import say
-from tppo.sessions.prompts import check_ends, encode_answer, prompt_text
+from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
@@ -56,8 +58,10 @@ def _base_model(
     if run.base is not None:
         config = run.config.model
         tokenizer = load_tokenizer(run.base)
+        probe = encode_prompt(tokenizer, "search: red shoes\nnext 2:\n")
         model = load_policy(run.base, run.device, config.dtype, pickles=config.allow_pickle)
         check_ends(tokenizer, model_eos_ids(tokenizer, model), train)
+        preflight(model, tokenizer, probe, where=str(run.base), prefix=run.config.prefix)
         return tokenizer, model
     texts = (text for s in train for text in (prompt_text(s), answer_text(s.targets)))
     tokenizer = train_tokenizer(texts, run.config.scratch.vocab_size)

@@ -31,9 +31,11 @@ from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.parallel import World, from_environment, joined
 from tppo.models.policy import Critic
+from tppo.models.preflight import preflight
 from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, Sampling
-from tppo.models.tokenizer import check_embeddings, decode, load_tokenizer
+from tppo.models.tokenizer import decode, load_tokenizer
+from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
@@ -143,6 +145,8 @@ class PPOTrainer:
         longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
         self.sampling = Sampling(longest, self.generate.temperature, seed)
         self._train = self._questions(self.prompts)
+        preflight(self.model, self.tokenizer, self._train.ids[0], where=str(model),
+                  prefix=self.prefix)  # fmt: skip
         self._held = None if self.heldout is None else self._questions(self.heldout)
         self.metrics: list[dict[str, Any]] = []
         self.used = False
@@ -250,7 +254,8 @@ class PPOTrainer:
 
     def _load(self) -> PreTrainedModel:
         config = self.loading
-        return load_policy(self.path, self.device, config.dtype, pickles=config.allow_pickle)
+        model = load_policy(self.path, self.device, config.dtype, pickles=config.allow_pickle)
+        return limit_vocabulary(model, self.tokenizer)
 
     def _engine(self) -> HFRollout:
         return HFRollout(
