@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARKED = re.compile(r"<\|.+\|>", re.DOTALL)
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a piece that stands for a byte, such as a line break's
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, PlainText]] = (
     weakref.WeakKeyDictionary()
 )
@@ -57,19 +58,30 @@ class PlainText:
         self.control = control_tokens(tokenizer)
         names = {token: f"{nonce}c{i:08d}c" for token, i in self.control.items()}
         backend = tokenizer.backend_tokenizer
-        self._backend = type(backend).from_str(json.dumps(_renamed(backend.to_str(), names)))
+        copy = _renamed(backend.to_str(), names)
+        self._backend = type(backend).from_str(json.dumps(copy))
+        # For texts that spell a byte: byte pieces have names that the model looks bytes up by, so
+        # they are made too costly to be chosen, which changes what an unknown character costs.
+        costly = _with_costly_bytes(copy)
+        self._of_bytes = costly and type(backend).from_str(json.dumps(costly))
         # What stands for control tokens that a user typed while the template is rendered.
         self._stand_ins = {token: f"{nonce}u{i:08d}u" for token, i in self.control.items()}
         self._back = names | {mark: token for token, mark in self._stand_ins.items()}
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, nothing added before or behind it."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._encoder(text).encode(text, add_special_tokens=False).ids)
 
     def spelled(self, texts: Sequence[str]) -> list[Spelled]:
         """Ids and character offsets of texts, with what the tokenizer adds around a text."""
-        found = self._backend.encode_batch(list(texts))
+        if any(self._encoder(text) is not self._backend for text in texts):
+            found = [self._encoder(text).encode(text) for text in texts]
+        else:
+            found = self._backend.encode_batch(list(texts))
         return [Spelled(list(one.ids), list(one.offsets)) for one in found]
+
+    def _encoder(self, text: str) -> Any:
+        return self._of_bytes if self._of_bytes and _BYTE.search(text) else self._backend
 
     def message(self, text: str, render: Callable[..., Any]) -> list[int]:
         """Token ids of the chat template around a user's message, up to the answer.
@@ -121,6 +133,19 @@ def _renamed(text: str, names: dict[str, str]) -> dict[str, Any]:
             if not names.keys() & {pair[0], pair[1], pair[0] + pair[1][prefix:]}
         ]
     return copy
+
+
+def _with_costly_bytes(copy: dict[str, Any]) -> dict[str, Any] | None:
+    """The same tokenizer with byte pieces that no text is split into, None where none could be.
+
+    A Unigram model with byte fallback takes a text's `<0x0A>` for its piece of that name.
+    """
+    model = copy["model"]
+    if isinstance(model["vocab"], dict) or not model.get("byte_fallback"):
+        return None
+    lowest = min(score for _, score in model["vocab"]) - 1_000.0
+    vocab = [[name, lowest if _BYTE.fullmatch(name) else score] for name, score in model["vocab"]]
+    return copy | {"model": model | {"vocab": vocab}}
 
 
 def _replaced(text: Any, new: dict[str, str]) -> Any:

@@ -172,6 +172,26 @@ def test_an_answer_with_control_tokens_is_what_was_typed(tokenizer):
     assert encode_answer(tokenizer, parse_answer(text)) == ids  # as a twin of it is made
 
 
+def test_a_byte_that_is_spelled_is_no_byte():
+    """`<0x0A>` in a query was a line break to a Unigram model with byte fallback: two queries."""
+    letters = [(c, -5.0 - i / 100) for i, c in enumerate("\u2581abcdefghijklmnopqrstuvwxyz0A<>/")]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
+    backend = Tokenizer(models.Unigram(pieces + letters, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    line_break = tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert line_break in tokenizer.encode("a<0x0A>b", add_special_tokens=False)
+    queries = ["what is <0x0A> in \u00e9", "a</s>"]
+    ids = encode_answer(tokenizer, queries)
+    assert ids.count(line_break) == 1 and parse_answer(decode(tokenizer, ids)) == queries
+    (spelled, other) = plain_text(tokenizer).spelled(["a<0x0A>b", "ab"])
+    assert spelled.offsets == [(i, i + 1) for i in range(8)] and len(other.ids) == 2
+
+
 def session(history):
     return Session("s", "u", "made", (FORGED,), (Event("search", history),), (TARGET,))
 
