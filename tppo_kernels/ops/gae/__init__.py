@@ -54,10 +54,17 @@ _fwd = _op.define("gae_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_va
 
 
 @suggests
-def gae(rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
-        gamma: float | Tensor = 1.0, lam: float | Tensor = 0.95,
-        value_lam: float | Tensor | None = None, bootstrap: Tensor | None = None,
-        cu_seqlens: Tensor | None = None) -> Gae:
+def gae(
+        rewards: Tensor,  # [B, T] or [N]
+        values: Tensor,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N]
+        *,
+        gamma: float | Tensor = 1.0,  # []
+        lam: float | Tensor = 0.95,  # [] or [B]
+        value_lam: float | Tensor | None = None,  # [] or [B]
+        bootstrap: Tensor | None = None,  # [B]
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> Gae:
     """Advantages and returns of every action token, by one walk from the last token to the first.
 
     On the valid tokens 1..n of a sequence (masked tokens are not steps):

@@ -71,10 +71,16 @@ def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
 
 
 @suggests
-def place_rewards(mask: Tensor | None, *, terminal: Tensor | None = None,
-                  spans: Iterable | None = None, dense: Tensor | None = None,
-                  span_at: str = "last", on_masked: str = "error",
-                  cu_seqlens: Tensor | None = None) -> PlacedRewards:
+def place_rewards(
+        mask: Tensor | None,  # [B, T] or [N]
+        *,
+        terminal: Tensor | None = None,  # [B]
+        spans: Iterable | None = None,
+        dense: Tensor | None = None,  # [B, T] or [N]
+        span_at: str = "last",
+        on_masked: str = "error",
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> PlacedRewards:
     """The token rewards [B, T] or [N] that the given rewards add up to, each on an action token.
 
         terminal [B]                 at the last action token of each sequence

@@ -95,8 +95,14 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 @suggests
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *,
-                     scale: float | Tensor | None = None) -> Tensor:
+def prefix_attention(
+        q: Tensor,  # [1, Hq, L, D] or [Hq, L, D]
+        k: Tensor,  # [1, Hkv, L, D] or [Hkv, L, D]
+        v: Tensor,  # [1, Hkv, L, Dv] or [Hkv, L, Dv]
+        layout: PrefixLayout,
+        *,
+        scale: float | Tensor | None = None,  # []
+        ) -> Tensor:
     """Attention over packed groups *prompt, response_1, ..., response_G*.
 
     A prompt token attends causally within its prompt; a response token to the whole prompt of its

@@ -91,8 +91,15 @@ class _ResponseStates(torch.autograd.Function):
 
 
 @suggests
-def response_states(full: Tensor, prompt_length: int | Tensor, T: int, align: str = "logprob", *,
-                    mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+def response_states(
+        full: Tensor,  # [B, L, ...] or [N, ...]
+        prompt_length: int | Tensor,  # [] or [B]
+        T: int,
+        align: str = "logprob",
+        *,
+        mask: Tensor | None = None,  # [B, T]
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> Tensor:
     """The states that belong to the response tokens t = 0..T-1 of each sequence.
 
         align "logprob", "value"   full[:, P - 1 : P + T - 1]    the state before token t

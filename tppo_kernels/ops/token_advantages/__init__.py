@@ -88,14 +88,25 @@ _whiten = _op.define("token_advantages_whiten -> Tensor", reference.whiten,
 
 
 @suggests
-def token_advantages(token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
-                     train_mask: Tensor | None = None, logprobs: Tensor | None = None,
-                     ref_logprobs: Tensor | None = None, kl_coef: float | Tensor = 0.0,
-                     kl_estimator: str = "k1", gamma: float | Tensor = 1.0,
-                     lam: float | Tensor = 0.95, value_lam: float | Tensor | None = None,
-                     bootstrap: Tensor | None = None, normalize: bool = True,
-                     unbiased: bool = True, group: Any = None,
-                     cu_seqlens: Tensor | None = None) -> TokenAdvantages:
+def token_advantages(
+        token_rewards: Tensor,  # [B, T] or [N]
+        values: Tensor,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N]
+        *,
+        train_mask: Tensor | None = None,  # [B, T] or [N]
+        logprobs: Tensor | None = None,  # [B, T] or [N]
+        ref_logprobs: Tensor | None = None,  # [B, T] or [N]
+        kl_coef: float | Tensor = 0.0,  # []
+        kl_estimator: str = "k1",
+        gamma: float | Tensor = 1.0,  # []
+        lam: float | Tensor = 0.95,  # [] or [B]
+        value_lam: float | Tensor | None = None,  # [] or [B]
+        bootstrap: Tensor | None = None,  # [B]
+        normalize: bool = True,
+        unbiased: bool = True,
+        group: Any = None,
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> TokenAdvantages:
     """Rewards minus KL, then `gae`, then `whiten`, with the statistics a trainer logs.
 
         rewards_t  = token_reward_t - kl_coef k(logprob_t, ref_logprob_t)

@@ -85,8 +85,12 @@ class _TokenHead(torch.autograd.Function):
 
 
 @suggests
-def token_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
-               mask: Tensor | None = None) -> Tensor:
+def token_head(
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [K, D]
+        bias: Tensor | None = None,  # [K]
+        mask: Tensor | None = None,  # [...]
+        ) -> Tensor:
     """A linear head at the valid tokens, in fp32 whatever the dtype of the trunk.
 
         out[..., k] = sum_d hidden[..., d] weight[k, d] + bias[k], 0 where masked

@@ -114,13 +114,20 @@ class _TokenRewardLoss(torch.autograd.Function):
 
 
 @suggests
-def token_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None,
-                      sentence_labels: Tensor | None = None, *,
-                      local_weight: float | Tensor = 0.4, global_weight: float | Tensor = 0.6,
-                      class_weights: Sequence[float] | Tensor | None = None,
-                      balance: float | Tensor | None = 3.0, seed: int | Tensor | None = None,
-                      local_reduction: str = "token",
-                      cu_seqlens: Tensor | None = None) -> TokenRewardLoss:
+def token_reward_loss(
+        logits: Tensor,  # [B, T, 3] or [N, 3]
+        labels: Tensor,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N]
+        sentence_labels: Tensor | None = None,  # [B]
+        *,
+        local_weight: float | Tensor = 0.4,  # []
+        global_weight: float | Tensor = 0.6,  # []
+        class_weights: Sequence[float] | Tensor | None = None,  # [3]
+        balance: float | Tensor | None = 3.0,  # []
+        seed: int | Tensor | None = None,  # []
+        local_reduction: str = "token",
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> TokenRewardLoss:
     """Cross-entropy of the token classes and squared error of each answer's mean reward.
 
         loss   = local_weight local + global_weight global

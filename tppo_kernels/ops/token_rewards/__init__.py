@@ -52,10 +52,16 @@ _fwd = _op.define("token_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake,
 
 
 @suggests
-def token_rewards(class_logits: Tensor, mask: Tensor | None = None, *, mode: str = "argmax",
-                  suggested_length: float | Tensor | None = None, alpha: float | Tensor = 2.0,
-                  values: Sequence[float] | Tensor = (0.0, -0.5, 0.5),
-                  cu_seqlens: Tensor | None = None) -> TokenRewards:
+def token_rewards(
+        class_logits: Tensor,  # [B, T, 3] or [N, 3]
+        mask: Tensor | None = None,  # [B, T] or [N]
+        *,
+        mode: str = "argmax",
+        suggested_length: float | Tensor | None = None,  # [] or [B]
+        alpha: float | Tensor = 2.0,  # []
+        values: Sequence[float] | Tensor = (0.0, -0.5, 0.5),  # [3]
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> TokenRewards:
     """The reward of every action token from the reward model's three classes.
 
         R_t = values[argmax_c logits_tc]             mode "argmax"

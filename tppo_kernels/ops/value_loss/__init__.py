@@ -135,11 +135,19 @@ class _ValueLoss(torch.autograd.Function):
 
 
 @suggests
-def value_loss(values: Tensor, returns: Tensor, mask: Tensor | None = None, *,
-               old_values: Tensor | None = None, clip: float | Tensor | None = None,
-               reduction: str = "token-mean", num_tokens: int | Tensor | None = None,
-               num_sequences: int | Tensor | None = None, norm_length: int | Tensor | None = None,
-               cu_seqlens: Tensor | None = None) -> ValueLoss:
+def value_loss(
+        values: Tensor,  # [B, T] or [N]
+        returns: Tensor,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N]
+        *,
+        old_values: Tensor | None = None,  # [B, T] or [N]
+        clip: float | Tensor | None = None,  # []
+        reduction: str = "token-mean",
+        num_tokens: int | Tensor | None = None,  # []
+        num_sequences: int | Tensor | None = None,  # []
+        norm_length: int | Tensor | None = None,  # []
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        ) -> ValueLoss:
     """The critic's loss over the value mask, and its metrics.
 
         l = 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = V_old + clamp(V - V_old, -clip, clip)

@@ -58,8 +58,14 @@ def over_group(moments: Tensor, group: Any) -> Tensor:
 
 
 @suggests
-def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = True,
-           shift_mean: bool = True, eps: float | Tensor = 1e-8, group: Any = None) -> Tensor:
+def whiten(
+        x: Tensor,  # [...]
+        mask: Tensor | None = None,  # [...]
+        *,
+        unbiased: bool = True,
+        shift_mean: bool = True,
+        eps: float | Tensor = 1e-8,  # []
+        group: Any = None) -> Tensor:
     """x shifted to mean 0 and scaled to variance 1 over its valid tokens.
 
         (x - mean) * rsqrt(var + eps)        + mean where `shift_mean` is False
