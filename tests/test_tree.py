@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_attention", "step",
           "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
 ENGINES = {"token_advantages": {"_composed.py"}}  # what several backends of an op share
-KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py"}
+KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py", "py.typed"}
 ROOMS = {  # of the kernel library, beside its operators
     "_core": {"op", "check", "backends", "derivatives", "eager", "keywords", "metrics",
               "packed", "record"},

@@ -54,16 +54,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The public name, from the module that defines it."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return _load(home, name)
-    import difflib
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
 
-    close = difflib.get_close_matches(name, __all__, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise AttributeError(f"module 'tppo' has no attribute {name!r}{hint}")
+    def __getattr__(name: str) -> Any:
+        """The public name, from the module that defines it."""
+        for home, names in _HOMES.items():
+            if name in names:
+                return _load(home, name)
+        import difflib
+
+        close = difflib.get_close_matches(name, __all__, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise AttributeError(f"module 'tppo' has no attribute {name!r}{hint}")
 
 
 def _load(home: str, name: str) -> Any:

@@ -242,7 +242,7 @@ def test_every_public_name_is_there_for_readers_and_type_checkers():
     for name in tppo.__all__:
         assert getattr(tppo, name).__name__ == name
     tree = ast.parse(Path(tppo.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block, _ = (node for node in tree.body if isinstance(node, ast.If))
     typed = {node.module: tuple(alias.name for alias in node.names) for node in block.body}
     assert {home: sorted(names) for home, names in typed.items()} == {
         home: sorted(names) for home, names in tppo._HOMES.items()

@@ -186,8 +186,9 @@ class PPOTrainer:
             )
             loop = self._loop(out, world)
             loop.run_all()
-        self.metrics, self.report = loop.metrics, loop.report()
-        return self.report
+            report = world.of_first(loop.report() if world.rank == 0 else None)
+        self.metrics, self.report = loop.metrics, report
+        return report
 
     def _loop(self, out: Path, world: World) -> Loop:
         if self.used:  # from the beginning, or from a checkpoint
@@ -232,6 +233,8 @@ class PPOTrainer:
             say(f"ppo: {loop.steps} of {self.config.steps} steps, because max_passes is "
                 f"{self.config.max_passes:g} and a step takes {loop.batch_size} of {n} "
                 "prompts")  # fmt: skip
+        if loop.batch_size < self.config.batch_size:
+            say(f"ppo: a step takes all {n} prompts (batch_size is {self.config.batch_size})")
         if not self.generate.max_new_tokens:
             say(f"ppo: an answer has at most {self.sampling.max_new_tokens} tokens "
                 "(generate.max_new_tokens)")  # fmt: skip
