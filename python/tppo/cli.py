@@ -27,14 +27,14 @@ from tppo.labels.endpoint.config import (
 )
 from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
-from tppo.settings import Count, FilePath, Seed, from_dict, section
+from tppo.settings import Count, FilePath, Seed, Text, from_dict, section
 from tppo.stages.registry import REGISTRY, load_stage
 from tppo.stopping import Stopped, listening
 from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
 
 PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
-         "--import-batch")  # fmt: skip
+         "--import-batch", "--heldout")  # fmt: skip
 RUN = "every stage below in one run folder; finished stages are skipped"
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
 
@@ -92,6 +92,21 @@ class LabelOptions:
         return given[0] if given else None
 
 
+@section
+class TrainOptions:
+    """Flags of `tppo train`: with --reward no labels and no reward model are needed."""
+
+    reward: Text | None = None
+    """A reward function of your own, module:function, f(prompts, completions, **columns) -> list:
+    trains --model on the prompts of --data, a JSONL file with a text or a chat in "prompt"; the
+    other columns reach the function by name. `help(tppo.PPOTrainer)` says what it may return."""
+    heldout: FilePath | None = None
+    """With --reward: prompts by whose answers the weights are chosen; without, the last are."""
+    judge: Text | None = None
+    """With --heldout: who judges those, module:function, as --reward but a number an answer."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `tppo`."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -129,7 +144,10 @@ def _main(arguments: list[str]) -> None:
         return
     options, extra = _parse(command, rest)
     try:
-        _run(command, options, extra.task())
+        if isinstance(extra, TrainOptions) and (extra.reward or extra.heldout or extra.judge):
+            _train_by_function(extra)
+            return
+        _run(command, options, extra.task() if isinstance(extra, LabelOptions) else None)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -158,16 +176,17 @@ def _told(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions]:
+def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions | TrainOptions]:
     for flag in PATHS:
         if _flag(rest, flag) == "":
             sys.exit(f"tppo {command}: {flag} was '', expected a path")
     name, default = f"tppo {command}", _defaults(command, rest)
     text = RUN if command == "run" else REGISTRY[command].help
     try:
-        if command == "label":
-            start = LabelOptions(options=default)
-            extra = tyro.cli(LabelOptions, prog=name, description=text, args=rest, default=start)
+        kind: Any = {"label": LabelOptions, "train": TrainOptions}.get(command)
+        if kind is not None:
+            start = kind(options=default)
+            extra = tyro.cli(kind, prog=name, description=text, args=rest, default=start)
             return extra.options, extra
         options = tyro.cli(Options, prog=name, description=text, args=rest, default=default)
         return options, LabelOptions()
@@ -230,13 +249,9 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
     for line in environment.ignored(options.settings.label.endpoint.api_key_env):
         say(line)
     with status("loading torch and transformers"):
-        import torch
-        import transformers
-
+        torch = _libraries()
         from tppo.models.parallel import from_environment
         from tppo.stages.run import Run
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     environment.check_backend()
     run = Run(
         out=options.out,
@@ -269,6 +284,34 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
             _label_task(run, *label_task)
         else:
             _run_stages(run, command)
+
+
+def _libraries() -> Any:
+    """torch, with transformers beside it, which is told to leave the progress to us."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch
+
+
+def _train_by_function(extra: TrainOptions) -> None:
+    """The Python door: no run of stages is read or written."""
+    options = extra.options
+    if options.round != 1:
+        raise ValueError(f"--round was {options.round}, expected none with --reward")
+    with status("loading torch and transformers"):
+        torch = _libraries()
+        from tppo.stages.own_reward import train_by_function
+    environment.check_backend()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    say(f"tppo train: folder {options.out}, seed {options.seed}, reward {extra.reward}")
+    train_by_function(
+        extra.reward, extra.judge, options.model, options.data, extra.heldout, options.settings,
+        out=options.out, seed=options.seed, device=options.device,
+    )  # fmt: skip
 
 
 def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) -> None:

@@ -1,8 +1,11 @@
-"""The Python door: a model, prompts and a reward of one's own."""
+"""The Python door: a model, prompts and a reward of one's own; the same by `tppo train`."""
 
 import ast
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 import tppo
+from tppo.cli import main
 from tppo.errors import DataError
 from tppo.models.policy import Critic
 from tppo.stopping import listening
@@ -31,6 +35,8 @@ CONFIG = tppo.PPOConfig(
     steps=4, max_passes=9, batch_size=4, responses_per_prompt=2, minibatch_size=4, lr=3e-3,
     critic_lr=3e-3, kl_coef=0.01, checkpoint_every=2, eval_every=2, max_kl=1e3,
 )  # fmt: skip
+GIVEN = ("steps", "max_passes", "batch_size", "responses_per_prompt", "minibatch_size", "lr",
+         "critic_lr", "kl_coef", "checkpoint_every", "eval_every", "max_kl")  # fmt: skip
 SHORT = tppo.GenerateConfig(max_new_tokens=6)
 
 
@@ -157,6 +163,59 @@ def test_chats_and_a_number_for_the_whole_answer_without_a_critic(model, tmp_pat
     assert all(m["role"] == "assistant" for (m,) in completions)
     assert set(columns) == {"completion_ids"}
     assert not (tmp_path / "train/critic.safetensors").exists()
+
+
+KILLED = """
+import os, signal
+
+def by_letter(completions, letter):
+    with open("calls", "a") as file:
+        file.write("x")
+    if os.path.getsize("calls") == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [[(i, i + 1, 1.0) for i, c in enumerate(text) if c == x]
+            for text, x in zip(completions, letter)]
+"""
+
+
+def test_the_command_gives_the_same_weights_after_a_kill(model, trained, tmp_path, monkeypatch):
+    """`tppo train --reward`, killed in step 4 and run again, ends where the script did."""
+    (tmp_path / "my_reward.py").write_text(KILLED)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    flags = ["train", "--reward", "my_reward:by_letter", "--data", "p.jsonl", "--out", "o",
+             "--model", str(model), "--generate.max-new-tokens", "6"]  # fmt: skip
+    for name in GIVEN:
+        flags += [f"--ppo.{name.replace('_', '-')}", str(getattr(CONFIG, name))]
+    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=tmp_path, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "o/train.tmp/checkpoints/step-2").is_dir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    torch.set_num_threads(1)
+    main(flags)
+    assert (tmp_path / "calls").stat().st_size == 4 + 2  # steps 3 and 4 again
+    assert_same(weights(tmp_path / "o/train/model"), weights(trained[1] / "train/model"))
+
+
+def test_the_command_says_what_is_missing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n')
+    (tmp_path / "other_reward.py").write_text("def f(completions): return [0] * len(completions)")
+    data, of_model = ["--data", "p.jsonl"], ["--model", str(model)]
+    reward = ["--reward", "other_reward:f"]
+    for flags, message in [
+        (["--reward", "nowhere_reward:f", *data, *of_model], "no module 'nowhere_reward'"),
+        (["--reward", "other_reward:g", *data, *of_model], "has no 'g'"),
+        (["--reward", "other_reward", *data, *of_model], "expected module:function"),
+        ([*reward, *of_model], "--data was not given, expected a JSONL file of prompts"),
+        ([*reward, *data], "--model was not given, expected"),
+        ([*data, *of_model, "--heldout", "p.jsonl"], "--reward was not given, expected module:function; --heldout"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main(["train", "--out", "o", *flags])
+    assert not (tmp_path / "o").exists()
 
 
 def test_another_reward_begins_anew_and_says_so(model, tmp_path, capfd):

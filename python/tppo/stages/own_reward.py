@@ -1,0 +1,55 @@
+"""`tppo train --reward module:function`: the Python door from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tppo.config import Config
+from tppo.errors import DataError
+from tppo.rewards.user_function import load_object
+from tppo.stages.trainer import PPOTrainer
+
+
+def train_by_function(
+    reward: str | None,
+    judge: str | None,
+    model: Path | None,
+    data: Path | None,
+    heldout: Path | None,
+    settings: Config,
+    **options: Any,
+) -> None:
+    """What `PPOTrainer(...).train()` does, to the same weights.
+
+    reward, judge: `module:function`.  data, heldout: JSONL files of prompts.  settings: those of
+    `ppo`, `generate` and `prefix` are used.  options: the trainer's others, by name.
+    Errors: DataError naming what is not given.
+    """
+    for name, value, expected in (
+        ("--reward", reward, "module:function; --heldout and --judge are of such a training"),
+        ("--data", data, "a JSONL file of prompts"),
+        ("--model", model, "the model to train"),
+    ):
+        if value is None:
+            raise DataError(f"{name} was not given, expected {expected}")
+    assert model is not None and reward is not None
+    PPOTrainer(
+        model,
+        reward=_loaded("--reward", reward),
+        prompts=data,
+        heldout=heldout,
+        judge=None if judge is None else _loaded("--judge", judge),
+        config=settings.ppo,
+        generate=settings.generate,
+        loading=settings.model,
+        prefix=settings.prefix,
+        **options,
+    ).train()
+
+
+def _loaded(flag: str, place: str) -> Any:
+    try:
+        return load_object(place)
+    except DataError as error:
+        raise DataError(f"{flag} {error}") from error.__cause__
