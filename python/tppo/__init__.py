@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.function import FunctionReward
     from tppo.rewards.token_model import TokenModelReward
+    from tppo.stages.registry import Artifact, Stage, register
     from tppo.stages.trainer import PPOTrainer
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.function": ("FunctionReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
+    "tppo.stages.registry": ("Artifact", "Stage", "register"),
     "tppo.stages.trainer": ("PPOTrainer",),
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "GAE",
     "Advantage",
     "Answers",
+    "Artifact",
     "CallableJudge",
     "FunctionReward",
     "GenerateConfig",
@@ -48,9 +51,11 @@ __all__ = [
     "PPOTrainer",
     "Reward",
     "RuleJudge",
+    "Stage",
     "TokenAdvantages",
     "TokenModelReward",
     "TokenReward",
+    "register",
 ]
 
 

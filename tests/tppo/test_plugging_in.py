@@ -1,15 +1,18 @@
 """A stranger's reward, advantage, judge and stage: defined here, run without patching anything."""
 
 import json
+import sys
 from dataclasses import replace
 
+import pytest
 import torch
 from test_door import CONFIG, PROMPTS, SHORT, model  # noqa: F401  # a fixture
 
 import tppo
+from tppo.cli import main
 from tppo.config import Config
 from tppo.sessions.config import SessionsConfig
-from tppo.stages.registry import REGISTRY, TRAIN_SESSIONS, Artifact, Stage, register
+from tppo.stages.registry import REGISTRY, TRAIN_SESSIONS
 from tppo.stages.run import Run
 
 
@@ -68,7 +71,27 @@ def test_a_reward_an_advantage_and_a_judge_from_outside(model, tmp_path, capfd):
     assert "EveryToken" in report["reward"]
 
 
-USERS = Artifact("users/users.json", "the users of the training sessions")
+USERS = tppo.Artifact("users/users.json", "the users of the training sessions")
+FILE = """
+import tppo
+from tppo.stages.registry import TRAIN_SESSIONS
+
+def sizes(run):
+    with run.stage("sizes") as out:
+        (out / "n.txt").write_text(str(len(run.sessions("train"))))
+
+SIZES = tppo.Stage("sizes", sizes, "sessions", inputs=(TRAIN_SESSIONS,),
+                   outputs=(tppo.Artifact("sizes/n.txt", "how many sessions there are"),))
+"""
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is gone after it."""
+    kept = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(kept)
 
 
 def list_users(run):
@@ -77,16 +100,20 @@ def list_users(run):
         (out / USERS.name).write_text(json.dumps(users))
 
 
-def test_a_stage_from_outside(tmp_path):
+def test_a_stage_from_outside(tmp_path, monkeypatch, registry):
+    """In a script through `Run`, and by `tppo module:STAGE` from a module of one's own."""
     sessions = SessionsConfig(train_users=5, heldout_users=2, test_users=2, transfer_users=2)
     run = Run(tmp_path / "out", Config(sessions=sessions))
-    register(Stage("users", list_users, "who is trained on", (TRAIN_SESSIONS,), (USERS,)))
-    try:
-        run.perform("data")
-        run.perform("users")
-        assert run.done("users") and len(json.loads(run.path(USERS).read_text())) == 5
-        run = Run(run.out, Config(sessions=replace(sessions, train_users=6)))
-        run.perform("data")
-        assert not run.done("users")  # what it reads is another
-    finally:
-        del REGISTRY["users"]
+    tppo.register(tppo.Stage("users", list_users, "who is trained on", (TRAIN_SESSIONS,), (USERS,)))
+    run.perform("data")
+    run.perform("users")
+    assert run.done("users") and len(json.loads(run.path(USERS).read_text())) == 5
+    run = Run(run.out, Config(sessions=replace(sessions, train_users=6)))
+    run.perform("data")
+    assert not run.done("users")  # what it reads is another
+
+    (tmp_path / "strangers_stage.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))  # the working directory is added to it
+    main(["strangers_stage:SIZES", "--out", "out", "--sessions.train-users", "6"])
+    assert (tmp_path / "out/sizes/n.txt").read_text() == "6"
