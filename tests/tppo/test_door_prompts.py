@@ -120,7 +120,9 @@ def test_a_line_of_a_file_is_named(tmp_path):
     with pytest.raises(DataError, match=f"{file}: line 3: prompt was 3, expected a text"):
         read_prompts(file)
     with pytest.raises(DataError, match="absent.jsonl: cannot be read: No such file"):
-        read_prompts("absent.jsonl")
+        read_prompts(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="prompts was 'red shoes', which is no file, .* as a list"):
+        read_prompts("red shoes")
 
 
 def test_what_the_model_cannot_read_is_said_with_its_place(tokenizer):

@@ -53,6 +53,9 @@ def read_prompts(source: Any, name: str = "prompts") -> Prompts:
     """
     if isinstance(source, (Path, str)):
         path = Path(source)
+        if isinstance(source, str) and not path.exists():
+            raise DataError(f"{name} was {short(source)}, which is no file, expected the path of a "
+                            "JSONL file; texts are given as a list, a single one too")  # fmt: skip
         lines = list(read_jsonl(path))
         return _rows([line.values for line in lines],
                      lambda i: f"{path}: line {lines[i].number}")  # fmt: skip
