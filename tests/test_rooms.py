@@ -31,11 +31,12 @@ METHODS = BASE | {"models", "rewards", "methods"}  # batches in, a better model 
 EVALUATION = SESSIONS | REWARDS | METHODS | {"evaluation"}
 CONFIG = EVALUATION | {"config"}
 STAGES = CONFIG | {"stages"}
-CLI = STAGES | {"cli"}
+CLI = STAGES | {"options", "cli"}
 TRAINER = {
     **dict.fromkeys(BASE, BASE), "store": STORE, "labels": LABELS, "sessions": SESSIONS,
     "models": MODELS, "rewards": REWARDS, "methods": METHODS, "evaluation": EVALUATION,
-    "config": CONFIG, "stages": STAGES, "cli": CLI, "__main__": CLI, "__init__": CLI,
+    "config": CONFIG, "stages": STAGES, "options": CONFIG | {"options"}, "cli": CLI,
+    "__main__": CLI, "__init__": CLI,
 }  # fmt: skip
 WITHOUT_TORCH = {"labels", "sessions"}
 TORCH = {"torch", "transformers", "tppo_kernels", "safetensors"}  # and what loads it

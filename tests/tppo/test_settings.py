@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo.cli import Options, main
+from tppo.cli import main
 from tppo.config import Config
 from tppo.methods.config import PPOConfig
+from tppo.options import Options
 from tppo.settings import from_dict
 from tppo.store.jsonl import DataError, plain
 from tppo.store.yaml_file import read_yaml, write_yaml

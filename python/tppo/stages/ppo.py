@@ -13,19 +13,17 @@ from tppo import stopping
 from tppo.evaluation.judge import RuleJudge, judge_answers
 from tppo.labels.queries import parse_answer, query_key
 from tppo.methods.advantages import ADVANTAGES
-from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import check_auc, check_signal
 from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
-from tppo.models.policy import Critic
-from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout
 from tppo.rewards import Answers, Questions
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.loop import Held, Loop, Watch, response_figures
+from tppo.stages.models import ppo_models
 from tppo.stages.registry import QUERY_LENGTHS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json
@@ -91,16 +89,9 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
     config, prefix = run.config.ppo, run.config.prefix
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     advantage = ADVANTAGES[config.advantage](config)
-    sft, dtype = run.path(SFT_MODEL), run.config.model.dtype
-    with_critic = advantage.needs_critic
-    models = Models(
-        policy=policy,
-        ref=run.sft_model(),
-        critic=Critic.from_policy(sft, run.device, dtype) if with_critic else None,
-    )
-    if run.config.model.gradient_checkpointing:
-        for trained in models.trained.values():
-            recompute_layers(trained)
+    dtype = run.config.model.dtype
+    models = ppo_models(policy, run.path(SFT_MODEL), run.device, run.config.model,
+                        with_critic=advantage.needs_critic)  # fmt: skip
     reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype),
         mode=config.reward,

@@ -23,16 +23,13 @@ from tppo.errors import DataError, short
 from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import ADVANTAGES, Advantage
 from tppo.methods.config import PPOConfig
-from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
 from tppo.models.config import GenerateConfig, ModelConfig, Prefix
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.parallel import World, from_environment, joined
-from tppo.models.policy import Critic
 from tppo.models.preflight import preflight
-from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
@@ -41,6 +38,7 @@ from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.stages.lengths import DEFAULT_POSITIONS
 from tppo.stages.loop import Held, Loop
+from tppo.stages.models import ppo_models
 from tppo.stages.prompts import Prompts, questions, read_prompts
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
@@ -194,16 +192,8 @@ class PPOTrainer:
         if self.used:  # from the beginning, or from a checkpoint
             self.model = self._load()
         self.used = True
-        models = Models(
-            policy=self.model,
-            ref=self._load(),
-            critic=Critic.from_policy(self.path, self.device, self.loading.dtype)
-            if self.advantage.needs_critic
-            else None,
-        )
-        if self.loading.gradient_checkpointing:
-            for trained in models.trained.values():
-                recompute_layers(trained)
+        models = ppo_models(self.model, self.path, self.device, self.loading,
+                            with_critic=self.advantage.needs_critic)  # fmt: skip
         trainer = PPO(
             models,
             self._engine(),

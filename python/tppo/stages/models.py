@@ -1,0 +1,36 @@
+"""The models of PPO, all of which start from one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tppo.methods.experience import Models
+from tppo.models.config import ModelConfig
+from tppo.models.load import load_policy
+from tppo.models.policy import Critic
+from tppo.models.recompute import recompute_layers
+
+
+def ppo_models(
+    policy: PreTrainedModel,
+    path: Path,
+    device: torch.device,
+    config: ModelConfig,
+    *,
+    with_critic: bool,
+) -> Models:
+    """`policy` with its reference and, where it is needed, a critic, both from the folder `path`,
+    held as `config` says.
+    """
+    models = Models(
+        policy=policy,
+        ref=load_policy(path, device, config.dtype, pickles=config.allow_pickle),
+        critic=Critic.from_policy(path, device, config.dtype) if with_critic else None,
+    )
+    if config.gradient_checkpointing:
+        for trained in models.trained.values():
+            recompute_layers(trained)
+    return models
