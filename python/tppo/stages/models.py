@@ -9,25 +9,25 @@ from transformers import PreTrainedModel
 
 from tppo.methods.experience import Models
 from tppo.models.config import ModelConfig
-from tppo.models.load import load_policy
 from tppo.models.policy import Critic
 from tppo.models.recompute import recompute_layers
 
 
 def ppo_models(
     policy: PreTrainedModel,
+    ref: PreTrainedModel,
     path: Path,
     device: torch.device,
     config: ModelConfig,
     *,
     with_critic: bool,
 ) -> Models:
-    """`policy` with its reference and, where it is needed, a critic, both from the folder `path`,
-    held as `config` says.
+    """`policy` with its reference and, where it is needed, a critic from the folder `path`, held
+    as `config` says.  `policy` and `ref` are loaded alike.
     """
     models = Models(
         policy=policy,
-        ref=load_policy(path, device, config.dtype, pickles=config.allow_pickle),
+        ref=ref,
         critic=Critic.from_policy(path, device, config.dtype) if with_critic else None,
     )
     if config.gradient_checkpointing:

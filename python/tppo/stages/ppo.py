@@ -90,7 +90,7 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     advantage = ADVANTAGES[config.advantage](config)
     dtype = run.config.model.dtype
-    models = ppo_models(policy, run.path(SFT_MODEL), run.device, run.config.model,
+    models = ppo_models(policy, run.sft_model(), run.path(SFT_MODEL), run.device, run.config.model,
                         with_critic=advantage.needs_critic)  # fmt: skip
     reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype),

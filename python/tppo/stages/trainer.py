@@ -192,7 +192,7 @@ class PPOTrainer:
         if self.used:  # from the beginning, or from a checkpoint
             self.model = self._load()
         self.used = True
-        models = ppo_models(self.model, self.path, self.device, self.loading,
+        models = ppo_models(self.model, self._load(), self.path, self.device, self.loading,
                             with_critic=self.advantage.needs_critic)  # fmt: skip
         trainer = PPO(
             models,
