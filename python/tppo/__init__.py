@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tppo.evaluation.judge import CallableJudge, Judge, RuleJudge
-    from tppo.methods.advantages import GAE, Advantage, Masks, TokenAdvantages
+    from tppo.methods.advantages import GAE, GRPO, RLOO, Advantage, Masks, TokenAdvantages
     from tppo.methods.config import PPOConfig
     from tppo.models.config import GenerateConfig, ModelConfig
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.function import FunctionReward
+    from tppo.rewards.terminal import TerminalReward
     from tppo.rewards.token_model import TokenModelReward
     from tppo.stages.registry import Artifact, Stage, register
     from tppo.stages.trainer import PPOTrainer
 
 _HOMES = {
     "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
-    "tppo.methods.advantages": ("GAE", "Advantage", "Masks", "TokenAdvantages"),
+    "tppo.methods.advantages": ("GAE", "GRPO", "RLOO", "Advantage", "Masks", "TokenAdvantages"),
     "tppo.methods.config": ("PPOConfig",),
     "tppo.models.config": ("GenerateConfig", "ModelConfig"),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.function": ("FunctionReward",),
+    "tppo.rewards.terminal": ("TerminalReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
     "tppo.stages.registry": ("Artifact", "Stage", "register"),
     "tppo.stages.trainer": ("PPOTrainer",),
@@ -38,6 +40,8 @@ _HOMES = {
 
 __all__ = [
     "GAE",
+    "GRPO",
+    "RLOO",
     "Advantage",
     "Answers",
     "Artifact",
@@ -52,6 +56,7 @@ __all__ = [
     "Reward",
     "RuleJudge",
     "Stage",
+    "TerminalReward",
     "TokenAdvantages",
     "TokenModelReward",
     "TokenReward",

@@ -51,15 +51,6 @@ def letters(completions, letter):
     return [text.count(x) for text, x in zip(completions, letter, strict=True)]
 
 
-class Rewards:
-    """An advantage that is the reward itself."""
-
-    needs_critic = False
-
-    def __call__(self, rewards, values, masks, old, ref, groups, bootstrap=None):
-        return tppo.TokenAdvantages(rewards)
-
-
 def lengths(completions):
     return [len(text) for text in completions]
 
@@ -156,8 +147,10 @@ def test_chats_and_a_number_for_the_whole_answer_without_a_critic(model, tmp_pat
         return [float(message["content"].count("e")) for (message,) in completions]
 
     monkeypatch.setattr(Critic, "from_policy", None)  # to load one would be an error
-    config, advantage = replace(CONFIG, steps=1), Rewards()
-    door(model, tmp_path, reward=reward, prompts=CHATS, config=config, advantage=advantage).train()
+    for advantage in ("rloo", "grpo"):
+        seen.clear()
+        config = replace(CONFIG, steps=1, advantage=advantage)
+        door(model, tmp_path, reward=reward, prompts=CHATS, config=config).train()
     ((prompts, completions, columns),) = seen
     assert len(prompts) == 8 and prompts[0] == prompts[1] and all(p in CHATS for p in prompts)
     assert all(m["role"] == "assistant" for (m,) in completions)
