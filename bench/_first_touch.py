@@ -28,7 +28,7 @@ import tppo_kernels as tk
 from tppo_kernels import testing
 from tppo_kernels._core.backends import missing
 from tppo_kernels._core.op import OPS
-from tppo_kernels._math import chunks as _linear
+from tppo_kernels._kernels import products as _linear
 
 PART = "first-touch"
 CHECK_S = 25  # a launch that never ends costs itself alone

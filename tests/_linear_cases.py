@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels._math import chunks as _linear
+from tppo_kernels._kernels import chunks as _linear
+from tppo_kernels._math.linear import LinearInputs, Scaling
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 3e-3}
 SHAPED = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 0.5}
@@ -27,6 +28,16 @@ def sample(batch, tokens, d=24, v=190, dtype=torch.float32, seed=0, spread=1.0):
     weight = (spread * torch.randn(v, d, generator=g) / d ** 0.5).to(dtype)
     targets = torch.randint(v, (batch, tokens), generator=g)
     return hidden, weight, targets, (0.3 * torch.randn(v, generator=g)).to(dtype)
+
+
+def inputs_of(hidden, weight, targets, mask=None, bias=None, *, rows=None, temperature=None,
+              softcap=None, logit_scale=None, valid_vocab=None, capacity=None, budget=1 << 30):
+    """The record that the raw linear ops share."""
+    one = torch.tensor(1.0)
+    scaling = Scaling(one if temperature is None else temperature, softcap,
+                      one if logit_scale is None else logit_scale)
+    return LinearInputs(hidden, weight, targets, mask, bias, rows, scaling, valid_vocab, capacity,
+                        budget, None)
 
 
 def textbook(hidden, weight, targets, mask=None, *, bias=None, temperature=1.0, softcap=None,

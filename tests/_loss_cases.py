@@ -4,7 +4,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
+from tppo_kernels._core.check import Reduction
 from tppo_kernels._core.op import _given
+from tppo_kernels.ops.ppo_loss.reference import Formula, PolicyTerms
 from tppo_kernels.testing import (
     assert_accurate,
     assert_same_bits,
@@ -209,3 +211,15 @@ def check_long_sequences(monkeypatch, backend, run, sample, options):
         expected = reference(run, alone, mask[:, :3000], reduction=reduction, **options)
         torch.testing.assert_close([y.reshape(-1) for y in flat(got)],
                                    [y.reshape(-1) for y in flat(expected)], rtol=1e-5, atol=1e-6)
+
+
+def terms_of(old_logprobs, advantages, ref_logprobs=None, weights=None, *, ratio="token",
+             kl_estimator="k2", reduction="token-mean", cu_seqlens=None, **given):
+    """The record of the loss's own arguments; any scalar by name, None is none."""
+    scalars = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "max_log_ratio": 20.0,
+               "entropy_coef": 0.0, "kl_coef": 0.0, "num_tokens": None, "num_sequences": None,
+               "norm_length": None, **given}
+    numbers = [v if v is None else torch.as_tensor(v) for v in scalars.values()]
+    return PolicyTerms(old_logprobs, advantages, ref_logprobs, weights,
+                       Formula(*numbers[:6], ratio, kl_estimator),
+                       Reduction(*numbers[6:], reduction), cu_seqlens)

@@ -1,5 +1,7 @@
 """`linear_logprobs` against logits in fp64: numbers, gradients, flops, memory, shards."""
 
+import collections
+import importlib
 import itertools
 import math
 import types
@@ -20,6 +22,7 @@ from _linear_cases import (
     double,
     grads,
     halves,
+    inputs_of,
     sample,
     textbook,
 )
@@ -32,8 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
-from tppo_kernels._math import chunks as _linear
-from tppo_kernels.ops.linear_logprobs import _cpp, flops, reference
+from tppo_kernels._core.record import flat
+from tppo_kernels._kernels import chunks as _linear
+from tppo_kernels.ops.linear_logprobs import _chunked, _cpp, flops
+from tppo_kernels.ops.linear_logprobs.reference import (
+    FrozenGradient,
+    LinearLogprobsCall,
+    LinearLogprobsGradient,
+)
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -50,7 +59,8 @@ _bwd = torch.ops.tppo_kernels.linear_logprobs_bwd.default
 _frozen = torch.ops.tppo_kernels.linear_logprobs_frozen.default
 _fwd = torch.ops.tppo_kernels.linear_logprobs_fwd.default
 
-STEPS = {"reference": reference.TORCH, "cpp": _cpp.STEPS}
+STEPS = {"chunked": _chunked.TORCH, "cpp": _cpp.STEPS}
+BACKENDS = (*STEPS, "reference")
 
 
 def test_by_hand():
@@ -67,7 +77,7 @@ def test_by_hand():
 
 
 CASES = [(backend, dtype, memory, part, shaped, bias)
-         for backend in ("cpp", "reference") for dtype in (torch.float64, *DTYPES)
+         for backend in BACKENDS for dtype in (torch.float64, *DTYPES)
          for memory in ("store", "recompute", 40_000) for part in ("both", "logprobs", "entropy")
          for shaped in (False, True) for bias in (False, True)
          if not (backend == "cpp" and dtype == torch.float64)]
@@ -203,11 +213,13 @@ def test_the_ways_to_choose_rows_agree(kind, memory, frozen):
 
 
 @pytest.mark.parametrize("memory", ("store", "recompute"))
-def test_a_row_over_capacity_is_nan_everywhere(memory):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_over_capacity_is_nan_everywhere(memory, backend):
     hidden, weight, targets, bias = sample(1, 10)
     mask = torch.tensor([[True] * 6 + [False] * 2 + [True] * 2])
-    out = grads(tk.linear_logprobs, hidden, weight, targets, mask, bias=bias, capacity=6,
-                memory=memory)
+    with tk.use_backend(backend):
+        out = grads(tk.linear_logprobs, hidden, weight, targets, mask, bias=bias, capacity=6,
+                    memory=memory)
     for x in out[:2]:
         assert x[0, :6].isfinite().all() and not x[0, 6:8].any() and x[0, 8:].isnan().all()
     assert out[2][0, :6].isfinite().all() and out[2][0, 8:].isnan().all()
@@ -218,7 +230,8 @@ def test_a_row_over_capacity_is_nan_everywhere(memory):
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("kind", ROWS)
-def test_poison(poison, kind):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_poison(poison, kind, backend):
     """lm_head on prompt positions (OpenRLHF#467, SkyRL#2144): masked rows are not even read."""
     hidden, weight, targets, bias = sample(4, 33)
     for shape in ("left", "right", "interior", "row", "all-false"):
@@ -229,10 +242,11 @@ def test_poison(poison, kind):
             for leaf in (h := poisoned(hidden, mask, value), w := weight.clone()):
                 leaf.requires_grad_()
             bad = targets if value == 0.0 else torch.where(mask, targets, -100)
-            out = tk.linear_logprobs(h, w, bad, mask, bias=bias, **choose(kind, mask),
-                                     temperature=poisoned(temperature, mask, value or 1.0))
-            g = [poisoned(torch.ones(4, 33), mask, value) for _ in out]
-            results.append((*(x.detach() for x in out), *torch.autograd.grad(out, (h, w), g)))
+            with tk.use_backend(backend):
+                out = tk.linear_logprobs(h, w, bad, mask, bias=bias, **choose(kind, mask),
+                                         temperature=poisoned(temperature, mask, value or 1.0))
+                g = [poisoned(torch.ones(4, 33), mask, value) for _ in out]
+                results.append((*(x.detach() for x in out), *torch.autograd.grad(out, (h, w), g)))
         assert_same_bits(results[1], results[0])
         assert not results[0][2][~mask].any()
 
@@ -265,7 +279,8 @@ def test_shift_invariance(seed, n, shift):
 
 @pytest.mark.parametrize("memory", ("store", "recompute"))
 @pytest.mark.parametrize("softcap", (None, 2.0))
-def test_gradcheck(memory, softcap):
+@pytest.mark.parametrize("backend", ("chunked", "reference"))
+def test_gradcheck(memory, softcap, backend):
     hidden, weight, targets, bias = double(*sample(2, 4, d=3, v=7))
     mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
 
@@ -273,10 +288,11 @@ def test_gradcheck(memory, softcap):
         return tk.linear_logprobs(h, w, targets, mask, bias=b, memory=memory, softcap=softcap,
                                   temperature=0.8)
 
-    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in (hidden, weight, bias)])
-    assert torch.autograd.gradcheck(
-        lambda h: tk.linear_logprobs(h, weight.detach(), targets, mask, entropy_grad=False,
-                                     softcap=softcap)[0], [hidden])
+    with tk.use_backend(backend):
+        assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in (hidden, weight, bias)])
+        assert torch.autograd.gradcheck(
+            lambda h: tk.linear_logprobs(h, weight.detach(), targets, mask, entropy_grad=False,
+                                         softcap=softcap)[0], [hidden])
 
 
 @pytest.mark.parametrize("memory", ("store", "recompute"))
@@ -363,15 +379,20 @@ N, D, V = 1500, 8, 700
 def kernel(regime, backend, dtype=torch.float32, budget=1 << 30, wanted=(True, True, False)):
     """Forward and backward of the kernels themselves: what they do is visible to modes."""
     hidden, weight, targets, _ = sample(1, N, D, V, dtype=dtype)
-    one = torch.tensor(1.0)
-    arguments = (hidden[0], weight, targets[0], None, None, None, one, None, one, None, None,
-                 budget, None)
-    out = reference.fwd(*arguments, regime, steps=STEPS[backend])
+    inputs = inputs_of(hidden[0], weight, targets[0], budget=budget)
+    return forward_and_backward(inputs, regime, STEPS[backend], wanted)[0]
+
+
+def forward_and_backward(inputs, regime, steps, wanted=(True, True, True)):
+    """The results of the engine's forward, and those of its backward."""
+    out, grads = _chunked.fwd(LinearLogprobsCall(inputs, regime), steps=steps), ()
     if regime == "frozen":
-        reference.frozen(out[0], out[3], None, None, None, dtype)
+        grads = (_chunked.frozen(FrozenGradient(out[0], out[3], inputs.mask, inputs.rows,
+                                                inputs.capacity, inputs.hidden.dtype)),)
     elif regime != "none":
-        reference.bwd(out[0], out[1], *arguments, *out[2:], *wanted, steps=STEPS[backend])
-    return out
+        grads = _chunked.bwd(LinearLogprobsGradient(*out[:2], inputs, *out[2:], *wanted),
+                             steps=steps)
+    return out, grads
 
 
 @pytest.mark.parametrize("backend", STEPS)
@@ -424,27 +445,20 @@ def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, regime, times, b
     steps = as_on_a_gpu(monkeypatch)
     n, v, d = REAL
     hidden, weight, targets = real_inputs(n, v, d, dtype)
-    one = torch.tensor(1.0)
     mask = torch.empty(n, device="meta", dtype=torch.bool) if chosen else None
     rows = torch.empty(n, device="meta", dtype=torch.int64) if chosen else None
-    arguments = (hidden, weight, targets, mask, None, rows, one, None, one, None, None, budget,
-                 None)
+    given = inputs_of(hidden, weight, targets, mask, rows=rows, budget=budget)
     with Planned() as plan:
         inputs = [x.detach() for x in (hidden, weight, targets)]
-        given = plan.nbytes
-        out = reference.fwd(*arguments, regime, steps=steps)
+        before = plan.nbytes
+        _, grads = forward_and_backward(given, regime, steps, (True, True, False))
         kept = {"store": 2 * n * v, "frozen": 4 * n * d}.get(regime, 0)
-        returned = 0
-        if regime in ("store", "recompute"):
-            grads = reference.bwd(out[0], out[1], *arguments, *out[2:], True, True, False,
-                                  steps=steps)
-            returned = 4 * v * d + sum(g.numel() * g.element_size() for g in grads)
-        elif regime == "frozen":
-            returned = 2 * reference.frozen(out[0], out[3], None, None, None, dtype).numel()
+        returned = 4 * v * d * (regime in ("store", "recompute"))
+        returned += sum(g.numel() * g.element_size() for g in grads)
     assert inputs and plan.flops == flops(n, v, d, regime=regime, backward=times > 2)
     assert plan.flops == times * n * v * d
     assert plan.factors == {dtype}
-    assert plan.peak - given <= budget + kept + returned + 0.02 * budget
+    assert plan.peak - before <= budget + kept + returned + 0.02 * budget
 
 
 @pytest.mark.parametrize("dtype, head_dtype", (*((x, x) for x in DTYPES),
@@ -462,25 +476,21 @@ def test_scalars_on_a_cpu_and_tensors_on_a_gpu(monkeypatch, dtype, head_dtype, r
     mask, rows = targets > 0, targets[:20]
     for chosen, capacity in ((None, None), (rows, None), (None, 30)):
         for heat in (torch.tensor(0.7), torch.empty(n, device="meta")):
-            arguments = (hidden, weight, targets, mask, weight[:, 0], chosen, heat,
-                         torch.tensor(30.0), torch.tensor(0.5), v - 1, capacity, 10 ** 6, None)
-            steps = on_triton if by_triton else reference.TORCH
+            inputs = inputs_of(hidden, weight, targets, mask, weight[:, 0], rows=chosen,
+                               temperature=heat, softcap=torch.tensor(30.0),
+                               logit_scale=torch.tensor(0.5), valid_vocab=v - 1, capacity=capacity,
+                               budget=10 ** 6)
             with Planned():  # it stands in for addmm
-                out = reference.fwd(*arguments, regime, steps=steps)
-                if regime == "frozen":
-                    reference.frozen(out[0], out[3], mask, chosen, capacity, dtype)
-                elif regime != "none":
-                    reference.bwd(*out[:2], *arguments, *out[2:], True, True, True, steps=steps)
+                forward_and_backward(inputs, regime, on_triton if by_triton else _chunked.TORCH)
 
 
 def test_chunks_of_a_gpu():
     """6 bytes a logit: 1,395 rows of 128,256 in 1 GiB; the same in every process of a group."""
     def rows(logits, gradient, columns=None, budget=1 << 30, v=128_256, aligned=True):
-        problem = _linear.Problem(*real_inputs(16_384, v, 8), None, None, None, torch.tensor(1.0),
-                                  None, None, budget, None, aligned)
+        problem = _linear.Problem(inputs_of(*real_inputs(16_384, v, 8), budget=budget), aligned)
         problem.products.factors = torch.bfloat16
         problem.shard = problem.shard._replace(columns=v if columns is None else columns)
-        x, dx = problem.rooms(logits, gradient)
+        x, dx = problem.buffers(logits, gradient)
         nbytes = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in (x, dx)}.values())
         assert nbytes <= budget
         assert not aligned or all(t.stride(0) % 8 == 0 for t in (x, dx) if t.dim() == 2)
@@ -500,10 +510,9 @@ def test_the_chunk_of_a_gpu_follows_its_memory(monkeypatch, gigabytes, chunks):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     budget = _linear.auto_bytes(torch.device("cuda", 0))
     assert 1 << 30 <= budget <= max(1 << 30, min(8 << 30, gigabytes * 10 ** 9 // 16))
-    problem = _linear.Problem(*real_inputs(16_384, 128_256, 8), None, None, None, torch.tensor(1.0),
-                              None, None, budget, None, True)
+    problem = _linear.Problem(inputs_of(*real_inputs(16_384, 128_256, 8), budget=budget), True)
     problem.products.factors = torch.bfloat16
-    problem.rooms(True, True)
+    problem.buffers(True, True)
     assert math.ceil(16_384 / problem.chunk_rows) == chunks
     assert _linear.auto_bytes(torch.device("cpu")) == 1 << 30
 
@@ -521,7 +530,7 @@ def test_the_roundings_of_a_gpu(dtype, spread, memory, part, softcap):
     frozen = memory == "frozen"
     options = {"part": "logprobs" if frozen else part, "softcap": softcap, "frozen": frozen}
     more = {"entropy_grad": False} if frozen else {"memory": memory}
-    with halves(), tk.use_backend("reference"):
+    with halves(), tk.use_backend("chunked"):
         actual = grads(tk.linear_logprobs, hidden, weight, targets, **options, **more)
     assert_close(actual, grads(textbook, *double(hidden, weight, targets), **options), dtype,
                  top=30)
@@ -543,7 +552,7 @@ def test_few_rows_on_a_gpu(dtype):
         frozen = memory == "frozen"
         options = {"part": "logprobs" if frozen else part, "frozen": frozen}
         more = {"entropy_grad": False} if frozen else {"memory": memory}
-        with halves(), tk.use_backend("reference"):
+        with halves(), tk.use_backend("chunked"):
             actual = grads(tk.linear_logprobs, hidden, weight, targets, **options, **more)
         assert_close(actual, grads(textbook, *double(hidden, weight, targets), **options), dtype,
                      top=30)
@@ -558,7 +567,7 @@ def test_rows_of_one_slope_on_a_gpu(memory, spread):
     for function, inputs, options in ((tk.linear_logprobs, (hidden, weight), {"memory": memory}),
                                       (textbook, double(hidden, weight), {})):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        with halves(), tk.use_backend("reference"):
+        with halves(), tk.use_backend("chunked"):
             mean = function(*leaves, targets, **options)[0].mean()
             results.append(torch.autograd.grad(mean, leaves))
     for a, e in zip(*results, strict=True):
@@ -573,18 +582,12 @@ def test_products_and_memory_of_few_rows_on_a_gpu(monkeypatch, regime, budget):
     steps = as_on_a_gpu(monkeypatch)
     n, v, d = _linear.FEW_ROWS, 151_643, 64
     hidden, weight, targets = real_inputs(n, v, d)
-    one = torch.tensor(1.0)
-    arguments = (hidden, weight, targets, None, None, None, one, None, one, None, None, budget,
-                 None)
     with Planned() as plan:
         inputs = [x.detach() for x in (hidden, weight, targets)]
         given = plan.nbytes
-        out = reference.fwd(*arguments, regime, steps=steps)
+        out, _ = forward_and_backward(inputs_of(hidden, weight, targets, budget=budget), regime,
+                                      steps, (True, True, False))
         kept = sum(x.numel() * x.element_size() for x in out)
-        if regime == "frozen":
-            reference.frozen(out[0], out[3], None, None, None, torch.bfloat16)
-        else:
-            reference.bwd(*out[:2], *arguments, *out[2:], True, True, False, steps=steps)
     returned = 0 if regime == "frozen" else 6 * v * d
     assert inputs and plan.factors == {torch.bfloat16}
     assert plan.peak - given <= max(budget, 8 * (v + 8)) + kept + returned + 10 ** 6
@@ -603,8 +606,8 @@ def test_real_vocabularies(v, d):
 def regime_of(monkeypatch, *args, **kwargs):
     """The regime that the public function asks of the raw op."""
     import tppo_kernels.ops.linear_logprobs as module
-    seen = []
-    monkeypatch.setattr(module, "_fwd", lambda *a: seen.append(a[-1]) or _fwd(*a))
+    seen, own = [], module._fwd
+    monkeypatch.setattr(module, "_fwd", lambda call: seen.append(call.regime) or own(call))
     tk.linear_logprobs(*args, **kwargs)
     return seen[-1]
 
@@ -670,30 +673,37 @@ def test_autocast_changes_nothing():
         assert_same_bits(grads(tk.linear_logprobs, hidden, weight, targets), expected)
 
 
-def raw_arguments(mask=None, rows=None, capacity=None, dtype=torch.float32, softcap=None):
+def raw_inputs(mask=None, rows=None, capacity=None, dtype=torch.float32, softcap=None):
     hidden, weight, targets, bias = sample(2, 6, d=4, v=9, dtype=dtype)
-    one = torch.tensor(1.0)
-    return (hidden, weight, targets % 8, mask, bias, rows, one, softcap, one, 8, capacity, 5000,
-            None)
+    return inputs_of(hidden, weight, targets % 8, mask, bias, rows=rows, softcap=softcap,
+                     valid_vocab=8, capacity=capacity, budget=5000)
 
 
 def test_opcheck():
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
     g = torch.randn(2, 6)
-    for case, regime in ((raw_arguments(), "none"), (raw_arguments(mask), "store"),
-                         (raw_arguments(mask, tk.valid_rows(mask)), "store"),
-                         (raw_arguments(mask, capacity=10), "recompute"),
-                         (raw_arguments(dtype=torch.bfloat16), "store"),
-                         (raw_arguments(mask, softcap=torch.tensor(2.0)), "frozen")):
-        torch.library.opcheck(_fwd, (*case, regime))
-        out = _fwd(*case, regime)
-        if regime == "frozen":
-            torch.library.opcheck(_frozen, (g, out[3], case[3], case[5], case[10],
-                                                torch.float32))
-        elif regime != "none":
-            torch.library.opcheck(_bwd, (g, g, *case, *out[2:], True, True, True))
-    torch.library.opcheck(_bwd, (g, None, *case[:7], None, *case[8:], out[2], g[:0, 0], False,
-                                 False, True))
+    capped = raw_inputs(mask, softcap=torch.tensor(2.0))
+    cases = [("cpp", raw_inputs(), "none"), ("cpp", raw_inputs(mask), "store"),
+             ("cpp", raw_inputs(mask, tk.valid_rows(mask)), "store"),
+             ("cpp", raw_inputs(mask, capacity=10), "recompute"),
+             ("cpp", raw_inputs(dtype=torch.bfloat16), "store"), ("cpp", capped, "frozen"),
+             ("reference", raw_inputs(mask), "store"), ("reference", capped, "store"),
+             ("reference", capped, "frozen"), ("chunked", capped, "frozen")]
+    for backend, inputs, regime in cases:
+        with tk.use_backend(backend):
+            call = flat(LinearLogprobsCall(inputs, regime))
+            torch.library.opcheck(_fwd, call)
+            out = _fwd(*call)
+            if regime == "frozen":
+                torch.library.opcheck(_frozen, flat(FrozenGradient(
+                    g, out[3], mask, inputs.rows, inputs.capacity, torch.float32)))
+            elif regime != "none":
+                torch.library.opcheck(_bwd, flat(LinearLogprobsGradient(
+                    g, g, inputs, *out[2:], True, True, True)))
+    inputs = capped
+    torch.library.opcheck(_bwd, flat(LinearLogprobsGradient(
+        g, None, inputs._replace(scaling=raw_inputs().scaling), out[2], g[:0, 0], False, False,
+        True)))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -772,6 +782,66 @@ def test_export():
         hidden, -weight, targets, mask, temperature=0.7)))
 
 
+@pytest.mark.parametrize("regime", ("store", "recompute", "frozen"))
+@pytest.mark.parametrize("kind", (*ROWS, "all"))
+@pytest.mark.parametrize("shaped", (False, True))
+def test_what_one_backend_keeps_another_reads(regime, kind, shaped):
+    """A forward under `use_backend` and a backward behind it, in every pair of backends."""
+    hidden, weight, targets, bias = sample(3, 9, dtype=torch.bfloat16)
+    mask = sample_mask("row", 3, 9)
+    options = {"memory": "store" if regime == "frozen" else regime, **(SHAPED if shaped else {}),
+               "bias": bias, "mask": None if kind == "all" else mask,
+               **({} if kind == "all" else choose(kind, mask))}
+    if regime == "frozen":
+        options["entropy_grad"] = False
+    exact = None
+    for one, other in itertools.product(BACKENDS, BACKENDS):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(
+            regime != "frozen")]
+        with tk.use_backend(one):
+            out = tk.linear_logprobs(*leaves, targets, **options)
+        with tk.use_backend(other):
+            total = out.logprobs.square().sum() + (0 if regime == "frozen" else out.entropy.sum())
+            results = torch.autograd.grad(total, leaves[:1] if regime == "frozen" else leaves)
+        exact = exact or results
+        for a, e in zip(results, exact, strict=True):
+            assert distance(a, e) <= LIMIT[torch.bfloat16], (one, other)
+
+
+ENGINE = ("chunks.Problem", "chunks.Gradients", "products.Products", "selection.Selection")
+
+
+def test_the_reference_runs_nothing_of_the_engine(monkeypatch):
+    """A bug of the engine's chunks, products or choice of rows is not in the reference too."""
+    made = []
+    for name in ENGINE:
+        module, kind = name.split(".")
+        cls = getattr(importlib.import_module(f"tppo_kernels._kernels.{module}"), kind)
+        init = cls.__init__
+        monkeypatch.setattr(cls, "__init__", lambda self, *a, _name=name, _init=init, **k: (
+            made.append(_name), _init(self, *a, **k))[1])
+
+    def run(backend):
+        made.clear()
+        hidden, weight, targets, bias = sample(2, 6)
+        mask = sample_mask("interior", 2, 6)
+        with tk.use_backend(backend):
+            for more in ({}, {"memory": "recompute"}, {"capacity": 3}, {"frozen": True}):
+                frozen = more.pop("frozen", False)
+                grads(tk.linear_logprobs, hidden, weight, targets, mask, bias=None if frozen
+                      else bias, frozen=frozen, entropy_grad=not frozen,
+                      part="logprobs" if frozen else "both", **more)
+            h = hidden.requires_grad_()
+            for ratio in ("token", "sequence"):
+                tk.linear_ppo_loss(h, weight, targets, hidden[..., 0].detach(),
+                                   hidden[..., 1].detach(), mask, ratio=ratio).loss.backward()
+        return collections.Counter(made)
+
+    assert run("reference") == {}
+    for backend in STEPS:
+        assert set(run(backend)) == set(ENGINE)
+
+
 H, W, T = torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.int64)
 ALL = torch.ones(2, 3, dtype=torch.bool)
 
@@ -846,7 +916,7 @@ def worker(rank, meeting, queue):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2,
                             timeout=timedelta(seconds=60))
     results, half = {}, slice(rank * 95, rank * 95 + 95)
-    for name, backend in itertools.product(SHARDS, STEPS):
+    for name, backend in itertools.product(SHARDS, BACKENDS):
         (hidden, weight, targets, mask), options = shard_inputs(name)
         if "bias" in options:
             options["bias"] = options["bias"][half]
@@ -873,7 +943,7 @@ def shards():
     return two_processes(worker, timeout=120)
 
 
-@pytest.mark.parametrize("name, backend", list(itertools.product(SHARDS, STEPS)))
+@pytest.mark.parametrize("name, backend", list(itertools.product(SHARDS, BACKENDS)))
 def test_shards_of_the_vocabulary_equal_the_whole(shards, name, backend):
     """`roll` across a shard (verl#6068) and its like: two processes, one distribution."""
     (hidden, weight, targets, mask), options = shard_inputs(name)

@@ -14,19 +14,26 @@ from _linear_cases import (
     choose,
     distance,
     halves,
+    inputs_of,
     sample,
 )
 from _linear_cases import textbook as textbook_logprobs
+from _loss_cases import terms_of
 from _matrix import third
-from test_linear_logprobs import REAL, STEPS, Largest, real_inputs
+from test_linear_logprobs import BACKENDS, REAL, STEPS, Largest, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
 from tppo_kernels._core.check import REDUCTIONS
-from tppo_kernels._math import chunks as _linear
+from tppo_kernels._core.record import flat
+from tppo_kernels._kernels import chunks as _linear
 from tppo_kernels._math.sequence import KL_ESTIMATORS
-from tppo_kernels.ops.linear_logprobs import reference as linear
-from tppo_kernels.ops.linear_ppo_loss import reference
+from tppo_kernels.ops.linear_logprobs import _chunked as linear
+from tppo_kernels.ops.linear_ppo_loss import _chunked
+from tppo_kernels.ops.linear_ppo_loss.reference import (
+    LinearPolicyLossCall,
+    LinearPolicyLossGradient,
+)
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -98,7 +105,7 @@ def assert_close(actual, exact, dtype):
 
 
 CASES = [(backend, dtype, ratio, reduction, shaped)
-         for backend in ("cpp", "reference") for dtype in (torch.float64, *DTYPES)
+         for backend in BACKENDS for dtype in (torch.float64, *DTYPES)
          for ratio in ("token", "sequence") for reduction in REDUCTIONS
          for shaped in (False, True) if not (backend == "cpp" and dtype == torch.float64)]
 
@@ -191,18 +198,22 @@ def test_micro_batches_add_up(reduction):
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("ratio", ("token", "sequence"))
-def test_the_ways_to_choose_rows_agree(kind, ratio):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ways_to_choose_rows_agree(kind, ratio, backend):
     x, mask = batch(), sample_mask("row", 3, 23)
-    actual = run(tk.linear_ppo_loss, x, mask, ratio=ratio, **choose(kind, mask), **TERMS)
+    with tk.use_backend(backend):
+        actual = run(tk.linear_ppo_loss, x, mask, ratio=ratio, **choose(kind, mask), **TERMS)
     plain = run(tk.linear_ppo_loss, x, mask, ratio=ratio, **TERMS)
     for a, b in zip(actual, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", ("token", "sequence"))
-def test_a_row_over_capacity_is_nan_everywhere(ratio):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_over_capacity_is_nan_everywhere(ratio, backend):
     x, mask = batch(10, 1), torch.ones(1, 10, dtype=torch.bool)
-    loss, _, logprobs, _, *grads = run(tk.linear_ppo_loss, x, mask, capacity=9, ratio=ratio)
+    with tk.use_backend(backend):
+        loss, _, logprobs, _, *grads = run(tk.linear_ppo_loss, x, mask, capacity=9, ratio=ratio)
     assert loss.isnan() and logprobs[0, 9:].isnan().all() and logprobs[0, :9].isfinite().all()
     assert grads[0][0, 9:].isnan().all() and grads[1].isnan().all() and grads[2].isnan().all()
     assert run(tk.linear_ppo_loss, x, mask, capacity=10, ratio=ratio)[0].isfinite()
@@ -256,7 +267,8 @@ def test_twice_and_other_chunks():
 
 
 @pytest.mark.parametrize("ratio", ("token", "sequence"))
-def test_gradcheck(ratio):
+@pytest.mark.parametrize("backend", ("chunked", "reference"))
+def test_gradcheck(ratio, backend):
     x = batch(4, 2, dtype=torch.float64, d=3, v=7)
     fixed = {k: v for k, v in x.items() if k not in ("hidden", "weight", "bias")}
     mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
@@ -266,7 +278,8 @@ def test_gradcheck(ratio):
                                   ratio=ratio, entropy_coef=0.2, kl_coef=0.3, softcap=2.0).loss
 
     leaves = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
-    assert torch.autograd.gradcheck(call, leaves)
+    with tk.use_backend(backend):
+        assert torch.autograd.gradcheck(call, leaves)
 
 
 def test_only_the_loss_is_differentiable_and_only_in_what_asks():
@@ -299,12 +312,9 @@ LARGE = batch(N, 1, d=D, v=V)
 def kernel(backend, ratio="token", wanted=(True, True, False)):
     """The kernel itself: what it does is visible to modes."""
     x = LARGE
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    return reference.fwd(
-        x["hidden"], x["weight"], x["targets"], None, None, None, one, None, one, None, None,
-        1 << 30, None, x["old_logprobs"], x["advantages"], None, None, one * 0.2, one * 0.2, None,
-        one * 20, one * 0.1, zero, None, None, None, None, ratio, "k2", "token-mean", True, *wanted,
-        steps=STEPS[backend])
+    terms = terms_of(x["old_logprobs"], x["advantages"], entropy_coef=0.1, ratio=ratio)
+    return _chunked.fwd(LinearPolicyLossCall(inputs_of(*(x[k] for k in (
+        "hidden", "weight", "targets"))), terms, True, *wanted), steps=STEPS[backend])
 
 
 @pytest.mark.parametrize("backend", STEPS)
@@ -336,14 +346,13 @@ def test_products_and_memory_of_a_gpu_at_real_size(monkeypatch, ratio, wanted, t
     (n, v, d), budget = REAL, 1 << 30
     hidden, weight, targets = real_inputs(n, v, d)
     old = torch.empty(1, n, device="meta")
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    call = LinearPolicyLossCall(inputs_of(hidden[None], weight, targets[None], budget=budget),
+                                terms_of(old, old, entropy_coef=0.1, ratio=ratio), True,
+                                *wanted)
     with Planned() as plan:
         inputs = [x.detach() for x in (hidden, weight, targets)]
         given = plan.nbytes
-        out = reference.fwd(
-            hidden[None], weight, targets[None], None, None, None, one, None, one, None, None,
-            budget, None, old, old, None, None, one * 0.2, one * 0.2, None, one * 20, one * 0.1,
-            zero, None, None, None, None, ratio, "k2", "token-mean", True, *wanted, steps=steps)
+        out = _chunked.fwd(call, steps=steps)
         returned = sum(x.numel() * x.element_size() for x in out[4:]) + 4 * v * d * wanted[1]
     assert inputs and plan.flops == times * n * v * d and plan.factors == {torch.bfloat16}
     kept = 2 * n * v if ratio == "sequence" else 0
@@ -364,14 +373,19 @@ def test_scalars_on_a_cpu_and_tensors_on_a_gpu(monkeypatch, dtype, ratio, by_tri
     token, mask = torch.empty(b, t, device="meta"), targets > 0
     half = torch.tensor(0.5)
     for reduction, capacity in itertools.product(REDUCTIONS, (None, 30)):
+        inputs = inputs_of(hidden, weight, targets, mask, weight[:, 0], temperature=half,
+                           softcap=half, logit_scale=half, valid_vocab=v - 1, capacity=capacity,
+                           budget=10 ** 6)
+        terms = terms_of(token, token[:, 0], token, token, clip_low=0.5, clip_high=0.5,
+                         dual_clip=1.5, entropy_coef=0.5, kl_coef=0.5, num_tokens=4.5,
+                         num_sequences=4.5, norm_length=4.5, ratio=ratio, kl_estimator="k3",
+                         reduction=reduction)
         with Planned():  # it stands in for addmm
-            out = reference.fwd(
-                hidden, weight, targets, mask, weight[:, 0], None, half, half, half, v - 1,
-                capacity, 10 ** 6, None, token, token[:, 0], token, token, half, half, half + 1,
-                half * 40, half, half, half * 9, half * 9, half * 9, None, ratio, "k3", reduction,
-                True, True, True, True, steps=on_triton if by_triton else linear.TORCH)
-            reference.bwd(torch.empty((), device="meta"), *out[4:], targets, mask, None, capacity,
-                          dtype, dtype, dtype)
+            out = _chunked.fwd(LinearPolicyLossCall(inputs, terms, True, True, True, True),
+                               steps=on_triton if by_triton else linear.TORCH)
+            _chunked.bwd(LinearPolicyLossGradient(
+                torch.empty((), device="meta"), *out[4:], targets, mask, None, capacity, dtype,
+                dtype, dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -382,12 +396,12 @@ def test_the_roundings_of_a_gpu(dtype, ratio, learns):
     x, mask = batch(40, 3, dtype=dtype, v=700), sample_mask("row", 3, 40)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
     options = {"learns": learns, "scale": 2.0 ** 16, "ratio": ratio, "num_tokens": 10 ** 6, **TERMS}
-    with halves(), tk.use_backend("reference"):
+    with halves(), tk.use_backend("chunked"):
         actual = run(tk.linear_ppo_loss, x, mask, **options)
     assert_close(actual, run(textbook, exact, mask, **options), dtype)
 
 
-@pytest.mark.parametrize("backend", ("cpp", "reference", "gpu"))
+@pytest.mark.parametrize("backend", (*BACKENDS, "gpu"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("ratio", ("token", "sequence"))
 def test_few_rows_and_a_gradient_of_the_loss_that_is_no_power_of_two(backend, dtype, ratio):
@@ -399,7 +413,7 @@ def test_few_rows_and_a_gradient_of_the_loss_that_is_no_power_of_two(backend, dt
         options = {"learns": ("hidden", "weight"), "ratio": ratio, "scale": 100 / 3,
                    "entropy_coef": 0.01, "clip_low": 0.9, "clip_high": 9.0}
         with halves() if backend == "gpu" else contextlib.nullcontext():
-            with tk.use_backend("reference" if backend == "gpu" else backend):
+            with tk.use_backend("chunked" if backend == "gpu" else backend):
                 actual = run(tk.linear_ppo_loss, x, **options)
         assert_close(actual, run(textbook, exact, **options), dtype)
 
@@ -417,7 +431,7 @@ def test_tokens_of_one_advantage_on_a_gpu(ratio, memory):
     double["advantages"] = x["advantages"].double()
     x["old_logprobs"] = double["old_logprobs"].float()
     options = {"learns": ("hidden", "weight"), "ratio": ratio, "entropy_coef": 0.01}
-    with halves(), tk.use_backend("reference"):
+    with halves(), tk.use_backend("chunked"):
         actual = run(tk.linear_ppo_loss, x, memory=memory, **options)
     for a, e in zip(actual[4:], run(textbook, double, **options)[4:], strict=True):
         assert distance(a, e) <= 2.6e-3
@@ -451,24 +465,27 @@ def test_a_rollout_of_inference_mode_is_trained_on():
 
 
 def raw_arguments(x, mask=None, rows=None, capacity=None, ratio="token", wanted=(True,) * 3):
-    s = torch.tensor
-    return (x["hidden"], x["weight"], x["targets"], mask, x["bias"], rows, s(1.0), None, s(1.0),
-            None, capacity, 4000, None, x["old_logprobs"], x["advantages"], x["ref_logprobs"],
-            x["weights"], s(0.2), s(0.2), None, s(20.0), s(0.1), s(0.3), None, None, None, None,
-            ratio, "k3", "token-mean", True, *wanted)
+    inputs = inputs_of(x["hidden"], x["weight"], x["targets"], mask, x["bias"], rows=rows,
+                       capacity=capacity, budget=4000)
+    terms = terms_of(x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"],
+                     entropy_coef=0.1, kl_coef=0.3, ratio=ratio, kl_estimator="k3")
+    return flat(LinearPolicyLossCall(inputs, terms, True, *wanted))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", ("cpp", "reference"))
+def test_opcheck(backend):
     x, mask = batch(6, 2, d=4, v=9), torch.tensor([[True, False, True, True, False, True]] * 2)
-    for arguments in (raw_arguments(x, mask), raw_arguments(x, mask, tk.valid_rows(mask)),
-                      raw_arguments(x, mask, capacity=10, ratio="sequence"),
-                      raw_arguments(x, wanted=(False, True, False)),
-                      raw_arguments(batch(6, 2, torch.bfloat16, d=4, v=9))):
-        torch.library.opcheck(_fwd, arguments)
-    out = _fwd(*raw_arguments(x, mask))
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(_bwd, (torch.tensor(2.0), *out[4:], x["targets"], mask, None, None,
-                                     dtype, torch.float32, dtype))
+    with tk.use_backend(backend):
+        for arguments in (raw_arguments(x, mask), raw_arguments(x, mask, tk.valid_rows(mask)),
+                          raw_arguments(x, mask, capacity=10, ratio="sequence"),
+                          raw_arguments(x, wanted=(False, True, False)),
+                          raw_arguments(batch(6, 2, torch.bfloat16, d=4, v=9))):
+            torch.library.opcheck(_fwd, arguments)
+        out = _fwd(*raw_arguments(x, mask))
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.library.opcheck(_bwd, flat(LinearPolicyLossGradient(
+                torch.tensor(2.0), *out[4:], x["targets"], mask, None, None, dtype, torch.float32,
+                dtype)))
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -15,7 +15,7 @@ from _loss_cases import (
     check_poison,
     flat,
     hold_to_fp64,
-    numbers,
+    terms_of,
 )
 from _loss_cases import policy_eager as eager_loss
 from _loss_cases import policy_run as run
@@ -27,9 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tppo_kernels as tk
-from tppo_kernels._core.check import REDUCTIONS, Reduction
-from tppo_kernels._math.sequence import KL_ESTIMATORS, reduction_weights
+from tppo_kernels._core import record
+from tppo_kernels._core.check import REDUCTIONS
+from tppo_kernels._math.sequence import KL_ESTIMATORS
 from tppo_kernels.ops.ppo_loss import _check_values, reference
+from tppo_kernels.ops.ppo_loss.reference import PolicyLossCall, PolicyLossGradient
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -328,8 +330,9 @@ def test_only_what_is_asked_for_gets_a_gradient():
                                atol=0)
     with torch.no_grad():
         assert not tk.ppo_loss(**{**x, "entropy": entropy}).loss.requires_grad
-    raw = [x["logprobs"], None, x["old_logprobs"], x["advantages"], *[None] * 3]
-    assert [t.numel() for t in _fwd(*raw, *SCALARS, *FLAGS)] == [1, 0, 0, 11, 1]
+    call = PolicyLossCall(x["logprobs"], None, None, terms_of(x["old_logprobs"], x["advantages"]),
+                          False, False)
+    assert [t.numel() for t in _fwd(*record.flat(call))] == [1, 0, 0, 11, 1]
     old = x["old_logprobs"].requires_grad_()
     assert not tk.ppo_loss(x["logprobs"], old, x["advantages"]).loss.requires_grad
     expected = run(sample(2, 3), **ALL_TERMS)
@@ -414,25 +417,22 @@ def test_packed_arguments_of_n_equal_b_are_per_token():
 def test_the_formula_exists_once_and_serves_chunks():
     """A second copy of the loss drifts (Liger#1082, trl#7063): chunks of tokens add up to it."""
     x, mask = sample(3, 8, seed=11), sample_mask("interior", 3, 8)
-    share = reduction_weights(mask, Reduction(None, None, None, "seq-mean-token-mean"), None,
-                              torch.float32)
-    flat = {k: v.flatten() for k, v in x.items()}
-    number = [torch.tensor(v) for v in (0.2, 0.2, 1.5, 20.0, 0.1, 0.3)]
-    formula = reference.Formula(*number, "token", "k3")
-    chunks = [reference.token_terms(*(flat[k][i:i + 7] for k in (
-        "logprobs", "old_logprobs", "advantages")), mask.flatten()[i:i + 7],
-        share.flatten()[i:i + 7], formula, **{k: flat[k][i:i + 7] for k in (
-            "entropy", "ref_logprobs", "weights")}) for i in range(0, 24, 7)]
+    terms = terms_of(x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"],
+                     dual_clip=1.5, entropy_coef=0.1, kl_coef=0.3, kl_estimator="k3",
+                     reduction="seq-mean-token-mean")
+    tokens = reference.tokens_of(terms, mask, torch.float32)
+
+    def some(i, *given):
+        return [v.flatten()[i:i + 7] for v in given]
+
+    chunks = [reference.token_terms(
+        *some(i, x["logprobs"], x["entropy"]), reference.Tokens(*some(i, *tokens)), terms.formula)
+        for i in range(0, 24, 7)]
     whole = run(x, mask, reduction="seq-mean-token-mean", **ALL_TERMS)
     torch.testing.assert_close(
         (sum(c.loss.sum() for c in chunks), torch.cat([c.dlogprobs for c in chunks]),
          torch.cat([c.dentropy for c in chunks]), sum(c.metrics for c in chunks)[:-1]),
         (whole[0], *(v.flatten() for v in whole[1:3]), torch.stack(whole[3])[:-1]))
-
-
-SCALARS = [torch.tensor(0.2), torch.tensor(0.2), None, torch.tensor(20.0), torch.tensor(0.0),
-           torch.tensor(0.0), None, None, None, None]
-FLAGS = ["token", "k2", "token-mean", False, False]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -444,18 +444,21 @@ def test_opcheck_and_no_host_read(ratio, packed):
         x, mask = {k: v.flatten() for k, v in x.items()}, mask.flatten()
     else:  # dense, but not in the order that the results have
         x, mask = {k: v.T.contiguous().T for k, v in x.items()}, mask.T.contiguous().T
-    tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
-    arguments = [*tensors, mask, x["ref_logprobs"], x["weights"], *SCALARS[:2], torch.tensor(2.0),
-                 *SCALARS[3:6], torch.tensor(9), None, None, cu, ratio, "k3+",
-                 "seq-mean-token-mean", True, True]
+    terms = terms_of(x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"],
+                     dual_clip=2.0, num_tokens=9, cu_seqlens=cu, ratio=ratio, kl_estimator="k3+",
+                     reduction="seq-mean-token-mean")
+    call = PolicyLossCall(x["logprobs"], x["entropy"], mask, terms, True, True)
+    arguments = record.flat(call)
     torch.library.opcheck(_fwd, arguments)
-    torch.library.opcheck(_fwd, [*arguments[:-2], False, False])
-    torch.library.opcheck(_bwd, [torch.tensor(2.0), torch.tensor(0.5), *tensors[:2],
-                                 torch.bfloat16, torch.float32])
+    torch.library.opcheck(_fwd, (*arguments[:-2], False, False))
+    torch.library.opcheck(_bwd, record.flat(PolicyLossGradient(
+        torch.tensor(2.0), torch.tensor(0.5), x["logprobs"], x["entropy"], torch.bfloat16,
+        torch.float32)))
     if not packed:  # a fake tensor raises where its value is read; segment_reduce has no fake
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            assert reference.fwd(*fakes)[1].shape == x["logprobs"].shape
+            fake = record.build(PolicyLossCall, fakes)
+            assert reference.fwd(fake)[1].shape == x["logprobs"].shape
 
 
 def test_compile_fullgraph_forward_and_backward():
@@ -544,10 +547,10 @@ def test_bad_input(change, error, words):
 
 
 def test_a_tensor_coefficient_without_its_tensor_shows_where_values_are_not_checked():
-    raw = [ONES, None, ONES, ONES, *[None] * 3, *SCALARS[:4], torch.tensor(0.5), *SCALARS[5:]]
-    assert reference.fwd(*raw, *FLAGS)[0].isnan()
+    call = PolicyLossCall(ONES, None, None, terms_of(ONES, ONES, entropy_coef=0.5), False, False)
+    assert reference.fwd(call)[0].isnan()
     with pytest.raises(ValueError, match="entropy is None"):
-        _check_values(*raw, *FLAGS)
+        _check_values(call)
 
 
 @settings(max_examples=25, deadline=None)
@@ -619,12 +622,12 @@ def test_cuda_kernel_emulated(monkeypatch):
     """csrc/ppo_loss.cu run on the CPU by a grid of four blocks: several sequences for each."""
     backend = _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
     x = sample(3, 5, torch.bfloat16)
-    tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
-    check_nothing_but_kernels(backend, (
-        *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
-            0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
-        "seq-mean-token-sum-norm", True, True),
-        lambda *results: (*results, torch.bfloat16, torch.float16))
+    check_nothing_but_kernels(backend, PolicyLossCall(
+        x["logprobs"], x["entropy"], sample_mask("row", 3, 5), terms_of(
+            x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"], dual_clip=1.5,
+            entropy_coef=0.1, kl_coef=0.1, num_sequences=3, norm_length=5, ratio="sequence",
+            kl_estimator="k3", reduction="seq-mean-token-sum-norm"), True, True),
+        lambda *results: PolicyLossGradient(*results, torch.bfloat16, torch.float16))
     check_compiled((1, 255, 256, 257, 1030, 24, 64))
     hold_to_fp64(run, sample(11, 600, seed=1), sample_mask("row", 11, 600), **ALL_TERMS)
     check_long_sequences(monkeypatch, backend, run, sample, {"kl_coef": 0.1})

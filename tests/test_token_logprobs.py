@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import missing
+from tppo_kernels._math.linear import Scaling
 from tppo_kernels.ops.token_logprobs import nbytes, reference
 from tppo_kernels.testing import (
     DTYPES,
@@ -381,14 +382,15 @@ def test_bad_targets_are_never_plausible():
     """Without the check of values (a GPU), a bad target gives NaN for its row, and only there."""
     logits, _, _ = sample((5,), 9)
     targets = torch.tensor([3, 9, -1, 2**40, 8])
-    arguments = (logits, targets, None, torch.tensor(1.0), None, torch.tensor(1.0), None)
+    one = torch.tensor(1.0)
+    call = reference.TokenLogprobsCall(logits, targets, None, Scaling(one, None, one), None)
     kernels = [reference]
     if not missing("cpp"):
         from tppo_kernels.ops.token_logprobs import _cpp
         kernels.append(_cpp)
     for kernel in kernels:
-        logprobs, *kept = kernel.fwd(*arguments)
-        grad = kernel.bwd(torch.ones(5), None, *arguments, *kept)
+        logprobs, *kept = kernel.fwd(call)
+        grad = kernel.bwd(reference.TokenLogprobsGradient(torch.ones(5), None, call, *kept))
         for x in (logprobs, kept[0], grad.sum(-1)):
             assert x.isnan().tolist() == [False, True, True, True, False]
 

@@ -9,7 +9,7 @@ from _linear_cases import ROWS, SHAPED, assert_close, choose, double, grads, sam
 from _matrix import third
 
 import tppo_kernels as tk
-from tppo_kernels._math.chunks import auto_bytes
+from tppo_kernels._kernels.chunks import auto_bytes
 from tppo_kernels.testing import DTYPES, assert_same_bits, sample_mask
 
 CASES = third(itertools.product(DTYPES, ("store", "recompute", 200_000, "frozen"), ROWS,

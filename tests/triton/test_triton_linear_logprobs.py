@@ -15,6 +15,7 @@ from _linear_cases import (
     double,
     grads,
     halves,
+    inputs_of,
     sample,
     textbook,
 )
@@ -22,7 +23,9 @@ from _matrix import third
 from triton.runtime.interpreter import InterpreterBuilder
 
 import tppo_kernels as tk
-from tppo_kernels.ops.linear_logprobs import _triton, reference
+from tppo_kernels._math import kept
+from tppo_kernels.ops.linear_logprobs import _triton
+from tppo_kernels.ops.linear_logprobs.reference import LinearLogprobsCall
 from tppo_kernels.ops.token_logprobs import _triton as token
 from tppo_kernels.testing import DTYPES, assert_same_bits, sample_mask
 
@@ -40,7 +43,7 @@ def small(monkeypatch):
     monkeypatch.setattr(token, "UNROLL", 2)
     monkeypatch.setattr(_triton, "TILE", 256)
     monkeypatch.setattr(_triton, "BLOCK_WARPS", 2)
-    monkeypatch.setattr(reference, "KEPT_BLOCK", 256)
+    monkeypatch.setattr(kept, "KEPT_BLOCK", 256)
 
 
 CASES = third(itertools.product((torch.float32, torch.float16), ("store", "recompute", 40_000),
@@ -174,7 +177,6 @@ def test_a_temperature_a_row_and_scalars_on_a_gpu(triton, small, scalars_on_a_gp
         assert_close(grads(tk.linear_logprobs, hidden, weight, targets, temperature=each,
                            softcap=4.0, memory=memory), exact, torch.float32)
     once = grads(tk.linear_logprobs, hidden, weight, targets, **SHAPED)
-    scalars_on_a_gpu(_triton)
     scalars_on_a_gpu(token)
     again = grads(tk.linear_logprobs, hidden, weight, targets, **SHAPED)
     for a, b in zip(again, once, strict=True):
@@ -184,11 +186,9 @@ def test_a_temperature_a_row_and_scalars_on_a_gpu(triton, small, scalars_on_a_gp
 def test_a_target_outside_the_vocabulary_is_nan(small):
     """What a GPU does, where targets are not read on the host."""
     hidden, weight, targets, _ = sample(1, 4, v=300)
-    one = torch.tensor(1.0)
     targets[0, 1], targets[0, 2] = 300, -1
     for regime in ("none", "store"):
-        out = _triton.fwd(hidden, weight, targets, None, None, None, one, None, one, None, None,
-                          1 << 20, None, regime)
+        out = _triton.fwd(LinearLogprobsCall(inputs_of(hidden, weight, targets), regime))
         assert out[0].isnan().tolist() == out[1].isnan().tolist() == [[False, True, True, False]]
 
 

@@ -13,10 +13,10 @@ from _loss_cases import (
     check_poison,
     flat,
     hold_to_fp64,
-    numbers,
     policy_run,
     policy_sample,
     reference,
+    terms_of,
 )
 from _matrix import third
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,6 +27,7 @@ from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels._kernels import triton_losses as _triton_losses
 from tppo_kernels._math.sequence import KL_ESTIMATORS
 from tppo_kernels.ops.ppo_loss import _triton
+from tppo_kernels.ops.ppo_loss.reference import PolicyLossCall, PolicyLossGradient
 from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sample_mask
 
 VARIANTS = list(itertools.product(("token", "sequence"), REDUCTIONS, KL_ESTIMATORS))
@@ -75,10 +76,8 @@ def test_extremes(triton):
         [[-300.0, 0.0, 0.0, -1.0]]), "advantages": torch.tensor([[1.0, 1.0, -1.0, 1.0]])}
     for limit in (20.0, 100.0, float("inf")):
         hold_to_fp64(policy_run, x, None, max_log_ratio=limit, reduction="token-sum")
-    raw = [x["logprobs"], None, x["old_logprobs"], x["advantages"], *[None] * 3]
-    numbers = [torch.tensor(v) for v in (0.2, 0.2)], [torch.tensor(v) for v in (20.0, 0.5, 0.0)]
-    loss = _triton.fwd(*raw, *numbers[0], None, *numbers[1], *[None] * 4, "token", "k2",
-                       "token-mean", False, False)[0]
+    terms = terms_of(x["old_logprobs"], x["advantages"], entropy_coef=0.5)
+    loss = _triton.fwd(PolicyLossCall(x["logprobs"], None, None, terms, False, False))[0]
     assert loss.isnan()
 
 
@@ -134,10 +133,10 @@ def test_two_launches_and_nothing_else(monkeypatch):
     ticket = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(_triton, "ticket", lambda like: ticket)
     x = policy_sample(3, 5, torch.bfloat16)
-    tensors = [x[k] for k in ("logprobs", "entropy", "old_logprobs", "advantages")]
-    check_nothing_but_kernels(_triton, (
-        *tensors, sample_mask("row", 3, 5), x["ref_logprobs"], x["weights"], *numbers(
-            0.2, 0.2, 1.5, 20.0, 0.1, 0.1), None, *numbers(3, 5), None, "sequence", "k3",
-        "seq-mean-token-sum-norm", True, True),
-        lambda *results: (*results, torch.bfloat16, torch.float16))
+    check_nothing_but_kernels(_triton, PolicyLossCall(
+        x["logprobs"], x["entropy"], sample_mask("row", 3, 5), terms_of(
+            x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"], dual_clip=1.5,
+            entropy_coef=0.1, kl_coef=0.1, num_sequences=3, norm_length=5, ratio="sequence",
+            kl_estimator="k3", reduction="seq-mean-token-sum-norm"), True, True),
+        lambda *results: PolicyLossGradient(*results, torch.bfloat16, torch.float16))
     assert launches == ["_ppo_loss_fwd_kernel", "_ppo_loss_bwd_kernel"]

@@ -7,8 +7,8 @@ from _linear_cases import LIMIT, grads, halves, textbook
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import tppo_kernels as tk
+from tppo_kernels._math import kept
 from tppo_kernels.ops.linear_logprobs import _triton as linear
-from tppo_kernels.ops.linear_logprobs import reference
 from tppo_kernels.ops.token_logprobs import _triton
 
 INF = float("inf")
@@ -20,7 +20,7 @@ def small(monkeypatch, triton):
     """Small tiles, as the kernels' own tests have them; a fused multiply-add rounds once."""
     for module, name, value in ((_triton, "WARPS", 1), (_triton, "UNROLL", 2),
                                 (linear, "TILE", 256), (linear, "BLOCK_WARPS", 2),
-                                (reference, "KEPT_BLOCK", 256)):
+                                (kept, "KEPT_BLOCK", 256)):
         monkeypatch.setattr(module, name, value)
 
     def fma(self, x, y, z):

@@ -10,7 +10,9 @@ from _matrix import third
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import tppo_kernels as tk
+from tppo_kernels._math.linear import Scaling
 from tppo_kernels.ops.token_logprobs import _triton
+from tppo_kernels.ops.token_logprobs.reference import TokenLogprobsCall, TokenLogprobsGradient
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -244,10 +246,11 @@ def test_bad_targets_are_never_plausible(small, monkeypatch):
     logits, *_ = sample((5,), 1030)
     targets = torch.tensor([3, 1030, -1, 2**40, 8])
     one = torch.tensor(1.0)
+    call = TokenLogprobsCall(logits, targets, None, Scaling(one, None, one), None)
     for busy in (1, 64):
         monkeypatch.setattr(_triton, "BUSY", busy)
-        logprobs, *kept = _triton.fwd(logits, targets, None, one, None, one, None)
-        grad = _triton.bwd(torch.ones(5), None, logits, targets, None, one, None, one, None, *kept)
+        logprobs, *kept = _triton.fwd(call)
+        grad = _triton.bwd(TokenLogprobsGradient(torch.ones(5), None, call, *kept))
         for x in (logprobs, kept[0], grad.sum(-1)):
             assert x.isnan().tolist() == [False, True, True, True, False]
 

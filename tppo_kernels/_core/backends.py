@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "flash_attn_3", "flash", "flash_attn", "efficient", "cpp", "triton",
-            "cuda")
+BACKENDS = ("reference", "chunked", "flash_attn_3", "flash", "flash_attn", "efficient", "cpp",
+            "triton", "cuda")
 RARE = {"flash_attn_3"}  # built from source by few: that it is not here is no warning
 _forced: ContextVar[str | None] = ContextVar("_forced", default=None)
 _TO_AUTOGRAD = "tppo_kernels.forced"  # (thread, backend), carried along by torch's engine

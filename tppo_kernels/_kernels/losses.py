@@ -3,13 +3,15 @@ denominators of its reduction; for the compiled ones also the structs of csrc/lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.check import Reduction
+from .._core.record import flat
 from .memory import address, refuses_fp64
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
@@ -18,11 +20,9 @@ ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
 ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
 
 
-def supports(*args: Any) -> str | None:
+def supports(call: tuple) -> str | None:
     """The reason for refusing, or None."""
-    if len(args) == 1:  # a record
-        args = args[0]
-    return refuses_fp64(args[:7])  # the tensors of tokens come first
+    return refuses_fp64(flat(call)[:7])  # the tensors of tokens come first
 
 
 class Share(NamedTuple):
@@ -114,6 +114,11 @@ def pair(x: Tensor | float | None, absent: float = 0.0) -> tuple[float, Tensor |
     if not isinstance(x, Tensor):
         return absent if x is None else float(x), None
     return (x.item(), None) if on_host(x) else (0.0, x)
+
+
+def policy_numbers(formula: Sequence) -> list[tuple[float, Tensor | None]]:
+    """The six scalars of `ppo_loss` as a kernel takes them; no dual clip is an infinite one."""
+    return [pair(x, math.inf) for x in formula[:6]]
 
 
 def layout_tuple(batch: Batch) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FP64 = "fp64 is computed by the reference only"
+FP64 = "fp64 is computed in plain torch only"
 
 
 def refuses_fp64(call: tuple) -> str | None:

@@ -78,14 +78,26 @@ class FusedLMHead:
         hidden = _through(holder, states, **inputs)
         return hidden.to(own[0])  # an output_dtype of FSDP2 is meant for logits
 
-    def __call__(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None,
-                 **keywords: Any) -> LinearLogprobs:
+    def __call__(
+            self,
+            hidden: Tensor,  # [..., D]
+            targets: Tensor,  # [...] int64 or int32
+            mask: Tensor | None = None,  # [...] bool or whole numbers
+            **keywords: Any,
+    ) -> LinearLogprobs:
         """`tk.linear_logprobs` with this head; keywords are its own but those of the head."""
         keywords = self._limited("__call__", keywords)
         return self._use("__call__", keywords, linear_logprobs, hidden, targets, mask)
 
-    def loss(self, hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
-             mask: Tensor | None = None, **keywords: Any) -> LinearPolicyLoss:
+    def loss(
+            self,
+            hidden: Tensor,  # [B, T, D] or [N, D]
+            targets: Tensor,  # [B, T] or [N] int64 or int32
+            old_logprobs: Tensor,  # [B, T] or [N]
+            advantages: Tensor,  # [B, T] or [N], [B] or [B, 1]
+            mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
+            **keywords: Any,
+    ) -> LinearPolicyLoss:
         """`tk.linear_ppo_loss` with this head; keywords are its own but those of the head."""
         keywords = self._limited("loss", keywords)
         return self._use("loss", keywords, linear_ppo_loss, hidden, targets, old_logprobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -14,13 +15,22 @@ from ..._core.derivatives import first_only, refuse_forward_mode
 from ..._core.eager import surely
 from ..._core.keywords import suggests
 from ..._core.op import _LIB, Op
+from ..._core.record import build
+from ..._kernels.chunks import auto_bytes
 from ..._kernels.values import values_between
-from ..._math.chunks import auto_bytes, shard_of
-from ..._math.rows import slot_count, valid_rows
+from ..._math.kept import empty_outputs, kept_dtype
+from ..._math.linear import LinearInputs, shard_of, slot_count
+from ..._math.rows import valid_rows
 from ..._math.sequence import compute_dtype
+from ..token_logprobs import check_scaling
 from . import reference
+from .reference import FrozenGradient, LinearLogprobsCall, LinearLogprobsGradient
 
-_op = Op("linear_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))
+_op = Op("linear_logprobs", cpu=("cpp", "chunked", "reference"),
+         cuda=("triton", "chunked", "reference"))
+TENSORS = 9  # of `LinearInputs`, one by one, before the numbers that autograd does not save
+LEARNT = (0, 1, 4)  # hidden, weight and bias among them
+LEARNERS = "only hidden, weight and bias are differentiable here"
 
 
 class LinearLogprobs(NamedTuple):
@@ -46,80 +56,60 @@ def flops(n: int, v: int, d: int, *, regime: str = "store", backward: bool = Tru
     return n * v * d * ({"store": 6, "recompute": 8, "frozen": 4}[regime] if backward else 2)
 
 
-def check_rows(op: str, targets: Tensor, mask: Tensor | None, rows: Tensor | None,
-               columns: int) -> None:
-    """Holds `rows` to the True tokens of the mask, and targets at valid rows to the vocabulary."""
-    n = targets.numel()
+def check_values(op: str, inputs: LinearInputs) -> None:
+    """Holds what both linear operators take to its ranges: `rows` to the True tokens of the mask,
+    targets at valid rows to the vocabulary, temperatures there and the softcap to values > 0."""
+    mask, rows, (temperature, softcap, logit_scale) = inputs.mask, inputs.rows, inputs.scaling
+    flat_targets, columns = inputs.targets.reshape(-1), shard_of(inputs).total
     valid = None if mask is None else mask.reshape(-1)
     if rows is not None:
-        values_between(op, "rows", rows, 0, n - 1)
+        values_between(op, "rows", rows, 0, flat_targets.shape[0] - 1)
         if bool((rows[1:] <= rows[:-1]).any()):
             raise ValueError(f"{op}: rows is not ascending, expected tk.valid_rows(mask)")
         if valid is not None and (rows.shape[0] != int(valid.sum()) or not bool(valid[rows].all())):
             raise ValueError(f"{op}: rows names {rows.shape[0]} rows, expected the "
                              f"{int(valid.sum())} True tokens of mask: tk.valid_rows(mask)")
-        values_between(op, "targets", targets.reshape(-1)[rows], 0, columns - 1)
-    else:
-        values_between(op, "targets", targets, 0, columns - 1, mask)
-
-
-def check_scaling(op: str, mask: Tensor | None, rows: Tensor | None, temperature: Tensor,
-                  softcap: Tensor | None, logit_scale: Tensor) -> None:
-    """Holds temperatures of valid rows and the softcap to values > 0, all to finite ones."""
-    if temperature.dim() and rows is not None:
-        temperature, mask = temperature.reshape(-1)[rows], None
-    elif not temperature.dim():
-        mask = None
-    values_between(op, "temperature", temperature, 0.0, FP32_MAX, mask, open_low=True)
+        flat_targets, valid = flat_targets[rows], None
+    values_between(op, "targets", flat_targets, 0, columns - 1, valid)
+    if temperature.dim():
+        temperature = temperature.reshape(-1) if rows is None else temperature.reshape(-1)[rows]
+    values_between(op, "temperature", temperature, 0.0, FP32_MAX,
+                   valid if temperature.dim() else None, open_low=True)
     values_between(op, "softcap", softcap, 0.0, FP32_MAX, open_low=True)
     values_between(op, "logit_scale", logit_scale, -FP32_MAX, FP32_MAX)
 
 
-def _check_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
-               valid_vocab, capacity, budget, group, regime) -> None:
-    columns = shard_of(weight.shape[0], valid_vocab, group).total
-    check_rows("linear_logprobs", targets, mask, rows, columns)
-    check_scaling("linear_logprobs", mask, rows, temperature, softcap, logit_scale)
+def _check_fwd(call: LinearLogprobsCall) -> None:
+    check_values("linear_logprobs", call.inputs)
 
 
-def _fake_fwd(hidden, weight, targets, mask, bias, rows, temperature, softcap, logit_scale,
-              valid_vocab, capacity, budget, group, regime):
-    dtype = compute_dtype(hidden, weight, bias)
-    m = slot_count(targets.numel(), rows, capacity)
-    kept, blocks = hidden.new_empty(0), 0
-    if regime == "store":
-        columns = shard_of(weight.shape[0], valid_vocab, group).columns
-        blocks = reference.blocks_of(columns, hidden.device, softcap)
-        dtype_of_kept = reference.kept_dtype(hidden, weight, bias, softcap)
-        width = reference.kept_width(columns, softcap)
-        kept = hidden.new_empty((m, width), dtype=dtype_of_kept)
-    elif regime == "frozen":
-        kept = hidden.new_empty((m, hidden.shape[-1]), dtype=dtype)
-    return (*(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)),
-            hidden.new_empty((4 + blocks, m), dtype=dtype), kept)
+def _fake_fwd(call: LinearLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, regime = call
+    hidden, n = inputs.hidden, inputs.targets.numel()
+    dtype = compute_dtype(hidden, inputs.weight, inputs.bias)
+    logprobs, entropy = (hidden.new_empty(inputs.targets.shape, dtype=dtype) for _ in range(2))
+    slots = slot_count(n, inputs.rows, inputs.capacity)
+    return logprobs, entropy, *empty_outputs(inputs, slots, regime)
 
 
-def _fake_bwd(g_logprobs, g_entropy, hidden, weight, targets, mask, bias, *rest):
-    grad_hidden, grad_weight, grad_bias = rest[-3:]
-    return (hidden.new_empty(hidden.shape if grad_hidden else 0),
-            weight.new_empty(weight.shape if grad_weight else 0),
-            (weight if bias is None else bias).new_empty(weight.shape[:1] if grad_bias else 0))
+def _fake_bwd(call: LinearLogprobsGradient) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = call.inputs.hidden, call.inputs.weight, call.inputs.bias
+    return (hidden.new_empty(hidden.shape if call.grad_hidden else 0),
+            weight.new_empty(weight.shape if call.grad_weight else 0),
+            (weight if bias is None else bias).new_empty(
+                weight.shape[:1] if call.grad_bias else 0))
 
 
-ARGUMENTS = ("Tensor hidden, Tensor weight, Tensor targets, Tensor? mask, Tensor? bias,"
-             " Tensor? rows, Tensor temperature, Tensor? softcap, Tensor logit_scale,"
-             " SymInt? valid_vocab, SymInt? capacity, SymInt budget, str? group")
-_fwd = _op.define(f"linear_logprobs_fwd({ARGUMENTS}, str regime)"
-                  " -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake_fwd, _check_fwd,
-                  registers_autograd=True)
-_bwd = _op.define(f"linear_logprobs_bwd(Tensor? g_logprobs, Tensor? g_entropy, {ARGUMENTS},"
-                  " Tensor stats, Tensor kept, bool grad_hidden, bool grad_weight, bool grad_bias)"
-                  " -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd, registers_autograd=True)
-_frozen = _op.define("linear_logprobs_frozen(Tensor g_logprobs, Tensor kept, Tensor? mask,"
-                     " Tensor? rows, SymInt? capacity, ScalarType dtype) -> Tensor",
-                     reference.frozen, lambda g_logprobs, kept, *rest: kept.new_empty(
-                         (*g_logprobs.shape, kept.shape[1]), dtype=rest[-1]),
-                     registers_autograd=True)
+def _fake_frozen(call: FrozenGradient) -> Tensor:
+    return call.kept.new_empty((*call.g_logprobs.shape, call.kept.shape[1]), dtype=call.dtype)
+
+
+_fwd = _op.define("linear_logprobs_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd,
+                  _fake_fwd, _check_fwd, record=LinearLogprobsCall, registers_autograd=True)
+_bwd = _op.define("linear_logprobs_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
+                  record=LinearLogprobsGradient, registers_autograd=True)
+_frozen = _op.define("linear_logprobs_frozen -> Tensor", reference.frozen, _fake_frozen,
+                     record=FrozenGradient, registers_autograd=True)
 
 
 def savable(x: Tensor | None) -> Tensor | None:
@@ -129,55 +119,42 @@ def savable(x: Tensor | None) -> Tensor | None:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keeps what the regime needs, and only that."""
-    *arguments, regime = inputs
+    given, regime = build(LinearLogprobsCall, inputs)
     _, _, stats, kept = output
     ctx.mark_non_differentiable(stats, kept, *([output[1]] if regime == "frozen" else []))
     ctx.set_materialize_grads(False)
-    tensors, ctx.rest, ctx.regime = arguments[:9], arguments[9:], regime
-    ctx.dtype = arguments[0].dtype
+    ctx.regime, ctx.dtype, ctx.capacity = regime, given.hidden.dtype, given.capacity
+    tensors, ctx.rest = inputs[:TENSORS], inputs[TENSORS:-1]
     if regime == "frozen":
-        tensors = [tensors[3], tensors[5]]
+        tensors = (given.mask, given.rows)
     ctx.save_for_backward(*map(savable, tensors), stats, kept)
 
 
 @first_only(5)  # hidden to bias; of a frozen head none of them is kept
-def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, *_: Any) -> tuple:
+def _backward(ctx: Any, g_logprobs: Any, g_entropy: Any, *_: Any) -> tuple:
     *tensors, stats, kept = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     if g_logprobs is None and (g_entropy is None or ctx.regime == "frozen"):
-        return (None,) * 14
+        return (None,) * len(ctx.needs_input_grad)
     if ctx.regime == "frozen":
-        return (_frozen(g_logprobs, kept, *tensors, ctx.rest[1], ctx.dtype), *(None,) * 13)
-    grads = _bwd(g_logprobs, g_entropy, *tensors, *ctx.rest, stats, kept, *wanted)
-    hidden, weight, bias = (g if want else None for g, want in zip(grads, wanted, strict=True))
-    return (hidden, weight, None, None, bias, *(None,) * 9)
+        mask, rows = tensors
+        call = FrozenGradient(g_logprobs, kept, mask, rows, ctx.capacity, ctx.dtype)
+        return by_input(ctx, (_frozen(call), None, None))
+    inputs = build(LinearInputs, (*tensors, *ctx.rest))
+    wanted = (ctx.needs_input_grad[i] for i in LEARNT)
+    return by_input(ctx, _bwd(LinearLogprobsGradient(g_logprobs, g_entropy, inputs, stats, kept,
+                                                     *wanted)))
+
+
+def by_input(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    """Gradients of hidden, weight and bias in their places among the inputs of a raw op."""
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(LEARNT, grads, strict=True):
+        results[i] = grad if ctx.needs_input_grad[i] else None
+    return tuple(results)
 
 
 torch.library.register_autograd("tppo_kernels::linear_logprobs_fwd", _backward,
                                 setup_context=_setup_context, lib=_LIB)
-
-
-class Scaling(NamedTuple):
-    """The checked arguments that shape z, as the raw ops take them."""
-
-    temperature: Tensor
-    softcap: Tensor | None
-    logit_scale: Tensor
-
-
-def check_scalars(check: Check, tokens: str, temperature: Any, softcap: Any,
-                  logit_scale: Any) -> Scaling:
-    """Temperature (a number, 0-d or a value a token), softcap and logit_scale: constants."""
-    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{check.op}: {name} requires a gradient, expected a constant")
-    if isinstance(temperature, Tensor) and temperature.dim():
-        check.tensor("temperature", temperature, tokens)
-        temperature = temperature.detach()
-    else:
-        temperature = check.scalar("temperature", temperature, above=0.0)
-    return Scaling(temperature, check.scalar("softcap", softcap, above=0.0, optional=True),
-                   check.scalar("logit_scale", logit_scale))
 
 
 def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: int | None,
@@ -228,20 +205,33 @@ def budget_of(check: Check, memory: str | int, device: torch.device) -> int:
     return check.number("memory", memory, low=1, kind=int)
 
 
-def kept_nbytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: Tensor | None,
-                slots: int, valid_vocab: int | None) -> int:
+def kept_nbytes(inputs: LinearInputs) -> int:
     """Bytes of the exponentials or logits that "store" keeps; of a shard, at most."""
-    columns = weight.shape[0] if valid_vocab is None else min(weight.shape[0], valid_vocab)
-    return slots * columns * reference.kept_dtype(hidden, weight, bias, softcap).itemsize
+    size, valid_vocab = inputs.weight.shape[0], inputs.valid_vocab
+    columns = size if valid_vocab is None else min(size, valid_vocab)
+    slots = slot_count(inputs.targets.numel(), inputs.rows, inputs.capacity)
+    dtype = kept_dtype(inputs.hidden, inputs.weight, inputs.bias, inputs.scaling.softcap)
+    return slots * columns * dtype.itemsize
 
 
 @suggests
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, *,
-                    bias: Tensor | None = None, temperature: float | Tensor = 1.0,
-                    softcap: float | Tensor | None = None, logit_scale: float | Tensor = 1.0,
-                    valid_vocab: int | None = None, memory: str | int = "auto",
-                    entropy_grad: bool = True, rows: Tensor | None = None,
-                    capacity: int | None = None, group: Any = None) -> LinearLogprobs:
+def linear_logprobs(
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        targets: Tensor,  # [...] int64 or int32
+        mask: Tensor | None = None,  # [...] bool or whole numbers
+        *,
+        bias: Tensor | None = None,  # [V]
+        temperature: float | Tensor = 1.0,  # [], or [...]: one a row
+        softcap: float | Tensor | None = None,  # []
+        logit_scale: float | Tensor = 1.0,  # []
+        valid_vocab: int | None = None,
+        memory: str | int = "auto",  # "auto", "store", "recompute", or bytes
+        entropy_grad: bool = True,
+        rows: Tensor | None = None,  # [M] int64
+        capacity: int | None = None,
+        group: Any = None,  # a torch.distributed.ProcessGroup
+) -> LinearLogprobs:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole.
 
         x = hidden weight^T + bias, then z, logprob and entropy as `tppo_kernels.token_logprobs`
@@ -281,6 +271,10 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     all-gather of (max, sum, target, weighted sum) a row; the gradient of hidden is summed over the
     group, those of weight and bias are the part's own.
 
+    Where neither the compiled part nor Triton is, "chunked" does the same in plain torch, and it is
+    the fast backends' loop over chunks. "reference", forced by `use_backend`, is the formula above:
+    it makes all logits.
+
     Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
     Raises ValueError / TypeError that name the argument.
     """
@@ -289,24 +283,29 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tenso
     check.tensor("targets", targets, "...", LABELS)
     mask = check.mask("mask", mask, "...")
     valid_vocab, name = check_head(check, weight, bias, valid_vocab, group)
-    scaling = check_scalars(check, "...", temperature, softcap, logit_scale)
+    scaling = check_scaling(check, "...", temperature, softcap, logit_scale, LEARNERS)
     check.choice("entropy_grad", entropy_grad, (True, False))
     refuse_forward_mode("linear_logprobs", hidden, weight, bias)
     rows, capacity = check_choice_of_rows(check, hidden, mask, rows, capacity)
     budget = budget_of(check, memory, hidden.device)
-    trains = torch.is_grad_enabled()
-    head_trains = trains and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    regime = "none"
-    if trains and hidden.requires_grad and not head_trains and not entropy_grad:
-        regime = "frozen"
-    elif head_trains or (trains and hidden.requires_grad):
-        regime = memory if isinstance(memory, str) and memory != "auto" else "recompute"
-        slots = slot_count(targets.numel(), rows, capacity)
-        nbytes = kept_nbytes(hidden, weight, bias, scaling.softcap, slots, valid_vocab)
-        if not isinstance(memory, str) or memory == "auto":
-            regime = "store" if surely(nbytes <= budget) else "recompute"
-        if regime == "store" and memory != "store":
-            budget = budget - nbytes
-    logprobs, entropy, _, _ = _fwd(hidden, weight, targets, mask, bias, rows, *scaling,
-                                   valid_vocab, capacity, budget, name, regime)
+    inputs = LinearInputs(hidden, weight, targets, mask, bias, rows, scaling, valid_vocab, capacity,
+                          budget, name)
+    logprobs, entropy, _, _ = _fwd(_in_regime(inputs, memory, entropy_grad))
     return LinearLogprobs(logprobs, entropy if entropy_grad else entropy.detach())
+
+
+def _in_regime(inputs: LinearInputs, memory: str | int, entropy_grad: bool) -> LinearLogprobsCall:
+    """The call with what is to be kept for backward, and with what that leaves of the budget."""
+    hidden, *head = inputs.hidden, inputs.weight, inputs.bias
+    trains = torch.is_grad_enabled()
+    head_trains = trains and any(x is not None and x.requires_grad for x in head)
+    if not (head_trains or (trains and hidden.requires_grad)):
+        return LinearLogprobsCall(inputs, "none")
+    if not head_trains and not entropy_grad:
+        return LinearLogprobsCall(inputs, "frozen")
+    if isinstance(memory, str) and memory != "auto":
+        return LinearLogprobsCall(inputs, memory)
+    nbytes = kept_nbytes(inputs)
+    if not surely(nbytes <= inputs.budget):
+        return LinearLogprobsCall(inputs, "recompute")
+    return LinearLogprobsCall(inputs._replace(budget=inputs.budget - nbytes), "store")

@@ -1,68 +1,64 @@
-"""`linear_logprobs` on the CPU: torch's products, and the row formulas in C++."""
+"""`linear_logprobs` on the CPU: torch's products, and the formulas of a row in C++."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _C
-from ..._kernels.memory import FP64
-from ..token_logprobs import _cpp as token
-from . import reference
-from .reference import Scale, Stats
+from ..._core.record import flat
+from ..._kernels.memory import refuses_fp64
+from ..._math.kept import Stats
+from ..token_logprobs._cpp import TokenRows, addresses
+from ..token_logprobs._cpp import fwd as stats
+from ..token_logprobs.reference import TokenLogprobsCall
+from . import _chunked
+from ._chunked import Rows, Slopes, at_column_0
+from .reference import LinearLogprobsGradient
 
-BWD_ARGUMENTS, STATS = 20, 15  # of the raw op, and the place of `stats` among them
+__all__ = ["STEPS", "bwd", "frozen", "fwd", "supports"]
 
 
-def supports(*args: Any) -> str | None:
-    """The reason for refusing, or None."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
-        return FP64
-    if len(args) == BWD_ARGUMENTS and args[STATS].shape[0] > 4:
+def supports(call: tuple) -> str | None:
+    """The reason for refusing a record of either linear operator, or None."""
+    if isinstance(call, LinearLogprobsGradient) and call.stats.shape[0] > 4:
         return "the exponentials were kept by blocks, as Triton does"
-    return None
+    return refuses_fp64(flat(call))
 
 
-def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
-    return Stats(*token.fwd(x, targets, None, *scale, None))
+def _exponentials(rows: Rows) -> Stats:
+    count, out = rows.x.shape[0], rows.exponentials
+    assert out is not None
+    given = TokenRows(rows.call())
+    found = [rows.x.new_empty(count) for _ in range(4)]
+    logprobs, entropy, top, log_sum = (x.data_ptr() for x in found)
+    _C.token_logprobs_fwd(given.tuple, logprobs, entropy, top, log_sum)
+    _C.linear_exponentials(given.tuple, top, out.dtype == torch.float16, out.data_ptr())
+    return Stats(*found)
 
 
-def _gradient(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor, targets: Tensor,
-              owned: Tensor | None, scale: Scale, stats: Stats, out: Tensor) -> None:
+def _gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
     """In place or not: each block of a row is read before it is written."""
-    extra = reference.surplus(g_logprobs, x, owned, scale)
-    rows = token._Rows(x, targets, None, *scale, None)
-    grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
-    kept = [token.dense(s) for s in stats[1:4]]
-    _C.token_logprobs_bwd(rows.tuple, *map(token.address, grads), *map(token.address, kept),
-                          x.shape[1], out.data_ptr())
-    if extra is not None:
-        out[:, :1] -= extra
+    too_much = at_column_0(slopes, rows)
+    call = TokenRows(rows.call())
+    given, alive = addresses(*slopes[:2], *stats[1:4])
+    _C.token_logprobs_bwd(call.tuple, *given, rows.x.shape[1], out.data_ptr())
+    if too_much is not None:
+        out[:, :1] -= too_much
 
 
-def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
-    stats = _stats(x, targets, scale)
-    rows = token._Rows(x, x.new_empty(x.shape[0], dtype=torch.int64), None, *scale, None)
-    top = token.dense(stats.top)
-    _C.linear_exponentials(rows.tuple, top.data_ptr(), out.dtype == torch.float16, out.data_ptr())
-    return stats
+def _gradient_of_exponentials(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
+    chunk = rows.chunk
+    here = (chunk.targets if chunk.owned is None
+            else torch.where(chunk.owned, chunk.targets, -1))
+    given, alive = addresses(*slopes[:2], *stats[:4])
+    call = TokenRows(TokenLogprobsCall(rows.x, here, None, chunk.scaling, None))
+    _C.linear_gradient(call.tuple, *given, out.data_ptr())
 
 
-def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
-                      targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
-                      out: Tensor) -> None:
-    here = targets if owned is None else torch.where(owned, targets, -1)
-    rows = token._Rows(e, here, None, *scale, None)
-    grads = [None if g is None else token.dense(g) for g in (g_logprobs, g_entropy)]
-    kept = [token.dense(s) for s in stats[:4]]
-    _C.linear_gradient(rows.tuple, *map(token.address, grads), *map(token.address, kept),
-                       out.data_ptr())
-
-
-STEPS = reference.Steps(_stats, _kept, _gradient, _gradient_of_kept)
-fwd = functools.partial(reference.fwd, steps=STEPS)
-bwd = functools.partial(reference.bwd, steps=STEPS)
-frozen = reference.frozen
+STEPS = _chunked.Steps(stats, _exponentials, _gradient, _gradient_of_exponentials)
+fwd = functools.partial(_chunked.fwd, steps=STEPS)
+bwd = functools.partial(_chunked.bwd, steps=STEPS)
+frozen = _chunked.frozen

@@ -3,7 +3,7 @@
 Bytes of a logit beside the products, 16-bit inputs: statistics read 4; "store" reads 4 and writes 2
 in the same launch; a gradient reads 4 and writes 2, from what was kept 2 and 2. Exponentials are
 relative to the largest of their block of columns, so one read suffices, and none underflows.
-Two launches a chunk of rows, in which each row is 16-byte aligned; see `Problem.rooms`.
+Two launches a chunk of rows, in which each row is 16-byte aligned; see `Problem.buffers`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels.launch import launching_on, scalar
-from ..._kernels.memory import FP64
+from ..._core.record import flat
+from ..._kernels.launch import launching_on
+from ..._kernels.memory import refuses_fp64
 from ..._kernels.triton_rows import LN2, LOG2E, log2, part_of, row_scaling
 from ..._kernels.triton_softmax import (
     DEAD,
@@ -27,9 +28,11 @@ from ..._kernels.triton_softmax import (
     log1p,
     row_gradients,
 )
+from ..._math import kept as layout
+from ..._math.kept import Stats
 from ..token_logprobs import _triton as token
-from . import reference
-from .reference import Scale, Stats
+from . import _chunked
+from ._chunked import Rows, Slopes
 
 TILE, WARPS = 2048, 4  # of a gradient by logits: 16 columns a thread, 64 bytes in flight
 BLOCK_WARPS = 4  # of a tile of kept exponentials, of which each warp has a block
@@ -297,84 +300,67 @@ def _linear_logprobs_kept_kernel(
         _write(dx_row, low_row, low_off != 0, start + offsets, dx, live)
 
 
-def supports(*args: object) -> str | None:
-    """The reason for refusing, or None."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
-        return FP64
-    return None
-
-
-def _scaling(scale: Scale) -> tuple:
-    """The arguments of the kernels from `temperature` to `scale_ptr`."""
-    t, cap = scale.temperature, scale.softcap
-    return (*((1.0, t.contiguous(), 1) if t.dim() else (*scalar(t), 0)),
-            *((0.0, None) if cap is None else scalar(cap)), *scalar(scale.logit_scale))
-
-
-def _slopes(*slopes: Tensor | None) -> list:
-    """Each with its stride, 0 where it is expanded from one number."""
-    return [y for g in slopes for y in ((None, 0) if g is None else (g, g.stride(0)))]
+def supports(call: tuple) -> str | None:
+    """The reason for refusing a record of either linear operator, or None."""
+    return refuses_fp64(flat(call))
 
 
 def _by_block(e: Tensor, columns: int) -> dict:
     """What a kernel whose tile is a block of kept exponentials e for each warp is compiled for."""
-    return {"SCALE": reference.FP16_SCALE if e.dtype == torch.float16 else 1.0,
-            "ALIGNED": columns % GROUP == 0, "U": reference.KEPT_BLOCK // (32 * GROUP),
+    return {"SCALE": layout.FP16_SCALE if e.dtype == torch.float16 else 1.0,
+            "ALIGNED": columns % GROUP == 0, "U": layout.KEPT_BLOCK // (32 * GROUP),
             "W": BLOCK_WARPS, "G": GROUP, "num_warps": BLOCK_WARPS}
 
 
-def _low_off(rows: int, out: Tensor) -> int:
-    """How far the second numbers of out [2 R, v] lie behind the first ones; 0 of out [R, v]."""
-    return rows * out.stride(0) if out.shape[0] > rows else 0
+def _of_rows(slopes: Slopes, rows: Rows, out: Tensor) -> tuple:
+    """The arguments of a kernel from `stride_dx` to `target_ptr`.
+
+    Behind the gradients their strides, 0 where one is expanded from one number; how far the second
+    numbers of out [2 R, v] lie behind the first ones, 0 of out [R, v]; no column of this shard for
+    a target of another.
+    """
+    chunk, count = rows.chunk, rows.x.shape[0]
+    low_off = count * out.stride(0) if out.shape[0] > count else 0
+    grads = [y for g in slopes[:2] for y in ((None, 0) if g is None else (g, g.stride(0)))]
+    here = (chunk.targets if chunk.owned is None
+            else torch.where(chunk.owned, chunk.targets, -1))
+    return (out.stride(0), low_off, *grads, here)
 
 
-def _stats(x: Tensor, targets: Tensor, scale: Scale) -> Stats:
-    return Stats(*token.fwd(x, targets, None, *scale, None))
-
-
-def _kept(x: Tensor, targets: Tensor, scale: Scale, out: Tensor) -> Stats:
+def _exponentials(rows: Rows) -> Stats:
+    x, out = rows.x, rows.exponentials
+    assert out is not None
     count, columns = x.shape
-    stats = x.new_empty(4 + reference.blocks_of(columns, torch.device("cuda")), count)
+    stats = x.new_empty(4 + layout.blocks_of(columns, torch.device("cuda")), count)
     with launching_on(x):
         _linear_logprobs_keep_kernel[(count,)](
-            x, x.stride(0), targets, out, stats, *_scaling(scale), columns, count,
-            **_by_block(out, columns))
+            x, x.stride(0), rows.chunk.targets, out, stats,
+            *token.place_scaling(rows.chunk.scaling), columns, count, **_by_block(out, columns))
     return Stats.of(stats, 0, count)
 
 
-def _owned(targets: Tensor, owned: Tensor | None) -> Tensor:
-    """No column of this shard for a target of another."""
-    return targets if owned is None else torch.where(owned, targets, -1)
-
-
-def _gradient_of_logits(g_logprobs: Tensor | None, g_entropy: Tensor | None, x: Tensor,
-                        targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
-                        out: Tensor) -> None:
-    count, columns = x.shape
+def _gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
+    x, (count, columns), scaling = rows.x, rows.x.shape, rows.chunk.scaling
     parts = token._parts(count, columns, TILE)
     with launching_on(x):
         _linear_logprobs_gradient_kernel[(count, parts)](
-            x, x.stride(0), out, out.stride(0), _low_off(count, out),
-            *_slopes(g_logprobs, g_entropy), _owned(targets, owned), *stats[:4],
-            *_scaling(scale), columns, parts, CAPPED=scale.softcap is not None, TILE=TILE,
-            num_warps=WARPS)
+            x, x.stride(0), out, *_of_rows(slopes, rows, out), *stats[:4],
+            *token.place_scaling(scaling), columns, parts, CAPPED=scaling.softcap is not None,
+            TILE=TILE, num_warps=WARPS)
 
 
-def _gradient_of_kept(g_logprobs: Tensor | None, g_entropy: Tensor | None, e: Tensor,
-                      targets: Tensor, owned: Tensor | None, scale: Scale, stats: Stats,
-                      out: Tensor) -> None:
-    count, columns = e.shape
-    parts = token._parts(count, columns, reference.KEPT_BLOCK * BLOCK_WARPS)
+def _gradient_of_exponentials(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
+    e, (count, columns) = rows.x, rows.x.shape
+    parts = token._parts(count, columns, layout.KEPT_BLOCK * BLOCK_WARPS)
     assert stats.shifts is not None
     with launching_on(e):
         _linear_logprobs_kept_kernel[(count, parts)](
-            e, out, out.stride(0), _low_off(count, out), *_slopes(g_logprobs, g_entropy),
-            _owned(targets, owned), *stats, stats.shifts.stride(0), *_scaling(scale), columns,
-            parts, **_by_block(e, columns))
+            e, out, *_of_rows(slopes, rows, out), *stats, stats.shifts.stride(0),
+            *token.place_scaling(rows.chunk.scaling), columns, parts, **_by_block(e, columns))
 
 
-STEPS = reference.Steps(_stats, _kept, _gradient_of_logits, _gradient_of_kept, aligned=True,
-                        by_blocks=True)
-fwd = functools.partial(reference.fwd, steps=STEPS)
-bwd = functools.partial(reference.bwd, steps=STEPS)
-frozen = reference.frozen
+STEPS = _chunked.Steps(token.fwd, _exponentials, _gradient, _gradient_of_exponentials,
+                       aligned=True, by_blocks=True)
+fwd = functools.partial(_chunked.fwd, steps=STEPS)
+bwd = functools.partial(_chunked.bwd, steps=STEPS)
+frozen = _chunked.frozen

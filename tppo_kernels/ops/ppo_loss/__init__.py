@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import inf
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..._core.op import Op
 from ..._kernels.values import values_between
 from ..._math.sequence import KL_ESTIMATORS, compute_dtype, detached
 from . import reference
+from .reference import Formula, PolicyLossCall, PolicyLossGradient, PolicyTerms
 
 _op = Op("ppo_loss", cpu=("cpp", "reference"), cuda=("cuda", "triton", "reference"))
 
@@ -121,105 +123,136 @@ class PolicyLoss(NamedTuple):
     metrics: PolicyMetrics  # detached
 
 
-def _require(term: str, coef_name: str, coef: Any) -> None:
+def require(op: str, term: str, coef_name: str, coef: Any) -> None:
+    """Raises ValueError where a coefficient that is not 0 asks for a tensor that is not there."""
     if float(coef) != 0:
-        raise ValueError(f"ppo_loss: {term} is None, expected a tensor, because {coef_name} is "
+        raise ValueError(f"{op}: {term} is None, expected a tensor, because {coef_name} is "
                          f"{float(coef):g}")
 
 
-def _check_values(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights,
-                  clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens,
-                  num_sequences, norm_length, cu_seqlens, *_) -> None:
-    offsets("ppo_loss", cu_seqlens, logprobs.shape[0])
-    values_between("ppo_loss", "clip_low", clip_low, 0.0, inf)
-    values_between("ppo_loss", "clip_high", clip_high, 0.0, inf)
-    values_between("ppo_loss", "dual_clip", dual_clip, 1.0, inf, open_low=True)
-    values_between("ppo_loss", "max_log_ratio", max_log_ratio, 0.0, inf, open_low=True)
-    values_between("ppo_loss", "entropy_coef", entropy_coef, -FP32_MAX, FP32_MAX)
-    values_between("ppo_loss", "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
-    if entropy is None:
-        _require("entropy", "entropy_coef", entropy_coef)
-    if ref_logprobs is None:
-        _require("ref_logprobs", "kl_coef", kl_coef)
+def check_terms(
+        check: Check,
+        tensors: tuple[Any, ...],  # old_logprobs, advantages, ref_logprobs, weights
+        formula: tuple[Any, ...],  # in the order of `Formula`
+        over: tuple[Any, ...],  # in the order of `Reduction`
+        cu_seqlens: Tensor | None,  # [B + 1] int32
+) -> PolicyTerms:
+    """The terms of a loss, each held to its type and shape: tensors without their graph, scalars
+    0-d."""
+    tokens, (old, advantages, ref, weights) = check.tokens(cu_seqlens), tensors
+    low, high, dual, limit, entropy_coef, kl_coef, ratio, kl_estimator = formula
+    check.tensor("old_logprobs", old, tokens)
+    advantages = check.spread("advantages", advantages, cu_seqlens)
+    check.tensor("ref_logprobs", ref, tokens, optional=True)
+    weights = check.spread("weights", weights, cu_seqlens, optional=True)
+    check.choice("ratio", ratio, ("token", "sequence"))
+    check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checked = Formula(
+        check.scalar("clip_low", low, low=0.0, high=inf),
+        check.scalar("clip_high", high, low=0.0, high=inf),
+        check.scalar("dual_clip", dual, above=1.0, high=inf, optional=True),
+        check.scalar("max_log_ratio", limit, above=0.0, high=inf),
+        check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef), ratio,
+        kl_estimator)
+    num_tokens, num_sequences, norm_length, reduction = over
+    denominators = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
+    if ref is None and not isinstance(kl_coef, Tensor):
+        require(check.op, "ref_logprobs", "kl_coef", kl_coef)
+    tensors = tuple(detached(x) for x in (old, advantages, ref, weights))
+    return PolicyTerms(tensors[0], tensors[1], tensors[2], tensors[3], checked, denominators,
+                       cu_seqlens)
 
 
-def _fake(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, *rest):
-    given = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, weights)
-    dtype = compute_dtype(*given)
-    grad_logprobs, grad_entropy = rest[-2:]
-    empty = logprobs.new_empty
-    return (empty((), dtype=dtype), empty(logprobs.shape if grad_logprobs else 0, dtype=dtype),
-            empty(logprobs.shape if grad_entropy else 0, dtype=dtype),
-            empty(len(PolicyMetrics._fields), dtype=dtype), empty((), dtype=dtype))
+def check_values(op: str, terms: PolicyTerms) -> None:
+    """Holds what both losses take to its ranges."""
+    low, high, dual, limit, entropy_coef, kl_coef, *_ = terms.formula
+    offsets(op, terms.cu_seqlens, terms.old_logprobs.shape[0])
+    values_between(op, "clip_low", low, 0.0, inf)
+    values_between(op, "clip_high", high, 0.0, inf)
+    values_between(op, "dual_clip", dual, 1.0, inf, open_low=True)
+    values_between(op, "max_log_ratio", limit, 0.0, inf, open_low=True)
+    values_between(op, "entropy_coef", entropy_coef, -FP32_MAX, FP32_MAX)
+    values_between(op, "kl_coef", kl_coef, -FP32_MAX, FP32_MAX)
+    if terms.ref_logprobs is None:
+        require(op, "ref_logprobs", "kl_coef", kl_coef)
 
 
-def _fake_bwd(grad_loss, scale, dlogprobs, dentropy, logprobs_dtype, entropy_dtype):
-    return (torch.empty_like(dlogprobs, dtype=logprobs_dtype),
-            torch.empty_like(dentropy, dtype=entropy_dtype))
+def _check_values(call: PolicyLossCall) -> None:
+    check_values("ppo_loss", call.terms)
+    if call.entropy is None:
+        require("ppo_loss", "entropy", "entropy_coef", call.terms.formula.entropy_coef)
 
 
-_fwd = _op.define(
-    "ppo_loss_fwd(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages,"
-    " Tensor? mask, Tensor? ref_logprobs, Tensor? weights, Tensor clip_low, Tensor clip_high,"
-    " Tensor? dual_clip, Tensor max_log_ratio, Tensor entropy_coef, Tensor kl_coef,"
-    " Tensor? num_tokens, Tensor? num_sequences, Tensor? norm_length, Tensor? cu_seqlens,"
-    " str ratio, str kl_estimator, str reduction, bool grad_logprobs, bool grad_entropy)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values)
-_bwd = _op.define(
-    "ppo_loss_bwd(Tensor grad_loss, Tensor scale, Tensor dlogprobs, Tensor dentropy,"
-    " ScalarType logprobs_dtype, ScalarType entropy_dtype) -> (Tensor, Tensor)",
-    reference.bwd, _fake_bwd)
+def _fake(call: PolicyLossCall) -> tuple[Tensor, ...]:
+    logprobs = call.logprobs
+    empty = functools.partial(logprobs.new_empty, dtype=compute_dtype(
+        logprobs, call.entropy, *call.terms[:4]))
+    return (empty(()), empty(logprobs.shape if call.grad_logprobs else 0),
+            empty(logprobs.shape if call.grad_entropy else 0), empty(len(PolicyMetrics._fields)),
+            empty(()))
+
+
+def _fake_bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
+    return (torch.empty_like(call.dlogprobs, dtype=call.logprobs_dtype),
+            torch.empty_like(call.dentropy, dtype=call.entropy_dtype))
+
+
+_fwd = _op.define("ppo_loss_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
+                  _check_values, record=PolicyLossCall)
+_bwd = _op.define("ppo_loss_bwd -> (Tensor, Tensor)", reference.bwd, _fake_bwd,
+                  record=PolicyLossGradient)
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Forward keeps the derivatives; backward multiplies them by the incoming gradient."""
+    """Forward keeps the derivatives; backward multiplies them by the incoming gradient.
+
+    logprobs and entropy come apart from the record, because autograd sees no tensor inside one.
+    """
 
     @staticmethod
-    def forward(ctx, logprobs, entropy, *rest):
-        loss, dlogprobs, dentropy, metrics, scale = _fwd(
-            logprobs, entropy, *rest, *ctx.needs_input_grad[:2])
+    def forward(ctx, logprobs, entropy, call):
+        needed = ctx.needs_input_grad
+        loss, dlogprobs, dentropy, metrics, scale = _fwd(call._replace(
+            logprobs=logprobs, entropy=entropy, grad_logprobs=needed[0], grad_entropy=needed[1]))
         ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
-        inputs = (x if need else None for x, need in
-                  zip((logprobs, entropy), ctx.needs_input_grad[:2], strict=True))
-        ctx.save_for_backward(*inputs, scale, dlogprobs, dentropy)
+        ctx.save_for_backward(logprobs if needed[0] else None, entropy if needed[1] else None,
+                              scale, dlogprobs, dentropy)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @first_only(2)
     def backward(ctx, grad_loss, _):
-        dlogprobs, dentropy = _bwd(grad_loss, *ctx.saved_tensors[2:], *ctx.dtypes)
+        dlogprobs, dentropy = _bwd(PolicyLossGradient(grad_loss, *ctx.saved_tensors[2:],
+                                                      *ctx.dtypes))
         needed = ctx.needs_input_grad
-        return (dlogprobs if needed[0] else None, dentropy if needed[1] else None,
-                *[None] * (len(needed) - 2))
-
-
-def _check_tensors(check: Check, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
-                   mask: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
-                   weights: Tensor | None, cu_seqlens: Tensor | None
-                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The (advantages, mask, weights) that the raw op takes."""
-    mask = check.sequences("logprobs", logprobs, mask, cu_seqlens)
-    tokens = check.tokens(cu_seqlens)
-    check.tensor("old_logprobs", old_logprobs, tokens)
-    advantages = check.spread("advantages", advantages, cu_seqlens)
-    check.tensor("entropy", entropy, tokens, optional=True)
-    check.tensor("ref_logprobs", ref_logprobs, tokens, optional=True)
-    weights = check.spread("weights", weights, cu_seqlens, optional=True)
-    return advantages, mask, weights
+        return dlogprobs if needed[0] else None, dentropy if needed[1] else None, None
 
 
 @suggests
-def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
-             mask: Tensor | None = None, *, clip_low: float | Tensor = 0.2,
-             clip_high: float | Tensor = 0.2, dual_clip: float | Tensor | None = None,
-             ratio: str = "token", entropy: Tensor | None = None,
-             entropy_coef: float | Tensor = 0.0, ref_logprobs: Tensor | None = None,
-             kl_coef: float | Tensor = 0.0, kl_estimator: str = "k2",
-             weights: Tensor | None = None, reduction: str = "token-mean",
-             num_tokens: int | Tensor | None = None, num_sequences: int | Tensor | None = None,
-             norm_length: int | Tensor | None = None, max_log_ratio: float | Tensor = 20.0,
-             cu_seqlens: Tensor | None = None) -> PolicyLoss:
+def ppo_loss(
+        logprobs: Tensor,  # [B, T] or [N]
+        old_logprobs: Tensor,  # [B, T] or [N]
+        advantages: Tensor,  # [B, T] or [N], [B] or [B, 1]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
+        *,
+        clip_low: float | Tensor = 0.2,  # []
+        clip_high: float | Tensor = 0.2,  # []
+        dual_clip: float | Tensor | None = None,  # []
+        ratio: str = "token",  # "token", "sequence"
+        entropy: Tensor | None = None,  # [B, T] or [N]
+        entropy_coef: float | Tensor = 0.0,  # []
+        ref_logprobs: Tensor | None = None,  # [B, T] or [N]
+        kl_coef: float | Tensor = 0.0,  # []
+        kl_estimator: str = "k2",  # of KL_ESTIMATORS
+        weights: Tensor | None = None,  # [B, T] or [N], [B] or [B, 1]
+        reduction: str = "token-mean",  # of REDUCTIONS
+        num_tokens: int | Tensor | None = None,  # []
+        num_sequences: int | Tensor | None = None,  # []
+        norm_length: int | Tensor | None = None,  # []
+        max_log_ratio: float | Tensor = 20.0,  # []
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+) -> PolicyLoss:
     """The clipped policy loss over the train mask, with entropy and KL terms, and its metrics.
 
         d = where(mask, logprob - old, 0) clamped to +-max_log_ratio; "sequence": its mean (GSPO)
@@ -247,26 +280,17 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     dual clip: Ye et al. 2020; sequence ratio: Zheng et al. 2025 (GSPO); KL estimators: Schulman.
     """
     check = Check("ppo_loss")
-    advantages, mask, weights = _check_tensors(check, logprobs, old_logprobs, advantages, mask,
-                                               entropy, ref_logprobs, weights, cu_seqlens)
-    check.choice("ratio", ratio, ("token", "sequence"))
-    check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    scalars = (
-        check.scalar("clip_low", clip_low, low=0.0, high=inf),
-        check.scalar("clip_high", clip_high, low=0.0, high=inf),
-        check.scalar("dual_clip", dual_clip, above=1.0, high=inf, optional=True),
-        check.scalar("max_log_ratio", max_log_ratio, above=0.0, high=inf),
-        check.scalar("entropy_coef", entropy_coef), check.scalar("kl_coef", kl_coef),
-        *check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)[:3])
+    mask = check.sequences("logprobs", logprobs, mask, cu_seqlens)
+    check.tensor("entropy", entropy, check.tokens(cu_seqlens), optional=True)
+    terms = check_terms(
+        check, (old_logprobs, advantages, ref_logprobs, weights),
+        (clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, ratio,
+         kl_estimator), (num_tokens, num_sequences, norm_length, reduction), cu_seqlens)
     if entropy is None and not isinstance(entropy_coef, Tensor):
-        _require("entropy", "entropy_coef", entropy_coef)
-    if ref_logprobs is None and not isinstance(kl_coef, Tensor):
-        _require("ref_logprobs", "kl_coef", kl_coef)
-    rest = (old_logprobs, advantages, mask, ref_logprobs, weights)
-    arguments = (logprobs, entropy, *map(detached, rest), *scalars, cu_seqlens, ratio,
-                 kl_estimator, reduction)
+        require("ppo_loss", "entropy", "entropy_coef", entropy_coef)
+    call = PolicyLossCall(logprobs, entropy, detached(mask), terms, False, False)
     if wanted(logprobs, entropy):
-        loss, metrics = recorded(_PolicyLoss, *arguments)
+        loss, metrics = recorded(_PolicyLoss, logprobs, entropy, call)
     else:
-        loss, _, _, metrics, _ = _fwd(*arguments, False, False)
+        loss, _, _, metrics, _ = _fwd(call)
     return PolicyLoss(loss, PolicyMetrics(*metrics.unbind()))

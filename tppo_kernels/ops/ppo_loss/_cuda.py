@@ -14,31 +14,32 @@ from ..._kernels.launch import current_stream, launching_on
 from ..._kernels.losses import DTYPES, like_slopes, supports, workspace
 from . import reference
 from ._cpp import Call
+from .reference import PolicyLossCall, PolicyLossGradient
 
 __all__ = ["bwd", "fwd", "supports"]
 
 
-def fwd(logprobs: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, dlogprobs, dentropy, metrics, scale), fp32; see `reference.fwd`."""
+    logprobs = call.logprobs
     if logprobs.numel() == 0:
-        return reference.fwd(logprobs, *arguments)
+        return reference.fwd(call)
     with launching_on(logprobs):
-        call = Call(logprobs, *arguments)
+        given = Call(call)
         room = workspace(logprobs)
-        _C.ppo_loss_fwd_cuda(*call.arguments, room.data_ptr(), current_stream(logprobs))
-    return call.results()
+        _C.ppo_loss_fwd_cuda(*given.arguments, room.data_ptr(), current_stream(logprobs))
+    return given.results()
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dlogprobs: Tensor, dentropy: Tensor,
-        logprobs_dtype: torch.dtype, entropy_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
     """The gradients in the inputs' dtypes, both in one launch; see `reference.bwd`."""
-    slopes, dlogprobs = like_slopes(dlogprobs, logprobs_dtype)
-    entropy_slopes, dentropy = like_slopes(dentropy, entropy_dtype)
-    grad_loss = grad_loss.to(torch.float32)
+    slopes, dlogprobs = like_slopes(call.dlogprobs, call.logprobs_dtype)
+    entropy_slopes, dentropy = like_slopes(call.dentropy, call.entropy_dtype)
+    grad_loss = call.grad_loss.to(torch.float32)
     with launching_on(slopes):
         _C.loss_bwd_cuda(
-            (slopes.data_ptr(), slopes.numel(), DTYPES[logprobs_dtype], dlogprobs.data_ptr()),
-            (entropy_slopes.data_ptr(), entropy_slopes.numel(), DTYPES[entropy_dtype],
+            (slopes.data_ptr(), slopes.numel(), DTYPES[call.logprobs_dtype], dlogprobs.data_ptr()),
+            (entropy_slopes.data_ptr(), entropy_slopes.numel(), DTYPES[call.entropy_dtype],
              dentropy.data_ptr()),
-            grad_loss.data_ptr(), scale.data_ptr(), current_stream(slopes))
+            grad_loss.data_ptr(), call.scale.data_ptr(), current_stream(slopes))
     return dlogprobs, dentropy

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._core.check import Reduction
 from ..._kernels.launch import launching_on
-from ..._kernels.losses import arrange, like_slopes, pair, share_of, supports
+from ..._kernels.losses import arrange, like_slopes, pair, policy_numbers, share_of, supports
 from ..._kernels.triton_losses import (
     PROGRAMS,
     TILE,
@@ -36,11 +35,11 @@ from ..._kernels.triton_losses import (
 )
 from ..._math.sequence import KL_CLAMP
 from . import reference
+from .reference import METRICS, PolicyLossCall, PolicyLossGradient, columns_of
 
 __all__ = ["bwd", "fwd", "supports"]
 
-NO_DUAL_CLIP = float("inf")
-METRICS, SUMS = 11, 13  # loss, the metrics in their order, sequences with a valid token
+SUMS = 13  # loss, the metrics in their order, sequences with a valid token
 _KL_CLAMP = tl.constexpr(KL_CLAMP)
 
 
@@ -288,50 +287,39 @@ def _ppo_loss_bwd_kernel(grad_ptr, scale_ptr, dlogprobs_ptr, logprobs_out_ptr, n
     scaled(dentropy_ptr, entropy_out_ptr, n_entropy, factor, BLOCK)
 
 
-def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantages: Tensor,
-        mask: Tensor | None, ref_logprobs: Tensor | None, weights: Tensor | None,
-        clip_low: Tensor, clip_high: Tensor, dual_clip: Tensor | None, max_log_ratio: Tensor,
-        entropy_coef: Tensor, kl_coef: Tensor, num_tokens: Tensor | None,
-        num_sequences: Tensor | None, norm_length: Tensor | None, cu_seqlens: Tensor | None,
-        ratio: str, kl_estimator: str, reduction: str, grad_logprobs: bool,
-        grad_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, dlogprobs, dentropy, metrics, scale), fp32; see `reference.fwd`."""
+    terms, formula, logprobs = call.terms, call.terms.formula, call.logprobs
     if logprobs.numel() == 0:
-        return reference.fwd(
-            logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, weights, clip_low,
-            clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, num_tokens, num_sequences,
-            norm_length, cu_seqlens, ratio, kl_estimator, reduction, grad_logprobs, grad_entropy)
-    share = share_of(Reduction(num_tokens, num_sequences, norm_length, reduction), logprobs)
-    columns = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    batch = arrange(columns, mask, cu_seqlens, share.of_sequences or ratio == "sequence")
-    numbers = [pair(clip_low), pair(clip_high), pair(dual_clip, NO_DUAL_CLIP), *(pair(x) for x in (
-        max_log_ratio, entropy_coef, kl_coef, share.denominator, share.length))]
+        return reference.fwd(call)
+    share, sequence = share_of(terms.over, logprobs), formula.ratio == "sequence"
+    batch = arrange(columns_of(call), call.mask, terms.cu_seqlens, share.of_sequences or sequence)
+    numbers = [*policy_numbers(formula), pair(share.denominator), pair(share.length)]
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
     loss, metrics, scale = empty(()), empty(METRICS), empty(())
-    dlogprobs = empty(logprobs.shape if grad_logprobs else 0)
-    dentropy = empty(logprobs.shape if grad_entropy else 0)
+    dlogprobs = empty(logprobs.shape if call.grad_logprobs else 0)
+    dentropy = empty(logprobs.shape if call.grad_entropy else 0)
     with launching_on(logprobs):
         parts = torch.empty(SUMS, PROGRAMS, dtype=torch.float64, device=logprobs.device)
         _ppo_loss_fwd_kernel[(min(batch.batch, PROGRAMS),)](
             *batch.columns, batch.mask, *batch.strides, batch.mask_stride, batch.cu_seqlens,
             batch.batch, batch.tokens, batch.total, *(x for x, _ in numbers),
-            *(p for _, p in numbers), dlogprobs if grad_logprobs else None,
-            dentropy if grad_entropy else None, loss, metrics, scale, parts, ticket(logprobs),
+            *(p for _, p in numbers), dlogprobs if call.grad_logprobs else None,
+            dentropy if call.grad_entropy else None, loss, metrics, scale, parts, ticket(logprobs),
             ADVANTAGE_STEP=batch.steps[2], WEIGHT_STEP=batch.steps[5],
-            SEQUENCE=ratio == "sequence", BY_LENGTH=share.by_length, COUNT_OF=share.count_of,
-            ESTIMATOR=kl_estimator, PROGRAMS=PROGRAMS, **shape_of(batch))
+            SEQUENCE=sequence, BY_LENGTH=share.by_length, COUNT_OF=share.count_of,
+            ESTIMATOR=formula.kl_estimator, PROGRAMS=PROGRAMS, **shape_of(batch))
     return loss, dlogprobs, dentropy, metrics, scale
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dlogprobs: Tensor, dentropy: Tensor,
-        logprobs_dtype: torch.dtype, entropy_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
     """The gradients in the inputs' dtypes, both in one launch; see `reference.bwd`."""
-    slopes, logprobs_grad = like_slopes(dlogprobs, logprobs_dtype)
-    entropy_slopes, entropy_grad = like_slopes(dentropy, entropy_dtype)
+    slopes, logprobs_grad = like_slopes(call.dlogprobs, call.logprobs_dtype)
+    entropy_slopes, entropy_grad = like_slopes(call.dentropy, call.entropy_dtype)
     n, m = slopes.numel(), entropy_slopes.numel()
     if n or m:
-        with launching_on(scale):
+        with launching_on(call.scale):
             _ppo_loss_bwd_kernel[(triton.cdiv(max(n, m), TILE),)](
-                grad_loss, scale, slopes, logprobs_grad, n, entropy_slopes, entropy_grad, m,
-                BLOCK=TILE, num_warps=4)
+                call.grad_loss, call.scale, slopes, logprobs_grad, n, entropy_slopes, entropy_grad,
+                m, BLOCK=TILE, num_warps=4)
     return logprobs_grad, entropy_grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +19,71 @@ from ..._math.sequence import (
     valid_mask,
 )
 
+METRICS = 11  # ten sums, and a maximum at the end: the order of `PolicyMetrics`
+
 
 class Formula(NamedTuple):
-    """The constants of the per-token formula: 0-d tensors, and two choices."""
+    """The constants of the per-token formula."""
 
-    clip_low: Tensor
-    clip_high: Tensor
-    dual_clip: Tensor | None
-    max_log_ratio: Tensor
-    entropy_coef: Tensor
-    kl_coef: Tensor
-    ratio: str
-    kl_estimator: str
+    clip_low: Tensor  # []
+    clip_high: Tensor  # []
+    dual_clip: Tensor | None  # []
+    max_log_ratio: Tensor  # []
+    entropy_coef: Tensor  # []
+    kl_coef: Tensor  # []
+    ratio: str  # "token", "sequence"
+    kl_estimator: str  # of KL_ESTIMATORS
+
+
+class PolicyTerms(NamedTuple):
+    """What the loss takes beside the log-probs, their entropy and the mask."""
+
+    old_logprobs: Tensor  # [B, T] or [N]
+    advantages: Tensor  # [B, T], [N] or [B]
+    ref_logprobs: Tensor | None  # [B, T] or [N]
+    weights: Tensor | None  # [B, T], [N] or [B]
+    formula: Formula
+    over: Reduction
+    cu_seqlens: Tensor | None  # [B + 1] int32
+
+
+class PolicyLossCall(NamedTuple):
+    """The arguments of the raw forward op."""
+
+    logprobs: Tensor  # [B, T] or [N]
+    entropy: Tensor | None  # [B, T] or [N]
+    mask: Tensor | None  # [B, T] or [N] bool
+    terms: PolicyTerms
+    grad_logprobs: bool  # whether that derivative is wanted
+    grad_entropy: bool
+
+
+class PolicyLossGradient(NamedTuple):
+    """The arguments of the raw backward op."""
+
+    grad_loss: Tensor  # []
+    scale: Tensor  # []
+    dlogprobs: Tensor  # [B, T] or [N], or [0]
+    dentropy: Tensor  # [B, T] or [N], or [0]
+    logprobs_dtype: torch.dtype
+    entropy_dtype: torch.dtype
+
+
+def columns_of(call: PolicyLossCall) -> tuple[Tensor | None, ...]:
+    """The per-token and per-sequence arguments in the order of the kernels."""
+    old_logprobs, advantages, ref_logprobs, weights, *_ = call.terms
+    return call.logprobs, old_logprobs, advantages, call.entropy, ref_logprobs, weights
+
+
+class Tokens(NamedTuple):
+    """The per-token arguments of the loss at every token, [B, T] or [N], or at some, [R]."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor  # bool
+    share: Tensor  # the weight of a token in the reduction
+    ref_logprobs: Tensor | None
+    weights: Tensor | None
 
 
 class TokenTerms(NamedTuple):
@@ -42,16 +95,35 @@ class TokenTerms(NamedTuple):
     metrics: Tensor  # [11], in the order of `PolicyMetrics`
 
 
-def token_terms(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                share: Tensor, formula: Formula, *, entropy: Tensor | None = None,
-                ref_logprobs: Tensor | None = None, weights: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> TokenTerms:
+def tokens_of(terms: PolicyTerms, mask: Tensor | None, dtype: torch.dtype) -> Tokens:
+    """Every per-token and per-sequence argument at every token, in the dtype of the computation;
+    N = B is per token."""
+    valid = valid_mask(terms.old_logprobs, mask)
+
+    def at_tokens(x: Tensor | None) -> Any:
+        if x is None:
+            return None
+        return (x if x.shape == valid.shape else spread(x, valid, terms.cu_seqlens)).to(dtype)
+
+    old, advantages, ref, weights = map(at_tokens, terms[:4])
+    share = reduction_weights(valid, terms.over, terms.cu_seqlens, dtype)
+    return Tokens(old, advantages, valid, share, ref, weights)
+
+
+def token_terms(
+        logprobs: Tensor,  # [B, T] or [N]
+        entropy: Tensor | None,  # [B, T] or [N]
+        tokens: Tokens,
+        formula: Formula,
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+) -> TokenTerms:
     """The formula of `tppo_kernels.ppo_loss` per token, with its derivatives written out.
 
-    All tensors [B, T] or [N] in one dtype. `share`: the weight of each token in the reduction, from
-    the global denominators, so that chunks of tokens may be given one by one and added up
-    (`ratio="token"`; a sequence ratio needs all tokens of a sequence at once).
+    All in one dtype. The shares come from the global denominators, so that chunks of tokens may be
+    given one by one and added up (`ratio="token"`; a sequence ratio needs all tokens of a sequence
+    at once).
     """
+    old_logprobs, advantages, mask, share, ref_logprobs, weights = tokens
     limit = on(formula.max_log_ratio, logprobs)
     raw = select(logprobs - old_logprobs, mask)
     clamped = raw.abs() > limit
@@ -110,48 +182,29 @@ def times(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(x), weight * x)
 
 
-def fwd(logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor, advantages: Tensor,
-        mask: Tensor | None, ref_logprobs: Tensor | None, weights: Tensor | None,
-        clip_low: Tensor, clip_high: Tensor, dual_clip: Tensor | None, max_log_ratio: Tensor,
-        entropy_coef: Tensor, kl_coef: Tensor, num_tokens: Tensor | None,
-        num_sequences: Tensor | None, norm_length: Tensor | None, cu_seqlens: Tensor | None,
-        ratio: str, kl_estimator: str, reduction: str, grad_logprobs: bool,
-        grad_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], dlogprobs, dentropy, metrics [11], scale []); see `tppo_kernels.ppo_loss`.
 
     d loss/d logprobs = scale * dlogprobs, and so for entropy: a kernel of one pass writes them
     before it has counted the tokens that they are divided by. Here scale is 1. A derivative that
     is not wanted is an empty tensor.
     """
-    given = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    dtype = compute_dtype(*given)
-    valid = valid_mask(logprobs, mask)
-
-    def tokens(x: Tensor) -> Tensor:
-        """A per-token or per-sequence argument at every token; N = B is per token."""
-        return (x if x.shape == valid.shape else spread(x, valid, cu_seqlens)).to(dtype)
-
-    share = reduction_weights(valid, Reduction(num_tokens, num_sequences, norm_length, reduction),
-                              cu_seqlens, dtype)
-    formula = Formula(clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, ratio,
-                      kl_estimator)
-    terms = token_terms(
-        logprobs.to(dtype), old_logprobs.to(dtype), tokens(advantages), valid, share, formula,
-        entropy=None if entropy is None else tokens(entropy),
-        ref_logprobs=None if ref_logprobs is None else tokens(ref_logprobs),
-        weights=None if weights is None else tokens(weights), cu_seqlens=cu_seqlens)
-    loss = terms.loss.sum(dtype=torch.float64).to(dtype)
-    for coef, term in ((entropy_coef, entropy), (kl_coef, ref_logprobs)):
+    terms, entropy = call.terms, call.entropy
+    dtype = compute_dtype(call.logprobs, entropy, *terms[:4])
+    found = token_terms(call.logprobs.to(dtype), None if entropy is None else entropy.to(dtype),
+                        tokens_of(terms, call.mask, dtype), terms.formula, terms.cu_seqlens)
+    loss = found.loss.sum(dtype=torch.float64).to(dtype)
+    for coef, term in ((terms.formula.entropy_coef, entropy),
+                       (terms.formula.kl_coef, terms.ref_logprobs)):
         if term is None:  # a coefficient that is not 0 asks for a term that is not there
             loss = loss + on(torch.where(coef == 0, 0.0, float("nan")), loss)
-    return (loss, terms.dlogprobs.contiguous() if grad_logprobs else loss.new_empty(0),
-            terms.dentropy.contiguous() if grad_entropy else loss.new_empty(0), terms.metrics,
+    return (loss, found.dlogprobs.contiguous() if call.grad_logprobs else loss.new_empty(0),
+            found.dentropy.contiguous() if call.grad_entropy else loss.new_empty(0), found.metrics,
             loss.new_ones(()))
 
 
-def bwd(grad_loss: Tensor, scale: Tensor, dlogprobs: Tensor, dentropy: Tensor,
-        logprobs_dtype: torch.dtype, entropy_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
     """The gradients in the inputs' dtypes; a derivative of 0 stays 0 whatever comes in."""
-    factor = grad_loss * scale
-    return (times(dlogprobs, factor.expand_as(dlogprobs)).to(logprobs_dtype),
-            times(dentropy, factor.expand_as(dentropy)).to(entropy_dtype))
+    factor = call.grad_loss * call.scale
+    return (times(call.dlogprobs, factor.expand_as(call.dlogprobs)).to(call.logprobs_dtype),
+            times(call.dentropy, factor.expand_as(call.dentropy)).to(call.entropy_dtype))

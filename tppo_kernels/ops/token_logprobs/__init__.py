@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._kernels.values import values_between
+from ..._math.linear import Scaling
 from ..._math.sequence import compute_dtype
 from . import reference
+from .reference import TokenLogprobsCall, TokenLogprobsGradient
 
 IN_PLACE_BYTES = 64 << 20  # of gradient that a backward in place holds beside the logits
 _op = Op("token_logprobs", cpu=("cpp", "reference"), cuda=("triton", "reference"))
@@ -49,44 +51,38 @@ def nbytes(logits: Tensor, *, backward: bool = False) -> int:
     return forward + 2 * size + rows * (8 + 5 * 4) if backward else forward
 
 
-def _check_targets(logits: Tensor, targets: Tensor, mask: Tensor | None,
-                   valid_vocab: int | None) -> None:
-    columns = logits.shape[-1] if valid_vocab is None else valid_vocab
-    values_between("token_logprobs", "targets", targets, 0, columns - 1, mask)
-
-
-def _check_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab) -> None:
-    _check_targets(logits, targets, mask, valid_vocab)
+def _check_fwd(call: TokenLogprobsCall) -> None:
+    logits, targets, mask, (temperature, softcap, logit_scale), valid_vocab = call
+    op, columns = "token_logprobs", logits.shape[-1] if valid_vocab is None else valid_vocab
+    values_between(op, "targets", targets, 0, columns - 1, mask)
     for name, value in (("temperature", temperature), ("softcap", softcap)):
-        values_between("token_logprobs", name, value, 0.0, FP32_MAX, mask, open_low=True)
-    values_between("token_logprobs", "logit_scale", logit_scale, -FP32_MAX, FP32_MAX, mask)
+        values_between(op, name, value, 0.0, FP32_MAX, mask, open_low=True)
+    values_between(op, "logit_scale", logit_scale, -FP32_MAX, FP32_MAX, mask)
 
 
-def _fake_fwd(logits, targets, mask, temperature, softcap, logit_scale, valid_vocab):
-    dtype = compute_dtype(logits)
+def _fake_fwd(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
+    logits, dtype = call.logits, compute_dtype(call.logits)
     return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(4))
 
 
-def _fake_bwd(grad_logprobs, grad_entropy, logits, *_):
-    return logits.new_empty(logits.shape)
+def _fake_bwd(backward: TokenLogprobsGradient) -> Tensor:
+    return backward.call.logits.new_empty(backward.call.logits.shape)
 
 
-_ARGUMENTS = ("Tensor logits, Tensor targets, Tensor? mask, Tensor temperature, Tensor? softcap,"
-              " Tensor logit_scale, SymInt? valid_vocab")
-
-_fwd = _op.define(f"token_logprobs_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-                  reference.fwd, _fake_fwd, _check_fwd)
-_bwd = _op.define(f"token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, {_ARGUMENTS},"
-                  " Tensor entropy, Tensor top, Tensor log_sum) -> Tensor",
-                  reference.bwd, _fake_bwd)
+_fwd = _op.define("token_logprobs_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd,
+                  _fake_fwd, _check_fwd, record=TokenLogprobsCall)
+_bwd = _op.define("token_logprobs_bwd -> Tensor", reference.bwd, _fake_bwd,
+                  record=TokenLogprobsGradient)
 
 
 class _Function(torch.autograd.Function):
+    """The logits come apart from the record, because autograd sees no tensor inside one."""
+
     @staticmethod
-    def forward(ctx, *arguments):
-        logprobs, entropy, top, log_sum = _fwd(*arguments)
-        *tensors, ctx.valid_vocab = arguments
-        ctx.save_for_backward(*tensors, entropy, top, log_sum)
+    def forward(ctx, logits, call):
+        logprobs, entropy, top, log_sum = _fwd(call._replace(logits=logits))
+        ctx.valid_vocab = call.valid_vocab
+        ctx.save_for_backward(logits, call.targets, call.mask, *call.scaling, entropy, top, log_sum)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -94,10 +90,15 @@ class _Function(torch.autograd.Function):
     @first_only(1)
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
-        *tensors, entropy, top, log_sum = ctx.saved_tensors
-        grad = _bwd(grad_logprobs, grad_entropy, *tensors, ctx.valid_vocab, entropy, top, log_sum)
-        return (grad, *[None] * 6)
+            return None, None
+        return _bwd(_saved(ctx, grad_logprobs, grad_entropy)), None
+
+
+def _saved(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+           ) -> TokenLogprobsGradient:
+    logits, targets, mask, *scaling, entropy, top, log_sum = ctx.saved_tensors
+    call = TokenLogprobsCall(logits, targets, mask, Scaling._make(scaling), ctx.valid_vocab)
+    return TokenLogprobsGradient(grad_logprobs, grad_entropy, call, entropy, top, log_sum)
 
 
 class _InPlaceFunction(_Function):
@@ -111,24 +112,28 @@ class _InPlaceFunction(_Function):
     @first_only(1)
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
-        logits, *tensors = ctx.saved_tensors
-        targets, mask, temperature, softcap, logit_scale, *kept = tensors
+            return None, None
+        whole = _saved(ctx, grad_logprobs, grad_entropy)
+        logits = whole.call.logits
         rows = logits.detach().view(-1, logits.shape[-1])  # [N, V], the logits' own memory
-        by_row = [None if x is None else x.reshape(-1)
-                  for x in (grad_logprobs, grad_entropy, targets, mask, *kept)]  # [N] each
-        if temperature.dim():
-            temperature = temperature.reshape(-1)
         size = max(1, IN_PLACE_BYTES // (rows.shape[-1] * rows.element_size()))
         for first in range(0, rows.shape[0], size):
             part = slice(first, first + size)
-            g_logprobs, g_entropy, target, valid, *known = (
-                None if x is None else x[part] for x in by_row)
-            rows[part].copy_(_bwd(
-                g_logprobs, g_entropy, rows[part], target, valid,
-                temperature[part] if temperature.dim() else temperature, softcap, logit_scale,
-                ctx.valid_vocab, *known))
-        return (rows.view(logits.shape), *[None] * 6)
+            rows[part].copy_(_bwd(_part(whole, rows, part)))
+        return rows.view(logits.shape), None
+
+
+def _part(whole: TokenLogprobsGradient, rows: Tensor, part: slice) -> TokenLogprobsGradient:
+    """The same of some of the rows [N, V]."""
+    def of(x: Tensor | None) -> Any:
+        return None if x is None else x.reshape(-1)[part]
+
+    _, targets, mask, scaling, valid_vocab = whole.call
+    if scaling.temperature.dim():
+        scaling = scaling._replace(temperature=of(scaling.temperature))
+    call = TokenLogprobsCall(rows[part], of(targets), of(mask), scaling, valid_vocab)
+    return TokenLogprobsGradient(of(whole.grad_logprobs), of(whole.grad_entropy), call,
+                                 *map(of, whole[3:]))
 
 
 def _check_in_place(logits: Tensor) -> None:
@@ -145,17 +150,34 @@ def _check_in_place(logits: Tensor) -> None:
                          "becomes the gradient's; give logits.contiguous()")
 
 
-def _constant(name: str, value: float | Tensor | None) -> None:
-    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"token_logprobs: {name} requires a gradient, expected a constant: only "
-                         "logits are differentiable here")
+def check_scaling(check: Check, tokens: str, temperature: Any, softcap: Any, logit_scale: Any,
+                  differentiable: str = "only logits are differentiable here") -> Scaling:
+    """The checked arguments that shape z; temperature: a number, 0-d, or a value a token."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{check.op}: {name} requires a gradient, expected a constant: "
+                             f"{differentiable}")
+    if isinstance(temperature, Tensor) and temperature.dim():
+        check.tensor("temperature", temperature, tokens)
+        temperature = temperature.detach()
+    else:
+        temperature = check.scalar("temperature", temperature, above=0.0)
+    return Scaling(temperature, check.scalar("softcap", softcap, above=0.0, optional=True),
+                   check.scalar("logit_scale", logit_scale))
 
 
 @suggests
-def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *,
-                   temperature: float | Tensor = 1.0, softcap: float | Tensor | None = None,
-                   logit_scale: float | Tensor = 1.0, valid_vocab: int | None = None,
-                   inplace_backward: bool = False) -> TokenLogprobs:
+def token_logprobs(
+        logits: Tensor,  # [..., V]
+        targets: Tensor,  # [...] int64 or int32
+        mask: Tensor | None = None,  # [...] bool or whole numbers
+        *,
+        temperature: float | Tensor = 1.0,  # [], or [...]: one a row
+        softcap: float | Tensor | None = None,  # []
+        logit_scale: float | Tensor = 1.0,  # []
+        valid_vocab: int | None = None,
+        inplace_backward: bool = False,
+) -> TokenLogprobs:
     """Log-probability of every target and entropy of every row, from one read of the logits.
 
         z       = softcap tanh(logit_scale logits / softcap) / temperature
@@ -194,21 +216,13 @@ def token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
                          "least one column")
     check.tensor("targets", targets, "...", LABELS)
     mask = check.mask("mask", mask, "...")
-    if isinstance(temperature, Tensor) and temperature.dim():
-        check.tensor("temperature", temperature, "...")
-        temperature = temperature.detach()
-    else:
-        temperature = check.scalar("temperature", temperature, above=0.0)
-    _constant("softcap", softcap)
-    _constant("logit_scale", logit_scale)
-    softcap = check.scalar("softcap", softcap, above=0.0, optional=True)
-    logit_scale = check.scalar("logit_scale", logit_scale)
+    scaling = check_scaling(check, "...", temperature, softcap, logit_scale)
     if valid_vocab is not None:
         valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
-    arguments = (logits, targets, mask, temperature, softcap, logit_scale, valid_vocab)
-    if wanted(logits):
-        if inplace_backward:
-            _check_in_place(logits)
-            return TokenLogprobs(*recorded(_InPlaceFunction, *arguments))
-        return TokenLogprobs(*recorded(_Function, *arguments))
-    return TokenLogprobs(*_fwd(*arguments)[:2])
+    call = TokenLogprobsCall(logits, targets, mask, scaling, valid_vocab)
+    if not wanted(logits):
+        return TokenLogprobs(*_fwd(call)[:2])
+    if inplace_backward:
+        _check_in_place(logits)
+        return TokenLogprobs(*recorded(_InPlaceFunction, logits, call))
+    return TokenLogprobs(*recorded(_Function, logits, call))

@@ -7,31 +7,33 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
+from ..._core.record import flat
 from ..._kernels.memory import address, refuses_fp64
+from .reference import TokenLogprobsCall, TokenLogprobsGradient
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 
 
-def supports(*args: object) -> str | None:
+def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(args[:3])
+    return refuses_fp64(flat(call)[:3])  # the logits, and the gradients that come in
 
 
-class _Rows:
+class TokenRows:
     """The C++ struct TokenRows of a call, as a tuple, and what keeps its addresses alive."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor,
-                 softcap: Tensor | None, logit_scale: Tensor, valid_vocab: int | None):
-        x = logits.detach()
+    def __init__(self, call: TokenLogprobsCall):
+        x, columns = call.logits.detach(), call.valid_vocab
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             x = x.contiguous()
         x = x.reshape(1, 1, -1) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
-        target = targets.reshape(-1).long().contiguous()  # [N]
-        valid = None if mask is None else mask.reshape(-1).contiguous()  # [N]
+        target = call.targets.reshape(-1).long().contiguous()  # [N]
+        valid = None if call.mask is None else call.mask.reshape(-1).contiguous()  # [N]
+        temperature, softcap, logit_scale = call.scaling
         by_row = temperature.reshape(-1).double().contiguous() if temperature.dim() else None
         self.alive = (x, target, valid, by_row)
         self.tuple = (x.data_ptr(), DTYPES[x.dtype], target.shape[0],
-                      x.shape[-1] if valid_vocab is None else valid_vocab,
+                      x.shape[-1] if columns is None else columns,
                       x.shape[1], x.stride(0), x.stride(1), target.data_ptr(), address(valid),
                       address(by_row), 1.0 if by_row is not None else float(temperature),
                       0.0 if softcap is None else float(softcap), float(logit_scale),
@@ -43,9 +45,15 @@ def dense(x: Tensor) -> Tensor:
     return x.detach().reshape(-1).float().contiguous()
 
 
-def fwd(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def addresses(*tensors: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
+    """Where per-row tensors lie as contiguous fp32, 0 for none, and what keeps them alive."""
+    alive = [None if x is None else dense(x) for x in tensors]
+    return [address(x) for x in alive], alive
+
+
+def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`."""
-    rows = _Rows(logits, *arguments)
+    rows, logits = TokenRows(call), call.logits
     logprobs, entropy, top, log_sum = (
         logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
     _C.token_logprobs_fwd(rows.tuple, logprobs.data_ptr(), entropy.data_ptr(), top.data_ptr(),
@@ -53,13 +61,10 @@ def fwd(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprobs, entropy, top, log_sum
 
 
-def bwd(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor,
-        *arguments) -> Tensor:
+def bwd(backward: TokenLogprobsGradient) -> Tensor:
     """The gradient by logits; see `reference.bwd`."""
-    rows = _Rows(logits, *arguments[:-3])
-    grads = [None if g is None else dense(g) for g in (grad_logprobs, grad_entropy)]
-    kept = [dense(x) for x in arguments[-3:]]  # entropy, top, log_sum
-    grad = logits.new_empty(logits.shape)
-    _C.token_logprobs_bwd(rows.tuple, *map(address, grads), *map(address, kept), logits.shape[-1],
-                          grad.data_ptr())
+    g_logprobs, g_entropy, call, *kept = backward  # kept: entropy, top, log_sum
+    rows, grad = TokenRows(call), call.logits.new_empty(call.logits.shape)
+    given, alive = addresses(g_logprobs, g_entropy, *kept)
+    _C.token_logprobs_bwd(rows.tuple, *given, call.logits.shape[-1], grad.data_ptr())
     return grad

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._core.record import flat
 from ..._kernels.launch import launching_on, row_layout, scalar
-from ..._kernels.memory import FP64
+from ..._kernels.memory import refuses_fp64
 from ..._kernels.triton_rows import (
     LOG2E,
     aligned,
@@ -42,6 +43,8 @@ from ..._kernels.triton_softmax import (
     merge,
     row_gradients,
 )
+from ..._math.linear import Scaling
+from .reference import TokenLogprobsCall, TokenLogprobsGradient
 
 WARPS = 4  # small programs: 6 to 8 an SM, of which some load while others add up
 UNROLL = 4  # 64 bytes a thread in flight
@@ -248,11 +251,9 @@ def _token_logprobs_bwd_kernel(
     tl.store(dx_ptr + dx_off + edge, tl.where(edge < columns, dx, 0.0), mask=there)
 
 
-def supports(*args: object) -> str | None:
+def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
     """The reason for refusing, or None."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args[:3]):
-        return FP64
-    return None
+    return refuses_fp64(flat(call)[:3])  # the logits, and the gradients that come in
 
 
 class _Rows(NamedTuple):
@@ -266,18 +267,22 @@ class _Rows(NamedTuple):
     together: bool  # whether rows lie to a group of columns as those of a contiguous tensor do
 
 
-def _rows(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor,
-          softcap: Tensor | None, logit_scale: Tensor, valid_vocab: int | None) -> _Rows:
+def place_scaling(scaling: Scaling) -> tuple:
+    """The arguments of a kernel from `temperature` to `scale_ptr`."""
+    t, cap = scaling.temperature, scaling.softcap
+    return (*((1.0, t.reshape(-1).contiguous(), 1) if t.dim() else (*scalar(t), 0)),
+            *((0.0, None) if cap is None else scalar(cap)), *scalar(scaling.logit_scale))
+
+
+def _rows(call: TokenLogprobsCall) -> _Rows:
+    logits, targets, mask, scaling, valid_vocab = call
     V = logits.shape[-1]
     x, inner, outer, stride = row_layout(logits)
-    heat = (1.0, temperature.reshape(-1).contiguous(), 1) if temperature.dim() else (
-        *scalar(temperature), 0)
-    cap = (0.0, None) if softcap is None else scalar(softcap)
     start, shift = aligned(x)
     group = 16 // x.element_size()
     return _Rows(start, targets.reshape(-1).contiguous(),
                  None if mask is None else mask.reshape(-1).contiguous(),
-                 (*heat, *cap, *scalar(logit_scale), shift, inner, outer, stride),
+                 (*place_scaling(scaling), shift, inner, outer, stride),
                  V if valid_vocab is None else valid_vocab,
                  not (shift or (stride - V) % group or (outer - inner * V) % group))
 
@@ -292,13 +297,14 @@ def _shape(x: Tensor) -> dict[str, int]:
     return {"U": UNROLL, "L": 32 * WARPS, "G": 16 // x.element_size()}
 
 
-def fwd(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+def fwd(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
     """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`. Two launches for few rows."""
+    logits = call.logits
     out = tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
     count, V = out[0].numel(), logits.shape[-1]
     if count == 0:
         return out
-    rows, capped, shape = _rows(logits, *arguments), arguments[3] is not None, _shape(logits)
+    rows, capped, shape = _rows(call), call.scaling.softcap is not None, _shape(logits)
     parts = _parts(count, V, math.prod(shape.values()))
     kept = None if parts == 1 else logits.new_empty((count, parts, 3), dtype=torch.float64)
     with launching_on(logits):
@@ -312,22 +318,22 @@ def fwd(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     return out
 
 
-def bwd(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor,
-        *arguments) -> Tensor:
+def bwd(backward: TokenLogprobsGradient) -> Tensor:
     """The gradient by logits; see `reference.bwd`. One launch."""
+    call, logits = backward.call, backward.call.logits
     grad = logits.new_empty(logits.shape)
     if grad.numel() == 0:
         return grad
-    rows, V, shape = _rows(logits, *arguments[:-3]), logits.shape[-1], _shape(logits)
-    kept = [x.reshape(-1).contiguous() for x in arguments[-3:]]  # entropy, top, log_sum
+    rows, V, shape = _rows(call), logits.shape[-1], _shape(logits)
+    kept = [x.reshape(-1).contiguous() for x in backward[3:]]  # entropy, top, log_sum
     grads: list = []
-    for g in (grad_logprobs, grad_entropy):
+    for g in backward[:2]:
         flat = None if g is None else g.reshape(-1)  # a view where expanded from one number
         grads += [flat, 0 if flat is None else flat.stride(0)]
     parts = _parts(kept[0].numel(), V, math.prod(shape.values()))
     with launching_on(logits):
         _token_logprobs_bwd_kernel[(kept[0].numel(), parts)](
             rows.x, *grads, rows.targets, rows.mask, *kept, grad, *rows.place, V, rows.columns,
-            parts, CAPPED=arguments[3] is not None, TOGETHER=rows.together, **shape,
+            parts, CAPPED=call.scaling.softcap is not None, TOGETHER=rows.together, **shape,
             num_warps=WARPS)
     return grad
