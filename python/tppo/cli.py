@@ -64,6 +64,11 @@ def _write_no_more() -> None:
 
 
 def _main(arguments: list[str]) -> None:
+    if arguments[:1] == ["plan"]:
+        from tppo.stages import plan  # with its own flags
+
+        plan.main(arguments[1:])
+        return
     command, rest = _command(arguments), arguments[1:]
     try:
         environment.check()
@@ -128,6 +133,7 @@ def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions | Train
 def _usage(arguments: list[str]) -> None:
     commands = {"run": RUN} | {name: stage.help for name, stage in REGISTRY.items()}
     lines = [f"  {name:<9} {text}" for name, text in commands.items()]
+    lines.append(f"  {'plan':<9} what each stage would take of a GPU's memory; runs nothing")
     lines.append("  module:STAGE  a stage of your own, as tppo.stages.registry says")
     text = "\n".join(["usage: tppo COMMAND [flags]; tppo COMMAND --help lists them", *lines])
     if arguments and arguments[0] in ("-h", "--help"):

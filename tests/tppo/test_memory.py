@@ -1,6 +1,7 @@
 """Less memory, the same result: batches in parts, layers computed again, one copy of the best."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,14 @@ def test_layers_computed_again_give_the_same_bits(way):
         policy_logprobs(again, Batch(PROMPTS, RESPONSES, PAD, prefix=way), 1.0)
     assert calls[3:] == ["inside", "layer"]
     assert torch.equal(backward_of(alike, way), expected)
+
+
+def test_the_memory_of_a_model_that_is_no_longer_used_is_free_at_once():
+    model = recompute_layers(copy.deepcopy(models()[0].ref))
+    model(torch.tensor([[3, 4]])).logits.sum().backward()
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None  # without Python's search for cycles
 
 
 def test_what_cannot_be_computed_again_is_refused():

@@ -6,7 +6,7 @@ stay in evaluation mode, so it would do nothing.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,12 +29,24 @@ def recompute_layers(model: nn.Module) -> nn.Module:
             "computed again, expected a decoder of transformers; leave it off"
         )
     for layer in layers:
-        if not isinstance(layer.forward, partial):  # not twice
-            layer.forward = partial(_recomputed, layer.forward)
+        kind: Any = type(layer)
+        if not hasattr(layer, "recomputes"):  # not twice
+            layer.__class__ = _recomputing(kind)
     return model
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+@cache
+def _recomputing(kind: Any) -> Any:
+    """A class of layers like `kind` that compute themselves again in backward.
+
+    A class, because a forward that is set on a layer would hold the layer itself: the memory of a
+    model that is no longer used would be free only when Python looks for such cycles.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = partial(kind.forward, self)
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "recomputes": True})

@@ -1,0 +1,244 @@
+"""`tppo plan`: what each stage would take of a GPU's memory, before anything is loaded or paid for.
+
+A model of the same configuration is computed without data, see `tppo.models.meta`.  This file
+loads no torch, so that `tppo plan --help` is there at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from pydantic import AfterValidator
+
+from tppo.errors import DataError
+from tppo.sessions.config import ReadConfig
+from tppo.settings import Count, FilePath, section
+from tppo.stages.needs import (
+    GB,
+    STAGES,
+    Need,
+    Work,
+    first_level,
+    flags,
+    plan,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from tppo.models.meta import Holding
+
+# Qwen2.5's published configurations: hidden size, intermediate size, layers, heads, heads of keys
+# and values, vocabulary, whether the embeddings are the head's weight too.
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
+}
+GPUS = (24, 48, 80, 141)  # GB
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB)?")
+
+
+def _size(text: str) -> str:
+    found = _SIZE.fullmatch(text)
+    if not found or not float(found[1]):
+        raise ValueError(f"was {text!r}, expected a size such as 80GB or 80GiB")
+    return text
+
+
+def nbytes_of(text: str) -> int:
+    """Bytes of a size such as 80GB (10^9 bytes each) or 80GiB."""
+    found = _SIZE.fullmatch(text)
+    assert found
+    return int(float(found[1]) * (2**30 if found[2] == "GiB" else GB))
+
+
+@section
+class PlanOptions:
+    """Flags of `tppo plan`: a model, a GPU, and the settings of the run that is planned."""
+
+    model: FilePath | None = None
+    """A causal LM: a local folder, or an id of the Hugging Face hub; config.json alone is read. By
+    default the table of docs/memory.md: four shapes on four GPUs."""
+    shape: Literal["0.5B", "1.5B", "7B", "14B"] | None = None
+    """One of the four shapes of Qwen2.5 in place of --model."""
+    gpu_memory: Annotated[str, AfterValidator(_size)] = "80GB"
+    """Of the GPU: 80GB (10^9 bytes each), or 80GiB."""
+    lora_rank: Count = 16
+    """Rank of the adapters, on every linear layer, where adapters alone are trained."""
+    data: FilePath | None = None
+    """Log of the run: prompts and answers are measured in it with the tokenizer of --model."""
+    read: Annotated[ReadConfig, tyro.conf.arg(name="", prefix_name=False)] = field(
+        default_factory=ReadConfig
+    )
+    work: Annotated[Work, tyro.conf.arg(name="")] = field(default_factory=Work)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of `tppo plan`."""
+    try:
+        options = tyro.cli(PlanOptions, prog="tppo plan", args=arguments,
+                           description="What each stage would take of a GPU's memory.")  # fmt: skip
+        print("\n".join(_lines(options)))
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"tppo plan: {error}")
+
+
+def _lines(options: PlanOptions) -> list[str]:
+    if options.model is not None and options.shape is not None:
+        raise ValueError("--model and --shape were given, expected one of them")
+    if options.data is not None and options.model is None:
+        raise ValueError("--data was given without --model, whose tokenizer measures it")
+    if options.shape is not None:
+        return one_model(shape_config(options.shape), options.shape, options)
+    if options.model is None:
+        return table(options)
+    config, folder = _configuration(options)
+    if options.data is not None:
+        options = replace(options, work=measured(options, config, folder))
+    return one_model(config, str(options.model), options)
+
+
+def _configuration(options: PlanOptions) -> tuple[PretrainedConfig, Path]:
+    """The configuration of --model, and where it lies; of a hub id it alone is fetched."""
+    from huggingface_hub import errors, hf_hub_download
+    from transformers import AutoConfig
+
+    from tppo.models.hub import locate
+    from tppo.models.load import load_from
+
+    assert options.model is not None
+    path, revision = options.model, options.work.model.revision
+    if path.exists() or len(path.parts) != 2:
+        path = locate(path, revision)
+    elif options.data is not None:
+        path = locate(path, revision)  # for its tokenizer, with all that it has
+    else:
+        try:
+            path = Path(hf_hub_download(str(path), "config.json", revision=revision)).parent
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+            raise DataError(
+                f"{path}: no local path, and as an id of the hub its config.json cannot be had "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    return load_from(AutoConfig, path), path
+
+
+def measured(options: PlanOptions, config: PretrainedConfig, folder: Path) -> Work:
+    """The work with the lengths of a log's prompts and answers, as its stages would cut them."""
+    from tppo.models.tokenizer import load_tokenizer
+    from tppo.sessions.prompts import encode_prompts
+    from tppo.sessions.readers import SessionLog
+    from tppo.stages.lengths import DEFAULT_POSITIONS, answer_cap
+
+    assert options.data is not None
+    tokenizer, sessions = load_tokenizer(folder), list(SessionLog(options.data, options.read))
+    if not sessions:
+        raise DataError(f"{options.data}: no session in it, expected at least one")
+    cap = answer_cap(tokenizer, sessions, options.work.generate)
+    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+    prompts = encode_prompts(tokenizer, sessions, positions - cap)
+    longest = max(2, *map(len, prompts))
+    return replace(options.work, prompt_tokens=longest, response_tokens=cap)
+
+
+def shape_config(name: str) -> PretrainedConfig:
+    """The configuration of one of SHAPES."""
+    from transformers import Qwen2Config
+
+    hidden, intermediate, layers, heads, kv_heads, vocab, tied = SHAPES[name]
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+    )
+
+
+def holding(options: PlanOptions, *, lora: bool, gpu_nbytes: int) -> Holding:
+    """How a run would hold a model of 16-bit weights on a GPU."""
+    import torch
+
+    from tppo.models.load import compute_dtype
+    from tppo.models.meta import Holding
+
+    settings = options.work.model
+    return Holding(
+        dtype=compute_dtype(settings.dtype, torch.bfloat16, torch.device("cuda")),
+        lora=options.lora_rank if lora else None,
+        recompute=settings.gradient_checkpointing,
+        gpu_nbytes=gpu_nbytes,
+    )
+
+
+def one_model(config: PretrainedConfig, name: str, options: PlanOptions) -> list[str]:
+    """Lines: each stage's needs, whether they fit, and what to turn where they do not."""
+    work, nbytes = options.work, nbytes_of(options.gpu_memory)
+    lines = [
+        f"{name} on {options.gpu_memory}: prompts of {work.prompt_tokens} tokens, answers of "
+        f"{work.response_tokens}; GB of 10^9 bytes"
+    ]
+    for lora in (False, True):
+        how = holding(options, lora=lora, gpu_nbytes=nbytes)
+        trained = f"adapters of rank {options.lora_rank} (LoRA)" if lora else "all weights"
+        lines += ["", f"{trained} trained, {how.dtype}".replace("torch.", ""), _HEADER]
+        for found in plan(config, how, work):
+            lines.append(_row(found))
+            if found.total > nbytes:
+                lines.append(f"  {found.stage} does not fit; {_remedy(config, how, work, found)}")
+    return lines
+
+
+_WIDTHS = (9, 9, 10, 10, 12, 7, 9, 8, 7, 2)
+_NAMES = ("stage", "weights", "optimiser", "gradients", "activations", "logits", "KV cache",
+          "reserve", "sum", "highest in")  # fmt: skip
+_HEADER = "".join(
+    f"{name:<{width}}" if i == 0 else f"  {name}" if i == 9 else f"{name:>{width}}"
+    for i, (name, width) in enumerate(zip(_NAMES, _WIDTHS, strict=True))
+)
+
+
+def _row(found: Need) -> str:
+    parts = (
+        found.weights, found.optimizer, found.gradients, found.activations, found.logits,
+        found.cache, found.reserve, found.total,
+    )  # fmt: skip
+    cells = [f"{part / GB:>{w}.1f}" for part, w in zip(parts, _WIDTHS[1:], strict=False)]
+    return f"{found.stage:<{_WIDTHS[0]}}{''.join(cells)}  {found.moment}"
+
+
+def _remedy(config: PretrainedConfig, how: Holding, work: Work, found: Need) -> str:
+    level = first_level(config, how, work, [found.stage])
+    if level is not None:
+        return f"it does with {flags(level, found.stage)}"
+    instead = "a smaller model or a larger GPU" if how.lora else "LoRA, if its lines below fit,"
+    return f"no batch is small enough: {instead} is the way"
+
+
+def table(options: PlanOptions) -> list[str]:
+    """Lines of Markdown: the four shapes on the four GPUs, all weights trained and LoRA."""
+    names = ["model", "trained", *STAGES, *(f"{gpu} GB" for gpu in GPUS)]
+    rows = [table_row(name, lora, options) for name in SHAPES for lora in (False, True)]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *rows]
+
+
+def table_row(name: str, lora: bool, options: PlanOptions) -> str:
+    """One line of `table`: GB of each stage as it is, on 80 GB, and the level for each GPU."""
+    config = shape_config(name)
+    held = [holding(options, lora=lora, gpu_nbytes=gpu * GB) for gpu in GPUS]
+    needs = [f"{found.total / GB:.1f}" for found in plan(config, held[2], options.work)]
+    levels = [first_level(config, how, options.work, STAGES) for how in held]
+    cells = ["no" if level is None else str(level) for level in levels]
+    trained = f"LoRA {options.lora_rank}" if lora else "all"
+    return f"| {' | '.join([name, trained, *needs, *cells])} |"
