@@ -240,6 +240,7 @@ class PPO:
             for first in range(0, len(order), config.minibatch_size):
                 data = experience.rows(order[first : first + config.minibatch_size])
                 parts.append(self._minibatch(data, not parts))
+        self.optimizer.zero_grad()  # their memory is free while the next responses are sampled
         check_weights(f"after ppo step {self.step_count}", self.models.trained)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
@@ -285,8 +286,8 @@ class PPO:
             check_step_zero(policy, part, policy_loss.logprobs, self.sampling.temperature)
         moved = torch.where(trained, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
         figures = policy_loss.loss.detach(), policy_loss.metrics, moved.square().sum()
+        policy_loss.loss.backward()  # first: the activations of one model at a time are in memory
         if critic is None:
-            policy_loss.loss.backward()
             return Losses(*figures)
         assert part.returns is not None  # `score` checks what an advantage gives
         values, _ = critic(part.batch)  # [B, T]
@@ -298,7 +299,7 @@ class PPO:
             clip=self.config.value_clip,
             num_tokens=whole.masks.critic.sum(),
         )
-        (policy_loss.loss + value_loss.loss).backward()
+        value_loss.loss.backward()
         return Losses(*figures, value_loss.loss.detach(), value_loss.metrics)
 
     def masks(
