@@ -8,6 +8,7 @@ import gguf
 import pytest
 import torch
 from _weights import enlarged
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from tppo.cli import main
+from tppo.models.card import base_of, write_card
 from tppo.models.folder import save_model, save_weights
 from tppo.models.hub import locate
 from tppo.models.load import compute_dtype, load_policy, load_reward_model
@@ -113,6 +115,10 @@ def test_a_run_keeps_the_id_and_its_commit(cache, log, tmp_path):
     assert manifest["inputs"][0]["sha256"] == COMMITS[0]
     assert "models--own--tiny" in manifest["inputs"][0]["path"]
     assert "model: own/tiny" in (out / "run.yaml").read_text()
+    card = ModelCard.load(out / "sft" / "model" / "README.md")
+    assert card.data.base_model == "own/tiny" == base_of(out / "sft" / "model")
+    assert card.data.library_name == "transformers" and "token-level-ppo" in card.data.tags
+    assert "24 generated sessions" in card.text and '"max_steps": 1' in card.text
     again = (out / "sft" / "manifest.json").read_text()
     flags = ["--config", str(out / "run.yaml"), "--out", str(out)]
     from tppo.cli import _defaults
@@ -301,3 +307,16 @@ def test_a_configuration_without_a_type_has_that_of_its_weights(tokenizer, tmp_p
     (given / "config.json").write_text(json.dumps(config))
     save_model(load_policy(given, CPU), load_tokenizer(given), tmp_path / "out")
     assert {tensor.dtype for tensor in kinds(tmp_path / "out").values()} == {BF16}
+
+
+def test_a_card_says_what_is_known_and_no_more(tmp_path):
+    """A name cannot add lines to the front matter; without a hub id there is no base."""
+    write_card(tmp_path, base='a/b"\nlicense: x', method="m", data="d", settings={"lr": 1e-5},
+               figures={"relevance": 0.25})  # fmt: skip
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == 'a/b"\nlicense: x' == base_of(tmp_path)
+    assert card.data.license is None and "| relevance | 0.25 |" in card.text
+    write_card(tmp_path, base=None, method="m", data="d", settings={}, figures={})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None is base_of(tmp_path) and "without a hub id" in card.text
+    assert base_of(None) is None is base_of(tmp_path / "gone")

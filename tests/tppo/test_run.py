@@ -276,6 +276,9 @@ def test_exports_are_plain_models(finished):
         model = AutoModelForCausalLM.from_pretrained(finished / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / folder)
         assert len(tokenizer) == model.config.vocab_size
+        card = (finished / folder / "README.md").read_text()
+        assert "library_name: transformers" in card and f"# {folder.split('/')[0]}\n" in card
+        assert ("| relevance |" in card) == (folder == "train/model")
         ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
         config = model.generation_config
         assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == ids

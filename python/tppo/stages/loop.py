@@ -28,6 +28,7 @@ from tppo.evaluation.judge import FORMAT, Judge, finish, first_figure, spoken
 from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import PPO
+from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
 from tppo.models.guards import GuardError
 from tppo.models.policy import snapshot
@@ -55,6 +56,8 @@ class Watch(NamedTuple):
     figures: Callable[[Answers], Mapping[str, float]] = response_figures
     shown: Mapping[str, str] = {}
     """Text on the progress line -> name of the figure that it shows."""
+
+WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
 
 
 class Held(NamedTuple):
@@ -247,12 +250,28 @@ class Loop:
             self.best_step = self.steps
             say(f"ppo: kept step {self.steps}, the last: nothing is held out, {self.seconds:.0f} s"
                 if self.held is None else self._none_qualified())  # fmt: skip
-        save_model(self.trainer.models.policy, self.tokenizer, self.out / "model")
+        policy = self.trainer.models.policy
+        save_model(policy, self.tokenizer, self.out / "model")
+        write_card(
+            self.out / "model",
+            base=base_of(policy.name_or_path),
+            method=f"token-level PPO, {self.best_step} of {self.steps} steps",
+            data=f"answers to {len(self.train)} prompts",
+            settings={"seed": self.trainer.seed}
+            | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT),
+            figures=self._kept_figures(),
+        )
         if "critic" in models:
             weights = models["critic"].state_dict().items()
             critic = {name: tensor.detach().cpu().clone() for name, tensor in weights}
             save_file(critic, self.out / "critic.safetensors")
         write_json(self.out / "report.json", self.report())
+
+    def _kept_figures(self) -> dict[str, float]:
+        """What the judge said of the weights kept, by name."""
+        row = self.metrics[self.best_step - 1]
+        found = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/")}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def report(self) -> dict[str, Any]:
         """What the closing table needs to know of the training."""

@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.labels.queries import answer_text
+from tppo.methods.config import SFTConfig
 from tppo.methods.sft import Examples, train_sft
+from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.load import load_policy, place
 from tppo.models.policy import new_policy
@@ -43,6 +45,15 @@ def sft(run: Run) -> None:
             prefix=run.config.prefix,
         )
         save_model(model, tokenizer, out / SFT_MODEL.name)
+        log = "generated sessions" if run.data is None else f"sessions of {run.data.name!r}"
+        write_card(
+            out / SFT_MODEL.name,
+            base=base_of(run.base),
+            method="supervised fine-tuning",
+            data=f"the true next queries of {len(train)} {log}",
+            settings={"seed": run.seed} | chosen(run.config.sft, SFTConfig),
+            figures={"loss, nats a token": result.heldout_loss},
+        )
         write_jsonl(out / "metrics.jsonl", result.history)
         report = {name: value for name, value in result._asdict().items() if name != "history"}
         write_json(out / "report.json", report)

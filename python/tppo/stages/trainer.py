@@ -37,7 +37,7 @@ from tppo.progress import say
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.stages.lengths import DEFAULT_POSITIONS
-from tppo.stages.loop import Held, Loop
+from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
 from tppo.stages.models import ppo_models
 from tppo.stages.prompts import Prompts, questions, read_prompts
 from tppo.store.jsonl import plain
@@ -46,7 +46,6 @@ from tppo.store.run_folder import RunFolder
 STAGE = "train"  # the folder in `out` that holds what `train` makes
 LONGEST = 256  # tokens of an answer by default, but at most half of the model's positions
 OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "train_on_unlabelled")
-WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
 
 
 class RewardJudge:
