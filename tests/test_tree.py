@@ -13,6 +13,7 @@ from tppo_kernels._core.op import OPS
 ROOT = Path(__file__).parent.parent
 BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_attention", "step",
           "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
+READMES = {"gae", "prefix_attention"}  # whose derivation is long
 ENGINES = {"token_advantages": {"_composed.py"}}  # what several backends of an op share
 KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py", "py.typed"}
 ROOMS = {  # of the kernel library, beside its operators
@@ -34,7 +35,8 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_align.py", "test_bench.py",
                 "test_prefix.py", "test_lm_head.py", "test_aot.py", "test_host_cost.py",
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
-                "test_hops.py", "fuzz_gradients.py", "test_fuzz_gradients.py", "test_rooms.py"}
+                "test_hops.py", "test_docs.py", "fuzz_gradients.py", "test_fuzz_gradients.py",
+                "test_rooms.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 170}
@@ -56,7 +58,8 @@ def test_every_op_has_its_pieces_and_no_other():
         backends = {b for order in op.order.values() for b in order} - {"reference"}
         expected = {"__init__.py", "reference.py"} | {f"_{b}.py" for b in backends}
         expected |= ENGINES.get(name, set())
-        present = {p.name for p in (ROOT / "tppo_kernels/ops" / name).glob("*.py")}
+        expected |= {"README.md"} if name in READMES else set()
+        present = {p.name for p in (ROOT / "tppo_kernels/ops" / name).iterdir() if p.is_file()}
         assert present == expected, name
         assert (ROOT / f"tests/test_{name}.py").exists(), name
         assert name in tk.__all__ and callable(getattr(tk, name))

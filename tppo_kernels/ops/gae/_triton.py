@@ -1,11 +1,9 @@
 """`gae` in Triton: one launch, 17 B a token, each moved once between memory and cache.
 
-With X_t = V_t + lam A_t the textbook's lines are X_t = V_t + lam (r_t - V_t) + gamma lam X_{t+1}
-and A_t = r_t + gamma X_{t+1} - V_t: a scan over pairs (decay, value), in which a masked token is
-the identity (see csrc/gae.h). A program takes a few short sequences, or one long one block by
-block from its end; lane i holds the token i places before the last, so that the scan runs forward.
-A token needs the X behind it, so the scan is over the tokens behind; each token is loaded a second
-time, from the first-level cache, for its own result: shifting registers costs far more.
+A scan over affine maps, as README.md derives it. A program takes several short sequences, or one
+long sequence block by block from its end; lane i holds the token i places before the last, so that
+the scan runs forward. The result of a token needs the X behind it, so the scan runs over the tokens
+one place further on, and each token is loaded a second time for its own result.
 """
 
 from __future__ import annotations
