@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from tppo.labels.queries import repeats
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.session import read_sessions, write_sessions
 from tppo.sessions.synthetic import POPULAR, generate_sessions, intent_library
@@ -64,6 +65,17 @@ def test_half_of_the_targets_are_popular_and_every_user_has_an_intent(data):
     popular = [sum(target in POPULAR for target in session.targets) for session in data.train]
     assert max(popular) == 2  # at least one of three follows the intent
     assert 0.45 < sum(popular) / (3 * len(popular)) < 0.55
+
+
+@pytest.mark.parametrize("queries", (1, 3, 10, 12))
+def test_an_answer_may_have_any_number_of_distinct_queries_half_of_them_popular(queries):
+    sessions = generate_sessions(SessionsConfig(400, 1, 1, 1, queries), 0).train
+    assert {len(session.targets) for session in sessions} == {queries}
+    assert not any(any(repeats(session.targets)) for session in sessions)
+    popular = [sum(target in POPULAR for target in session.targets) for session in sessions]
+    assert max(popular) < queries  # at least one follows the intent
+    if queries > 1:
+        assert 0.4 < sum(popular) / (queries * len(sessions)) < 0.6
 
 
 def test_no_first_word_of_the_intent_is_likelier_than_that_of_a_popular_query(data):

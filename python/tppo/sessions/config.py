@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from tppo.sessions.readers import ReadConfig
 from tppo.settings import Count, Part, section
@@ -23,6 +24,8 @@ class SessionsConfig:
     """Generated users for the closing table."""
     transfer_users: Count = 256
     """Generated users whose intents are in no other split."""
+    queries: Annotated[Count, Field(le=12)] = 3
+    """Next queries of a generated session; half of them follow its intent."""
     heldout_share: Part = 0.1
     """Share of a file's users held out for the early stop and for keeping the best step."""
     test_share: Part = 0.2

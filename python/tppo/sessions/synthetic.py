@@ -2,9 +2,9 @@
 
 A user follows one intent of a fixed library: a topic, a brand and a need.  The history shows early
 queries about the topic (its words of the first steps, the need, a click on the brand) and popular
-queries that have nothing to do with it; the targets are the three next queries, at least one of
-them a late reformulation of the intent, the others popular again.  None of the three has the words
-of another one in some order, which the rule would call a repetition.
+queries that have nothing to do with it; the targets are the next queries, by default three, at
+least one of them a late reformulation of the intent, the others popular again.  None of them has
+the words of another one in some order, which the rule would call a repetition.
 
 The noise is concentrated on purpose: more than half of the target queries are one of six popular
 ones, so each of them is as likely a next query as any single reformulation.  A model of the data
@@ -82,7 +82,7 @@ LIBRARY_SEED = 20241100  # the library is one and the same for every run seed
 INTENTS = 96
 HELD_OUT_INTENTS = 16
 TARGETS = 3
-INTENT_TARGETS = (1, 2, 3)  # how many of the targets follow the intent ...
+INTENT_TARGETS = (1, 2, 3)  # how many of three targets follow the intent ...
 INTENT_TARGETS_WEIGHTS = (0.60, 0.30, 0.10)  # ... and how often: half of the targets are popular
 
 
@@ -128,17 +128,19 @@ def generated_splits(
         ("transfer", config.transfer_users, unknown),
     )
     for name, n, intents in sizes:
-        yield name, n, _split(name, n, seed, intents)
+        yield name, n, _split(name, n, seed, intents, config.queries)
 
 
-def _split(name: str, n: int, seed: int, intents: Sequence[Intent]) -> Iterator[Session]:
+def _split(
+    name: str, n: int, seed: int, intents: Sequence[Intent], queries: int
+) -> Iterator[Session]:
     # A string seeds Python's generator by its SHA-512: the same under any PYTHONHASHSEED.
     rng = random.Random(f"{seed}/{name}")
     for i in range(n):
-        yield _session(f"{name}-{i}", rng, rng.choice(intents))
+        yield _session(f"{name}-{i}", rng, rng.choice(intents), queries)
 
 
-def _session(user: str, rng: random.Random, intent: Intent) -> Session:
+def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Session:
     habit, style = rng.choice(list(STYLES.items()))
     early = rng.choice(TOPICS[intent.topic])
     words = {"early": early, "style": style, **intent._asdict()}
@@ -151,9 +153,10 @@ def _session(user: str, rng: random.Random, intent: Intent) -> Session:
     for query in rng.sample(POPULAR, rng.randint(0, 1)):
         history.insert(rng.randint(0, len(history)), Event("search", query, clicks=1))
 
-    n_intent = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
+    of_three = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
+    n_intent = max(1, round(of_three * queries / TARGETS))
     targets = _late_queries(rng, n_intent, words)
-    targets += rng.sample(POPULAR, TARGETS - n_intent)
+    targets += rng.sample(POPULAR, queries - n_intent)
     rng.shuffle(targets)
     return Session(
         id=user, user=user, source="generated", profile=(habit,),
@@ -163,6 +166,13 @@ def _session(user: str, rng: random.Random, intent: Intent) -> Session:
 
 def _late_queries(rng: random.Random, n: int, words: dict[str, str]) -> list[str]:
     """Reformulations of an intent, none of which has the words of another in some order."""
+    if n > TARGETS:  # so many are seldom distinct when they are drawn at once
+        found: list[str] = []
+        while len(found) < n:
+            query = rng.choice(LATE_FORMS).format(extra=rng.choice(EXTRAS), **words)
+            if not any(repeats([*found, query])):
+                found.append(query)
+        return found
     while True:
         forms = rng.sample(LATE_FORMS, n)
         queries = [form.format(extra=rng.choice(EXTRAS), **words) for form in forms]

@@ -236,7 +236,7 @@ def _of_data(given: Given) -> tuple[str, ...]:
         return "sessions.heldout_share", "sessions.test_share", "sessions.read"
     return (
         "sessions.train_users", "sessions.heldout_users", "sessions.test_users",
-        "sessions.transfer_users",
+        "sessions.transfer_users", "sessions.queries",
     )  # fmt: skip
 
 
