@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimiser(folder, name):
 def test_weights_that_a_step_makes_infinite_are_not_handed_on(folder):  # noqa: F811
     """Their checkpoint would be written, or they would be kept as the best."""
     ppo = trainer(folder)
-    ppo.optimizer.param_groups[1]["lr"] = INF
+    ppo.schedules.rates = lambda step: {"policy": 1e-2, "critic": INF}
     with pytest.raises(GuardError, match=r"ppo step 1: |after ppo step 1: the norm of the critic"):
         ppo.step(questions(PROMPTS))
 

@@ -1,5 +1,7 @@
 """Several processes train one model: balanced shares, and the step of one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +19,12 @@ PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
 CONFIG = PPOConfig(
     lr=1e-3, critic_lr=1e-3, minibatch_size=6, epochs=2, responses_per_prompt=3, value_clip=0.1
 )
+ALL_SCHEDULES = {  # each of which decides something within three steps
+    "lr_schedule": "cosine", "final_lr_share": 0.1, "lr_warmup_steps": 1,
+    "critic_lr_warmup_steps": 2, "critic_warmup_steps": 1, "adaptive_kl": 0.05,
+    "adaptive_kl_horizon": 200.0, "target_kl": 1e-3,
+}  # fmt: skip
+FAST = {"lr": 3e-2, "critic_lr": 1e-2}  # so that a step goes far enough to be stopped
 
 
 def tokens_of(batch, part):
@@ -69,6 +77,14 @@ def run_steps(world, answers=None):
     return metrics, weights
 
 
+def scheduled(world):
+    """Figures and weights of three steps with every schedule at work."""
+    ppo = new_trainer("shared", replace(CONFIG, batch_size=4, **FAST, **ALL_SCHEDULES), 6)
+    ppo.world = world
+    metrics = [ppo.step(questions(PROMPTS))[0] for _ in range(3)]
+    return metrics, [p.detach() for p in ppo.models.policy.parameters()]
+
+
 def given_answers():
     ppo = new_trainer("shared", CONFIG, 6)
     return ppo.rollout.generate(PROMPTS, ppo.sampling)
@@ -103,7 +119,7 @@ def worker(rank, meeting, queue):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     world = World(rank, 2)
     updated, stepped = run_steps(world, given_answers()), run_steps(world)
-    results = [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped)]
+    results = [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped, scheduled(world))]
     queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world)]))
     dist.barrier()
     dist.destroy_process_group()
@@ -111,13 +127,16 @@ def worker(rank, meeting, queue):
 
 def test_two_processes_take_the_step_of_one():
     results = two_processes(worker, timeout=120)
-    for first, second in zip(results[0][:2], results[1][:2], strict=True):
+    for first, second in zip(results[0][:3], results[1][:3], strict=True):
         assert first[0] == second[0], "the processes log different figures"
         for a, b in zip(first[1], second[1], strict=True):
             assert (a == b).all(), "the processes hold different weights"
-    assert results[0][2:] == results[1][2:], "the processes stop for different reasons"
-    assert results[0][2].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
-    assert results[0][3].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
+    assert results[0][3:] == results[1][3:], "the processes stop for different reasons"
+    assert results[0][3].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
+    assert results[0][4].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
+    rows = results[0][2][0]
+    assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
+    assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"
     metrics, weights = run_steps(ALONE, given_answers())
     for alone, shared in zip(metrics, results[0][0][0], strict=True):
         for name, value in alone.items():

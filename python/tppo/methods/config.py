@@ -93,6 +93,16 @@ class PPOConfig:
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
     critic_lr: Positive | None = None
     """By default 1e-3 from scratch, 1e-5 with --model."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How both learning rates fall after their warm-up, to `final_lr_share` at the last step."""
+    final_lr_share: Share = 0.0
+    """The part of the learning rates that a linear or cosine schedule goes down to."""
+    lr_warmup_steps: Natural = 0
+    """PPO steps over which the policy's learning rate rises linearly; 0: it begins at `lr`."""
+    critic_lr_warmup_steps: Natural = 0
+    """The same for the critic's learning rate."""
+    critic_warmup_steps: Natural = 0
+    """First PPO steps that train the critic alone, on answers of the policy as it was."""
     advantage: Literal["gae", "grpo", "rloo"] = "gae"
     """gae trains a critic.  grpo and rloo train none, and none is loaded: they compare the
     responses of one prompt, of which they need at least two (responses_per_prompt), and do not use
@@ -102,6 +112,16 @@ class PPOConfig:
     clip: Positive = 0.2
     value_clip: Positive | None = None
     kl_coef: NonNegative = 0.2
+    """What a nat of KL to the reference costs of the reward; with `adaptive_kl` the first one."""
+    adaptive_kl: Positive | None = None
+    """KL per response, in nats, that `kl_coef` is moved towards after each step (Ziegler et al.
+    2019); None: it stays as it is."""
+    adaptive_kl_horizon: Positive = 10_000.0
+    """Responses over which `kl_coef` would double at five times the largest change: smaller is
+    faster.  At least the responses of a step."""
+    target_kl: Positive | None = None
+    """Leave out the rest of a step's updates once a minibatch is further than this from the policy
+    that sampled it, in nats a token (policy/approxkl_avg); None: all epochs are run."""
     reward: Literal["argmax", "expected"] = "argmax"
     """Reward of a token: of its likeliest class (the paper) or the expectation over classes."""
     reward_values: tuple[float, float, float] = (0.0, -0.5, 0.5)
@@ -135,4 +155,20 @@ class PPOConfig:
             raise ValueError(
                 f"responses_per_prompt was 1, expected at least 2 with advantage {self.advantage}, "
                 "which compares the responses of one prompt: --ppo.responses-per-prompt 8"
+            )
+        if self.advantage != "gae" and self.critic_warmup_steps:
+            raise ValueError(
+                f"critic_warmup_steps was {self.critic_warmup_steps}, expected 0 with advantage "
+                f"{self.advantage}, which has no critic"
+            )
+        if self.adaptive_kl is not None and not self.kl_coef:
+            raise ValueError(
+                "kl_coef was 0, expected more with adaptive_kl, which multiplies it "
+                "(--ppo.kl-coef 0.2)"
+            )
+        responses = self.batch_size * self.responses_per_prompt
+        if self.adaptive_kl is not None and self.adaptive_kl_horizon < responses:
+            raise ValueError(
+                f"adaptive_kl_horizon was {self.adaptive_kl_horizon:g}, expected at least the "
+                f"{responses} responses of a step (--ppo.adaptive-kl-horizon)"
             )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tppo.methods.advantages import Masks
 from tppo.models.batch import Batch
 from tppo.models.policy import Critic
+from tppo.models.rollout import RolloutBatch
 
 
 class Models(NamedTuple):
@@ -25,6 +27,17 @@ class Models(NamedTuple):
         """What is trained, checkpointed and kept, by name."""
         found = {"policy": self.policy, "critic": self.critic}
         return {name: model for name, model in found.items() if model is not None}
+
+
+class Reading(NamedTuple):
+    """What models and reward make of a rollout; 0 where masked."""
+
+    old: Tensor  # [B, T], log-probs of the policy
+    ref: Tensor  # [B, T], log-probs of the reference
+    rewards: Tensor  # [B, T]
+    category: Tensor | None  # [B, T]
+    values: Tensor | None  # [B, T]; None without a critic
+    after: Tensor | None  # [B], values after the last tokens
 
 
 class Experience(NamedTuple):
@@ -83,4 +96,25 @@ def minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
         "loss/value_avg": sum(part.value.item() for part in losses if part.value is not None),
         "val/clipfrac_avg": value.clip_fraction.item(),
         "val/explained_variance": value.explained_variance.item(),
+    }
+
+
+def rollout_metrics(
+    rollout: RolloutBatch, read: Reading, own: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """TRL's names for figures of a rollout: sums over a response, means over responses.
+
+    own: the tokens that pay KL, [B, T]: those that were drawn from the policy.
+    """
+    kl = torch.where(own, read.old - read.ref, 0.0).sum(1).mean().item()
+    score = read.rewards.sum(1)  # [B]
+    return {
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -torch.where(own, read.old, 0.0).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score.mean().item() - kl_coef * kl,
+        "objective/scores": score.mean().item(),
+        "objective/scores_std": score.std(correction=0).item(),
+        "val/num_eos_tokens": float(rollout.finish.count("eos")),
     }

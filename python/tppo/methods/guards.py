@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -123,8 +125,8 @@ def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperatur
     say("step 0: the shared prefix agrees with dense prompts, forward and backward")
 
 
-def check_gradients(models: Models, data: Experience) -> None:
-    """Before the first update the policy and the critic's head have gradients.
+def check_gradients(trained: Mapping[str, nn.Module], data: Experience) -> None:
+    """Before the first update what is trained has gradients: the policy, the critic's head.
 
     Errors: GuardError naming the model whose gradients are all zero or not finite.  Where the
     reward model rates all tokens alike there is nothing to learn from: only a warning.
@@ -132,7 +134,7 @@ def check_gradients(models: Models, data: Experience) -> None:
     if not data.advantages.any():
         say("WARNING: step 0: every advantage is zero, the reward rates all tokens alike")
         return
-    for name, model in models.trained.items():
+    for name, model in trained.items():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not any(bool(g.any()) for g in gradients):
             raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")

@@ -21,7 +21,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,14 @@ from transformers import PreTrainedTokenizerBase
 import tppo_kernels as tk
 from tppo.methods.advantages import ADVANTAGES, Advantage, Masks
 from tppo.methods.config import PPOConfig
-from tppo.methods.experience import Experience, Losses, Models, minibatch_metrics
+from tppo.methods.experience import (
+    Experience,
+    Losses,
+    Models,
+    Reading,
+    minibatch_metrics,
+    rollout_metrics,
+)
 from tppo.methods.guards import (
     check_gradients,
     check_reward,
@@ -39,6 +45,7 @@ from tppo.methods.guards import (
 )
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
+from tppo.methods.schedules import Schedules
 from tppo.models.batch import Batch, assembled, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import check_figures, check_step, check_weights
@@ -48,17 +55,6 @@ from tppo.models.rollout import Rollout, RolloutBatch, Sampling
 from tppo.rewards import Answers, Questions, Reward
 
 PPO_REMEDY = "usually a smaller --ppo.lr or --ppo.critic-lr helps"
-
-
-class Reading(NamedTuple):
-    """What models and reward make of a rollout; 0 where masked."""
-
-    old: Tensor  # [B, T], log-probs of the policy
-    ref: Tensor  # [B, T], log-probs of the reference
-    rewards: Tensor  # [B, T]
-    category: Tensor | None  # [B, T]
-    values: Tensor | None  # [B, T]; None without a critic
-    after: Tensor | None  # [B], values after the last tokens
 
 
 class PPO:
@@ -103,14 +99,15 @@ class PPO:
         models.ref.requires_grad_(False)
         if isinstance(reward, nn.Module):
             reward.requires_grad_(False)
-        assert config.lr is not None and config.critic_lr is not None
-        rates = {"policy": config.lr, "critic": config.critic_lr}
+        self.schedules = Schedules(config)
+        self.schedules.priced(self.advantage)  # refuses one without a coefficient to adapt
+        rates = self.schedules.rates(1)
         self.optimizer = AdamW(
             [
                 {"params": list(model.parameters()), "lr": rates[name]}
                 for name, model in models.trained.items()
             ],
-            lr=config.lr,
+            lr=rates["policy"],
         )
 
     def step(self, questions: Questions) -> tuple[dict[str, float], RolloutBatch]:
@@ -125,7 +122,7 @@ class PPO:
         rollout = self.sample(questions.ids)
         experience, metrics = self.score(rollout, self.answers(questions, rollout))
         metrics |= self.update(experience)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.schedules.adapt(self.step_count, metrics["objective/kl"], len(questions))
         metrics["episode"] = self.step_count * len(questions)
         return metrics, rollout
 
@@ -180,7 +177,7 @@ class PPO:
         read = self._read(batch, answers)
         masks = self.masks(batch, read.category, rollout.author)
         bootstrap = None if read.after is None else self.bootstrap(rollout.finish, read.after)
-        found = self.advantage(
+        found = self.schedules.priced(self.advantage)(
             read.rewards, read.values, masks, read.old, read.ref, answers.groups, bootstrap
         )
         of_classes = read.category is not None
@@ -205,7 +202,7 @@ class PPO:
             advantages=found.advantages,
             returns=found.returns,
         )
-        return experience, self._rollout_metrics(rollout, read, masks.kl)
+        return experience, rollout_metrics(rollout, read, masks.kl, self.schedules.kl_coef)
 
     def _read(self, batch: Batch, answers: Answers) -> Reading:
         """Each process reads its share of the responses with every model, and rates it."""
@@ -230,63 +227,95 @@ class PPO:
         return Reading(old, ref, rewards, category[0] if category else None, values, after)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """`epochs` passes over shuffled minibatches; policy and critic step together."""
+        """`epochs` passes over shuffled minibatches; policy and critic step together.
+
+        With `target_kl` they end with the first minibatch beyond it, which is not stepped on.
+        """
         config, size = self.config, self.config.responses_per_prompt
         groups = range(0, len(experience.batch.response_ids), size)
         rng = random.Random(step_seed(self.seed, self.step_count))
+        rates = self._set_rates()
+        orders = ([i + j for i in rng.sample(groups, len(groups)) for j in range(size)]
+                  for _ in range(config.epochs))  # fmt: skip
+        minibatches = (order[first : first + config.minibatch_size] for order in orders
+                       for first in range(0, len(order), config.minibatch_size))  # fmt: skip
         parts: list[dict[str, float]] = []
-        for _ in range(config.epochs):
-            order = [i + j for i in rng.sample(groups, len(groups)) for j in range(size)]
-            for first in range(0, len(order), config.minibatch_size):
-                data = experience.rows(order[first : first + config.minibatch_size])
-                parts.append(self._minibatch(data, not parts))
+        updates = 0
+        for rows in minibatches:
+            figures, stepped = self._minibatch(experience.rows(rows), not parts)
+            parts.append(figures)
+            if not stepped:
+                break
+            updates += 1
         self.optimizer.zero_grad()  # their memory is free while the next responses are sampled
         check_weights(f"after ppo step {self.step_count}", self.models.trained)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        return means | {"val/ratio_var": ratios.var(correction=0).item()}
+        of_policy = 0 if self.schedules.critic_alone(self.step_count) else updates
+        return means | rates | {
+            "val/ratio_var": ratios.var(correction=0).item(), "policy/updates": of_policy,
+        }  # fmt: skip
 
-    def _minibatch(self, data: Experience, first: bool) -> dict[str, float]:
+    def _set_rates(self) -> dict[str, float]:
+        """Give the optimiser the learning rates of this step; they are figures of it."""
+        rates = self.schedules.rates(self.step_count)
+        for group, name in zip(self.optimizer.param_groups, self.models.trained, strict=True):
+            group["lr"] = rates[name]
+        named = {"lr": rates["policy"], "critic_lr": rates["critic"]}
+        return named if self.models.critic is not None else {"lr": named["lr"]}
+
+    def _minibatch(self, data: Experience, first: bool) -> tuple[dict[str, float], bool]:
+        """One optimiser step, unless `target_kl` forbids it; its figures, whether it was taken."""
         config, models, world = self.config, self.models, self.world
         mine = data.batch.parts(config.max_tokens, world.size)[world.rank]
         parts = [data.rows(index) for index in mine]
-        step_zero = first and self.step_count == 1
+        alone = self.schedules.critic_alone(self.step_count)
+        trained = {name: model for name, model in models.trained.items()
+                   if name == "critic" or not alone}  # fmt: skip
+        # The policy's first update is checked as the critic's is, where that came before.
+        step_zero = first and self.step_count in (1, config.critic_warmup_steps + 1)
         if step_zero and config.verify_prefix and parts and parts[0].batch.shares:
             check_shared_prefix(models, self.reward, parts[0].batch, self.sampling.temperature)
         self.optimizer.zero_grad()
         losses = [self._backward(part, data, step_zero) for part in parts]
-        for model in models.trained.values():
+        for model in trained.values():
             world.add_gradients(model.parameters())
         if step_zero:
-            check_gradients(models, data)
+            check_gradients(trained, data)
         norms = {
             name: torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-            for name, model in models.trained.items()
+            for name, model in trained.items()
         }
         # Of all processes: each of them has the same figures, and stops or goes on as they do.
         whole = [*chain.from_iterable(world.exchanged(losses))]
         sums = {"policy loss": sum(part.policy for part in whole)}
         if models.critic is not None:
             sums["value loss"] = sum(part.value for part in whole if part.value is not None)
-        check_step(f"ppo step {self.step_count}", models.trained, sums, norms, PPO_REMEDY)
+        check_step(f"ppo step {self.step_count}", trained, sums, norms, PPO_REMEDY)
+        figures = minibatch_metrics(whole)
+        if config.target_kl is not None and figures["policy/approxkl_avg"] > config.target_kl:
+            return figures, False
         self.optimizer.step()
-        return minibatch_metrics(whole)
+        return figures, True
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
         policy, critic, trained = self.models.policy, self.models.critic, part.masks.policy
-        policy_loss = self.objective(
-            policy_head(policy),
-            policy_states(policy, part.batch),  # [B, T, D]
-            part,
-            temperature=self.sampling.temperature,
-            num_tokens=whole.masks.policy.sum(),
-        )
+        alone = self.schedules.critic_alone(self.step_count)
+        with torch.set_grad_enabled(not alone):
+            policy_loss = self.objective(
+                policy_head(policy),
+                policy_states(policy, part.batch),  # [B, T, D]
+                part,
+                temperature=self.sampling.temperature,
+                num_tokens=whole.masks.policy.sum(),
+            )
         if step_zero:
             check_step_zero(policy, part, policy_loss.logprobs, self.sampling.temperature)
         moved = torch.where(trained, policy_loss.logprobs - part.logprobs, 0.0)  # [B, T]
         figures = policy_loss.loss.detach(), policy_loss.metrics, moved.square().sum()
-        policy_loss.loss.backward()  # first: the activations of one model at a time are in memory
+        if not alone:  # first: the activations of one model at a time are in memory
+            policy_loss.loss.backward()
         if critic is None:
             return Losses(*figures)
         assert part.returns is not None  # `score` checks what an advantage gives
@@ -338,25 +367,6 @@ class PPO:
             return torch.zeros_like(after)
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
         return torch.where(cut, after, torch.zeros_like(after))
-
-    def _rollout_metrics(
-        self, rollout: RolloutBatch, read: Reading, own: Tensor
-    ) -> dict[str, float]:
-        """TRL's names for figures of a rollout: sums over a response, means over responses.
-
-        own: the tokens that pay KL, [B, T]: those that were drawn from the policy.
-        """
-        kl = torch.where(own, read.old - read.ref, 0.0).sum(1).mean().item()
-        score = read.rewards.sum(1)  # [B]
-        return {
-            "objective/kl": kl,
-            "objective/entropy": -torch.where(own, read.old, 0.0).sum(1).mean().item(),
-            "objective/non_score_reward": -self.config.kl_coef * kl,
-            "objective/rlhf_reward": score.mean().item() - self.config.kl_coef * kl,
-            "objective/scores": score.mean().item(),
-            "objective/scores_std": score.std(correction=0).item(),
-            "val/num_eos_tokens": float(rollout.finish.count("eos")),
-        }
 
 
 def _columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> list[Tensor]:

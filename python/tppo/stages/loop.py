@@ -97,6 +97,8 @@ class Loop:
         self.tokenizer, self.watch, self.about = tokenizer, watch or Watch(), about or {}
         self.config, self.world = trainer.config, trainer.world
         self.steps, self.batch_size = schedule(len(train), self.config)
+        trainer.schedules.steps = self.steps
+        trainer.schedules.check_length()
         self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
         self.metrics: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Tensor]] = {}
@@ -141,10 +143,11 @@ class Loop:
         policy = self.trainer.models.policy
         chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
-        before = _sums(policy) if step == 1 else None
+        first = step == self.config.critic_warmup_steps + 1  # that trains the policy
+        before = _sums(policy) if first else None
         questions = self.train.rows(rows)
         metrics, rollout = self.trainer.step(questions)
-        if step == 1 and before == _sums(policy):
+        if first and before == _sums(policy):
             stands_still(self.config.without_signal)
         answers = self.trainer.answers(questions, rollout)
         row = {"step": step, **metrics, **self.watch.figures(answers)}
@@ -213,6 +216,7 @@ class Loop:
             "best_score": self.best_score,
             "best_step": self.best_step,
             "seconds": self.seconds,
+            "schedules": self.trainer.schedules.state(),
         }
         optimizer = self.trainer.optimizer.state_dict()
         save_checkpoint(self.out / KEPT, step, weights, optimizer, state)
@@ -226,6 +230,7 @@ class Loop:
             model.load_state_dict(found.weights[name])
         self.trainer.optimizer.load_state_dict(found.optimizer)
         self.trainer.step_count = found.step
+        self.trainer.schedules.load(found.state["schedules"])
         self.best = {
             name: found.weights[f"best_{name}"]
             for name in self.trainer.models.trained
@@ -275,12 +280,9 @@ class Loop:
 
     def report(self) -> dict[str, Any]:
         """What the closing table needs to know of the training."""
-        config = self.config
-        responses = self.batch_size * config.responses_per_prompt
-        updates = config.epochs * math.ceil(responses / config.minibatch_size)
         return {
             "steps": self.steps,
-            "optimizer_steps": self.steps * updates,
+            "optimizer_steps": sum(row["policy/updates"] for row in self.metrics),
             "kept_step": self.best_step,
             "qualified": bool(self.best),
             "first_reward": self.metrics[0]["objective/scores"],
