@@ -1,11 +1,16 @@
-"""What the documents say of the source is so: names exist, numbers are those of the code."""
+"""What documents and comments say of the source is so: names, numbers, shapes."""
 
 import ast
+import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
+import tppo_kernels as tk
+from tppo_kernels._core import record as records
 from tppo_kernels._core.op import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -93,3 +98,76 @@ def test_a_readme_stands_with_an_operator_and_is_short():
     for path in READMES:
         lines = path.read_text().splitlines()
         assert lines[0] == f"# {path.parent.name}" and len(lines) <= 200
+
+
+RECORDS = sorted(records._INNER, key=lambda record: record.__name__)  # that raw ops take
+SHAPE = re.compile(r"\[[^\]]*\]")
+
+
+def shapes_of(tree, source):
+    """{name: the trailing comment} of the fields or parameters whose annotation has a Tensor."""
+    lines = source.splitlines()
+    if isinstance(tree, ast.ClassDef):
+        nodes = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+    else:
+        nodes = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    found = {}
+    for node in nodes:
+        if node.annotation and re.search(r"\bTensor\b", ast.unparse(node.annotation)):
+            name = node.target.id if isinstance(node, ast.AnnAssign) else node.arg
+            found[name] = lines[node.end_lineno - 1].partition("# ")[2]
+    return found
+
+
+def definition(thing):
+    """A function or class as it stands in its file, and the file's text."""
+    source = Path(inspect.getsourcefile(inspect.unwrap(thing))).read_text()
+    name, tree = thing.__qualname__.split("."), ast.parse(source)
+    for word in name:
+        tree = next(node for node in own(tree) if getattr(node, "name", None) == word)
+    return tree, source
+
+
+def parts_of(record):
+    """A record and the records inside it."""
+    yield record
+    for kind in typing.get_type_hints(record).values():
+        if kind in RECORDS:
+            yield from parts_of(kind)
+
+
+PUBLIC = [thing for name in tk.__all__ if inspect.isfunction(thing := getattr(tk, name))]
+PUBLIC += [tk.PrefixLayout.response_states, tk.FusedLMHead.__call__, tk.FusedLMHead.loss,
+           tk.align.covering]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__qualname__)
+def test_every_tensor_of_a_public_function_has_its_shape_beside_it(function):
+    bare = {name: text for name, text in shapes_of(*definition(function)).items()
+            if not text.startswith("[")}
+    assert bare == {}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.__name__)
+def test_every_tensor_of_a_raw_op_has_its_shape_beside_it(record):
+    bare = {name: text for name, text in shapes_of(*definition(record)).items()
+            if not text.startswith("[")}
+    assert bare == {}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_record_has_the_shapes_of_the_public_function(name):
+    """A record that several operators share may be more general: [..., D] for [B, T, D]."""
+    public = shapes_of(*definition(getattr(tk, name)))
+    module = importlib.import_module(f"tppo_kernels.ops.{name}")
+    calls = [record for record in RECORDS if record.__name__.endswith("Call")
+             and getattr(module, record.__name__, None) is record]
+    assert calls
+    seen = {}
+    for record in calls:
+        for part in parts_of(record):
+            seen |= shapes_of(*definition(part))
+    for field in public.keys() & seen.keys():
+        inner, outer = (set(SHAPE.findall(text)) for text in (seen[field], public[field]))
+        assert inner <= outer or any("..." in shape for shape in inner), (
+            field, seen[field], public[field])

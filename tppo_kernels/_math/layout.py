@@ -207,8 +207,12 @@ class PrefixLayout:
         flat = [torch.as_tensor(x, dtype=torch.int64, device=device) for x in pieces]
         return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *flat])[None]
 
-    def response_states(self, hidden: Tensor, align: str = "logprob") -> Tensor:
-        """What belongs to the response tokens t = 0..R_max-1 of each response.  # [M, R_max, ...]
+    def response_states(
+            self,
+            hidden: Tensor,  # [L, ...]
+            align: str = "logprob",
+    ) -> Tensor:
+        """The states [M, R_max, ...] that belong to the tokens t = 0..R_max-1 of each response.
 
             align "logprob", "value"   the state before token t; for t = 0 the prompt's last
             align "reward"             the state at token t

@@ -27,7 +27,7 @@ class LinearInputs(NamedTuple):
     """hidden @ weight.T + bias, which rows of it are computed, and in how many bytes at a time."""
 
     hidden: Tensor  # [..., D]
-    weight: Tensor  # [V, D], or the [V / W, D] of this process
+    weight: Tensor  # [V, D], or [V / W, D] of a group
     targets: Tensor  # [...] int64 or int32
     mask: Tensor | None  # [...] bool
     bias: Tensor | None  # [V]

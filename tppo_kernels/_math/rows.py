@@ -9,7 +9,9 @@ from .._core.keywords import suggests
 
 
 @suggests
-def valid_rows(mask: Tensor) -> Tensor:
+def valid_rows(
+        mask: Tensor,  # [...] bool or whole numbers
+) -> Tensor:
     """The flat positions of the True tokens of a mask, ascending: int64 [n_valid].
 
     mask: bool, or whole numbers (0 is not valid), of any shape. The size of the result is read on

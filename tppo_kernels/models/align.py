@@ -60,7 +60,10 @@ def transfer(offsets_from: Any, offsets_to: Any, x: Any) -> Any:
     return _like(padded, x)
 
 
-def covering(source: Tensor, target: Tensor) -> Tensor:
+def covering(
+        source: Tensor,  # [S, 2]
+        target: Tensor,  # [T, 2]
+) -> Tensor:
     """The source token that covers the last character of each target token, or -1.
 
     source: [S, 2], target: [T, 2], half-open character offsets; returns int64 [T]. Which of

@@ -57,7 +57,7 @@ _fwd = _op.define("gae_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_va
 def gae(
         rewards: Tensor,  # [B, T] or [N]
         values: Tensor,  # [B, T] or [N]
-        mask: Tensor | None = None,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         *,
         gamma: float | Tensor = 1.0,  # []
         lam: float | Tensor = 0.95,  # [] or [B]

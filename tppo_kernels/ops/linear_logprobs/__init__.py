@@ -217,7 +217,7 @@ def kept_nbytes(inputs: LinearInputs) -> int:
 @suggests
 def linear_logprobs(
         hidden: Tensor,  # [..., D]
-        weight: Tensor,  # [V, D]
+        weight: Tensor,  # [V, D], or [V / W, D] of a group
         targets: Tensor,  # [...] int64 or int32
         mask: Tensor | None = None,  # [...] bool or whole numbers
         *,

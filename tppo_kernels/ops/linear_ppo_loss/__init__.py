@@ -119,7 +119,7 @@ torch.library.register_autograd("tppo_kernels::linear_ppo_loss_fwd", _backward,
 @suggests
 def linear_ppo_loss(
         hidden: Tensor,  # [B, T, D] or [N, D]
-        weight: Tensor,  # [V, D]
+        weight: Tensor,  # [V, D], or [V / W, D] of a group
         targets: Tensor,  # [B, T] or [N] int64 or int32
         old_logprobs: Tensor,  # [B, T] or [N]
         advantages: Tensor,  # [B, T] or [N], [B] or [B, 1]

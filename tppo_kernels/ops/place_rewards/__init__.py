@@ -72,7 +72,7 @@ def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
 
 @suggests
 def place_rewards(
-        mask: Tensor | None,  # [B, T] or [N]
+        mask: Tensor | None,  # [B, T] or [N] bool or whole numbers
         *,
         terminal: Tensor | None = None,  # [B]
         spans: Iterable | None = None,

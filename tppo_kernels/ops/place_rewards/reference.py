@@ -15,7 +15,7 @@ OP = "place_rewards"
 class PlaceRewardsCall(NamedTuple):
     """The arguments of a raw call."""
 
-    mask: Tensor  # [B, T], or packed [N] with offsets, bool
+    mask: Tensor  # [B, T] or [N] bool
     terminal: Tensor | None  # [B]
     spans: Tensor  # [S, 3] int64: sequence, first token, the token behind the last
     span_values: Tensor  # [S]

@@ -97,7 +97,7 @@ def response_states(
         T: int,
         align: str = "logprob",
         *,
-        mask: Tensor | None = None,  # [B, T]
+        mask: Tensor | None = None,  # [B, T] bool or whole numbers
         cu_seqlens: Tensor | None = None,  # [B + 1] int32
         ) -> Tensor:
     """The states that belong to the response tokens t = 0..T-1 of each sequence.

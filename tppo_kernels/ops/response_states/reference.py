@@ -17,7 +17,7 @@ from ..._core.packed import sequence_index
 class ResponseStatesCall(NamedTuple):
     """The arguments of a raw call."""
 
-    full: Tensor  # [B, L, ...], or packed [N, ...] with offsets
+    full: Tensor  # [B, L, ...] or [N, ...]
     prompt_length: Tensor  # [] or [B]
     mask: Tensor | None  # [B, T] bool
     cu_seqlens: Tensor | None  # [B + 1] int32

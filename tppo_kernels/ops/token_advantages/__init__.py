@@ -91,9 +91,9 @@ _whiten = _op.define("token_advantages_whiten -> Tensor", reference.whiten,
 def token_advantages(
         token_rewards: Tensor,  # [B, T] or [N]
         values: Tensor,  # [B, T] or [N]
-        mask: Tensor | None = None,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         *,
-        train_mask: Tensor | None = None,  # [B, T] or [N]
+        train_mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         logprobs: Tensor | None = None,  # [B, T] or [N]
         ref_logprobs: Tensor | None = None,  # [B, T] or [N]
         kl_coef: float | Tensor = 0.0,  # []

@@ -89,7 +89,7 @@ def token_head(
         hidden: Tensor,  # [..., D]
         weight: Tensor,  # [K, D]
         bias: Tensor | None = None,  # [K]
-        mask: Tensor | None = None,  # [...]
+        mask: Tensor | None = None,  # [...] bool or whole numbers
         ) -> Tensor:
     """A linear head at the valid tokens, in fp32 whatever the dtype of the trunk.
 

@@ -117,7 +117,7 @@ class _TokenRewardLoss(torch.autograd.Function):
 def token_reward_loss(
         logits: Tensor,  # [B, T, 3] or [N, 3]
         labels: Tensor,  # [B, T] or [N]
-        mask: Tensor | None = None,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         sentence_labels: Tensor | None = None,  # [B]
         *,
         local_weight: float | Tensor = 0.4,  # []

@@ -15,11 +15,11 @@ _LOW_32 = 0xFFFFFFFF
 class TokenRewardLossCall(NamedTuple):
     """The arguments of a raw call."""
 
-    logits: Tensor  # [B, T, 3], or packed [N, 3] with offsets
+    logits: Tensor  # [B, T, 3] or [N, 3]
     labels: Tensor  # [B, T] or [N]
     mask: Tensor | None  # [B, T] or [N] bool
     sentence_labels: Tensor | None  # [B]
-    class_weights: list[Tensor]  # 3 of []
+    class_weights: list[Tensor]  # [3], a 0-d tensor each
     balance: Tensor | None  # []
     seed: Tensor | None  # [] int64
     cu_seqlens: Tensor | None  # [B + 1] int32

@@ -54,7 +54,7 @@ _fwd = _op.define("token_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake,
 @suggests
 def token_rewards(
         class_logits: Tensor,  # [B, T, 3] or [N, 3]
-        mask: Tensor | None = None,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         *,
         mode: str = "argmax",
         suggested_length: float | Tensor | None = None,  # [] or [B]

@@ -13,9 +13,9 @@ from ..._math.sequence import compute_dtype, on, select, spread, valid_mask
 class TokenRewardsCall(NamedTuple):
     """The arguments of a raw call."""
 
-    class_logits: Tensor  # [B, T, 3], or packed [N, 3] with offsets
+    class_logits: Tensor  # [B, T, 3] or [N, 3]
     mask: Tensor | None  # [B, T] or [N] bool
-    values: list[Tensor]  # 3 of []
+    values: list[Tensor]  # [3], a 0-d tensor each
     suggested_length: Tensor | None  # [] or [B]
     alpha: Tensor  # []
     cu_seqlens: Tensor | None  # [B + 1] int32

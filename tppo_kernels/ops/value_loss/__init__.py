@@ -138,7 +138,7 @@ class _ValueLoss(torch.autograd.Function):
 def value_loss(
         values: Tensor,  # [B, T] or [N]
         returns: Tensor,  # [B, T] or [N]
-        mask: Tensor | None = None,  # [B, T] or [N]
+        mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
         *,
         old_values: Tensor | None = None,  # [B, T] or [N]
         clip: float | Tensor | None = None,  # []

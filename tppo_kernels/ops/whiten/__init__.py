@@ -60,7 +60,7 @@ def over_group(moments: Tensor, group: Any) -> Tensor:
 @suggests
 def whiten(
         x: Tensor,  # [...]
-        mask: Tensor | None = None,  # [...]
+        mask: Tensor | None = None,  # [...] bool or whole numbers
         *,
         unbiased: bool = True,
         shift_mean: bool = True,
