@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from _weights import enlarged
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_mapping import CORPUS, FAMILIES
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -114,6 +116,37 @@ def test_a_span_reward_is_raised_and_everything_is_kept(model, trained, tmp_path
     assert any((weights(model)[n] != w).any() for n, w in weights(tmp_path / "saved").items())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert_same(dict(loaded.named_parameters()), dict(trainer.model.named_parameters()))
+
+
+def test_what_the_door_saves_is_used_as_what_it_was_given(model, trained, tmp_path):
+    """The chat template, the generation config and the card of the stage's own export."""
+    trainer, out, _ = trained
+    trainer.save(tmp_path / "saved")
+    for folder in (tmp_path / "saved", out / "train/model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == f"{WORDS[0]}\n"
+        given, kept = (json.loads((path / "generation_config.json").read_text())
+                       for path in (model, folder))  # fmt: skip
+        assert kept == given and kept["eos_token_id"] == 2
+    cards = [ModelCard.load(path / "README.md")
+             for path in (tmp_path / "saved", out / "train/model")]  # fmt: skip
+    assert cards[0].text.splitlines()[2:] == cards[1].text.splitlines()[2:]  # behind the title
+    assert "token-level PPO, 4 of 4 steps" in cards[0].text
+    assert cards[0].data.to_dict() == cards[1].data.to_dict()
+    untrained = door(model, tmp_path / "out")
+    untrained.save(tmp_path / "untrained")
+    assert not (tmp_path / "untrained/README.md").exists()
+
+
+def test_a_step_too_small_for_16_bits_is_no_standstill(model, tmp_path):
+    """A run in bfloat16 with a small learning rate ended after its first step, though the weights
+    in float32, of which the model's are rounded copies, had moved.
+    """
+    config = replace(CONFIG, steps=2, lr=1e-8)
+    trainer = door(model, tmp_path, config=config, loading=tppo.ModelConfig(dtype="bfloat16"))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    assert trainer.train()["kept_step"] == 2
+    assert_same(before, dict(trainer.model.named_parameters()))
 
 
 def test_without_heldout_prompts_the_last_weights_are_kept_and_that_is_said(

@@ -225,6 +225,8 @@ def test_sft_and_what_follows_do_without_phantoms(tokenizer, log, tmp_path, caps
     rows = [line.get("response_ids", lambda _: True, "")
             for line in read_jsonl(log / "generate" / "answers.jsonl")]  # fmt: skip
     assert rows and all(token < len(tokenizer) for row in rows for token in row)
-    assert AutoModelForCausalLM.from_pretrained(log / "sft" / "model").config.vocab_size == (
-        2 * len(tokenizer)
-    )
+    exported = AutoModelForCausalLM.from_pretrained(log / "sft" / "model")
+    assert exported.config.vocab_size == 2 * len(tokenizer)
+    torch.manual_seed(0)  # plain generate, too, gives no token that the tokenizer lacks
+    plain = exported.generate(torch.tensor([PROMPT] * 16), do_sample=True, max_new_tokens=16)
+    assert plain.max() < len(tokenizer)

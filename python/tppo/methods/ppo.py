@@ -110,6 +110,11 @@ class PPO:
             lr=rates["policy"],
         )
 
+    @property
+    def policy_weights(self) -> list[Tensor]:
+        """What the optimiser changes of the policy: in float32 where the model holds 16 bits."""
+        return self.optimizer.param_groups[0]["params"]
+
     def step(self, questions: Questions) -> tuple[dict[str, float], RolloutBatch]:
         """One PPO step with one response for each row of `questions`; its metrics, the rollout.
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from tppo.models.hub import GGUF
 from tppo.models.load import GENERATION_CONFIG, as_ids, load_from, read_generation_config
+from tppo.models.vocabulary import phantoms
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase | None, *configs: Any) -> list[int]:
@@ -62,14 +63,17 @@ def save_model(
     """Write a causal LM that plain `generate` samples and stops as the folder it came from.
 
     Its generation config is written as its author has it, with every EOS id that ended an answer
-    in training.  `save_pretrained` would refuse settings that transformers only warns about when
-    it reads them, such as a temperature without `do_sample`.
+    in training, and with the tokens that training suppressed (`limit_vocabulary`) among the
+    suppressed ones.  `save_pretrained` would refuse settings that transformers only warns about
+    when it reads them, such as a temperature without `do_sample`.
     """
     config = copy.deepcopy(model.generation_config)
     author = as_ids(config.eos_token_id)
     ids = list(dict.fromkeys([*author, *model_eos_ids(tokenizer, model)]))
     if ids != author:
         config.eos_token_id = ids[0] if len(ids) == 1 else ids
+    if unsampled := phantoms(model):
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *unsampled})
     with without_generation_settings(model):
         save_weights(model, folder)
     tokenizer.save_pretrained(folder)

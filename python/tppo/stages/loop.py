@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -140,14 +140,14 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         """One PPO step; looks at held-out questions and writes a checkpoint when it is time."""
         start = time.monotonic()
-        policy = self.trainer.models.policy
+        weights = self.trainer.policy_weights
         chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         first = step == self.config.critic_warmup_steps + 1  # that trains the policy
-        before = _sums(policy) if first else None
+        before = _sums(weights) if first else None
         questions = self.train.rows(rows)
         metrics, rollout = self.trainer.step(questions)
-        if first and before == _sums(policy):
+        if first and before == _sums(weights):
             stands_still(self.config.without_signal)
         answers = self.trainer.answers(questions, rollout)
         row = {"step": step, **metrics, **self.watch.figures(answers)}
@@ -255,22 +255,24 @@ class Loop:
             self.best_step = self.steps
             say(f"ppo: kept step {self.steps}, the last: nothing is held out, {self.seconds:.0f} s"
                 if self.held is None else self._none_qualified())  # fmt: skip
-        policy = self.trainer.models.policy
-        save_model(policy, self.tokenizer, self.out / "model")
-        write_card(
-            self.out / "model",
-            base=base_of(policy.name_or_path),
-            method=f"token-level PPO, {self.best_step} of {self.steps} steps",
-            data=f"answers to {len(self.train)} prompts",
-            settings={"seed": self.trainer.seed}
-            | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT),
-            figures=self._kept_figures(),
-        )
+        save_model(self.trainer.models.policy, self.tokenizer, self.out / "model")
+        write_card(self.out / "model", **self.card())
         if "critic" in models:
             weights = models["critic"].state_dict().items()
             critic = {name: tensor.detach().cpu().clone() for name, tensor in weights}
             save_file(critic, self.out / "critic.safetensors")
         write_json(self.out / "report.json", self.report())
+
+    def card(self) -> dict[str, Any]:
+        """What `write_card` says of the weights kept."""
+        return {
+            "base": base_of(self.trainer.models.policy.name_or_path),
+            "method": f"token-level PPO, {self.best_step} of {self.steps} steps",
+            "data": f"answers to {len(self.train)} prompts",
+            "settings": {"seed": self.trainer.seed}
+            | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT),
+            "figures": self._kept_figures(),
+        }
 
     def _kept_figures(self) -> dict[str, float]:
         """What the judge said of the weights kept, by name."""
@@ -320,9 +322,9 @@ def stands_still(allowed: bool) -> None:
     say(f"WARNING: {problem}")
 
 
-def _sums(model: PreTrainedModel) -> list[float]:
-    """A number a weight tensor that changes where the tensor does, but for a coincidence."""
-    return torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist()
+def _sums(weights: Sequence[Tensor]) -> list[float]:
+    """A number a tensor that changes where the tensor does, but for a coincidence."""
+    return torch.stack([w.detach().sum(dtype=torch.float64) for w in weights]).tolist()
 
 
 def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import ADVANTAGES, Advantage
 from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import PPO
+from tppo.models.card import write_card
 from tppo.models.config import GenerateConfig, ModelConfig, Prefix
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
@@ -148,6 +149,7 @@ class PPOTrainer:
         self.metrics: list[dict[str, Any]] = []
         self.used = False
         self.report: dict[str, Any] | None = None
+        self._card: dict[str, Any] | None = None
 
     def train(self) -> dict[str, Any]:
         """Every step that is still to do; returns the report, also in `report.json`.
@@ -184,7 +186,7 @@ class PPOTrainer:
             loop = self._loop(out, world)
             loop.run_all()
             report = world.of_first(loop.report() if world.rank == 0 else None)
-        self.metrics, self.report = loop.metrics, report
+        self.metrics, self.report, self._card = loop.metrics, report, loop.card()
         return report
 
     def _loop(self, out: Path, world: World) -> Loop:
@@ -240,9 +242,13 @@ class PPOTrainer:
         return [decode(self.tokenizer, ids, self.eos_ids) for ids in rollout.response_ids]
 
     def save(self, folder: str | Path) -> None:
-        """Write the model as it is now with its tokenizer, as `save_pretrained` does."""
+        """Write the model as it is now with its tokenizer, as `save_pretrained` does, and after
+        `train` a model card.
+        """
         if from_environment().rank == 0:
             save_model(self.model, self.tokenizer, folder)
+            if self._card is not None:
+                write_card(folder, **self._card)
 
     def _load(self) -> PreTrainedModel:
         config = self.loading
