@@ -222,6 +222,10 @@ def test_every_stage_leaves_its_files_and_the_table_is_complete(finished):
     assert result["sft_continued"]["optimizer_steps"] == result["tppo"]["optimizer_steps"] == 16
     assert result["test"]["judge"] == result["test"]["labeller"] == "rule"
     assert isinstance(result["findings"], list) and result["training"]["steps"] == 4
+    answers = rows(finished / "eval" / "answers.jsonl")
+    assert len(answers) == 24 and answers[0]["prompt"].endswith("next 3:\n")
+    for name in ("sft", "sft_t0.5", "sft_continued", "tppo"):
+        assert answers[0][name] == result[name]["example"]
     assert "<html" in (finished / "heat" / "heat.html").read_text()
 
 

@@ -59,7 +59,8 @@ def evaluate_policy(
         )
         for i in range(0, len(questions), batch_size)
     )
-    kl = _kl(model, ref, batches, sampling.temperature) / len(questions)
+    apart = model is not ref or sampling.temperature != 1.0  # else it is 0, and need not be read
+    kl = _kl(model, ref, batches, sampling.temperature) / len(questions) if apart else 0.0
     length = _mean([len(ids) for ids in rollout.response_ids])
     return figures | {"kl": kl, "length": length}, answers
 

@@ -9,7 +9,7 @@ import tyro
 from pydantic import Field
 
 from tppo.sessions.readers import ReadConfig
-from tppo.settings import Count, Part, section
+from tppo.settings import Count, Natural, Part, section
 
 
 @section
@@ -22,8 +22,8 @@ class SessionsConfig:
     """Generated users for SFT's early stop and for keeping PPO's best step."""
     test_users: Count = 512
     """Generated users for the closing table."""
-    transfer_users: Count = 256
-    """Generated users whose intents are in no other split."""
+    transfer_users: Natural = 256
+    """Generated users whose intents are in no other split; 0: no rows of theirs in the table."""
     queries: Annotated[Count, Field(le=12)] = 3
     """Next queries of a generated session; half of them follow its intent."""
     heldout_share: Part = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,25 +27,40 @@ from tppo.stages.registry import (
     POLICY,
     RESULT,
     SFT_MODEL,
+    TEST_ANSWERS,
     TRAINING,
     TRANSFER_SESSIONS,
     Artifact,
 )
 from tppo.stages.run import Run
-from tppo.store.jsonl import read_json, write_json
+from tppo.store.jsonl import read_json, write_json, write_jsonl
 
 
 def evaluate(run: Run) -> None:
     """Every row of the closing table on the test users, and `result.json` in the run folder."""
     with run.stage("eval") as out:
-        result = rows(run)
+        result, answers = rows(run)
         write_json(out / RESULT.name, result)
+        write_jsonl(out / TEST_ANSWERS.name, side_by_side(run.sessions("test"), answers))
     write_json(run.beside(RESULT.name), result)
     print_table(result, f"{result['test']['users']} held-out users, seed {run.seed}")
 
 
-def rows(run: Run) -> dict[str, Any]:
-    """Repeat the last query, SFT at each temperature, SFT continued, TPPO; then unseen intents."""
+def side_by_side(
+    sessions: Sequence[Session], answers: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, Any]]:
+    """A row a session: its prompt, its true next queries, and each model's answer by name."""
+    for i, session in enumerate(sessions):
+        given = {"id": session.id, "prompt": prompt_text(session), "targets": [*session.targets]}
+        yield given | {name: texts[i] for name, texts in answers.items()}
+
+
+def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Repeat the last query, SFT at each temperature, SFT continued, TPPO; then unseen intents.
+
+    Also what each model answered to the test sessions, by the name of its row.
+    """
+    answers: dict[str, list[str]] = {}
     ref = run.sft_model()
     test = run.sessions("test")
     threshold = run.config.label.sentence_threshold
@@ -57,19 +72,19 @@ def rows(run: Run) -> dict[str, Any]:
     }
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
-        result[name] = _judge(run, ref, ref, test, temperature)
+        result[name], answers[name] = _judge(run, ref, ref, test, temperature)
     tppo = run.load_policy(POLICY)
     training = read_json(run.path(TRAINING))
     steps = training["optimizer_steps"]
-    continued, seconds = _continued(run, steps)
-    result["sft_continued"] = _judge(run, continued, ref, test, 1.0)
-    result["sft_continued"] |= {"seconds": seconds, "optimizer_steps": steps}
-    result["tppo"] = _judge(run, tppo, ref, test, 1.0)
-    result["tppo"] |= {"seconds": training["seconds"], "optimizer_steps": steps}
-    if run.path(TRANSFER_SESSIONS).exists():
-        transfer = run.sessions("transfer")
-        result["sft_transfer"] = _judge(run, ref, ref, transfer, 1.0)
-        result["tppo_transfer"] = _judge(run, tppo, ref, transfer, 1.0)
+    if run.config.eval.continued:
+        model, seconds = _continued(run, steps)
+        figures, answers["sft_continued"] = _judge(run, model, ref, test, 1.0)
+        result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
+    figures, answers["tppo"] = _judge(run, tppo, ref, test, 1.0)
+    result["tppo"] = figures | {"seconds": training["seconds"], "optimizer_steps": steps}
+    if run.path(TRANSFER_SESSIONS).exists() and (transfer := run.sessions("transfer")):
+        result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
+        result["tppo_transfer"], _ = _judge(run, tppo, ref, transfer, 1.0)
     result["test"] = {
         "users": len({session.user for session in test}),
         "sessions": len(test),
@@ -81,12 +96,13 @@ def rows(run: Run) -> dict[str, Any]:
     }
     result["training"] = training
     result["findings"] = findings(result)
-    return result
+    return result, answers
 
 
 def _judge(
     run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures of a model's answers, and the answers."""
     figures, answers = evaluate_policy(
         model,
         ref,
@@ -97,8 +113,8 @@ def _judge(
         batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,
     )
-    texts = answers.texts
-    return figures | text_figures(sessions, texts) | {"example": texts[0]}
+    texts = list(answers.texts)
+    return figures | text_figures(sessions, texts) | {"example": texts[0]}, texts
 
 
 def _continued(run: Run, steps: int) -> tuple[Any, float]:

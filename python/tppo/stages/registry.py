@@ -219,6 +219,8 @@ POLICY = Artifact("train/model", "the policy after PPO and its tokenizer")
 CRITIC = Artifact("train/critic.safetensors", "weights of the critic, where there is one",
                   optional=True)  # fmt: skip
 TRAINING = Artifact("train/report.json", "steps, rewards and the weights kept of PPO")
+TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answered, a row a "
+                        "test session")  # fmt: skip
 RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")
 HEAT_MAP = Artifact("heat/heat.html", "the token heat map")
 
@@ -336,11 +338,11 @@ register(Stage(
     inputs=(
         TRAIN_SESSIONS, TEST_SESSIONS, TRANSFER_SESSIONS, SFT_MODEL, POLICY, TRAINING,
     ),
-    outputs=(RESULT,),
+    outputs=(RESULT, TEST_ANSWERS),
     settings=(
         "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
-        "sft.max_tokens", *_SAMPLING, "label.sentence_threshold", "eval.temperatures", "rule",
-        "judge",
+        "sft.max_tokens", *_SAMPLING, "label.sentence_threshold", "eval.temperatures",
+        "eval.continued", "rule", "judge",
     ),
     in_run=True,
 ))  # fmt: skip
