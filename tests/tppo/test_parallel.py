@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_shared_prefix import PAD, new_trainer, questions, score
 
 from tppo.methods.config import PPOConfig
+from tppo.methods.critic_fit import fit_critic
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.parallel import ALONE, World
@@ -85,6 +86,14 @@ def scheduled(world):
     return metrics, [p.detach() for p in ppo.models.policy.parameters()]
 
 
+def fitted(world):
+    """What the critic's fit on given answers found, and the critic afterwards."""
+    ppo = new_trainer("shared", CONFIG, 6)
+    ppo.world = world
+    fit = fit_critic(ppo, questions(PROMPTS), given_answers())
+    return fit, [p.detach() for p in ppo.models.critic.parameters()]
+
+
 def given_answers():
     ppo = new_trainer("shared", CONFIG, 6)
     return ppo.rollout.generate(PROMPTS, ppo.sampling)
@@ -118,8 +127,8 @@ def worker(rank, meeting, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     world = World(rank, 2)
-    updated, stepped = run_steps(world, given_answers()), run_steps(world)
-    results = [(m, [w.numpy() for w in ws]) for m, ws in (updated, stepped, scheduled(world))]
+    found = (run_steps(world, given_answers()), run_steps(world), scheduled(world), fitted(world))
+    results = [(m, [w.numpy() for w in ws]) for m, ws in found]
     queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world)]))
     dist.barrier()
     dist.destroy_process_group()
@@ -127,16 +136,20 @@ def worker(rank, meeting, queue):
 
 def test_two_processes_take_the_step_of_one():
     results = two_processes(worker, timeout=120)
-    for first, second in zip(results[0][:3], results[1][:3], strict=True):
+    for first, second in zip(results[0][:4], results[1][:4], strict=True):
         assert first[0] == second[0], "the processes log different figures"
         for a, b in zip(first[1], second[1], strict=True):
             assert (a == b).all(), "the processes hold different weights"
-    assert results[0][3:] == results[1][3:], "the processes stop for different reasons"
-    assert results[0][3].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
-    assert results[0][4].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
+    assert results[0][4:] == results[1][4:], "the processes stop for different reasons"
+    assert results[0][4].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
+    assert results[0][5].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
     rows = results[0][2][0]
     assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
     assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"
+    fit, critic = fitted(ALONE)
+    assert fit == pytest.approx(results[0][3][0], rel=1e-3, abs=1e-3) and fit.best_epoch > 0
+    for a, b in zip(critic, results[0][3][1], strict=True):
+        torch.testing.assert_close(torch.from_numpy(b), a, atol=1e-4, rtol=1e-3)
     metrics, weights = run_steps(ALONE, given_answers())
     for alone, shared in zip(metrics, results[0][0][0], strict=True):
         for name, value in alone.items():

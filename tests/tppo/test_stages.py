@@ -40,7 +40,7 @@ CONFIG = fill_defaults(
         generate=GenerateConfig(samples=32, max_new_tokens=8),
         reward_model=RewardModelConfig(epochs=1),
         ppo=PPOConfig(steps=1, batch_size=8, minibatch_size=8, min_format=0.0, max_kl=100.0,
-                      without_signal=True),
+                      without_signal=True, fit_critic=20),
     ),
     pretrained=False,
 )  # fmt: skip
@@ -85,6 +85,8 @@ def test_every_stage_reads_what_it_declares_and_nothing_else(made):
         assert undeclared(name, files) == set(), name
         assert files  # at least its own manifest
         assert run.done(name)
+    assert ANSWERS.path in read["train"], "the critic is fitted on answers that exist"
+    assert read_json(run.out / "train/report.json")["critic_fit"]["answers"] == 20
 
 
 FIRST = Artifact("first/label.json", "the first label")

@@ -103,6 +103,10 @@ class PPOConfig:
     """The same for the critic's learning rate."""
     critic_warmup_steps: Natural = 0
     """First PPO steps that train the critic alone, on answers of the policy as it was."""
+    fit_critic: Natural = 0
+    """Fit the critic before the first step on as many answers of the SFT model (in a run of stages
+    those that it has generated, at most all of them), to an epoch past its best; 0: it starts at 0.
+    """
     advantage: Literal["gae", "grpo", "rloo"] = "gae"
     """gae trains a critic.  grpo and rloo train none, and none is loaded: they compare the
     responses of one prompt, of which they need at least two (responses_per_prompt), and do not use
@@ -156,11 +160,12 @@ class PPOConfig:
                 f"responses_per_prompt was 1, expected at least 2 with advantage {self.advantage}, "
                 "which compares the responses of one prompt: --ppo.responses-per-prompt 8"
             )
-        if self.advantage != "gae" and self.critic_warmup_steps:
-            raise ValueError(
-                f"critic_warmup_steps was {self.critic_warmup_steps}, expected 0 with advantage "
-                f"{self.advantage}, which has no critic"
-            )
+        for name in ("critic_warmup_steps", "fit_critic"):
+            if self.advantage != "gae" and getattr(self, name):
+                raise ValueError(
+                    f"{name} was {getattr(self, name)}, expected 0 with advantage "
+                    f"{self.advantage}, which has no critic"
+                )
         if self.adaptive_kl is not None and not self.kl_coef:
             raise ValueError(
                 "kl_coef was 0, expected more with adaptive_kl, which multiplies it "

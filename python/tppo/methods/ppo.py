@@ -361,14 +361,19 @@ class PPO:
             policy = own & ((category > 0) | ends)
         return Masks(action=batch.mask, policy=policy, critic=own, kl=own)
 
+    @property
+    def bootstraps(self) -> bool:
+        """Whether a cut response has a value behind its last token."""
+        wanted = self.config.bootstrap_truncated
+        return self.config.length_alpha is None if wanted is None else wanted
+
     def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
         """V after the last token of cut responses, 0 elsewhere, [B].
 
         By default only without the length penalty: past the suggested length the penalty pays
         nothing, and a V that is never a training target there would.
         """
-        wanted = self.config.bootstrap_truncated
-        if not (self.config.length_alpha is None if wanted is None else wanted):
+        if not self.bootstraps:
             return torch.zeros_like(after)
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
         return torch.where(cut, after, torch.zeros_like(after))

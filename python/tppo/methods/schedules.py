@@ -88,13 +88,13 @@ class Schedules:
         """The advantage with the coefficient as it is now; itself without a target."""
         if self.config.adaptive_kl is None:
             return advantage
-        names = [field.name for field in fields(advantage)] if is_dataclass(advantage) else []
+        known: Any = advantage
+        names = [field.name for field in fields(known)] if is_dataclass(known) else []
         if "kl_coef" not in names:
             raise ValueError(
                 f"adaptive_kl was {self.config.adaptive_kl:g} and the advantage was {advantage!r}, "
                 "expected a dataclass with the field kl_coef, which the target moves"
             )
-        known: Any = advantage
         return cast(Advantage, replace(known, kl_coef=self.kl_coef))
 
     def state(self) -> dict[str, float]:

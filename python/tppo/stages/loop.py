@@ -27,6 +27,7 @@ from tppo import stopping
 from tppo.evaluation.judge import FORMAT, Judge, finish, first_figure, spoken
 from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import PPOConfig
+from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.ppo import PPO
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
@@ -91,8 +92,11 @@ class Loop:
         *,
         watch: Watch | None = None,
         about: Mapping[str, Any] | None = None,
+        existing: Callable[[], Answered] | None = None,
     ):
-        """`about` is what report.json says besides: of the reward, of the data."""
+        """`about` is what report.json says besides: of the reward, of the data.  `existing` gives
+        answers of the policy as it is to fit the critic on, which are else sampled for that.
+        """
         self.trainer, self.train, self.held, self.out = trainer, train, held, out
         self.tokenizer, self.watch, self.about = tokenizer, watch or Watch(), about or {}
         self.config, self.world = trainer.config, trainer.world
@@ -104,11 +108,14 @@ class Loop:
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_score: float | None = None
         self.best_step, self.seconds = 0, 0.0
+        self.existing, self.critic_fit = existing, dict[str, float]()
 
     def run_all(self) -> None:
         """Every step that is still to do, then the export."""
         self.resume()
         first = self.trainer.step_count + 1
+        if self.config.fit_critic and first == 1:
+            self.fit_critic(self.config.fit_critic)
         stopping.defer()
         with status("ppo", self.steps) as bar:
             bar.resume(first - 1)
@@ -126,6 +133,13 @@ class Loop:
         if self.world.rank == 0:
             self.export()
         self.world.of_first(None)
+
+    def fit_critic(self, answers: int) -> None:
+        """Fit the critic before the first step; a run that resumes has it fitted."""
+        start = time.monotonic()
+        found = self.existing() if self.existing else sampled(self.trainer, self.train, answers)
+        self.critic_fit = fit_critic(self.trainer, *found)._asdict()
+        self.seconds += time.monotonic() - start
 
     def stop_if_asked(self, step: int) -> None:
         """Save and stop after a signal to any of the processes; raises Stopped in all of them."""
@@ -217,6 +231,7 @@ class Loop:
             "best_step": self.best_step,
             "seconds": self.seconds,
             "schedules": self.trainer.schedules.state(),
+            "critic_fit": self.critic_fit,
         }
         optimizer = self.trainer.optimizer.state_dict()
         save_checkpoint(self.out / KEPT, step, weights, optimizer, state)
@@ -231,6 +246,7 @@ class Loop:
         self.trainer.optimizer.load_state_dict(found.optimizer)
         self.trainer.step_count = found.step
         self.trainer.schedules.load(found.state["schedules"])
+        self.critic_fit = found.state["critic_fit"]
         self.best = {
             name: found.weights[f"best_{name}"]
             for name in self.trainer.models.trained
@@ -289,6 +305,7 @@ class Loop:
             "qualified": bool(self.best),
             "first_reward": self.metrics[0]["objective/scores"],
             "last_reward": self.metrics[-1]["objective/scores"],
+            **({"critic_fit": self.critic_fit} if self.critic_fit else {}),
             **self.about,
             "seconds": self.seconds,
         }

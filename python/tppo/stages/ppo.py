@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -10,15 +11,16 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from tppo import stopping
-from tppo.evaluation.judge import RuleJudge, judge_answers
+from tppo.evaluation.judge import SESSION, RuleJudge, judge_answers
 from tppo.labels.queries import parse_answer, query_key
 from tppo.methods.advantages import ADVANTAGES
+from tppo.methods.critic_fit import Answered
 from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import check_auc, check_signal
 from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
-from tppo.models.rollout import HFRollout
+from tppo.models.rollout import HFRollout, RolloutBatch
 from tppo.rewards import Answers, Questions
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
@@ -49,11 +51,12 @@ def train(run: Run) -> None:
 def new_loop(run: Run, out: Path, world: World) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
     trainer = new_trainer(run, run.sft_model(), world)
-    policy, train, heldout = trainer.models.policy, run.sessions("train"), run.sessions("heldout")
+    policy, heldout = trainer.models.policy, run.sessions("heldout")
+    questions = questions_of(run, run.sessions("train"), policy)
     report = read_json(run.path(REWARD_REPORT))
     return Loop(
         trainer,
-        questions_of(run, train, policy),
+        questions,
         Held(run.questions(heldout, policy), run.judge, run.config.generate.batch_size),
         out,
         run.tokenizer,
@@ -62,7 +65,25 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
             {"relevance": "reward/rule"},
         ),
         about={key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")},
+        existing=partial(generated_answers, run, questions),
     )
+
+
+def generated_answers(run: Run, questions: Questions) -> Answered:
+    """As many of the generated answers as the critic is fitted on, drawn at random, with their
+    questions; those to one question follow each other.
+    """
+    answers, n = list(run.iter_answers()), run.config.ppo.fit_critic
+    chosen = random.Random(f"{run.seed}/critic-answers").sample(answers, min(n, len(answers)))
+    places = {session.id: k for k, session in enumerate(questions.columns[SESSION])}
+    chosen.sort(key=lambda answer: (places[answer.session], answer.id))
+    rollout = RolloutBatch(
+        [answer.prompt_ids for answer in chosen],
+        [answer.response_ids for answer in chosen],
+        None,
+        [answer.finish for answer in chosen],
+    )
+    return Answered(questions.rows([places[answer.session] for answer in chosen]), rollout)
 
 
 def answer_figures(rule: RuleJudge, answers: Answers) -> dict[str, float]:

@@ -320,7 +320,8 @@ register(Stage(
     "train", "tppo.stages.ppo:train",
     "token-level PPO; resumes from its newest checkpoint",
     inputs=(
-        TRAIN_SESSIONS, HELDOUT_SESSIONS, SFT_MODEL, QUERY_LENGTHS, REWARD_MODEL, REWARD_REPORT,
+        TRAIN_SESSIONS, HELDOUT_SESSIONS, SFT_MODEL, ANSWERS, QUERY_LENGTHS, REWARD_MODEL,
+        REWARD_REPORT,
     ),
     outputs=(POLICY, CRITIC, TRAINING),
     settings=(

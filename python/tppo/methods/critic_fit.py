@@ -1,0 +1,191 @@
+"""The critic fitted before the first step of PPO, on answers of the policy as it starts.
+
+With the reward of a whole answer at its last token a critic that starts at 0 has to learn from
+scratch what an answer is worth.  Answers of the SFT model exist by then, and need no label: the
+reward rates them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tppo_kernels as tk
+from tppo.methods.advantages import rewards_to_go
+from tppo.methods.early_stop import train_to_best
+from tppo.methods.guards import check_reward
+from tppo.methods.optimizer import AdamW
+from tppo.methods.ppo import PPO
+from tppo.models.batch import Batch, assembled, pad_rows
+from tppo.models.guards import check_figures, check_step, check_weights
+from tppo.models.rollout import RolloutBatch
+from tppo.progress import say
+from tppo.rewards import Questions
+
+MAX_EPOCHS = 20
+HELDOUT_SHARE = 0.1
+REMEDY = "usually a smaller --ppo.critic-lr helps"
+
+
+class Answered(NamedTuple):
+    """Answers of the policy as PPO finds it, a row for each of the questions."""
+
+    questions: Questions
+    rollout: RolloutBatch
+
+
+class CriticFit(NamedTuple):
+    """What a fit did; the critic holds the weights of `best_epoch`."""
+
+    answers: int
+    epochs: int
+    best_epoch: int  # 0: no epoch was better than the critic as it was
+    explained_variance_before: float  # of the rewards to come of held-out answers
+    explained_variance_after: float
+
+
+class _Rated(NamedTuple):
+    """Answers with what is still to come at each token."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    returns: list[list[float]]
+
+    def rows(self, index: Sequence[int]) -> _Rated:
+        return _Rated([self.prompts[i] for i in index], [self.responses[i] for i in index],
+                      [self.returns[i] for i in index])  # fmt: skip
+
+
+def fit_critic(ppo: PPO, questions: Questions, rollout: RolloutBatch) -> CriticFit:
+    """Fit `ppo`'s critic to the rewards of answers that the policy as it is would give.
+
+        V_t -> G_t = sum_{k>=t} gamma^(k-t) r_k
+
+    by the mean squared error over tokens, an epoch past its best on a tenth of the prompts.  KL to
+    the reference is no part of G: the policy is the reference still.  A cut answer whose value
+    would be bootstrapped in PPO is left out: what comes behind it is not known.
+
+    rollout: the answers, a row for each of `questions`.  The critic's optimiser in PPO starts anew.
+    Errors: ValueError without a critic, or with fewer than two prompts; GuardError where a figure
+    is not finite.
+    """
+    critic = ppo.models.critic
+    if critic is None:
+        raise ValueError(f"the advantage was {ppo.advantage!r}, expected one with a critic to fit")
+    kept = [i for i, why in enumerate(rollout.finish) if why == "eos" or not ppo.bootstraps]
+    prompts = list(dict.fromkeys(tuple(rollout.prompt_ids[i]) for i in kept))
+    if len(prompts) < 2:
+        raise ValueError(f"the critic was given answers to {len(prompts)} prompts, expected at "
+                         "least 2: one is held out")  # fmt: skip
+    rated = _rated(ppo, questions.rows(kept), rollout, kept)
+    random.Random(f"{ppo.seed}/critic").shuffle(prompts)
+    held_out = set(prompts[: max(1, round(HELDOUT_SHARE * len(prompts)))])
+    sides = [tuple(prompt) in held_out for prompt in rated.prompts]
+    heldout, train = (rated.rows([i for i, side in enumerate(sides) if side == wanted])
+                      for wanted in (True, False))  # fmt: skip
+    optimizer = AdamW(critic.parameters(), lr=ppo.config.critic_lr or 0.0)
+    rng, explained = random.Random(f"{ppo.seed}/critic-order"), []
+
+    def epoch(number: int) -> None:
+        order = rng.sample(range(len(train.prompts)), len(train.prompts))
+        size = ppo.config.minibatch_size
+        for first in range(0, len(order), size):
+            _step(ppo, train.rows(_by_prompt(train, order[first : first + size])), optimizer,
+                  f"critic fit, epoch {number}")  # fmt: skip
+
+    def loss() -> float:
+        found = [_losses(ppo, heldout.rows(range(i, min(i + 256, len(heldout.prompts)))), False)
+                 for i in range(0, len(heldout.prompts), 256)]  # fmt: skip
+        metrics = [part for losses in found for _, part in losses]
+        merged = metrics[0]
+        for part in metrics[1:]:
+            merged = merged.merged(part)
+        explained.append(merged.explained_variance.item())
+        square = merged.error_m2 / merged.tokens + merged.error_mean.square()
+        return square.item()
+
+    losses = train_to_best(critic, MAX_EPOCHS, epoch, loss)
+    optimizer.zero_grad()
+    check_weights("after the critic's fit", {"critic": critic})
+    best = losses.index(min(losses))
+    fit = CriticFit(len(kept), len(losses) - 1, best, explained[0], explained[best])
+    say(f"ppo: the critic is fitted on {fit.answers} answers in {best} epochs; it explains "
+        f"{fit.explained_variance_after:.2f} of the variance of their rewards to come (before: "
+        f"{fit.explained_variance_before:.2f})")  # fmt: skip
+    return fit
+
+
+def sampled(ppo: PPO, questions: Questions, n: int) -> Answered:
+    """n new answers of the policy, spread over the questions."""
+    rng, order = random.Random(f"{ppo.seed}/critic-questions"), list[int]()
+    while len(order) < n:
+        order += rng.sample(range(len(questions)), len(questions))
+    asked = questions.rows(sorted(order[:n]))
+    return Answered(asked, ppo.sample(asked.ids))
+
+
+def _rated(ppo: PPO, questions: Questions, rollout: RolloutBatch, kept: Sequence[int]) -> _Rated:
+    """The kept answers with their rewards to come; each process rates its share of them."""
+    prompts, responses = ([field[i] for i in kept] for field in rollout[:2])
+    batch = Batch(prompts, responses, ppo.pad_id, ppo.models.policy.device, ppo.prefix)
+    places = {tuple(prompt): k for k, prompt in enumerate(prompts)}
+    groups = [places[tuple(prompt)] for prompt in prompts]
+    answers = replace(ppo.answers(questions, RolloutBatch(prompts, responses, None, [])),
+                      groups=groups)  # fmt: skip
+    mine = sorted(chain.from_iterable(batch.parts(ppo.config.max_tokens, ppo.world.size)
+                                      [ppo.world.rank]))  # fmt: skip
+    rated: list[tuple[list[int], Tensor]] = []
+    if mine:
+        own = batch.rows(mine)
+        with torch.no_grad():
+            found = ppo.reward(own, answers.rows(mine))
+        check_reward(found, own.mask)
+        rated.append((mine, found.rewards))
+    rewards = assembled(batch.mask, [part for rows in ppo.world.exchanged(rated) for part in rows])
+    check_figures("the critic's fit", {"rewards": rewards})
+    masks, nothing = ppo.masks(batch, None), torch.zeros_like(rewards)
+    returns = rewards_to_go(rewards, masks, nothing, nothing, 0.0, ppo.config.gamma)  # [B, T]
+    rows = zip(returns.tolist(), responses, strict=True)
+    return _Rated(prompts, responses, [row[: len(ids)] for row, ids in rows])
+
+
+def _by_prompt(data: _Rated, rows: Sequence[int]) -> list[int]:
+    """The rows so that answers to one prompt follow each other and share it."""
+    return sorted(rows, key=lambda i: data.prompts[i])
+
+
+def _step(ppo: PPO, data: _Rated, optimizer: AdamW, where: str) -> None:
+    """One step of the optimiser."""
+    critic, world = ppo.models.critic, ppo.world
+    assert critic is not None
+    optimizer.zero_grad()
+    losses = _losses(ppo, data, True)
+    world.add_gradients(critic.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), ppo.config.grad_norm)
+    check_step(where, {"critic": critic}, {"value loss": sum(loss for loss, _ in losses)},
+               {"critic": norm}, REMEDY)  # fmt: skip
+    optimizer.step()
+
+
+def _losses(ppo: PPO, data: _Rated, train: bool) -> list[tuple[Tensor, Any]]:
+    """Loss and metrics of the parts of a minibatch, of all processes; their gradients if wanted."""
+    critic, world = ppo.models.critic, ppo.world
+    assert critic is not None
+    batch = Batch(data.prompts, data.responses, ppo.pad_id, ppo.models.policy.device, ppo.prefix)
+    found = []
+    for index in batch.parts(ppo.config.max_tokens, world.size)[world.rank]:
+        part = batch.rows(index)
+        with torch.set_grad_enabled(train):
+            values, _ = critic(part)  # [B, T]
+            returns = pad_rows([data.returns[i] for i in index], values.detach())  # [B, T]
+            loss = tk.value_loss(values, returns, part.mask, num_tokens=batch.mask.sum())
+        if train:
+            loss.loss.backward()
+        found.append((loss.loss.detach(), loss.metrics))
+    return [*chain.from_iterable(world.exchanged(found))]

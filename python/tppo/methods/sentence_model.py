@@ -1,0 +1,179 @@
+"""The sentence reward model: one score an answer, from labels of whole answers or from pairs.
+
+It is what a token reward model is measured against: the same trunk, the same answers, and of each
+of them one label instead of one a word.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from tppo.methods.config import RewardModelConfig
+from tppo.methods.early_stop import train_to_best
+from tppo.methods.optimizer import AdamW
+from tppo.methods.reward_model import RELEVANT, LabelledAnswer, area_under_curve
+from tppo.models.batch import Batch, assembled
+from tppo.models.config import Prefix
+from tppo.models.guards import check_step, check_weights
+from tppo.rewards.sentence_model import SentenceModel
+
+REMEDY = "usually a smaller --reward-model.lr helps"
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, of which the first is the better one; all token ids."""
+
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
+
+
+Example = LabelledAnswer | Pair
+
+
+class SentenceReader:
+    """A sentence model with how it reads answers, in parts of at most `max_tokens` tokens."""
+
+    def __init__(
+        self, model: SentenceModel, pad_id: int, prefix: Prefix = "shared", max_tokens: int = 65_536
+    ):
+        self.model, self.pad_id, self.prefix, self.max_tokens = model, pad_id, prefix, max_tokens
+
+    def batch(self, rows: Sequence[Example]) -> Batch:
+        """Answers as they stand; of pairs both, the better one first."""
+        prompts: list[Sequence[int]] = []
+        responses: list[Sequence[int]] = []
+        for row in rows:
+            found = (row.chosen_ids, row.rejected_ids) if isinstance(row, Pair) else (
+                row.response_ids,)  # fmt: skip
+            prompts += [row.prompt_ids] * len(found)
+            responses += found
+        device = self.model.head.weight.device
+        return Batch(prompts, responses, self.pad_id, device, self.prefix)
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Example], size: int = 256) -> Tensor:
+        """The score of each answer, [N]; of pairs [2 N]."""
+        found = [self._read(self.batch(rows[i : i + size])) for i in range(0, len(rows), size)]
+        return torch.cat(found)
+
+    def _read(self, batch: Batch) -> Tensor:
+        (parts,) = batch.parts(self.max_tokens)
+        return assembled(batch.mask, [(i, self.model(batch.rows(i))) for i in parts])
+
+    def backward(self, batch: Batch, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Adds the gradients of a loss of the scores [B] of a whole batch; returns the loss.
+
+        A batch in several parts is read first without a graph, for the gradient of the loss by its
+        scores; then each part is read again and takes its rows of that gradient.
+        """
+        (parts,) = batch.parts(self.max_tokens)
+        if len(parts) == 1:
+            loss = loss_of(self.model(batch))
+            loss.backward()
+            return loss.detach()
+        with torch.no_grad():
+            scores = self._read(batch)
+        loss = loss_of(scores.requires_grad_())
+        (gradient,) = torch.autograd.grad(loss, scores)  # [B]
+        for index in parts:
+            self.model(batch.rows(index)).backward(gradient[index])
+        return loss.detach()
+
+
+def bernoulli_loss(rows: Sequence[LabelledAnswer]) -> Callable[[Tensor], Tensor]:
+    """-mean(y log sigmoid(s) + (1 - y) log(1 - sigmoid(s))), y 1 where the answer is relevant."""
+    labels = torch.tensor([float(row.sentence == RELEVANT) for row in rows])
+
+    def loss(scores: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(scores, labels.to(scores))
+
+    return loss
+
+
+def pair_loss(scores: Tensor) -> Tensor:
+    """-mean log sigmoid(s_chosen - s_rejected) of scores [2 N] (Bradley and Terry 1952)."""
+    return -logsigmoid(scores[::2] - scores[1::2]).mean()
+
+
+def train_sentence_model(
+    reader: SentenceReader,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    config: RewardModelConfig,
+    *,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Train on the labels of whole answers, or on pairs; a row of losses an epoch, from 0.
+
+    Of `config` are used: epochs, batch_size, lr and grad_norm.  With held-out rows it stops one
+    epoch past the best and keeps that one's weights; without, after all epochs.
+    Errors: ValueError without rows; GuardError where loss, gradients or weights are not finite.
+    """
+    if not train:
+        raise ValueError("train was empty, expected labelled answers or pairs")
+    assert config.lr is not None
+    model, rng = reader.model, random.Random(seed)
+    check_weights("before sentence model step 1", {"sentence model": model})
+    optimizer = AdamW(model.parameters(), lr=config.lr)
+    losses: list[float] = []
+    held: list[float] = []
+    step = 0
+
+    def epoch(number: int) -> None:
+        nonlocal step
+        order, total = rng.sample(range(len(train)), len(train)), 0.0
+        for i in range(0, len(order), config.batch_size):
+            rows = [train[j] for j in order[i : i + config.batch_size]]
+            optimizer.zero_grad()
+            loss = reader.backward(reader.batch(rows), _loss(rows))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+            step += 1
+            check_step(f"sentence model step {step}", {"sentence model": model}, {"loss": loss},
+                       {"sentence model": norm}, REMEDY)  # fmt: skip
+            optimizer.step()
+            total += loss.item() * len(rows)
+        losses.append(total / len(train))
+
+    if heldout:
+        held = train_to_best(model, config.epochs, epoch, lambda: _loss(heldout)(
+            reader.scores(heldout)).item())  # fmt: skip
+    else:
+        for number in range(1, config.epochs + 1):
+            epoch(number)
+    check_weights(f"after sentence model step {step}", {"sentence model": model})
+    history: list[dict[str, float]] = [{"epoch": n, "loss": x} for n, x in enumerate(losses, 1)]
+    if not held:
+        return history
+    history.insert(0, {"epoch": 0})
+    return [row | {"heldout_loss": x} for row, x in zip(history, held, strict=True)]
+
+
+def _loss(rows: Sequence[Example]) -> Callable[[Tensor], Tensor]:
+    answers = [row for row in rows if isinstance(row, LabelledAnswer)]
+    if answers and len(answers) < len(rows):
+        raise ValueError(f"{len(answers)} of {len(rows)} rows were labelled answers, the others "
+                         "pairs; expected all of one kind")  # fmt: skip
+    return bernoulli_loss(answers) if answers else pair_loss
+
+
+def evaluate_sentence_model(
+    reader: SentenceReader, data: Sequence[Example]
+) -> dict[str, float | None]:
+    """The loss, and the AUC of relevant against irrelevant answers, or the share of pairs that are
+    ordered rightly.
+    """
+    scores = reader.scores(data)
+    figures: dict[str, float | None] = {"loss": _loss(data)(scores).item()}
+    if isinstance(data[0], Pair):
+        gaps = (scores[::2] - scores[1::2]).sign()
+        return figures | {"accuracy": ((gaps + 1) / 2).mean().item()}
+    labels = [row.sentence for row in data if isinstance(row, LabelledAnswer)]
+    relevant = torch.tensor(labels) == RELEVANT
+    return figures | {"auc": area_under_curve(scores.cpu(), relevant)}

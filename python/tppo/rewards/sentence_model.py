@@ -1,0 +1,95 @@
+"""A reward of whole answers from a model of whole answers: what a token reward is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import tppo_kernels as tk
+from tppo.models.batch import Batch, assembled
+from tppo.models.config import DType
+from tppo.models.load import load_policy
+from tppo.models.token_classifier import state_size
+from tppo.rewards import Answers, TokenReward
+
+Pooling = Literal["last", "mean"]
+HEAD_STD = 0.02  # as transformers starts the heads of its classifiers
+
+
+class SentenceModel(nn.Module):
+    """A trunk with one linear head on the states of an answer's tokens, pooled to one score.
+
+        s = w . h + b,  h = h_T ("last") or 1/T sum_t h_t ("mean")
+
+    As a Bernoulli model P(relevant) = sigmoid(s); as one of Bradley and Terry
+    P(answer 1 is better than answer 2) = sigmoid(s_1 - s_2).
+    """
+
+    def __init__(self, trunk: nn.Module, size: int, pooling: Pooling = "last"):
+        super().__init__()
+        self.trunk, self.pooling = trunk, pooling
+        self.head = nn.Linear(size, 1)
+        nn.init.normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def from_policy(
+        cls,
+        path: str | Path,
+        device: torch.device,
+        pooling: Pooling = "last",
+        dtype: DType = "auto",
+        seed: int = 0,
+    ) -> SentenceModel:
+        """The one whose trunk is that of the causal LM in `path`; its head is in float32."""
+        policy = load_policy(path, device, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(policy.base_model, state_size(policy.config), pooling)
+        return model.to(device).eval()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores of the responses, [B]."""
+        (states,) = batch.states(self.trunk, "reward")  # [B, T, D]
+        lengths = batch.mask.sum(1)  # [B]
+        if self.pooling == "last":
+            pooled = states[torch.arange(len(lengths), device=states.device), lengths - 1]  # [B, D]
+        else:
+            kept = torch.where(batch.mask[..., None], states, 0.0)  # [B, T, D]
+            pooled = (kept.float().sum(1) / lengths[:, None]).to(states.dtype)  # [B, D]
+        return tk.token_head(pooled, self.head.weight, self.head.bias)
+
+
+class SentenceModelReward(nn.Module):
+    """The score of a `SentenceModel`, paid at the last token of each response.
+
+        r_T = scale (sigmoid(s) - 1/2)      mode "probability", between -scale/2 and scale/2
+        r_T = scale s                       mode "score"
+
+    max_tokens: tokens of prompts and responses that the model reads at once.
+    """
+
+    def __init__(
+        self,
+        model: SentenceModel,
+        *,
+        mode: Literal["probability", "score"] = "probability",
+        scale: float = 1.0,
+        max_tokens: int = 65_536,
+    ):
+        super().__init__()
+        self.model, self.mode, self.scale, self.max_tokens = model, mode, scale, max_tokens
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, answers: Answers) -> TokenReward:
+        """Rewards [B, T], 0 but at the last tokens; NaN where a score is not finite."""
+        (parts,) = batch.parts(self.max_tokens)
+        read = [(index, self.model(batch.rows(index))) for index in parts]
+        scores = assembled(batch.mask, read).float()  # [B]
+        paid = scores.sigmoid() - 0.5 if self.mode == "probability" else scores
+        # An infinite score has a finite probability: it must stop the training all the same.
+        terminal = (self.scale * paid).masked_fill(~scores.isfinite(), torch.nan)
+        return TokenReward(tk.place_rewards(batch.mask, terminal=terminal).rewards)
