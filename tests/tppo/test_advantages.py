@@ -168,7 +168,7 @@ def test_one_response_of_a_prompt_is_nothing_to_compare():
     for kind in (GRPO(0.0), RLOO(0.0)):
         with pytest.raises(ValueError, match="one response alone.*--ppo.responses-per-prompt"):
             kind(*arguments[:-1], [7, 7, 7, 3, 4, 9, 9, 9, 9])
-    for name in ("grpo", "rloo"):
+    for name in ("grpo", "rloo", "remax"):
         with pytest.raises(DataError, match=f"with advantage {name}.*--ppo.responses-per-prompt"):
             PPOConfig(advantage=name)
         PPOConfig(advantage=name, responses_per_prompt=2)
@@ -181,12 +181,13 @@ FOUR = replace(CONFIG, responses_per_prompt=4, length_alpha=None, bootstrap_trun
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_each_of_them_raises_a_dense_reward_from_the_same_start(folder, name):  # noqa: F811
     ppo = trainer(folder, replace(FOUR, advantage=name))
-    scores = [ppo.step(Questions(GROUPS))[0]["objective/scores"] for _ in range(8)]
+    scores = [ppo.step(Questions(GROUPS))[0]["objective/scores"]
+              for _ in range(14 if name == "remax" else 8)]  # one answer is a noisy baseline
     length = -2.0 * scores[0]  # about: hardly a token is liked
     assert sum(scores[-2:]) / 2 > scores[0] + 0.25 * length, scores
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "remax"])
 def test_without_a_critic_there_is_nothing_of_one(folder, name):  # noqa: F811
     config = replace(FOUR, advantage=name, verify_prefix=True)
     ppo = trainer(folder, config)

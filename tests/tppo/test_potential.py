@@ -24,6 +24,7 @@ from tppo.models.batch import Batch
 from tppo.rewards import TokenReward
 from tppo.rewards.terminal import TerminalReward
 
+
 def case(seed, lengths):
     """Random rewards, values, KL and values behind cut answers, in double precision."""
     g = torch.Generator().manual_seed(seed)

@@ -181,6 +181,45 @@ class RLOO:
         return TokenAdvantages(torch.where(masks.action, off, 0.0))
 
 
+@dataclass(frozen=True)
+class ReMax:
+    """REINFORCE with the greedy answer as baseline (Li et al. 2024, section 4), without a critic.
+
+        G_it = sum_{k>=t} gamma^(k-t) (r_ik - kl_coef (old_ik - ref_ik))     KL where `masks.kl`
+        A_it = G_it - G_gt          g: the greedy response to the same prompt
+
+    The greedy response is the one of its prompt that pays no KL and is not trained on:
+    `tppo.methods.greedy` puts it into each group.  It has ended where t is behind it, and counts
+    with its last token's G.  Where the reward is paid at the last token, gamma is 1 and KL costs
+    nothing, A is the paper's, the total less the greedy total, at every token.
+    """
+
+    kl_coef: float
+    gamma: float = 1.0
+    needs_critic = False
+    greedy_baseline = True
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        masks: Masks,
+        old: Tensor,
+        ref: Tensor,
+        groups: Sequence[int],
+        bootstrap: Tensor | None = None,
+    ) -> TokenAdvantages:
+        """Advantages.  Errors: ValueError where a prompt has not one greedy response."""
+        group = _Groups(groups, masks.action)
+        to_go = rewards_to_go(rewards, masks, old, ref, self.kl_coef, self.gamma)  # [B, T]
+        greedy = ~masks.kl.any(1, keepdim=True)  # [B, 1]
+        if not bool((group.sum(greedy.float()) == 1).all()):
+            raise ValueError("a prompt has none or several responses that are not trained on, "
+                             "expected one, the greedy one")  # fmt: skip
+        baseline = group.sum(torch.where(greedy, group.held(to_go), 0.0))  # [B, T]
+        return TokenAdvantages(torch.where(masks.kl, to_go - baseline, 0.0))
+
+
 def rewards_to_go(
     rewards: Tensor, masks: Masks, old: Tensor, ref: Tensor, kl_coef: float, gamma: float
 ) -> Tensor:
@@ -226,15 +265,19 @@ class _Groups:
         """The sum over the group of each row, for each of them: [B, ...] as x."""
         return (self.member.T @ x.double())[self.index].to(x.dtype)
 
-    def mean(self, to_go: Tensor) -> Tensor:
-        """The mean over the group at each position, [B, T]; a row that has ended keeps its last."""
+    def held(self, to_go: Tensor) -> Tensor:
+        """At each position, [B, T]; a row that has ended keeps its last."""
         places = torch.arange(to_go.shape[1], device=to_go.device)  # [T]
-        held = to_go.gather(1, torch.minimum(places, self.lengths - 1))  # [B, T]
-        return self.sum(held) / self.sizes
+        return to_go.gather(1, torch.minimum(places, self.lengths - 1))
+
+    def mean(self, to_go: Tensor) -> Tensor:
+        """The mean over the group of what is held at each position, [B, T]."""
+        return self.sum(self.held(to_go)) / self.sizes
 
 
 ADVANTAGES: dict[str, Callable[[PPOConfig], Advantage]] = {
     "gae": lambda config: GAE(config.kl_coef, config.gamma, config.lam, config.normalize),
     "grpo": lambda config: GRPO(config.kl_coef, config.gamma, config.normalize),
     "rloo": lambda config: RLOO(config.kl_coef, config.gamma),
+    "remax": lambda config: ReMax(config.kl_coef, config.gamma),
 }

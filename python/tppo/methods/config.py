@@ -107,10 +107,11 @@ class PPOConfig:
     """Fit the critic before the first step on as many answers of the SFT model (in a run of stages
     those that it has generated, at most all of them), to an epoch past its best; 0: it starts at 0.
     """
-    advantage: Literal["gae", "grpo", "rloo"] = "gae"
-    """gae trains a critic.  grpo and rloo train none, and none is loaded: they compare the
+    advantage: Literal["gae", "grpo", "rloo", "remax"] = "gae"
+    """gae trains a critic.  grpo, rloo and remax train none, and none is loaded: they compare the
     responses of one prompt, of which they need at least two (responses_per_prompt), and do not use
-    lam, critic_lr, value_clip and bootstrap_truncated."""
+    lam, critic_lr, value_clip and bootstrap_truncated.  With remax the last response of each prompt
+    is the greedy one, which the others are compared with."""
     gamma: Share = 1.0
     lam: Share = 0.95
     clip: Positive = 0.2
@@ -138,7 +139,7 @@ class PPOConfig:
     """Bootstrap cut answers from the critic; by default only without the length penalty."""
     normalize: bool = True
     """Whiten the advantages (gae), or divide them by the deviation within their prompt's responses
-    (grpo); rloo does neither."""
+    (grpo); rloo and remax do neither."""
     grad_norm: Positive = 1.0
     verify_prefix: bool = False
     """Before the first update, compare the shared prefix with dense prompts on one minibatch."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tppo.methods.advantages import Masks
-from tppo.models.batch import Batch
+from tppo.models.batch import Batch, assembled
 from tppo.models.policy import Critic
 from tppo.models.rollout import RolloutBatch
 
@@ -100,21 +100,29 @@ def minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
 
 
 def rollout_metrics(
-    rollout: RolloutBatch, read: Reading, own: Tensor, kl_coef: float
+    rollout: RolloutBatch, read: Reading, own: Tensor, kl_coef: float, rows: Sequence[int]
 ) -> dict[str, float]:
     """TRL's names for figures of a rollout: sums over a response, means over responses.
 
     own: the tokens that pay KL, [B, T]: those that were drawn from the policy.
+    rows: the responses that count; a greedy baseline does not.
     """
-    kl = torch.where(own, read.old - read.ref, 0.0).sum(1).mean().item()
-    score = read.rewards.sum(1)  # [B]
+    kl = torch.where(own, read.old - read.ref, 0.0).sum(1)[rows].mean().item()
+    score = read.rewards.sum(1)[rows]
     return {
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -torch.where(own, read.old, 0.0).sum(1).mean().item(),
+        "objective/entropy": -torch.where(own, read.old, 0.0).sum(1)[rows].mean().item(),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score.mean().item() - kl_coef * kl,
         "objective/scores": score.mean().item(),
         "objective/scores_std": score.std(correction=0).item(),
-        "val/num_eos_tokens": float(rollout.finish.count("eos")),
+        "val/num_eos_tokens": float([rollout.finish[i] for i in rows].count("eos")),
     }
+
+
+def columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> list[Tensor]:
+    """What was found for parts of a batch, each kind of it for the whole."""
+    kinds = zip(*(found for _, found in rows), strict=True)
+    return [assembled(batch.mask, [(i, x) for (i, _), x in zip(rows, kind, strict=True)])
+            for kind in kinds]  # fmt: skip

@@ -34,9 +34,11 @@ from tppo.methods.experience import (
     Losses,
     Models,
     Reading,
+    columns,
     minibatch_metrics,
     rollout_metrics,
 )
+from tppo.methods.greedy import GreedyLast
 from tppo.methods.guards import (
     check_gradients,
     check_reward,
@@ -46,7 +48,7 @@ from tppo.methods.guards import (
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
 from tppo.methods.schedules import Schedules
-from tppo.models.batch import Batch, assembled, pad_rows
+from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import check_figures, check_step, check_weights
 from tppo.models.parallel import ALONE, World
@@ -86,6 +88,8 @@ class PPO:
     ):
         self.models, self.rollout, self.config, self.sampling = models, rollout, config, sampling
         self.advantage = advantage or ADVANTAGES[config.advantage](config)
+        if getattr(self.advantage, "greedy_baseline", False):
+            self.rollout = GreedyLast(rollout, config.responses_per_prompt)
         self.objective = objective or Clipped(config.clip)
         self.reward, self.tokenizer = reward, tokenizer
         self.pad_id, self.seed, self.prefix, self.world = pad_id, seed, prefix, world
@@ -156,7 +160,7 @@ class PPO:
         responses, finish, author = zip(*(rows[i] for i in range(len(prompts))), strict=True)
         return RolloutBatch(
             [[*p] for p in prompts], list(responses), None, list(finish),
-            None if prefixes is None else list(author),
+            list(author) if any(author) else None,
         )  # fmt: skip
 
     def answers(self, questions: Questions, rollout: RolloutBatch) -> Answers:
@@ -171,6 +175,11 @@ class PPO:
             self.eos_ids,
             groups,
         )
+
+    def counted(self, rollout: RolloutBatch) -> Sequence[int]:
+        """The responses that figures are of: all but the greedy ones that are a baseline."""
+        size, greedy = self.config.responses_per_prompt, isinstance(self.rollout, GreedyLast)
+        return [i for i in range(len(rollout.finish)) if not greedy or i % size < size - 1]
 
     @torch.no_grad()
     def score(
@@ -207,7 +216,8 @@ class PPO:
             advantages=found.advantages,
             returns=found.returns,
         )
-        return experience, rollout_metrics(rollout, read, masks.kl, self.schedules.kl_coef)
+        rows, kl_coef = self.counted(rollout), self.schedules.kl_coef
+        return experience, rollout_metrics(rollout, read, masks.kl, kl_coef, rows)
 
     def _read(self, batch: Batch, answers: Answers) -> Reading:
         """Each process reads its share of the responses with every model, and rates it."""
@@ -226,8 +236,8 @@ class PPO:
             check_reward(found, own.mask)
             rated.append((mine, tuple(x for x in found if x is not None)))
         exchanged = world.exchanged((states, rated))
-        old, ref, *of_critic = _columns(batch, [row for part, _ in exchanged for row in part])
-        rewards, *category = _columns(batch, [row for _, part in exchanged for row in part])
+        old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
+        rewards, *category = columns(batch, [row for _, part in exchanged for row in part])
         values, after = of_critic or (None, None)
         return Reading(old, ref, rewards, category[0] if category else None, values, after)
 
@@ -377,13 +387,6 @@ class PPO:
             return torch.zeros_like(after)
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)
         return torch.where(cut, after, torch.zeros_like(after))
-
-
-def _columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> list[Tensor]:
-    """What was found for parts of a batch, each kind of it for the whole."""
-    kinds = zip(*(found for _, found in rows), strict=True)
-    return [assembled(batch.mask, [(i, x) for (i, _), x in zip(rows, kind, strict=True)])
-            for kind in kinds]  # fmt: skip
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

@@ -31,7 +31,10 @@ _COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: always the whole distribution (top_p 1, top_k 0)."""
+    """How to sample: always the whole distribution (top_p 1, top_k 0).
+
+    At temperature 0 the likeliest token is taken each time.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -163,11 +166,10 @@ class HFRollout:
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
+        warm = sampling.temperature > 0
         config = GenerationConfig(
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=1.0,
-            top_k=0,
+            do_sample=warm,
+            **({"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0} if warm else {}),
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,

@@ -163,7 +163,7 @@ class Loop:
         metrics, rollout = self.trainer.step(questions)
         if first and before == _sums(weights):
             stands_still(self.config.without_signal)
-        answers = self.trainer.answers(questions, rollout)
+        answers = self.trainer.answers(questions, rollout).rows(self.trainer.counted(rollout))
         row = {"step": step, **metrics, **self.watch.figures(answers)}
         last = step == self.steps
         if self.held is not None and (step % self.config.eval_every == 0 or last):

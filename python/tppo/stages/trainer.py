@@ -78,7 +78,7 @@ class PPOTrainer:
     prompts: a list of texts, of chats (lists of {"role": ..., "content": ...}), or of dicts with
         the key "prompt", whose other keys are columns; a `datasets.Dataset`; the path of a JSONL
         file of such dicts.  A text is read as it stands, a chat through the chat template.
-    config: settings of PPO.  `advantage="grpo"` or "rloo" loads and trains no critic.  Those of the
+    config: settings of PPO.  `advantage="grpo"`, "rloo" or "remax" trains no critic.  Those of the
         token reward model (reward, reward_values, length_alpha, train_on_unlabelled) do not apply
         to a function.
     heldout: prompts like those above, on which `judge` decides every `config.eval_every` steps
