@@ -4,9 +4,16 @@
 
 namespace tppo {
 
-void gae_fwd(const float* rewards, const float* values, const uint8_t* mask, const float* lam,
-             const float* value_lam, const float* bootstrap, const int32_t* offsets, float gamma,
-             int64_t B, int64_t T, float* advantages, float* returns, int threads);
+struct GaeRows {  // dense: [B, T], or packed [N] with offsets [B + 1]
+  const float *rewards, *values;
+  const uint8_t* mask;                        // or null
+  const float *lam, *value_lam, *bootstrap;  // [B]
+  const int32_t* offsets;                     // or null
+  float gamma;
+  int64_t B, T;
+};
+
+void gae_fwd(const GaeRows& in, float* advantages, float* returns, int threads);
 
 enum Dtype { kFp32, kBf16, kFp16 };
 

@@ -7,6 +7,8 @@ Few long sequences are split over blocks, and a first launch reads them for the 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,31 +27,76 @@ BUSY = 264  # blocks, two for each multiprocessor of a large GPU; the same on al
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/kernels.h
 
 
+class Tokens(NamedTuple):
+    """This and the following are structs of csrc/kernels.h; `data` is an address, 0 for none."""
+
+    data: int  # [B, T] or [N]
+    dtype: int
+    stride: int  # elements from row to row
+
+
+class Mask(NamedTuple):
+    """As `Tokens`, of bool; none is all True."""
+
+    data: int  # [B, T] or [N]
+    stride: int
+
+
+class PerSequence(NamedTuple):
+    """A number a sequence, or one for all (stride 0); `value` where there is no address."""
+
+    data: int  # [B] or []
+    dtype: int
+    stride: int
+    value: float
+
+
+class Sequences(NamedTuple):
+    """Where sequences begin."""
+
+    offsets: int  # [B + 1] int32, or none: B rows of T
+    B: int
+    T: int
+
+
+class GaeInputs(NamedTuple):
+    """What a walk reads."""
+
+    sequences: Sequences
+    rewards: Tokens
+    values: Tokens
+    mask: Mask
+    gamma: PerSequence
+    lam: PerSequence
+    value_lam: PerSequence
+    bootstrap: PerSequence
+
+
 def dense(x: Tensor | None) -> Tensor | None:
     """Per-token data [B, T] or [N] with adjacent tokens; rows may lie apart."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def rows(x: Tensor | None) -> tuple[int, int, int]:
-    """(address, dtype, elements from row to row) of dense [B, T] or [N]."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))
+def rows(x: Tensor | None) -> Tokens:
+    """Of dense [B, T] or [N]."""
+    return Tokens(0, 0, 0) if x is None else Tokens(x.data_ptr(), DTYPES[x.dtype], x.stride(0))
 
 
-def mask_rows(mask: Tensor | None) -> tuple[int, int]:
-    """(address, elements from row to row) of a dense mask; none is all True."""
-    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+def mask_rows(mask: Tensor | None) -> Mask:
+    """Of a dense mask."""
+    return Mask(0, 0) if mask is None else Mask(mask.data_ptr(), mask.stride(0))
 
 
-def column(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, float]]:
-    """A 0-d or [B] argument, or 0: what has to stay alive, and (address, dtype, stride, value)."""
+def column(x: Tensor | None) -> tuple[Tensor | None, PerSequence]:
+    """A 0-d or [B] argument, or 0: what has to stay alive, and its struct."""
     value = 0.0
     if x is not None and x.dim() == 0:
         value, x = scalar(x)
     elif x is not None and x.dtype == torch.float64:
         x = x.float()
     if x is None:
-        return None, (0, 0, 0, value)
-    return x, (x.data_ptr(), DTYPES[x.dtype], x.stride(0) if x.dim() else 0, 0.0)
+        return None, PerSequence(0, 0, 0, value)
+    return x, PerSequence(x.data_ptr(), DTYPES[x.dtype], x.stride(0) if x.dim() else 0, 0.0)
 
 
 def plan(batch: int, tokens: int) -> tuple[bool, int]:
@@ -79,9 +126,9 @@ class Arguments:
             4 * self.batch * self.parts, dtype=torch.float32, device=rewards.device)
         self.alive = (tokens, offsets, pairs, maps)
         self.maps = address(maps)
-        self.described = (address(offsets), self.batch,
-                          rewards.shape[-1], rows(tokens[0]), rows(tokens[1]),
-                          mask_rows(tokens[2]), *(description for _, description in pairs))
+        self.inputs = GaeInputs(
+            Sequences(address(offsets), self.batch, rewards.shape[-1]), rows(tokens[0]),
+            rows(tokens[1]), mask_rows(tokens[2]), *(struct for _, struct in pairs))
 
 
 def fwd(call: GaeCall) -> tuple[Tensor, Tensor]:
@@ -92,6 +139,6 @@ def fwd(call: GaeCall) -> tuple[Tensor, Tensor]:
     if rewards.numel():
         with launching_on(rewards):
             given = Arguments(call)
-            _C.gae_fwd_cuda(given.described, given.wide, given.parts, given.maps,
+            _C.gae_fwd_cuda(given.inputs, given.wide, given.parts, given.maps,
                             advantages.data_ptr(), returns.data_ptr(), current_stream(rewards))
     return advantages, returns

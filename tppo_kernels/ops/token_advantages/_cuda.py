@@ -6,13 +6,26 @@ writes the statistics. Where a process group merges moments, whitening is a thir
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 import tppo_kernels._C as _C
 
 from ..._kernels.launch import current_stream, launching_on
-from ..gae._cuda import Arguments, column, dense, mask_rows, rows
+from ..._kernels.memory import address
+from ..gae._cuda import (
+    Arguments,
+    GaeInputs,
+    Mask,
+    PerSequence,
+    Tokens,
+    column,
+    dense,
+    mask_rows,
+    rows,
+)
 from ..gae.reference import GaeCall
 from ._composed import supports
 from .reference import AdvantagesCall, WhitenAdvantages
@@ -21,6 +34,43 @@ __all__ = ["fwd", "supports", "whiten"]
 
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "k1+": 4, "k3+": 5}  # as in csrc/ppo_loss.h
 BLOCKS = 1024  # of the first launch at most, each with its statistics; the same on every GPU
+
+
+class AdvantageInputs(NamedTuple):
+    """This and the following are structs of csrc/kernels.h; what is no struct is an address."""
+
+    walk: GaeInputs
+    logprobs: Tokens
+    ref_logprobs: Tokens
+    train_mask: Mask
+    kl_coef: PerSequence
+    estimator: int
+
+
+class AdvantageOutputs(NamedTuple):
+    """Results of the first launch, the advantages raw."""
+
+    advantages: int  # [B, T] or [N]
+    returns: int  # [B, T] or [N]
+    rewards: int  # [B, T] or [N]
+
+
+class Statistics(NamedTuple):
+    """Results of the second launch; all 0 where none are wanted."""
+
+    scalars: int  # [7]
+    n: int  # []
+    moments: int  # [4] fp64
+
+
+class WhitenInputs(NamedTuple):
+    """What the second launch whitens."""
+
+    x: int  # [N]
+    mask: int  # [N]
+    train_mask: int  # [N]
+    N: int
+    unbiased: bool
 
 
 def _blocks(batch: int, wide: bool, parts: int) -> int:
@@ -46,19 +96,22 @@ def fwd(call: AdvantagesCall) -> tuple[Tensor, ...]:
         given = Arguments(GaeCall(token_rewards, call.values, mask, call.gamma, call.lam,
                                   call.value_lam, call.bootstrap, call.cu_seqlens))
         logprobs, ref_logprobs = dense(call.logprobs), dense(call.ref_logprobs)
-        coef, described_coef = column(call.kl_coef)
+        coef, kl_coef = column(call.kl_coef)
+        inputs = AdvantageInputs(given.inputs, rows(logprobs), rows(ref_logprobs),
+                                 mask_rows(train_mask), kl_coef, ESTIMATORS[call.kl_estimator])
+        tokens = WhitenInputs(advantages.data_ptr(), address(mask), address(train_mask),
+                              n if call.whitened else 0, unbiased)
         blocks = _blocks(given.batch, given.wide, given.parts)
         partials = torch.empty(5 * 4 * blocks, dtype=torch.float64, device=device)
         stream = current_stream(token_rewards)
         _C.token_advantages_fwd_cuda(
-            given.described, rows(logprobs), rows(ref_logprobs), mask_rows(train_mask),
-            described_coef, ESTIMATORS[call.kl_estimator], given.wide, given.parts, blocks,
-            given.maps, partials.data_ptr(), advantages.data_ptr(), returns.data_ptr(),
-            rewards.data_ptr(), stream)
+            inputs, given.wide, given.parts, blocks, given.maps, partials.data_ptr(),
+            AdvantageOutputs(advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr()),
+            stream)
         _C.token_advantages_whiten_cuda(
-            advantages.data_ptr(), mask_rows(mask)[0], mask_rows(train_mask)[0],
-            n if call.whitened else 0, unbiased, partials.data_ptr(), blocks, stats.data_ptr(),
-            count.data_ptr(), moments.data_ptr(), advantages.data_ptr(), stream)
+            tokens, partials.data_ptr(), blocks,
+            Statistics(stats.data_ptr(), count.data_ptr(), moments.data_ptr()),
+            advantages.data_ptr(), stream)
     return advantages, returns, rewards, stats, count, moments
 
 
@@ -71,7 +124,8 @@ def whiten(call: WhitenAdvantages) -> Tensor:
         trained = None if trained is None else trained.contiguous()
         with launching_on(advantages):
             _C.token_advantages_whiten_cuda(
-                advantages.data_ptr(), mask_rows(trained)[0], 0, advantages.numel(),
-                unbiased, moments.data_ptr(), 1, 0, 0, 0, out.data_ptr(),
+                WhitenInputs(advantages.data_ptr(), address(trained), 0, advantages.numel(),
+                             unbiased),
+                moments.data_ptr(), 1, Statistics(0, 0, 0), out.data_ptr(),
                 current_stream(advantages))
     return out

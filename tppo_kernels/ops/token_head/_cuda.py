@@ -6,6 +6,8 @@ second launch adds up, fp32 [parts, K D + 2 K], mostly in the L2 cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -46,16 +48,35 @@ def _aligned(x: Tensor) -> bool:
                 or x.stride(-1) == 1 and x.data_ptr() % 16)
 
 
-def _inputs(call: TokenHeadCall) -> tuple[tuple, tuple]:
-    """(the C++ struct HeadInputs as a tuple, what keeps its addresses alive)."""
+class HeadInputs(NamedTuple):
+    """The struct of csrc/kernels.h: addresses (0 for none), dtypes, sizes and strides."""
+
+    hidden: int  # [..., D]
+    weight: int  # [K, D]
+    bias: int  # [K]
+    mask: int  # [...]
+    dtype: int
+    weight_dtype: int
+    bias_dtype: int
+    N: int
+    D: int
+    K: int
+    inner: int
+    outer: int
+    stride: int
+
+
+def _inputs(call: TokenHeadCall) -> tuple[HeadInputs, tuple]:
+    """(the struct, what keeps its addresses alive)."""
     hidden, weight, bias, mask = call
     x, inner, outer, stride = row_layout(hidden)
     alive = (x, weight.contiguous(), None if bias is None else bias.contiguous(),
              None if mask is None else mask.contiguous())
     K, D = weight.shape
-    return (*map(address, alive), DTYPES[hidden.dtype], DTYPES[weight.dtype],
-            0 if bias is None else DTYPES[bias.dtype], hidden.numel() // D, D, K, inner, outer,
-            stride), alive
+    return HeadInputs._make((
+        *map(address, alive), DTYPES[hidden.dtype], DTYPES[weight.dtype],
+        0 if bias is None else DTYPES[bias.dtype], hidden.numel() // D, D, K, inner, outer,
+        stride)), alive
 
 
 def fwd(call: TokenHeadCall) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,23 @@ METRICS = 6
 NO_CLIP = -1.0
 
 
+class ValueBatch(NamedTuple):
+    """The struct of csrc/value_loss.h, of those of csrc/loss.h; results are addresses."""
+
+    layout: tuple[int, ...]
+    values: tuple[int, int, int, int]  # a column, as the next two
+    returns: tuple[int, int, int, int]
+    old_values: tuple[int, int, int, int]
+    clip: tuple[float, int, int]  # a scalar
+    share: tuple
+    dvalues: int  # [N]
+    loss: int  # []
+    metrics: int  # [6]
+    scale: int  # []
+
+
 class Batch:
-    """The C++ struct ValueBatch of a call, the results that it fills, and what it points to."""
+    """The struct of a call, the results that it fills, and what it points to."""
 
     def __init__(self, call: ValueLossCall):
         values, returns, mask, old_values, clip, reduction, cu_seqlens, grad = call
@@ -43,13 +60,14 @@ class Batch:
 
         self.loss, self.metrics, self.scale = empty(()), empty(METRICS), empty(())
         self.dvalues = empty(values.shape if grad else 0)
-        out = [self.dvalues.data_ptr() if grad else 0, self.loss.data_ptr(),
-               self.metrics.data_ptr(), self.scale.data_ptr()]
         self.alive = (batch, alive)
         unclipped = clip is None or old_values is None
-        self.arguments = (layout_tuple(batch), column_tuples(batch),
-                          scalar_tuple(pair(None if unclipped else clip, NO_CLIP), alive),
-                          share_tuple(share, alive), out)
+        of_values, of_returns, of_old = column_tuples(batch)
+        self.struct = ValueBatch(
+            layout_tuple(batch), of_values, of_returns, of_old,
+            scalar_tuple(pair(None if unclipped else clip, NO_CLIP), alive),
+            share_tuple(share, alive), self.dvalues.data_ptr() if grad else 0,
+            self.loss.data_ptr(), self.metrics.data_ptr(), self.scale.data_ptr())
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `reference.fwd` returns."""
@@ -61,7 +79,7 @@ def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if call.values.numel() == 0:
         return reference.fwd(call)
     batch = Batch(call)
-    _C.value_loss_fwd(*batch.arguments, torch.get_num_threads())
+    _C.value_loss_fwd(batch.struct, torch.get_num_threads())
     return batch.results()
 
 

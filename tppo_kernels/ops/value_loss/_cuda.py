@@ -25,7 +25,7 @@ def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with launching_on(values):
         batch = Batch(call)
         room = workspace(values)
-        _C.value_loss_fwd_cuda(*batch.arguments, room.data_ptr(), current_stream(values))
+        _C.value_loss_fwd_cuda(batch.struct, room.data_ptr(), current_stream(values))
     return batch.results()
 
 
