@@ -1,7 +1,6 @@
 // The only pybind11 file. Tensors come as addresses (0 = none), streams as integers; a struct of
 // csrc comes as a Python tuple of its fields, a NamedTuple with their names.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <tuple>
@@ -71,6 +70,10 @@ TPPO_STRUCT(Share, x.count_of, x.count, x.length, x.by_length);
 TPPO_STRUCT(Slopes, x.slopes, x.count, x.dtype, x.out);
 TPPO_STRUCT(ValueBatch, x.layout, x.values, x.returns, x.old_values, x.clip, x.share, x.dvalues,
             x.loss, x.metrics, x.scale);
+TPPO_STRUCT(PolicyBatch, x.layout, x.logprobs, x.old_logprobs, x.advantages, x.entropy,
+            x.ref_logprobs, x.weights, x.clip_low, x.clip_high, x.dual_clip, x.limit,
+            x.entropy_coef, x.kl_coef, x.share, x.estimator, x.sequence_ratio, x.dlogprobs,
+            x.dentropy, x.loss, x.metrics, x.scale);
 TPPO_STRUCT(HeadInputs, x.hidden, x.weight, x.bias, x.mask, x.dtype, x.weight_dtype, x.bias_dtype,
             x.N, x.D, x.K, x.inner, x.outer, x.stride);
 
@@ -197,24 +200,11 @@ void bind_whiten(py::module_& m) {
   });
 }
 
-// logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights; clip_low, clip_high,
-// dual_clip, max_log_ratio, entropy_coef, kl_coef; dlogprobs, dentropy, loss, metrics, scale
-tppo::PolicyBatch policy(const tppo::Layout& in, const std::array<tppo::Column, 6>& x,
-                         const std::array<tppo::Scalar, 6>& s, const tppo::Share& parts,
-                         int estimator, bool sequence_ratio, const std::array<Address, 5>& out) {
-  return {in, x[0], x[1], x[2], x[3], x[4], x[5], s[0], s[1], s[2], s[3], s[4], s[5], parts,
-          estimator, sequence_ratio, at<float>(out[0]), at<float>(out[1]), at<float>(out[2]),
-          at<float>(out[3]), at<float>(out[4])};
-}
-
 void bind_losses(py::module_& m) {
   using namespace tppo;
-  m.def("ppo_loss_fwd", [](const Layout& in, const std::array<Column, 6>& x,
-                           const std::array<Scalar, 6>& s, const Share& parts,
-                           int estimator, bool sequence_ratio, const std::array<Address, 5>& out,
-                           int threads) {
+  m.def("ppo_loss_fwd", [](const PolicyBatch& in, int threads) {
     py::gil_scoped_release release;
-    ppo_loss_fwd(policy(in, x, s, parts, estimator, sequence_ratio, out), threads);
+    ppo_loss_fwd(in, threads);
   });
   m.def("value_loss_fwd", [](const ValueBatch& in, int threads) {
     py::gil_scoped_release release;
@@ -225,12 +215,8 @@ void bind_losses(py::module_& m) {
     loss_bwd(x, factor, threads);
   });
 #if TPPO_CUDA
-  m.def("ppo_loss_fwd_cuda", [](const Layout& in, const std::array<Column, 6>& x,
-                                const std::array<Scalar, 6>& s, const Share& parts,
-                                int estimator, bool sequence_ratio,
-                                const std::array<Address, 5>& out, Address room, Address stream) {
-    check(ppo_loss_fwd_cuda(policy(in, x, s, parts, estimator, sequence_ratio, out),
-                            at<double>(room), at<void>(stream)));
+  m.def("ppo_loss_fwd_cuda", [](const PolicyBatch& in, Address sums, Address stream) {
+    check(ppo_loss_fwd_cuda(in, at<double>(sums), at<void>(stream)));
   });
   m.def("value_loss_fwd_cuda", [](const ValueBatch& in, Address sums, Address stream) {
     check(value_loss_fwd_cuda(in, at<double>(sums), at<void>(stream)));

@@ -102,7 +102,7 @@ enum PolicySum { kLoss, kTokens, kLow, kHigh, kDual, kClamped, kK1Sum, kK3Sum, k
 struct PolicyBatch {
   Layout layout;
   Column logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights;
-  Scalar clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef;
+  Scalar clip_low, clip_high, dual_clip, limit, entropy_coef, kl_coef;  // limit: max_log_ratio
   Share share;
   int estimator;
   bool sequence_ratio;
@@ -112,7 +112,7 @@ struct PolicyBatch {
 
 TPPO_HD inline PolicyScalars scalars_of(const PolicyBatch& in) {
   return {float(1.0 - value_of(in.clip_low)), float(1.0 + value_of(in.clip_high)),
-          float(value_of(in.dual_clip)), float(value_of(in.max_log_ratio)),
+          float(value_of(in.dual_clip)), float(value_of(in.limit)),
           float(value_of(in.entropy_coef)), float(value_of(in.kl_coef))};
 }
 

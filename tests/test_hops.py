@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import OPS, missing
+from tppo_kernels._core.record import flat
 
 LIBRARY = str(Path(tk.__file__).parent)
 WRAPPERS = {"keywords.py", "eager.py"}  # of a public function, and `Function.apply` itself
 CHECK = "int64_within"  # of the values of labels; no kernel
 MOST = 4  # hops from the public function to the kernel
+# One hop, the choice of a backend: `Op` gives a call to the dispatcher, which gives it back to it.
+# Only the operators that register their gradient with torch go that way in eager mode.
+DISPATCHED = ["_core/op.py:kernel", "_core/op.py:call"]
 GRADIENTS = [name for name in OPS if hasattr(torch.ops.tppo_kernels, f"{name}_bwd")]
 CPU = [(name, backend) for name, op in OPS.items() for backend in op.order["cpu"]
        if not missing(backend)]
@@ -80,9 +86,9 @@ class Calls:
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if str(path).startswith(LIBRARY) and path.name not in WRAPPERS:
-                name = f"{path.parent.name}/{path.name}:{frame.f_code.co_name}"
-                if path.name != "op.py" or not names or "/op.py:" not in names[-1]:
-                    names.append(name)  # what `Op` does before the backend is one hop
+                names.append(f"{path.parent.name}/{path.name}:{frame.f_code.co_name}")
+                if names[-2:] == DISPATCHED:
+                    names.pop()
             frame = frame.f_back
         self.stacks.setdefault(kernel, names[::-1])
 
@@ -130,3 +136,38 @@ def test_a_call_behind_a_profile_is_plain_again():
     assert all(map(torch.equal, profiled, plain))
     names, = (names for kernel, names in calls.stacks.items() if kernel.endswith("gae_fwd"))
     assert not any("lambda" in name for name in names)  # what the dispatcher would call
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that torch's own operations make inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tensors(result))])
+        return result
+
+
+@pytest.mark.parametrize("name", ("linear_logprobs", "linear_ppo_loss"))
+def test_the_kernel_of_other_devices_makes_no_logits_of_all_rows(name, monkeypatch):
+    """That of MPS, of XPU, of any that is not a CPU or an NVIDIA GPU; here it gets CPU tensors."""
+    function, args, options = call_of(name)
+    op, given = OPS[name], []
+    choose = op.choose
+
+    def noted(device, call, *rest):
+        given.append(call)
+        return choose(device, call, *rest)
+
+    monkeypatch.setattr(op, "choose", noted)
+    expected = function(*args, **options, memory=1)  # bytes: one row at a time
+    raw = getattr(torch.ops.tppo_kernels, f"{name}_fwd").default
+    other = DispatchKeySet(DispatchKey.XPU)
+    with torch.no_grad(), Largest() as made:
+        found = raw.redispatch(other, *flat(given[0]))
+    torch.testing.assert_close(found[0], expected[0])
+    assert 0 < made.numel < given[0].inputs.targets.numel() * args[1].shape[0]
+    with torch.no_grad(), tk.use_backend("reference"), Largest() as made:
+        raw.redispatch(other, *flat(given[0]))
+    assert made.numel >= given[0].inputs.targets.numel() * args[1].shape[0]

@@ -103,7 +103,7 @@ class Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, calls, *_):
         for function, given in calls:
-            result = _op._given(function, given)
+            result = function(given)
         result = result if isinstance(result, tuple) else (result,)
         ctx.save_for_backward(*result)
         return result

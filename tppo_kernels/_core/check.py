@@ -187,8 +187,10 @@ class Check:
 
         Returns a Tensor or None (typed Any: callers rebind the argument).
         """
-        self.tensor(name, value, f"{self.tokens(cu_seqlens)} | B | B 1", optional=optional)
-        if value is None or value.dim() == 1 or value.shape[1] != 1 or self.sizes.get("T") == 1:
+        if value is None and optional:
+            return None
+        self.tensor(name, value, f"{self.tokens(cu_seqlens)} | B | B 1")
+        if value.dim() == 1 or value.shape[1] != 1 or self.sizes.get("T") == 1:
             return value
         value, batch = value[:, 0], self.sizes["B"]
         if cu_seqlens is None or surely(self.sizes["N"] != batch):

@@ -1,8 +1,8 @@
 """The machinery of every operator: raw ops, their fakes and references, the choice of backend.
 
 An operator owns raw ops `tppo_kernels::<op>_fwd` and `<op>_bwd`: functional, schema and fake in
-Python, the reference as default kernel. On CPU and CUDA a chooser stands before it: the first
-backend in order that is here and does not refuse the arguments runs; what it passed is logged once.
+Python. Their kernel is a chooser: of the backends in the order of the device, the first that is
+here and does not refuse the arguments runs; what it passed is logged once.
 Plain eager calls go to the chooser past the dispatcher, which costs more than some kernels.
 """
 
@@ -12,20 +12,21 @@ import importlib
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from .backends import BACKENDS, RARE, forced, interpreting, missing, variable
 from .eager import plain_device
-from .record import build, flat
-from .record import schema as arguments
+from .record import Record, build, flat, schema
 
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("tppo_kernels", "DEF")
 _log = logging.getLogger("tppo_kernels")
 _explaining = ContextVar("_explaining", default=False)
 _said: set[tuple] = set()
+OTHER = "other devices"  # than a CPU or an NVIDIA GPU: plain torch runs there
 
 
 class BackendError(RuntimeError):
@@ -47,47 +48,39 @@ class _Explained(Exception):
     """Carries the explanation out of a dispatch that `explain` started; nothing has run."""
 
 
-def _given(function: Callable, call: tuple) -> Any:
-    """Gives a record as it is; arguments of a raw op without one are spread."""
-    return function(*call) if type(call) is tuple else function(call)
-
-
 class Op:
     """One operator: the order of its backends by device, and its raw ops."""
 
-    def __init__(self, name: str, cpu: tuple = ("reference",), cuda: tuple = ("reference",)):
-        self.name, self.order = name, {"cpu": cpu, "cuda": cuda}
+    def __init__(self, name: str, cpu: tuple = ("reference",), cuda: tuple = ("reference",),
+                 other: tuple = ("reference",)):
+        self.name, self.order = name, {"cpu": cpu, "cuda": cuda, OTHER: other}
         self._modules: dict[str, Any] = {}
         OPS[name] = self
 
-    def define(self, schema: str, reference: Callable, fake: Callable,
-               check_values: Callable | None = None, *, record: Any = None,
-               registers_autograd: bool = False) -> Callable:
+    def define(self, signature: str, reference: Callable, fake: Callable,
+               check_values: Callable | None = None, *, record: type[Record],
+               registers_autograd: bool = False) -> Callable[[Record], Any]:
         """Registers a raw op, such as "gae_fwd -> (Tensor, Tensor)", with the fields of `record` as
         its arguments; returns what calls it with a record, and records no gradient by itself.
 
         `check_values` reads values: where that is free (CPU), and on a GPU under TPPO_CHECK=1.
         """
-        raw = schema.split("(")[0].split(" ")[0]
+        raw, returns = signature.split(" ", 1)
         entry = raw.rpartition("_")[2]
-        if record:
-            schema = schema.replace(raw, f"{raw}({arguments(record)})", 1)
 
-        def of(args: tuple) -> tuple:
-            return build(record, args) if record else args
-
-        def ready(device: str, call: tuple) -> Callable:
+        def ready(device: str, given: Record) -> Callable:
             if check_values and (device == "cpu" or variable("TPPO_CHECK") == "1"):
-                _given(check_values, call)
-            function = self.choose(device, call, entry, reference)
-            return function if record else lambda args: function(*args)
+                check_values(given)
+            return self.choose(device, given, entry, reference)
 
-        def kernel(device: str, args: tuple) -> Any:
-            given = of(args)
+        def kernel(device: str, *args: Any) -> Any:
+            given = build(record, args)
             return ready(device, given)(given)
 
-        def call(given: tuple) -> Any:
+        def call(given: Record) -> Any:
             args = flat(given)
+            if registers_autograd:
+                return dispatched(*args)
             device = plain_device(args)
             if device is None:
                 with torch.no_grad():
@@ -99,16 +92,13 @@ class Op:
             finally:
                 torch._C._set_grad_enabled(graded)
 
-        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIB.impl(raw, lambda *args: _given(reference, of(args)), "CompositeExplicitAutograd")
-        for device in ("cpu", "cuda"):
-            _LIB.impl(raw, lambda *args, _device=device: kernel(_device, args), device.upper())
-        torch.library.register_fake(f"tppo_kernels::{raw}", lambda *args: _given(fake, of(args)),
-                                    lib=_LIB)
+        _LIB.define(f"{raw}({schema(record)}) {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        for key, device in (("CPU", "cpu"), ("CUDA", "cuda"), ("CompositeExplicitAutograd", OTHER)):
+            _LIB.impl(raw, partial(kernel, device), key)
+        torch.library.register_fake(f"tppo_kernels::{raw}",
+                                    lambda *args: fake(build(record, args)), lib=_LIB)
         dispatched = getattr(torch.ops.tppo_kernels, raw).default
-        if registers_autograd:
-            return (lambda given: dispatched(*flat(given))) if record else dispatched
-        return call if record else lambda *args: call(args)
+        return call
 
     def choose(self, device: str, call: tuple, entry: str, reference: Callable) -> Callable:
         """`entry` of the forced backend, or of the first of the order that does not refuse."""
@@ -143,11 +133,10 @@ class Op:
                         "Python starts")
         reason = missing(backend)
         if reason is None:
-            module = self._modules.get(backend)
-            if module is None:
-                module = importlib.import_module(f"tppo_kernels.ops.{self.name}._{backend}")
-                self._modules[backend] = module
-            reason = _given(module.supports, call)
+            if backend not in self._modules:
+                self._modules[backend] = importlib.import_module(
+                    f"tppo_kernels.ops.{self.name}._{backend}")
+            reason = self._modules[backend].supports(call)
         return reason
 
 

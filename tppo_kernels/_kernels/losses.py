@@ -1,5 +1,5 @@
 """What the backends of `ppo_loss` and `value_loss` share: how a batch lies in memory, and the
-denominators of its reduction; for the compiled ones also the structs of csrc/loss.h as tuples."""
+denominators of its reduction."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from .._core.check import Reduction
-from .._core.record import flat
-from .memory import address, refuses_fp64
+from .memory import refuses_fp64
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
-SCALARS = {**DTYPES, torch.float64: 3, torch.int64: 4, torch.int32: 5}  # ScalarType of csrc/loss.h
 ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
 ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
 
 
 def supports(call: tuple) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(flat(call)[:7])  # the tensors of tokens come first
+    # the tensors of tokens come first in a record, and in the terms of one
+    return refuses_fp64((*call[:4], *getattr(call, "terms", ())[:4]))
 
 
 class Share(NamedTuple):
@@ -119,33 +117,6 @@ def pair(x: Tensor | float | None, absent: float = 0.0) -> tuple[float, Tensor |
 def policy_numbers(formula: Sequence) -> list[tuple[float, Tensor | None]]:
     """The six scalars of `ppo_loss` as a kernel takes them; no dual clip is an infinite one."""
     return [pair(x, math.inf) for x in formula[:6]]
-
-
-def layout_tuple(batch: Batch) -> tuple[int, ...]:
-    """The struct Layout."""
-    return (batch.batch, batch.tokens, batch.total, address(batch.cu_seqlens),
-            address(batch.mask), batch.mask_stride)
-
-
-def column_tuples(batch: Batch) -> list[tuple[int, int, int, int]]:
-    """The structs Column."""
-    return [(0, 0, 0, 1) if x is None else (x.data_ptr(), DTYPES[x.dtype], stride, step)
-            for x, stride, step in zip(batch.columns, batch.strides, batch.steps, strict=True)]
-
-
-def share_tuple(share: Share, alive: list) -> tuple:
-    """The struct Share; tensors whose addresses are in it go to `alive`."""
-    return (share.count_of, scalar_tuple(pair(share.denominator), alive),
-            scalar_tuple(pair(share.length), alive), share.by_length)
-
-
-def scalar_tuple(x: tuple[float, Tensor | None], alive: list) -> tuple[float, int, int]:
-    """The struct Scalar."""
-    value, there = x
-    if there is None:
-        return value, 0, 0
-    alive.append(there)
-    return value, there.data_ptr(), SCALARS[there.dtype]
 
 
 def workspace(like: Tensor) -> Tensor:

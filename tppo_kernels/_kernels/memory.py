@@ -11,7 +11,7 @@ FP64 = "fp64 is computed in plain torch only"
 def refuses_fp64(call: tuple) -> str | None:
     """The reason for refusing, where one of a record's fields is a tensor of fp64 with a size."""
     for x in call:
-        if isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim():
+        if x is not None and isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim():
             return FP64
     return None
 

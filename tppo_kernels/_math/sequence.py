@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._core.check import Reduction
 from .._core.packed import sequence_index
@@ -32,7 +33,7 @@ def detached(x: Optional) -> Optional:
 
     Dynamo refuses an `autograd.Function` that gets one tensor twice: each detach is another one.
     """
-    if x is None or not (x.requires_grad or torch.compiler.is_compiling()):
+    if x is None or not (x.requires_grad or is_compiling()):
         return x
     return x.detach()
 

@@ -27,7 +27,7 @@ from . import reference
 from .reference import FrozenGradient, LinearLogprobsCall, LinearLogprobsGradient
 
 _op = Op("linear_logprobs", cpu=("cpp", "chunked", "reference"),
-         cuda=("triton", "chunked", "reference"))
+         cuda=("triton", "chunked", "reference"), other=("chunked", "reference"))
 TENSORS = 9  # of `LinearInputs`, one by one, before the numbers that autograd does not save
 LEARNT = (0, 1, 4)  # hidden, weight and bias among them
 LEARNERS = "only hidden, weight and bias are differentiable here"
@@ -153,6 +153,10 @@ def by_input(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     return tuple(results)
 
 
+# Not an `autograd.Function`, as the other operators have: forward returns tensors of a size that it
+# finds itself, the number of valid rows, and one that saves such a tensor for backward cannot be
+# traced by `torch.compile(fullgraph=True)`.  The dispatcher, which every call goes through for it,
+# costs some 20 us, and a call here takes milliseconds.
 torch.library.register_autograd("tppo_kernels::linear_logprobs_fwd", _backward,
                                 setup_context=_setup_context, lib=_LIB)
 

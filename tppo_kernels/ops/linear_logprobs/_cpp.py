@@ -11,7 +11,7 @@ from ... import _C
 from ..._core.record import flat
 from ..._kernels.memory import refuses_fp64
 from ..._math.kept import Stats
-from ..token_logprobs._cpp import TokenRows, addresses
+from ..token_logprobs._cpp import addresses, rows_of
 from ..token_logprobs._cpp import fwd as stats
 from ..token_logprobs.reference import TokenLogprobsCall
 from . import _chunked
@@ -31,20 +31,20 @@ def supports(call: tuple) -> str | None:
 def _exponentials(rows: Rows) -> Stats:
     count, out = rows.x.shape[0], rows.exponentials
     assert out is not None
-    given = TokenRows(rows.call())
+    given, alive = rows_of(rows.call())
     found = [rows.x.new_empty(count) for _ in range(4)]
     logprobs, entropy, top, log_sum = (x.data_ptr() for x in found)
-    _C.token_logprobs_fwd(given.tuple, logprobs, entropy, top, log_sum)
-    _C.linear_exponentials(given.tuple, top, out.dtype == torch.float16, out.data_ptr())
+    _C.token_logprobs_fwd(given, logprobs, entropy, top, log_sum)
+    _C.linear_exponentials(given, top, out.dtype == torch.float16, out.data_ptr())
     return Stats(*found)
 
 
 def _gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
     """In place or not: each block of a row is read before it is written."""
     too_much = at_column_0(slopes, rows)
-    call = TokenRows(rows.call())
-    given, alive = addresses(*slopes[:2], *stats[1:4])
-    _C.token_logprobs_bwd(call.tuple, *given, rows.x.shape[1], out.data_ptr())
+    given, alive = rows_of(rows.call())
+    numbers, dense = addresses(*slopes[:2], *stats[1:4])
+    _C.token_logprobs_bwd(given, *numbers, rows.x.shape[1], out.data_ptr())
     if too_much is not None:
         out[:, :1] -= too_much
 
@@ -53,9 +53,9 @@ def _gradient_of_exponentials(slopes: Slopes, rows: Rows, stats: Stats, out: Ten
     chunk = rows.chunk
     here = (chunk.targets if chunk.owned is None
             else torch.where(chunk.owned, chunk.targets, -1))
-    given, alive = addresses(*slopes[:2], *stats[:4])
-    call = TokenRows(TokenLogprobsCall(rows.x, here, None, chunk.scaling, None))
-    _C.linear_gradient(call.tuple, *given, out.data_ptr())
+    given, alive = rows_of(TokenLogprobsCall(rows.x, here, None, chunk.scaling, None))
+    numbers, dense = addresses(*slopes[:2], *stats[:4])
+    _C.linear_gradient(given, *numbers, out.data_ptr())
 
 
 STEPS = _chunked.Steps(stats, _exponentials, _gradient, _gradient_of_exponentials)

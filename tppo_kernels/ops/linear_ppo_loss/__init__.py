@@ -34,7 +34,7 @@ from . import reference
 from .reference import LinearPolicyLossCall, LinearPolicyLossGradient
 
 _op = Op("linear_ppo_loss", cpu=("cpp", "chunked", "reference"),
-         cuda=("triton", "chunked", "reference"))
+         cuda=("triton", "chunked", "reference"), other=("chunked", "reference"))
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -112,6 +112,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     return by_input(ctx, _bwd(LinearPolicyLossGradient._make(arguments)))
 
 
+# Not an `autograd.Function`: see `linear_logprobs`.
 torch.library.register_autograd("tppo_kernels::linear_ppo_loss_fwd", _backward,
                                 setup_context=_setup_context, lib=_LIB)
 

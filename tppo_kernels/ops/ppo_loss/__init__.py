@@ -158,9 +158,8 @@ def check_terms(
     denominators = check.reduction(reduction, num_tokens, num_sequences, norm_length, cu_seqlens)
     if ref is None and not isinstance(kl_coef, Tensor):
         require(check.op, "ref_logprobs", "kl_coef", kl_coef)
-    tensors = tuple(detached(x) for x in (old, advantages, ref, weights))
-    return PolicyTerms(tensors[0], tensors[1], tensors[2], tensors[3], checked, denominators,
-                       cu_seqlens)
+    return PolicyTerms(detached(old), detached(advantages), detached(ref), detached(weights),
+                       checked, denominators, cu_seqlens)
 
 
 def check_values(op: str, terms: PolicyTerms) -> None:
@@ -212,8 +211,8 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, call):
         needed = ctx.needs_input_grad
-        loss, dlogprobs, dentropy, metrics, scale = _fwd(call._replace(
-            logprobs=logprobs, entropy=entropy, grad_logprobs=needed[0], grad_entropy=needed[1]))
+        loss, dlogprobs, dentropy, metrics, scale = _fwd(PolicyLossCall(
+            logprobs, entropy, call.mask, call.terms, needed[0], needed[1]))
         ctx.dtypes = (logprobs.dtype, loss.dtype if entropy is None else entropy.dtype)
         ctx.save_for_backward(logprobs if needed[0] else None, entropy if needed[1] else None,
                               scale, dlogprobs, dentropy)

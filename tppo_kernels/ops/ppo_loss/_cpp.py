@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._kernels.losses import (
-    DTYPES,
-    arrange,
-    column_tuples,
-    layout_tuple,
-    like_slopes,
-    policy_numbers,
-    scalar_tuple,
-    share_of,
-    share_tuple,
-    supports,
-)
+from ..._kernels import structs
+from ..._kernels.losses import arrange, like_slopes, policy_numbers, share_of, supports
+from ..._kernels.structs import Column, Layout, Scalar, Share
 from ..._math.sequence import KL_ESTIMATORS
 from . import reference
 from .reference import METRICS, PolicyLossCall, PolicyLossGradient, columns_of
 
-__all__ = ["Call", "bwd", "fwd", "supports"]
+__all__ = ["Call", "PolicyBatch", "bwd", "fwd", "supports"]
+
+
+class PolicyBatch(NamedTuple):
+    """The struct of csrc/ppo_loss.h, of those of csrc/loss.h; results are addresses."""
+
+    layout: Layout
+    logprobs: Column  # this and the next five: [B, T], [N] or [B]
+    old_logprobs: Column
+    advantages: Column
+    entropy: Column
+    ref_logprobs: Column
+    weights: Column
+    clip_low: Scalar
+    clip_high: Scalar
+    dual_clip: Scalar  # infinite: none
+    limit: Scalar  # of |logprob - old_logprob|
+    entropy_coef: Scalar
+    kl_coef: Scalar
+    share: Share
+    estimator: int  # of KL_ESTIMATORS
+    sequence_ratio: bool
+    dlogprobs: int  # [N], or none
+    dentropy: int  # [N], or none
+    loss: int  # []
+    metrics: int  # [11]
+    scale: int  # []
 
 
 class Call:
-    """The C++ struct PolicyBatch of a call, the results that it fills, and what it points to."""
+    """The struct of a call, the results that it fills, and what it points to."""
 
     def __init__(self, call: PolicyLossCall):
         terms, formula, logprobs = call.terms, call.terms.formula, call.logprobs
@@ -37,7 +56,6 @@ class Call:
         batch = arrange(columns_of(call), call.mask, terms.cu_seqlens,
                         share.of_sequences or sequence)
         alive: list[Tensor | None] = []
-        scalars = [scalar_tuple(x, alive) for x in policy_numbers(formula)]
 
         def empty(size) -> Tensor:
             return torch.empty(size, dtype=torch.float32, device=logprobs.device)
@@ -45,13 +63,14 @@ class Call:
         self.loss, self.metrics, self.scale = empty(()), empty(METRICS), empty(())
         self.dlogprobs = empty(logprobs.shape if grad_logprobs else 0)
         self.dentropy = empty(logprobs.shape if grad_entropy else 0)
-        out = [self.dlogprobs.data_ptr() if grad_logprobs else 0,
-               self.dentropy.data_ptr() if grad_entropy else 0, self.loss.data_ptr(),
-               self.metrics.data_ptr(), self.scale.data_ptr()]
         self.alive = (batch, alive)
-        self.arguments = (layout_tuple(batch), column_tuples(batch), scalars,
-                          share_tuple(share, alive), KL_ESTIMATORS.index(formula.kl_estimator),
-                          sequence, out)
+        self.struct = PolicyBatch._make((
+            structs.layout(batch), *structs.columns(batch),
+            *(structs.scalar(x, alive) for x in policy_numbers(formula)),
+            structs.share(share, alive), KL_ESTIMATORS.index(formula.kl_estimator), sequence,
+            self.dlogprobs.data_ptr() if grad_logprobs else 0,
+            self.dentropy.data_ptr() if grad_entropy else 0, self.loss.data_ptr(),
+            self.metrics.data_ptr(), self.scale.data_ptr()))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `reference.fwd` returns."""
@@ -63,7 +82,7 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if call.logprobs.numel() == 0:
         return reference.fwd(call)
     given = Call(call)
-    _C.ppo_loss_fwd(*given.arguments, torch.get_num_threads())
+    _C.ppo_loss_fwd(given.struct, torch.get_num_threads())
     return given.results()
 
 
@@ -74,7 +93,6 @@ def bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
     for given, dtype in ((call.dlogprobs, call.logprobs_dtype),
                          (call.dentropy, call.entropy_dtype)):
         slopes, out = like_slopes(given, dtype)
-        _C.loss_bwd((slopes.data_ptr(), slopes.numel(), DTYPES[dtype], out.data_ptr()), factor,
-                    threads)
+        _C.loss_bwd(structs.slopes(slopes, out), factor, threads)
         results.append(out)
     return results[0], results[1]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
+from ..._kernels import structs
 from ..._kernels.launch import current_stream, launching_on
-from ..._kernels.losses import DTYPES, like_slopes, supports, workspace
+from ..._kernels.losses import like_slopes, supports, workspace
 from . import reference
 from ._cpp import Call
 from .reference import PolicyLossCall, PolicyLossGradient
@@ -27,7 +28,7 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with launching_on(logprobs):
         given = Call(call)
         room = workspace(logprobs)
-        _C.ppo_loss_fwd_cuda(*given.arguments, room.data_ptr(), current_stream(logprobs))
+        _C.ppo_loss_fwd_cuda(given.struct, room.data_ptr(), current_stream(logprobs))
     return given.results()
 
 
@@ -38,8 +39,6 @@ def bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
     grad_loss = call.grad_loss.to(torch.float32)
     with launching_on(slopes):
         _C.loss_bwd_cuda(
-            (slopes.data_ptr(), slopes.numel(), DTYPES[call.logprobs_dtype], dlogprobs.data_ptr()),
-            (entropy_slopes.data_ptr(), entropy_slopes.numel(), DTYPES[call.entropy_dtype],
-             dentropy.data_ptr()),
+            structs.slopes(slopes, dlogprobs), structs.slopes(entropy_slopes, dentropy),
             grad_loss.data_ptr(), call.scale.data_ptr(), current_stream(slopes))
     return dlogprobs, dentropy

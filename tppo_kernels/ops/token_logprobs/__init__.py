@@ -55,8 +55,8 @@ def _check_fwd(call: TokenLogprobsCall) -> None:
     logits, targets, mask, (temperature, softcap, logit_scale), valid_vocab = call
     op, columns = "token_logprobs", logits.shape[-1] if valid_vocab is None else valid_vocab
     values_between(op, "targets", targets, 0, columns - 1, mask)
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        values_between(op, name, value, 0.0, FP32_MAX, mask, open_low=True)
+    values_between(op, "temperature", temperature, 0.0, FP32_MAX, mask, open_low=True)
+    values_between(op, "softcap", softcap, 0.0, FP32_MAX, mask, open_low=True)
     values_between(op, "logit_scale", logit_scale, -FP32_MAX, FP32_MAX, mask)
 
 
@@ -80,7 +80,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, call):
-        logprobs, entropy, top, log_sum = _fwd(call._replace(logits=logits))
+        logprobs, entropy, top, log_sum = _fwd(TokenLogprobsCall(logits, *call[1:]))
         ctx.valid_vocab = call.valid_vocab
         ctx.save_for_backward(logits, call.targets, call.mask, *call.scaling, entropy, top, log_sum)
         ctx.set_materialize_grads(False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._core.record import flat
 from ..._kernels.memory import address, refuses_fp64
 from .reference import TokenLogprobsCall, TokenLogprobsGradient
 
@@ -16,28 +17,47 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype o
 
 def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(flat(call)[:3])  # the logits, and the gradients that come in
+    logits = call.logits if isinstance(call, TokenLogprobsCall) else call.call.logits
+    return refuses_fp64((logits,))
 
 
-class TokenRows:
-    """The C++ struct TokenRows of a call, as a tuple, and what keeps its addresses alive."""
+class TokenRows(NamedTuple):
+    """The struct of csrc/kernels.h: addresses are 0 for none, row i of the logits is at
+    (i / inner) * outer_stride + (i % inner) * inner_stride elements."""
 
-    def __init__(self, call: TokenLogprobsCall):
-        x, columns = call.logits.detach(), call.valid_vocab
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            x = x.contiguous()
-        x = x.reshape(1, 1, -1) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
-        target = call.targets.reshape(-1).long().contiguous()  # [N]
-        valid = None if call.mask is None else call.mask.reshape(-1).contiguous()  # [N]
-        temperature, softcap, logit_scale = call.scaling
-        by_row = temperature.reshape(-1).double().contiguous() if temperature.dim() else None
-        self.alive = (x, target, valid, by_row)
-        self.tuple = (x.data_ptr(), DTYPES[x.dtype], target.shape[0],
-                      x.shape[-1] if columns is None else columns,
-                      x.shape[1], x.stride(0), x.stride(1), target.data_ptr(), address(valid),
-                      address(by_row), 1.0 if by_row is not None else float(temperature),
-                      0.0 if softcap is None else float(softcap), float(logit_scale),
-                      torch.get_num_threads())
+    logits: int
+    dtype: int
+    N: int
+    columns: int  # live ones
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    targets: int  # [N] int64
+    mask: int  # [N] bool
+    row_temperature: int  # [N] fp64
+    temperature: float
+    softcap: float  # 0: none
+    logit_scale: float
+    threads: int
+
+
+def rows_of(call: TokenLogprobsCall) -> tuple[TokenRows, tuple[Tensor | None, ...]]:
+    """The struct of a call, and what keeps its addresses alive."""
+    x, columns = call.logits.detach(), call.valid_vocab
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    x = x.reshape(1, 1, -1) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
+    target = call.targets.reshape(-1).long().contiguous()  # [N]
+    valid = None if call.mask is None else call.mask.reshape(-1).contiguous()  # [N]
+    temperature, softcap, logit_scale = call.scaling
+    by_row = temperature.reshape(-1).double().contiguous() if temperature.dim() else None  # [N]
+    rows = TokenRows(
+        x.data_ptr(), DTYPES[x.dtype], target.shape[0],
+        x.shape[-1] if columns is None else columns, x.shape[1], x.stride(0), x.stride(1),
+        target.data_ptr(), address(valid), address(by_row),
+        1.0 if by_row is not None else float(temperature),
+        0.0 if softcap is None else float(softcap), float(logit_scale), torch.get_num_threads())
+    return rows, (x, target, valid, by_row)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -53,10 +73,11 @@ def addresses(*tensors: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
 
 def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`."""
-    rows, logits = TokenRows(call), call.logits
+    rows, alive = rows_of(call)
+    logits = call.logits
     logprobs, entropy, top, log_sum = (
         logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
-    _C.token_logprobs_fwd(rows.tuple, logprobs.data_ptr(), entropy.data_ptr(), top.data_ptr(),
+    _C.token_logprobs_fwd(rows, logprobs.data_ptr(), entropy.data_ptr(), top.data_ptr(),
                           log_sum.data_ptr())
     return logprobs, entropy, top, log_sum
 
@@ -64,7 +85,8 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def bwd(backward: TokenLogprobsGradient) -> Tensor:
     """The gradient by logits; see `reference.bwd`."""
     g_logprobs, g_entropy, call, *kept = backward  # kept: entropy, top, log_sum
-    rows, grad = TokenRows(call), call.logits.new_empty(call.logits.shape)
-    given, alive = addresses(g_logprobs, g_entropy, *kept)
-    _C.token_logprobs_bwd(rows.tuple, *given, call.logits.shape[-1], grad.data_ptr())
+    rows, alive = rows_of(call)
+    grad = call.logits.new_empty(call.logits.shape)
+    given, numbers = addresses(g_logprobs, g_entropy, *kept)
+    _C.token_logprobs_bwd(rows, *given, call.logits.shape[-1], grad.data_ptr())
     return grad

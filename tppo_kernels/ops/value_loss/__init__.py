@@ -14,7 +14,6 @@ from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
-from ..._core.record import build, flat
 from ..._kernels.values import values_between
 from ..._math.sequence import compute_dtype, detached
 from . import reference
@@ -115,14 +114,16 @@ _bwd = _op.define("value_loss_bwd -> Tensor", reference.bwd,
 
 
 class _ValueLoss(torch.autograd.Function):
-    """Forward keeps the derivative; backward multiplies it by the incoming gradient."""
+    """Forward keeps the derivative; backward multiplies it by the incoming gradient.
+
+    The values come apart from the record, because autograd sees no tensor inside one.
+    """
 
     @staticmethod
-    def forward(ctx, *args):
-        call = build(ValueLossCall, args)
-        loss, dvalues, metrics, scale = _fwd(call)
-        ctx.dtype = call.values.dtype
-        ctx.save_for_backward(call.values, scale, dvalues)
+    def forward(ctx, values, call):
+        loss, dvalues, metrics, scale = _fwd(ValueLossCall(values, *call[1:]))
+        ctx.dtype = values.dtype
+        ctx.save_for_backward(values, scale, dvalues)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
@@ -130,8 +131,7 @@ class _ValueLoss(torch.autograd.Function):
     @first_only(1)
     def backward(ctx, grad_loss, _):
         _, scale, dvalues = ctx.saved_tensors
-        return (_bwd(ValueLossGradient(grad_loss, scale, dvalues, ctx.dtype)),
-                *[None] * (len(ctx.needs_input_grad) - 1))
+        return _bwd(ValueLossGradient(grad_loss, scale, dvalues, ctx.dtype)), None
 
 
 @suggests
@@ -177,7 +177,7 @@ def value_loss(
     grad = wanted(values)
     call = ValueLossCall(values, detached(returns), mask, old_values, bound, over, cu_seqlens, grad)
     if grad:
-        loss, metrics = recorded(_ValueLoss, *flat(call))
+        loss, metrics = recorded(_ValueLoss, values, call)
     else:
         loss, _, metrics, _ = _fwd(call)
     return ValueLoss(loss, ValueMetrics(*metrics.unbind()))

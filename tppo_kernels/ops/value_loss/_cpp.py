@@ -9,18 +9,9 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._kernels.losses import (
-    DTYPES,
-    arrange,
-    column_tuples,
-    layout_tuple,
-    like_slopes,
-    pair,
-    scalar_tuple,
-    share_of,
-    share_tuple,
-    supports,
-)
+from ..._kernels import structs
+from ..._kernels.losses import arrange, like_slopes, pair, share_of, supports
+from ..._kernels.structs import Column, Layout, Scalar, Share
 from . import reference
 from .reference import ValueLossCall, ValueLossGradient
 
@@ -33,12 +24,12 @@ NO_CLIP = -1.0
 class ValueBatch(NamedTuple):
     """The struct of csrc/value_loss.h, of those of csrc/loss.h; results are addresses."""
 
-    layout: tuple[int, ...]
-    values: tuple[int, int, int, int]  # a column, as the next two
-    returns: tuple[int, int, int, int]
-    old_values: tuple[int, int, int, int]
-    clip: tuple[float, int, int]  # a scalar
-    share: tuple
+    layout: Layout
+    values: Column  # [B, T] or [N]
+    returns: Column  # [B, T] or [N]
+    old_values: Column  # [B, T] or [N]
+    clip: Scalar
+    share: Share
     dvalues: int  # [N]
     loss: int  # []
     metrics: int  # [6]
@@ -62,11 +53,11 @@ class Batch:
         self.dvalues = empty(values.shape if grad else 0)
         self.alive = (batch, alive)
         unclipped = clip is None or old_values is None
-        of_values, of_returns, of_old = column_tuples(batch)
+        of_values, of_returns, of_old = structs.columns(batch)
         self.struct = ValueBatch(
-            layout_tuple(batch), of_values, of_returns, of_old,
-            scalar_tuple(pair(None if unclipped else clip, NO_CLIP), alive),
-            share_tuple(share, alive), self.dvalues.data_ptr() if grad else 0,
+            structs.layout(batch), of_values, of_returns, of_old,
+            structs.scalar(pair(None if unclipped else clip, NO_CLIP), alive),
+            structs.share(share, alive), self.dvalues.data_ptr() if grad else 0,
             self.loss.data_ptr(), self.metrics.data_ptr(), self.scale.data_ptr())
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,6 +78,6 @@ def bwd(call: ValueLossGradient) -> Tensor:
     """The gradient of values in their dtype; see `reference.bwd`."""
     grad_loss, scale, dvalues, dtype = call
     slopes, out = like_slopes(dvalues, dtype)
-    _C.loss_bwd((slopes.data_ptr(), slopes.numel(), DTYPES[dtype], out.data_ptr()),
-                float(grad_loss) * float(scale), torch.get_num_threads())
+    _C.loss_bwd(structs.slopes(slopes, out), float(grad_loss) * float(scale),
+                torch.get_num_threads())
     return out

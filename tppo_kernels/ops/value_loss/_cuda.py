@@ -8,8 +8,9 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
+from ..._kernels import structs
 from ..._kernels.launch import current_stream, launching_on
-from ..._kernels.losses import DTYPES, like_slopes, supports, workspace
+from ..._kernels.losses import like_slopes, supports, workspace
 from . import reference
 from ._cpp import Batch
 from .reference import ValueLossCall, ValueLossGradient
@@ -35,7 +36,6 @@ def bwd(call: ValueLossGradient) -> Tensor:
     slopes, out = like_slopes(dvalues, dtype)
     grad_loss = grad_loss.to(torch.float32)
     with launching_on(slopes):
-        _C.loss_bwd_cuda(
-            (slopes.data_ptr(), slopes.numel(), DTYPES[dtype], out.data_ptr()), (0, 0, 0, 0),
-            grad_loss.data_ptr(), scale.data_ptr(), current_stream(slopes))
+        _C.loss_bwd_cuda(structs.slopes(slopes, out), structs.NO_SLOPES, grad_loss.data_ptr(),
+                         scale.data_ptr(), current_stream(slopes))
     return out
