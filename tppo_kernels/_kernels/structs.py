@@ -51,7 +51,7 @@ class Share(NamedTuple):
     """The denominators of a reduction: `losses.Share`."""
 
     count_of: int
-    count: Scalar
+    count: Scalar  # type: ignore[assignment]  # a tuple has a method of that name
     length: Scalar
     by_length: bool
 
@@ -60,7 +60,7 @@ class Slopes(NamedTuple):
     """Derivatives that backward scales into `out`."""
 
     slopes: int  # [count]
-    count: int
+    count: int  # type: ignore[assignment]
     dtype: int  # of `out`, of DTYPES
     out: int  # [count]
 
