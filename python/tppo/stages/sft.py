@@ -21,6 +21,7 @@ from tppo.models.vocabulary import check_embeddings
 from tppo.progress import say
 from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.free_memory import check_memory
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.run import Run
@@ -35,10 +36,12 @@ def sft(run: Run) -> None:
         if run.config.model.gradient_checkpointing:
             recompute_layers(model)
         cap = answer_cap(tokenizer, train, run.config.generate)
+        examples, unseen = (_examples(tokenizer, model, part, cap) for part in (train, heldout))
+        check_memory(run, model, max(map(len, examples.prompts)), cap)
         result = train_sft(
             model,
-            _examples(tokenizer, model, train, cap),
-            _examples(tokenizer, model, heldout, cap),
+            examples,
+            unseen,
             run.config.sft,
             pad_id=tokenizer.pad_token_id,
             seed=run.seed,
