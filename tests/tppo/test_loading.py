@@ -106,6 +106,29 @@ def test_a_revision_is_of_a_hub_alone(tokenizer, tmp_path):
         locate(write(tmp_path / "given", tokenizer), "v1")
 
 
+def test_a_reward_model_has_a_revision_of_its_own(cache, tmp_path):
+    from tppo.config import Config
+    from tppo.errors import DataError
+    from tppo.methods.config import RewardModelConfig
+    from tppo.models.config import ModelConfig
+    from tppo.stages.run import Run
+
+    def found(**settings):
+        config = Config(reward_model=RewardModelConfig(**settings))
+        return Run(tmp_path, config).own_reward_model
+
+    assert found() is None
+    assert found(model="own/tiny") == cache / "snapshots" / COMMITS[0]
+    assert found(model="own/tiny", revision="old") == cache / "snapshots" / COMMITS[1]
+    with pytest.raises(DataError, match="--reward-model.revision was 'v1'; expected no revision"):
+        found(model=str(tmp_path), revision="v1")
+    with pytest.raises(DataError, match="revision was 'v1' and model None, expected the id"):
+        found(revision="v1")
+    lone = Run(tmp_path, Config(model=ModelConfig(revision="v1")))
+    with pytest.raises(DataError, match="--model.revision was 'v1' without --model, expected"):
+        lone.base  # noqa: B018
+
+
 def test_a_run_keeps_the_id_and_its_commit(cache, log, tmp_path):
     """run.yaml keeps the id, the manifest the commit; another commit runs the stage again."""
     out = tmp_path / "out"
@@ -144,7 +167,7 @@ def permuted(weight, heads):
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, tokenizer, model):
+def write_gguf(path, tokenizer, model, template=None):
     """The model as llama.cpp's converter writes it, with the tokenizer inside."""
     config, vocabulary = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     file = gguf.GGUFWriter(path, "llama")
@@ -166,6 +189,8 @@ def write_gguf(path, tokenizer, model):
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
     file.add_pad_token_id(0)
+    if template is not None:
+        file.add_chat_template(template)
     names = {"embed_tokens": "token_embd", "norm": "output_norm"}
     parts = {
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -47,6 +47,8 @@ class RewardModelConfig:
     model: Text | None = None
     """Local folder or id on the hub of a token classifier (or its trunk) with its tokenizer,
     whichever that is; by default the trunk and the tokenizer of the SFT model."""
+    revision: Text | None = None
+    """Branch, tag or commit of that model where it is an id of a hub."""
     epochs: Count = 3
     batch_size: Count = 32
     max_tokens: Count = MAX_TOKENS
@@ -71,6 +73,9 @@ class RewardModelConfig:
     def __post_init__(self) -> None:
         if self.local_weight == self.global_weight == 0:
             raise ValueError("local_weight, global_weight were 0, 0, expected one of them above 0")
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"revision was {self.revision!r} and model None, expected the id on "
+                             "the hub that it is a revision of")  # fmt: skip
 
 
 @section

@@ -35,11 +35,16 @@ def locate(
             return _fetch(str(given), revision, flag, pickles)
         raise DataError(f"{path}: no such file or folder; is the path right? {_EXPECTED}")
     if revision is not None:
-        raise DataError(f"{path}: a local model, and {flag}.revision was {revision!r}; expected no "
+        raise DataError(f"{path}: a local model, and {_flag(flag)} was {revision!r}; expected no "
                         "revision: only an id of a hub has some")  # fmt: skip
     if not path.is_dir() and not _is_gguf(path):
         raise DataError(f"{path}: a file, {_EXPECTED}")
     return path
+
+
+def _flag(model: str) -> str:
+    """The flag of a revision beside that of its model."""
+    return f"{model.removesuffix('.model')}.revision"
 
 
 def _is_gguf(path: Path) -> bool:
@@ -72,7 +77,7 @@ def _fetch(name: str, revision: str | None, flag: str, pickles: bool) -> Path:
         raise DataError(f"{which} is not found; is the name right? A private one needs `hf auth "
                         "login`") from None  # fmt: skip
     except errors.RevisionNotFoundError:
-        raise DataError(f"{name}: {flag}.revision was {revision!r}, expected a branch, tag or "
+        raise DataError(f"{name}: {_flag(flag)} was {revision!r}, expected a branch, tag or "
                         "commit that the hub has of it") from None  # fmt: skip
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         at = f" at {revision!r}" if revision else ""

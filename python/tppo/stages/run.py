@@ -73,18 +73,21 @@ class Run:
     @cached_property
     def base(self) -> Path | None:
         """The folder or GGUF file of --model.  Errors: DataError where there is none."""
-        if self.model is None:
-            return None
         config = self.config.model
+        if self.model is None:
+            if config.revision is not None:
+                raise DataError(f"--model.revision was {config.revision!r} without --model, "
+                                "expected the id on the hub that it is a revision of")  # fmt: skip
+            return None
         return locate(self.model, config.revision, pickles=config.allow_pickle)
 
     @cached_property
     def own_reward_model(self) -> Path | None:
         """The folder of --reward-model.model.  Errors: DataError where there is none."""
-        given = self.config.reward_model.model
-        if given is None:
+        config, pickles = self.config.reward_model, self.config.model.allow_pickle
+        if config.model is None:
             return None
-        return locate(given, flag="--reward-model.model", pickles=self.config.model.allow_pickle)
+        return locate(config.model, config.revision, flag="--reward-model.model", pickles=pickles)
 
     @cached_property
     def folder(self) -> RunFolder:
