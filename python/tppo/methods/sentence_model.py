@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tppo.methods.config import RewardModelConfig
@@ -21,9 +21,8 @@ from tppo.methods.reward_model import RELEVANT, LabelledAnswer, area_under_curve
 from tppo.models.batch import Batch, assembled
 from tppo.models.config import Prefix
 from tppo.models.guards import check_step, check_weights
-from tppo.rewards.sentence_model import SentenceModel
 
-REMEDY = "usually a smaller --reward-model.lr helps"
+REMEDY = "usually a smaller learning rate helps"
 
 
 class Pair(NamedTuple):
@@ -38,10 +37,13 @@ Example = LabelledAnswer | Pair
 
 
 class SentenceReader:
-    """A sentence model with how it reads answers, in parts of at most `max_tokens` tokens."""
+    """A sentence model with how it reads answers, in parts of at most `max_tokens` tokens.
+
+    model: a `SentenceModel`, or any other module that gives scores [B] of a batch.
+    """
 
     def __init__(
-        self, model: SentenceModel, pad_id: int, prefix: Prefix = "shared", max_tokens: int = 65_536
+        self, model: nn.Module, pad_id: int, prefix: Prefix = "shared", max_tokens: int = 65_536
     ):
         self.model, self.pad_id, self.prefix, self.max_tokens = model, pad_id, prefix, max_tokens
 
@@ -54,7 +56,7 @@ class SentenceReader:
                 row.response_ids,)  # fmt: skip
             prompts += [row.prompt_ids] * len(found)
             responses += found
-        device = self.model.head.weight.device
+        device = next(self.model.parameters()).device
         return Batch(prompts, responses, self.pad_id, device, self.prefix)
 
     @torch.no_grad()
@@ -109,18 +111,20 @@ def train_sentence_model(
     config: RewardModelConfig,
     *,
     seed: int,
+    name: str = "sentence model",
 ) -> list[dict[str, float]]:
     """Train on the labels of whole answers, or on pairs; a row of losses an epoch, from 0.
 
     Of `config` are used: epochs, batch_size, lr and grad_norm.  With held-out rows it stops one
-    epoch past the best and keeps that one's weights; without, after all epochs.
+    epoch past the best and keeps that one's weights; without, after all epochs.  `name` is what
+    errors call the model.
     Errors: ValueError without rows; GuardError where loss, gradients or weights are not finite.
     """
     if not train:
         raise ValueError("train was empty, expected labelled answers or pairs")
     assert config.lr is not None
     model, rng = reader.model, random.Random(seed)
-    check_weights("before sentence model step 1", {"sentence model": model})
+    check_weights(f"before {name} step 1", {name: model})
     optimizer = AdamW(model.parameters(), lr=config.lr)
     losses: list[float] = []
     held: list[float] = []
@@ -135,8 +139,8 @@ def train_sentence_model(
             loss = reader.backward(reader.batch(rows), _loss(rows))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
             step += 1
-            check_step(f"sentence model step {step}", {"sentence model": model}, {"loss": loss},
-                       {"sentence model": norm}, REMEDY)  # fmt: skip
+            check_step(f"{name} step {step}", {name: model}, {"loss": loss},
+                       {name: norm}, REMEDY)  # fmt: skip
             optimizer.step()
             total += loss.item() * len(rows)
         losses.append(total / len(train))
@@ -147,7 +151,7 @@ def train_sentence_model(
     else:
         for number in range(1, config.epochs + 1):
             epoch(number)
-    check_weights(f"after sentence model step {step}", {"sentence model": model})
+    check_weights(f"after {name} step {step}", {name: model})
     history: list[dict[str, float]] = [{"epoch": n, "loss": x} for n, x in enumerate(losses, 1)]
     if not held:
         return history
