@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tppo.evaluation.judge import CallableJudge, Judge, RuleJudge
     from tppo.methods.advantages import GAE, GRPO, RLOO, Advantage, Masks, TokenAdvantages
     from tppo.methods.config import PPOConfig
-    from tppo.models.config import GenerateConfig, ModelConfig
+    from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.function import FunctionReward
     from tppo.rewards.terminal import TerminalReward
@@ -29,7 +29,7 @@ _HOMES = {
     "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
     "tppo.methods.advantages": ("GAE", "GRPO", "RLOO", "Advantage", "Masks", "TokenAdvantages"),
     "tppo.methods.config": ("PPOConfig",),
-    "tppo.models.config": ("GenerateConfig", "ModelConfig"),
+    "tppo.models.config": ("AdapterConfig", "GenerateConfig", "ModelConfig"),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.function": ("FunctionReward",),
     "tppo.rewards.terminal": ("TerminalReward",),
@@ -42,6 +42,7 @@ __all__ = [
     "GAE",
     "GRPO",
     "RLOO",
+    "AdapterConfig",
     "Advantage",
     "Answers",
     "Artifact",

@@ -261,6 +261,10 @@ def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) ->
     elif label_task[0] == "export_batch" and not label_task[1].absolute().parent.is_dir():
         raise ValueError(f"--export-batch was {str(label_task[1])!r}, expected a file in a folder "
                          "that is there")  # fmt: skip
+    if run.config.lora.on:
+        from tppo.models.adapters import need_peft
+
+        need_peft()
     label = run.config.label
     if label.labeller != "endpoint":
         return

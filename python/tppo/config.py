@@ -10,7 +10,13 @@ from dataclasses import field, replace
 from tppo.evaluation.config import EvalConfig
 from tppo.labels.config import LabelConfig
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig, ModelConfig, Prefix, ScratchConfig
+from tppo.models.config import (
+    AdapterConfig,
+    GenerateConfig,
+    ModelConfig,
+    Prefix,
+    ScratchConfig,
+)
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import section
 
@@ -24,6 +30,7 @@ class Config:
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
@@ -39,6 +46,9 @@ def fill_defaults(config: Config, pretrained: bool) -> Config:
     )
     if config.reward_model.model is not None:
         reward_model = 1e-5
+    if config.lora.on:  # adapters learn at about ten times the rate of all weights
+        sft, reward_model = 10 * sft if pretrained else sft, 10 * reward_model
+        ppo = (10 * ppo[0], 10 * ppo[1])
     prompt_loss = config.sft.prompt_loss
     return replace(
         config,

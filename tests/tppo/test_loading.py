@@ -244,20 +244,53 @@ def test_a_damaged_gguf_file_is_named(log, tmp_path):
     assert "\n" not in str(stopped.value)
 
 
-def test_an_adapter_is_refused_with_the_way_out(tokenizer, log, tmp_path):
+def test_an_adapter_is_merged_into_its_base(tokenizer, log, tmp_path):
     """Read as a model it was frozen: `element 0 of tensors does not require grad` in SFT."""
-    base = write(tmp_path / "base", tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    message = "adapter: an adapter .* of .*base, expected a whole model; merge"
-    with pytest.raises(SystemExit, match=message):
-        main(["sft", "--out", str(log), "--model", str(tmp_path / "adapter"), *SMALL])
-    for name in ("config.json", "model.safetensors"):  # a trainer's folder with both
-        shutil.copy(base / name, tmp_path / "adapter")
+    base, folder = write(tmp_path / "base", tokenizer), tmp_path / "adapter"
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    adapted.save_pretrained(folder)
+    ids = torch.arange(5)[None]
+    expected, plain = (model(ids).logits for model in (adapted, load_policy(base, CPU)))
+    found = load_policy(folder, CPU)
+    torch.testing.assert_close(found(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - plain).abs().max() > 0.01
+    assert all(p.requires_grad for p in found.parameters())
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()  # the base's
+    assert load_reward_model(folder, CPU, new_head=True).num_labels == 3
+    main(["sft", "--out", str(log), "--model", str(folder), *SMALL])
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(base, tmp_path / "elsewhere" / "base")
+    message = "adapter_config.json: base_model_name_or_path is .*base.*: no such file or folder"
     for load in (load_policy, load_reward_model):
         with pytest.raises(ValueError, match=message):
-            load(tmp_path / "adapter", CPU)
+            load(folder, CPU)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    path = {"base_model_name_or_path": "../elsewhere/base"}  # from the adapter's folder
+    (folder / "adapter_config.json").write_text(json.dumps(config | path))
+    again = load_policy(folder, CPU)(ids).logits
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("adapter_config.json", "{", "adapter_config.json: Expecting .*; expected the JSON object"),
+    ("adapter_config.json", '{"peft_type": "LORA"}', "base_model_name_or_path was None"),
+    ("adapter_model.safetensors", "cut", "adapter: the adapter does not fit its base"),
+    ("adapter_model.safetensors", None, "the adapter has no adapter_model.safetensors"),
+])  # fmt: skip
+def test_a_damaged_adapter_is_named(tokenizer, tmp_path, name, text, message):
+    base, folder = write(tmp_path / "base", tokenizer), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2)).save_pretrained(folder)
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder, CPU)
 
 
 def test_pickled_weights_are_read_where_they_are_asked_for(tokenizer, log, tmp_path):

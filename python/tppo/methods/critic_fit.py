@@ -23,7 +23,7 @@ from tppo.methods.guards import check_reward
 from tppo.methods.optimizer import AdamW
 from tppo.methods.ppo import PPO
 from tppo.models.batch import Batch, assembled, pad_rows
-from tppo.models.guards import check_figures, check_step, check_weights
+from tppo.models.guards import check_figures, check_step, check_weights, trainable
 from tppo.models.rollout import RolloutBatch
 from tppo.progress import say
 from tppo.rewards import Questions
@@ -89,7 +89,7 @@ def fit_critic(ppo: PPO, questions: Questions, rollout: RolloutBatch) -> CriticF
     sides = [tuple(prompt) in held_out for prompt in rated.prompts]
     heldout, train = (rated.rows([i for i, side in enumerate(sides) if side == wanted])
                       for wanted in (True, False))  # fmt: skip
-    optimizer = AdamW(critic.parameters(), lr=ppo.config.critic_lr or 0.0)
+    optimizer = AdamW(trainable(critic), lr=ppo.config.critic_lr or 0.0)
     rng, explained = random.Random(f"{ppo.seed}/critic-order"), []
 
     def epoch(number: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tppo.models.policy import snapshot
+from tppo.models.policy import load_trained, snapshot
 
 
 def train_to_best(
@@ -25,5 +25,5 @@ def train_to_best(
         if not losses[-1] < min(losses[:-1]):
             break
         best = snapshot(model, best)
-    model.load_state_dict(best)
+    load_trained(model, best)
     return losses

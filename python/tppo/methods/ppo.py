@@ -50,7 +50,7 @@ from tppo.methods.optimizer import AdamW
 from tppo.methods.schedules import Schedules
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
-from tppo.models.guards import check_figures, check_step, check_weights
+from tppo.models.guards import check_figures, check_step, check_weights, trainable
 from tppo.models.parallel import ALONE, World
 from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling
@@ -108,7 +108,7 @@ class PPO:
         rates = self.schedules.rates(1)
         self.optimizer = AdamW(
             [
-                {"params": list(model.parameters()), "lr": rates[name]}
+                {"params": trainable(model), "lr": rates[name]}
                 for name, model in models.trained.items()
             ],
             lr=rates["policy"],
@@ -263,7 +263,7 @@ class PPO:
                 break
             updates += 1
         self.optimizer.zero_grad()  # their memory is free while the next responses are sampled
-        check_weights(f"after ppo step {self.step_count}", self.models.trained)
+        check_weights(f"after ppo step {self.step_count}", self.models.trained, trained=True)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         of_policy = 0 if self.schedules.critic_alone(self.step_count) else updates

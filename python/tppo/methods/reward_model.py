@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel
 import tppo_kernels as tk
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.optimizer import AdamW
+from tppo.models.adapters import has_adapter
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
-from tppo.models.guards import GuardError, check_step, check_weights
+from tppo.models.guards import GuardError, check_step, check_weights, trainable
 from tppo.models.policy import class_logits
 from tppo.progress import say, status
 
@@ -76,7 +78,7 @@ def train_reward_model(
     model, rng = reader.model, random.Random(seed)
     assert config.lr is not None
     check_weights("before train-rm step 1", {"reward model": model})
-    optimizer = AdamW(model.parameters(), lr=config.lr)
+    optimizer = AdamW(trainable(model), lr=config.lr)
     per_epoch = math.ceil(len(train) / config.batch_size)
     step, history = 0, []
     with status("reward model", config.epochs * per_epoch) as bar:
@@ -234,19 +236,26 @@ def check_signal(report: dict[str, Any], allowed: bool) -> None:
 def check_trunk_gradients(model: PreTrainedModel) -> None:
     """Stop if the trunk is frozen or gets no gradient: a head alone learns next to nothing.
 
-    A gradient at the input embeddings has come through every layer. A parameter that the forward
-    does not use (Longformer's global attention, an expert that no token chose) has none.
+    A gradient at the input embeddings, or at the adapters of the lowest layer, has come through
+    every layer. A parameter that the forward does not use (Longformer's global attention, an expert
+    that no token chose) has none.
     """
-    for name, parameter in model.base_model.named_parameters():
-        if not parameter.requires_grad:
+    adapted, trunk = has_adapter(model), dict(model.base_model.named_parameters())
+    for name, parameter in trunk.items():
+        if not (parameter.requires_grad or adapted):
             raise GuardError(f"trunk parameter {name!r} gets no gradient: it is frozen")
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             raise GuardError(f"trunk parameter {name!r} has a gradient that is not finite")
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
-    reached = embeddings.grad
-    if reached is None or not reached.any():
-        raise GuardError("every gradient of the reward model's embeddings is zero")
+    lowest, where = [embeddings], "embeddings"
+    if adapted:
+        names = [name for name, parameter in trunk.items() if parameter.requires_grad]
+        layer = re.match(r".*?\.\d+\.", names[0])  # such as layers.0.
+        lowest = [trunk[name] for name in names if name.startswith(layer[0] if layer else "")]
+        where = "lowest adapters"
+    if not any(weight.grad is not None and weight.grad.any() for weight in lowest):
+        raise GuardError(f"every gradient of the reward model's {where} is zero")
 
 
 def _parts(

@@ -20,8 +20,14 @@ from tppo.methods.config import SFTConfig
 from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
-from tppo.models.guards import GuardError, check_step, check_weights
-from tppo.models.policy import policy_head, policy_logprobs, policy_states, snapshot
+from tppo.models.guards import GuardError, check_step, check_weights, trainable
+from tppo.models.policy import (
+    load_trained,
+    policy_head,
+    policy_logprobs,
+    policy_states,
+    snapshot,
+)
 from tppo.progress import status
 
 
@@ -60,7 +66,7 @@ def train_sft(
     assert config.lr is not None
     check_weights("before sft step 1", {"model": model})
     steps, eval_every = schedule(len(train.prompts), config)
-    optimizer = AdamW(model.parameters(), lr=config.lr)
+    optimizer = AdamW(trainable(model), lr=config.lr)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
     best_loss, best_step, history = math.inf, 0, []
     best: dict[str, Tensor] = {}
@@ -81,7 +87,7 @@ def train_sft(
                 bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
                 if step - best_step >= config.patience * eval_every:
                     break
-    model.load_state_dict(best)
+    load_trained(model, best)
     return SFTResult(step, best_step, best_loss, time.monotonic() - start, history)
 
 
@@ -105,7 +111,7 @@ def continue_sft(
     """Train on for `steps` optimiser steps at the final learning rate."""
     assert config.lr is not None
     lr = config.lr * config.final_lr_share
-    optimizer = AdamW(model.parameters(), lr=lr)
+    optimizer = AdamW(trainable(model), lr=lr)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
     with status("sft continued", steps) as bar:
         for step in range(1, steps + 1):

@@ -50,13 +50,15 @@ def write_card(
     data: str,
     settings: Mapping[str, Any],
     figures: Mapping[str, float],
+    adapter: bool = False,
 ) -> None:
     """Write the card of the model in `folder`.
 
     base: hub id of the model it was made of.  method, data: a phrase each.  figures: on held-out
-    data, by name.
+    data, by name.  adapter: the folder holds an adapter alone.
     """
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation",
+    library = "peft" if adapter else "transformers"
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation",
             "tags: [tppo, token-level-ppo]"]  # fmt: skip
     # As JSON, which is YAML too: a name stays one line whatever it holds.
     head += [f"base_model: {json.dumps(base)}"] if base else []

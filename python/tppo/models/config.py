@@ -13,6 +13,7 @@ from tppo.settings import Count, Natural, Positive, Text, section
 
 Prefix = Literal["shared", "dense"]
 DType = Literal["auto", "float32", "bfloat16"]
+ALL_LINEAR = "all-linear"
 
 
 @section
@@ -50,6 +51,35 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for backward and compute the rest again there: less memory
     for a quarter more time, and the same bits."""
+
+
+@section
+class AdapterConfig:
+    """LoRA: policy, critic and reward model train adapters over one frozen base in memory."""
+
+    rank: Natural = 0
+    """Of each adapter; 0 trains all weights instead. 16 is usual; needs the package peft."""
+    alpha: Positive | None = None
+    """An adapter's output is scaled by alpha / rank; by default twice the rank."""
+    target_modules: tuple[Text, ...] = (ALL_LINEAR,)
+    """Names of the linear layers that get one, such as q_proj v_proj; all-linear: every one but the
+    head (experts of a mixture, which are one tensor, get none)."""
+
+    def __post_init__(self) -> None:
+        names = self.target_modules
+        if not names or ALL_LINEAR in names and len(names) > 1:
+            raise ValueError(f"target_modules was {list(names)}, expected names of layers, or "
+                             f"{ALL_LINEAR!r} alone")  # fmt: skip
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank > 0
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied with."""
+        return 2.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
 
 @section

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tppo.models.adapters import has_adapter, save_adapter
 from tppo.models.hub import GGUF
 from tppo.models.load import GENERATION_CONFIG, as_ids, load_from, read_generation_config
 from tppo.models.vocabulary import phantoms
@@ -60,7 +61,8 @@ def folder_configs(path: str | Path) -> list[Any]:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
-    """Write a causal LM that plain `generate` samples and stops as the folder it came from.
+    """Write a causal LM that plain `generate` samples and stops as the folder it came from; of an
+    adapted one the adapter alone, which names its base.
 
     Its generation config is written as its author has it, with every EOS id that ended an answer
     in training, and with the tokens that training suppressed (`limit_vocabulary`) among the
@@ -74,8 +76,11 @@ def save_model(
         config.eos_token_id = ids[0] if len(ids) == 1 else ids
     if unsampled := phantoms(model):
         config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *unsampled})
-    with without_generation_settings(model):
-        save_weights(model, folder)
+    if has_adapter(model):
+        save_adapter(model, folder)
+    else:
+        with without_generation_settings(model):
+            save_weights(model, folder)
     tokenizer.save_pretrained(folder)
     config.to_json_file(Path(folder) / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 

@@ -44,15 +44,20 @@ def check_step(
     return figures[: len(losses)]
 
 
-def check_weights(when: str, models: Mapping[str, nn.Module]) -> None:
-    """The weights are finite.
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimiser may change."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def check_weights(when: str, models: Mapping[str, nn.Module], *, trained: bool = False) -> None:
+    """The weights are finite; trained: only those that are not frozen are looked at.
 
     Errors: GuardError naming the model, and the first parameter that is not.
     """
-    norms = {
-        name: torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
-        for name, model in models.items()
-    }
+    norms = {}
+    for name, model in models.items():
+        weights = trainable(model) if trained else model.parameters()
+        norms[name] = torch.nn.utils.get_total_norm([p.detach() for p in weights])
     figures = torch.stack([norm.float() for norm in norms.values()]).tolist()
     for name, norm in zip(norms, figures, strict=True):
         if not math.isfinite(norm):

@@ -17,15 +17,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
 )
 
+from tppo.models.adapters import base_path, is_adapter, merge_into
 from tppo.models.config import DType
 from tppo.models.hub import GGUF
 from tppo.models.token_classifier import token_classifier
 
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 HALF = (torch.float16, torch.bfloat16)
 _OF_HEADER = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16,
               "BF16": torch.bfloat16}  # fmt: skip
@@ -51,13 +53,17 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal LM, dropout off, with the folder's generation config.
 
-    path: a local folder or a GGUF file.  dtype: of the weights in memory, see `compute_dtype`.
+    path: a local folder or a GGUF file; an adapter's folder gives its base with the adapter merged.
+    dtype: of the weights in memory, see `compute_dtype`.
     pickles: take weights from a pickle too, read without executing what is in it.
     Errors: ValueError naming the folder whose generation config transformers refuses, whose model
-    needs code of its own, or which holds an adapter, a pickle or quantised weights.
+    needs code of its own, or which holds a pickle, quantised weights, or an adapter without a base.
     """
-    read_generation_config(path)  # transformers takes a broken one for an absent one
-    return _load(AutoModelForCausalLM, path, device, dtype, pickles)
+    own = read_generation_config(path)  # transformers takes a broken one for an absent one
+    model = _load(AutoModelForCausalLM, path, device, dtype, pickles)
+    if own is not None and is_adapter(path):
+        model.generation_config = own
+    return model
 
 
 def load_reward_model(
@@ -82,6 +88,11 @@ def load_reward_model(
 def _load(
     auto: Any, path: str | Path, device: torch.device, dtype: DType, pickles: bool, **options: Any
 ) -> PreTrainedModel:
+    if is_adapter(path):
+        base = base_path(path, pickles=pickles)
+        read_generation_config(base)
+        whole = _load(auto, base, device, dtype, pickles, **options)
+        return merge_into(whole, path, pickles=pickles)
     stored = torch.float32  # what the weights of a GGUF file are dequantised to
     if not _is_gguf(path):
         config = load_from(AutoConfig, path)
@@ -145,22 +156,6 @@ def _check_weights(path: Path, config: Any, pickles: bool) -> None:
         )
 
 
-def _check_adapter(path: Path) -> None:
-    """Refuse the adapter of a model: without its base it is no model, and with it it is frozen."""
-    file = path / "adapter_config.json"
-    if not file.exists():
-        return
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError, RecursionError):
-        base = None
-    raise ValueError(
-        f"{path}: an adapter (adapter_config.json) of {base or 'an unnamed base'}, expected a "
-        "whole model; merge them: peft.AutoPeftModelForCausalLM.from_pretrained(...)"
-        ".merge_and_unload().save_pretrained(...), and save the tokenizer beside it"
-    )
-
-
 def _is_gguf(path: str | Path) -> bool:
     return Path(path).suffix.lower() == GGUF
 
@@ -181,18 +176,20 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     """`auto.from_pretrained` of a local folder, without its Python code and without a question.
 
     auto: `AutoModelForCausalLM`, `AutoTokenizer` or another such class.  path: the folder, or a
-    GGUF file, which holds model and tokenizer in one.
+    GGUF file, which holds model and tokenizer in one; of an adapter's folder its base is read, and
+    the tokenizer where the folder has none.
     Errors: ValueError naming the path, where it is none that transformers can read, cannot be read
-    without running code of its own, is an adapter, or names a kernel of a hub, which transformers
-    would fetch and run.
+    without running code of its own, or names a kernel of a hub, which transformers would fetch and
+    run.
     """
     folder = Path(path)
+    if is_adapter(folder) and not (auto is AutoTokenizer and (folder / TOKENIZER).exists()):
+        return load_from(auto, base_path(folder), **options)
     if _is_gguf(path):
         _need_gguf(folder)
         folder, options = folder.parent, options | {"gguf_file": folder.name}
     else:
         _check_kernels(folder / "config.json")
-        _check_adapter(folder)
     try:
         loaded = auto.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **options

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
+from tppo.models.adapters import is_adapter, load_classifier
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import DType, Prefix
 from tppo.models.load import load_from, load_reward_model
@@ -207,11 +208,16 @@ def load_frozen(
     device: torch.device,
     eos_ids: Collection[int] = (),
     dtype: DType = "auto",
+    *,
+    base: PreTrainedModel | None = None,
 ) -> nn.Module:
     """The trained reward model in `path`, to give class logits [B, T, 3] at the policy's tokens.
 
     eos_ids: the policy's ends of an answer, which have no text and therefore class 0.
+    base: the causal LM over which an adapter in `path` was made; its weights are shared.
     """
+    if base is not None and is_adapter(path):
+        return RewardModel(load_classifier(base, path))
     model = load_reward_model(path, device, dtype)
     if not getattr(model.config, "own_tokens", False):
         return RewardModel(model)

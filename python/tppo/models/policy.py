@@ -5,6 +5,7 @@ No way makes logits: the heads read the states of the response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import tppo_kernels as tk
+from tppo.models.adapters import AdaptedClassifier
 from tppo.models.batch import Batch
 from tppo.models.config import DType, ScratchConfig
 from tppo.models.load import load_policy
@@ -69,7 +71,7 @@ class Critic(nn.Module):
 class RewardModel(nn.Module):
     """A three-class token classifier that shares the policy's tokenizer."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel | AdaptedClassifier):
         super().__init__()
         self.model = model
 
@@ -78,7 +80,7 @@ class RewardModel(nn.Module):
         return class_logits(self.model, batch)
 
 
-def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+def class_logits(model: PreTrainedModel | AdaptedClassifier, batch: Batch) -> Tensor:
     """Class logits of a token classifier at each response token, [B, T, 3]."""
     (states,) = batch.states(model.base_model, "reward")  # [B, T, D]
     head = getattr(model, "score", None) or model.classifier
@@ -109,16 +111,38 @@ def policy_logprobs(
     return policy_head(model)(states, batch.targets, batch.mask, temperature=temperature)
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` without the weights that are frozen: of an adapted model adapters and heads."""
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of what `trained_state` gives.
+
+    Errors: ValueError where these are not the weights that the model trains.
+    """
+    wanted = trained_state(model).keys()
+    if wanted != weights.keys():
+        odd = sorted(wanted ^ weights.keys())
+        raise ValueError(
+            f"{len(weights)} weights were given of {len(wanted)} that are trained, {odd[0]!r} on "
+            "one side alone; were they saved with other --lora settings?"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
 def snapshot(
     model: nn.Module, into: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A copy of the weights that training does not touch, in the memory of the host.
+    """A copy of what `trained_state` gives that training does not touch, in the host's memory.
 
     Tied weights are kept once.  into: an earlier copy of the same model, which is overwritten, so
     that there are never two.
     """
     kept, copies = {}, dict[tuple[Any, ...], Tensor]()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in trained_state(model).items():
         where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if where not in copies:
             old = into.get(name) if into else None

@@ -15,11 +15,13 @@ from tppo.evaluation.judge import SESSION, judge_answers, written
 from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, text_figures
 from tppo.evaluation.table import findings, print_table
 from tppo.methods.sft import Examples, continue_sft
+from tppo.models.policy import load_trained
 from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.models import adapted, sft_origin
 from tppo.stages.ppo import new_trainer, questions_of
 from tppo.stages.registry import (
     CRITIC,
@@ -73,11 +75,11 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
         result[name], answers[name] = _judge(run, ref, ref, test, temperature)
-    tppo = run.load_policy(POLICY)
+    tppo = run.load_policy(POLICY, over=ref if run.config.lora.on else None)
     training = read_json(run.path(TRAINING))
     steps = training["optimizer_steps"]
     if run.config.eval.continued:
-        model, seconds = _continued(run, steps)
+        model, seconds = _continued(run, ref, steps)
         figures, answers["sft_continued"] = _judge(run, model, ref, test, 1.0)
         result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
     figures, answers["tppo"] = _judge(run, tppo, ref, test, 1.0)
@@ -117,9 +119,13 @@ def _judge(
     return figures | text_figures(sessions, texts) | {"example": texts[0]}, texts
 
 
-def _continued(run: Run, steps: int) -> tuple[Any, float]:
-    """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took."""
-    model, sessions = run.sft_model(), run.sessions("train")
+def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
+    """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took.
+
+    With LoRA an adapter over `ref` is trained, as PPO does.
+    """
+    lora, sessions = run.config.lora, run.sessions("train")
+    model = adapted(ref, lora, run.seed, sft_origin(run)) if lora.on else run.sft_model()
     if run.config.model.gradient_checkpointing:
         recompute_layers(model)
     answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
@@ -163,8 +169,8 @@ def _heat_rows(
     """The first of the answers to each session: as many are sampled as in training, because an
     advantage may compare them.
     """
-    policy = run.load_policy(model)
-    trainer = new_trainer(run, policy)
+    trainer = new_trainer(run, start=model)
+    policy = trainer.models.policy
     size = run.config.ppo.responses_per_prompt
     if trainer.models.critic is not None:
         critic = run.path(CRITIC)
@@ -173,7 +179,7 @@ def _heat_rows(
                 f"{critic}: no such file, because training needed no critic; give the "
                 "--ppo.advantage of the training here too"
             )
-        trainer.models.critic.load_state_dict(load_file(critic))
+        load_trained(trainer.models.critic, load_file(critic))
     several = [session for session in sessions for _ in range(size)]
     questions = questions_of(run, several, policy)
     rollout = trainer.rollout.generate(questions.ids, run.sampling(seed=run.seed))

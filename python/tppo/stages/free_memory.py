@@ -31,7 +31,9 @@ def check_memory(run: Run, model: PreTrainedModel, prompt_tokens: int, cap: int)
     gpu = None
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device).total_memory
-    how = Holding(model.dtype, recompute=config.model.gradient_checkpointing, gpu_nbytes=gpu)
+    how = Holding(
+        model.dtype, config.lora.rank or None, config.model.gradient_checkpointing, gpu
+    )  # fmt: skip
     work = Work(
         max(2, prompt_tokens), cap, config.prefix, config.model, config.sft, config.generate,
         config.reward_model, config.ppo,

@@ -29,10 +29,11 @@ from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.ppo import PPO
+from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
 from tppo.models.guards import GuardError
-from tppo.models.policy import snapshot
+from tppo.models.policy import load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.store.checkpoint import load_latest, save_checkpoint
@@ -223,7 +224,9 @@ class Loop:
 
     def save(self, step: int) -> None:
         """A checkpoint with all that the remaining steps depend on."""
-        weights = {name: model.state_dict() for name, model in self.trainer.models.trained.items()}
+        weights = {
+            name: trained_state(model) for name, model in self.trainer.models.trained.items()
+        }
         weights |= {f"best_{name}": tensors for name, tensors in self.best.items()}
         state = {
             "metrics": self.metrics,
@@ -242,7 +245,7 @@ class Loop:
         if found is None:
             return
         for name, model in self.trainer.models.trained.items():
-            model.load_state_dict(found.weights[name])
+            load_trained(model, found.weights[name])
         self.trainer.optimizer.load_state_dict(found.optimizer)
         self.trainer.step_count = found.step
         self.trainer.schedules.load(found.state["schedules"])
@@ -257,11 +260,11 @@ class Loop:
         say(f"ppo: resumes after step {found.step} of {self.steps}")
 
     def export(self) -> None:
-        """The weights kept, as a plain folder of transformers, and a report."""
+        """The weights kept, as a plain folder of transformers or an adapter's, and a report."""
         models, kept = self.trainer.models.trained, f"ppo: kept step {self.best_step}"
         if self.held is not None and self.best:
             for name, model in models.items():
-                model.load_state_dict(self.best[name])
+                load_trained(model, self.best[name])
             judge = spoken(self.held.judge.name)
             say(
                 f"{kept}, held-out {self._looked_at()[0]} {self.best_score:.3f} (by {judge}), "
@@ -274,7 +277,7 @@ class Loop:
         save_model(self.trainer.models.policy, self.tokenizer, self.out / "model")
         write_card(self.out / "model", **self.card())
         if "critic" in models:
-            weights = models["critic"].state_dict().items()
+            weights = trained_state(models["critic"]).items()
             critic = {name: tensor.detach().cpu().clone() for name, tensor in weights}
             save_file(critic, self.out / "critic.safetensors")
         write_json(self.out / "report.json", self.report())
@@ -286,8 +289,10 @@ class Loop:
             "method": f"token-level PPO, {self.best_step} of {self.steps} steps",
             "data": f"answers to {len(self.train)} prompts",
             "settings": {"seed": self.trainer.seed}
-            | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT),
+            | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT)
+            | adapter_settings(self.trainer.models.policy),
             "figures": self._kept_figures(),
+            "adapter": has_adapter(self.trainer.models.policy),
         }
 
     def _kept_figures(self) -> dict[str, float]:

@@ -23,7 +23,8 @@ def train_by_function(
     """What `PPOTrainer(...).train()` does, to the same weights.
 
     reward, judge: `module:function`.  data, heldout: JSONL files of prompts.  settings: those of
-    `ppo`, `generate` and `prefix` are used.  options: the trainer's others, by name.
+    `ppo`, `generate`, `model`, `lora` and `prefix` are used.  options: the trainer's others, by
+    name.
     Errors: DataError naming what is not given.
     """
     for name, value, expected in (
@@ -43,6 +44,7 @@ def train_by_function(
         config=settings.ppo,
         generate=settings.generate,
         loading=settings.model,
+        lora=settings.lora,
         prefix=settings.prefix,
         **options,
     ).train()

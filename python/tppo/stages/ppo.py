@@ -25,8 +25,14 @@ from tppo.rewards import Answers, Questions
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.loop import Held, Loop, Watch, response_figures
-from tppo.stages.models import ppo_models
-from tppo.stages.registry import QUERY_LENGTHS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
+from tppo.stages.models import adapted, ppo_models, sft_origin
+from tppo.stages.registry import (
+    QUERY_LENGTHS,
+    REWARD_MODEL,
+    REWARD_REPORT,
+    SFT_MODEL,
+    Artifact,
+)
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json
 
@@ -50,7 +56,7 @@ def train(run: Run) -> None:
 
 def new_loop(run: Run, out: Path, world: World) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
-    trainer = new_trainer(run, run.sft_model(), world)
+    trainer = new_trainer(run, world)
     policy, heldout = trainer.models.policy, run.sessions("heldout")
     questions = questions_of(run, run.sessions("train"), policy)
     report = read_json(run.path(REWARD_REPORT))
@@ -103,18 +109,20 @@ def answer_figures(rule: RuleJudge, answers: Answers) -> dict[str, float]:
     }
 
 
-def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
-    """PPO over `policy`, with the reference and, where it is needed, the critic from SFT, and the
-    frozen reward model.
+def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> PPO:
+    """PPO over the policy in `start`, with the reference and, where it is needed, the critic from
+    SFT, and the frozen reward model.
     """
     config, prefix = run.config.ppo, run.config.prefix
-    pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     advantage = ADVANTAGES[config.advantage](config)
+    policy, ref = _policy_and_ref(run, start)
+    pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     dtype = run.config.model.dtype
-    models = ppo_models(policy, run.sft_model(), run.path(SFT_MODEL), run.device, run.config.model,
-                        with_critic=advantage.needs_critic)  # fmt: skip
+    models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
+                        run.config.lora, with_critic=advantage.needs_critic,
+                        seed=run.seed)  # fmt: skip
     reward = TokenModelReward(
-        load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype),
+        load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
         mode=config.reward,
         values=config.reward_values,
         length_alpha=config.length_alpha,
@@ -135,6 +143,14 @@ def new_trainer(run: Run, policy: PreTrainedModel, world: World = ALONE) -> PPO:
         prefix=prefix,
         world=world,
     )
+
+
+def _policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The policy in `start` and the SFT model, whose weights it shares with LoRA."""
+    ref, lora = run.sft_model(), run.config.lora
+    if lora.on and start == SFT_MODEL:
+        return adapted(ref, lora, run.seed, sft_origin(run)), ref
+    return run.load_policy(start, over=ref if lora.on else None), ref
 
 
 def questions_of(run: Run, sessions: Sequence[Session], policy: PreTrainedModel) -> Questions:

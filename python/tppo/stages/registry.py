@@ -85,9 +85,9 @@ class Stage:
 
     settings: names of those that change its result: `ppo.lr` is one, `ppo` a section, `-ppo.lr` the
     section without it, "rule" the edition of the rule's verdicts, "judge" the name of a judge in
-    place of the rule, if there is one.  A setting that decides how fast,
-    how often or whether at all something happens, but not what comes of it, is not among them:
-    changing it repeats no stage.
+    place of the rule, if there is one, "lora" the adapters, if some are trained.  A setting that
+    decides how fast, how often or whether at all something happens, but not what comes of it, is
+    not among them: changing it repeats no stage.
     An own output among the inputs is of rounds before; the first round has none.
     """
 
@@ -193,6 +193,8 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
             del found[section][key]
         elif name == "judge":
             found |= {} if given.judge is None else {name: given.judge}
+        elif name == "lora":
+            found |= {name: plain(given.config.lora)} if given.config.lora.on else {}
         else:
             found[name] = RULE if name == "rule" else plain(attrgetter(name)(given.config))
     return found
@@ -212,10 +214,12 @@ ANSWERS = Artifact("generate/answers.jsonl", "answers of the SFT model, a row ea
 LABELS = Artifact("label/labels.jsonl", "labels of the words of those answers, and of the answers")
 CATEGORIES = Artifact("map/categories.jsonl", "the class of every token of the labelled answers")
 QUERY_LENGTHS = Artifact("map/lengths.json", "the median length of a query in tokens")
-REWARD_MODEL = Artifact("train-rm/model", "the token reward model and its tokenizer")
+REWARD_MODEL = Artifact("train-rm/model", "the token reward model and its tokenizer; with LoRA "
+                        "adapter and head over the SFT model")  # fmt: skip
 REWARD_REPORT = Artifact("train-rm/report.json", "AUC and accuracy of the reward model, and who "
                          "labelled its data")  # fmt: skip
-POLICY = Artifact("train/model", "the policy after PPO and its tokenizer")
+POLICY = Artifact("train/model", "the policy after PPO and its tokenizer; with LoRA an adapter "
+                  "over the SFT model")  # fmt: skip
 CRITIC = Artifact("train/critic.safetensors", "weights of the critic, where there is one",
                   optional=True)  # fmt: skip
 TRAINING = Artifact("train/report.json", "steps, rewards and the weights kept of PPO")
@@ -223,6 +227,9 @@ TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answ
                         "test session")  # fmt: skip
 RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")
 HEAT_MAP = Artifact("heat/heat.html", "the token heat map")
+MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
+MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
+                               optional=True)  # fmt: skip
 
 SPLITS = {
     "train": TRAIN_SESSIONS, "heldout": HELDOUT_SESSIONS, "test": TEST_SESSIONS,
@@ -243,8 +250,8 @@ def _of_data(given: Given) -> tuple[str, ...]:
 
 
 def _of_sft(given: Given) -> tuple[str, ...]:
-    start = _HELD if given.from_model else "scratch"
-    return "sft", "generate.max_new_tokens", "prefix", start
+    start = (_HELD, "lora") if given.from_model else ("scratch",)
+    return "sft", "generate.max_new_tokens", "prefix", *start
 
 
 def _of_label(given: Given) -> tuple[str, ...]:
@@ -309,7 +316,7 @@ register(Stage(
     inputs=(SFT_MODEL, ANSWERS, LABELS, CATEGORIES),
     outputs=(REWARD_MODEL, REWARD_REPORT),
     settings=(
-        "reward_model", "-reward_model.model", "-reward_model.min_auc",
+        "lora", "reward_model", "-reward_model.model", "-reward_model.min_auc",
         "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix", _HELD,
     ),
     lost="its steps so far are lost",
@@ -327,7 +334,7 @@ register(Stage(
     settings=(
         "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
         "-ppo.checkpoint_every", "-ppo.verify_prefix", "-ppo.without_signal", "rule",
-        "judge",
+        "judge", "lora",
     ),
     lost="no step of this process is lost",
     in_run=True,
@@ -343,7 +350,7 @@ register(Stage(
     settings=(
         "sft.lr", "sft.final_lr_share", "sft.batch_size", "sft.prompt_loss", "sft.grad_norm",
         "sft.max_tokens", *_SAMPLING, "label.sentence_threshold", "eval.temperatures",
-        "eval.continued", "rule", "judge",
+        "eval.continued", "rule", "judge", "lora",
     ),
     in_run=True,
 ))  # fmt: skip
@@ -361,4 +368,11 @@ register(Stage(
         "ppo.advantage", "ppo.responses_per_prompt", "eval.heat_users",
     ),
     in_run=True,
+))  # fmt: skip
+register(Stage(
+    "merge", "tppo.stages.merge:merge",
+    "of a run with --lora: policy and reward model as plain models, their base in them",
+    inputs=(SFT_MODEL, REWARD_MODEL, POLICY),
+    outputs=(MERGED_POLICY, MERGED_REWARD_MODEL),
+    settings=(_HELD,),
 ))  # fmt: skip

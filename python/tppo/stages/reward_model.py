@@ -15,10 +15,12 @@ from tppo.methods.reward_model import (
     relevant_share,
     train_reward_model,
 )
+from tppo.models.adapters import add_to_classifier, merged, save_classifier
 from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
+from tppo.stages.models import sft_origin
 from tppo.stages.registry import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
@@ -39,6 +41,9 @@ def train_rm(run: Run) -> None:
                 run.config.model.dtype,
                 pickles=run.config.model.allow_pickle,
             )
+        lora = run.config.lora
+        if lora.on:
+            add_to_classifier(model, lora, seed=run.seed, origin=sft_origin(run))
         if run.config.model.gradient_checkpointing:
             recompute_layers(model)
         reader: Reader
@@ -63,7 +68,10 @@ def train_rm(run: Run) -> None:
         report["labeller"] = next(iter_labels(run.path(LABELS))).labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
-        save_weights(model, out / REWARD_MODEL.name)
+        if lora.on and run.own_reward_model is None:
+            save_classifier(model, out / REWARD_MODEL.name)
+        else:  # the folder of the user may be gone when the reward model is read
+            save_weights(merged(model) if lora.on else model, out / REWARD_MODEL.name)
         tokenizer.save_pretrained(out / REWARD_MODEL.name)
         write_jsonl(out / "metrics.jsonl", history)
         write_json(out / REWARD_REPORT.name, report)

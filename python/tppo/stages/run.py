@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.config import Config
 from tppo.errors import DataError
 from tppo.evaluation.judge import SESSION, Judge, RuleJudge
+from tppo.models.adapters import is_adapter, load_adapter, shared_copy
 from tppo.models.folder import folder_eos_ids
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
@@ -343,9 +344,14 @@ class Run:
     def sft_model(self) -> PreTrainedModel:
         return self.load_policy(SFT_MODEL)
 
-    def load_policy(self, artifact: Artifact) -> PreTrainedModel:
-        """The causal LM of a finished stage."""
-        model = load_policy(self.path(artifact), self.device, self.config.model.dtype)
+    def load_policy(
+        self, artifact: Artifact, over: PreTrainedModel | None = None
+    ) -> PreTrainedModel:
+        """The causal LM of a finished stage; an adapter shares the weights of `over`, its base."""
+        path = self.path(artifact)
+        if over is not None and is_adapter(path):
+            return load_adapter(shared_copy(over), path)
+        model = load_policy(path, self.device, self.config.model.dtype)
         return limit_vocabulary(model, self.tokenizer)
 
     def prompts(self, sessions: Sequence[Session], model: PreTrainedModel) -> list[list[int]]:

@@ -10,6 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.labels.queries import answer_text
 from tppo.methods.config import SFTConfig
 from tppo.methods.sft import Examples, train_sft
+from tppo.models.adapters import (
+    adapter_settings,
+    add_adapter,
+    check_targets,
+    merged,
+    origin_of,
+    save_adapter,
+)
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.load import load_policy, place
@@ -33,6 +41,13 @@ def sft(run: Run) -> None:
     with run.stage("sft") as out:
         train, heldout = run.sessions("train"), run.sessions("heldout")
         tokenizer, model = _base_model(run, train)
+        lora = run.config.lora
+        if lora.on and run.base is None:
+            check_targets(model, lora)  # before hours of other stages
+            say("sft: a model from scratch trains all its weights; adapters begin behind it")
+        elif lora.on:
+            assert run.base is not None
+            add_adapter(model, lora, seed=run.seed, origin=origin_of(run.model, run.base))
         if run.config.model.gradient_checkpointing:
             recompute_layers(model)
         cap = answer_cap(tokenizer, train, run.config.generate)
@@ -47,6 +62,10 @@ def sft(run: Run) -> None:
             seed=run.seed,
             prefix=run.config.prefix,
         )
+        adapter = adapter_settings(model)
+        if adapter:
+            save_adapter(model, out / "adapter")
+            model = merged(model)
         save_model(model, tokenizer, out / SFT_MODEL.name)
         log = "generated sessions" if run.data is None else f"sessions of {run.data.name!r}"
         write_card(
@@ -54,7 +73,7 @@ def sft(run: Run) -> None:
             base=base_of(run.base),
             method="supervised fine-tuning",
             data=f"the true next queries of {len(train)} {log}",
-            settings={"seed": run.seed} | chosen(run.config.sft, SFTConfig),
+            settings={"seed": run.seed} | chosen(run.config.sft, SFTConfig) | adapter,
             figures={"loss, nats a token": result.heldout_loss},
         )
         write_jsonl(out / "metrics.jsonl", result.history)

@@ -24,8 +24,9 @@ from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import ADVANTAGES, Advantage
 from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import PPO
+from tppo.models.adapters import merged, need_peft, origin_of
 from tppo.models.card import write_card
-from tppo.models.config import GenerateConfig, ModelConfig, Prefix
+from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig, Prefix
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
@@ -39,7 +40,7 @@ from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.stages.lengths import DEFAULT_POSITIONS
 from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
-from tppo.stages.models import ppo_models
+from tppo.stages.models import adapted, ppo_models
 from tppo.stages.prompts import Prompts, questions, read_prompts
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
@@ -89,6 +90,8 @@ class PPOTrainer:
     generate: `max_new_tokens` (0: 256, but at most half of the model's positions), `temperature`
         and `batch_size` of sampling.
     loading: how the models are loaded and held in memory.
+    lora: `tppo.AdapterConfig(rank=16)` trains adapters over one frozen copy of the model instead of
+        all weights; `save` then writes the adapter.
     out: folder that gets `train/model`, `train/metrics.jsonl` (a row a step, TRL's names),
         `train/report.json`, and checkpoints while it runs.
     seed: decides everything random.  device: auto, cpu, cuda, cuda:1.
@@ -112,6 +115,7 @@ class PPOTrainer:
         advantage: Advantage | None = None,
         generate: GenerateConfig | None = None,
         loading: ModelConfig | None = None,
+        lora: AdapterConfig | None = None,
         out: str | Path = "runs/ppo",
         seed: int = 0,
         device: str = "auto",
@@ -120,10 +124,13 @@ class PPOTrainer:
         self.out, self.seed, self.prefix = Path(out), seed, prefix
         self.device = resolve_device(device)
         self.generate, self.loading = generate or GenerateConfig(), loading or ModelConfig()
+        self.lora = lora or AdapterConfig()
+        if self.lora.on:
+            need_peft()
         self.reward = as_reward(reward)
         given = config or PPOConfig()
         self.advantage = advantage or ADVANTAGES[given.advantage](given)
-        self.config = _own_config(given, self.reward)
+        self.config = _own_config(given, self.reward, self.lora)
         self.prompts = read_prompts(prompts)
         self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
         self.judge = _judge(judge, self.reward, self.heldout)
@@ -135,7 +142,8 @@ class PPOTrainer:
         pickles = self.loading.allow_pickle
         self.path = locate(model, self.loading.revision, flag="model", pickles=pickles)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
-        self.model = self._load()
+        self.origin = origin_of(model, self.path)
+        self._start()
         self.eos_ids = model_eos_ids(self.tokenizer, self.model)
         self.positions = (
             getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
@@ -191,10 +199,11 @@ class PPOTrainer:
 
     def _loop(self, out: Path, world: World) -> Loop:
         if self.used:  # from the beginning, or from a checkpoint
-            self.model = self._load()
+            self._start()
         self.used = True
-        models = ppo_models(self.model, self._load(), self.path, self.device, self.loading,
-                            with_critic=self.advantage.needs_critic)  # fmt: skip
+        ref = self.base or self._load()
+        models = ppo_models(self.model, ref, self.path, self.device, self.loading, self.lora,
+                            with_critic=self.advantage.needs_critic, seed=self.seed)  # fmt: skip
         trainer = PPO(
             models,
             self._engine(),
@@ -241,14 +250,25 @@ class PPOTrainer:
         rollout = self._engine().generate(asked.ids, sampling)
         return [decode(self.tokenizer, ids, self.eos_ids) for ids in rollout.response_ids]
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write the model as it is now with its tokenizer, as `save_pretrained` does, and after
         `train` a model card.
+
+        With LoRA the adapter alone, which names its base; `merge`: the sum of both, a plain model.
         """
         if from_environment().rank == 0:
-            save_model(self.model, self.tokenizer, folder)
+            whole = merge and self.lora.on
+            save_model(merged(self.model) if whole else self.model, self.tokenizer, folder)
             if self._card is not None:
-                write_card(folder, **self._card)
+                write_card(folder, **self._card | ({"adapter": False} if whole else {}))
+
+    def _start(self) -> None:
+        """The policy as it begins; with LoRA an adapter over `base`, which others share."""
+        loaded = self._load()
+        self.base = loaded if self.lora.on else None
+        self.model = loaded
+        if self.base is not None:
+            self.model = adapted(self.base, self.lora, self.seed, self.origin)
 
     def _load(self) -> PreTrainedModel:
         config = self.loading
@@ -286,6 +306,7 @@ class PPOTrainer:
             "ppo": ppo,
             "generate": sampling,
             "prefix": self.prefix,
+            **({"lora": plain(self.lora)} if self.lora.on else {}),
         }
 
 
@@ -323,7 +344,7 @@ def _judge(given: Any, reward: Reward, heldout: Prompts | None) -> Judge | None:
     return CallableJudge(given, getattr(given, "__qualname__", type(given).__qualname__))
 
 
-def _own_config(config: PPOConfig, reward: Reward) -> PPOConfig:
+def _own_config(config: PPOConfig, reward: Reward, lora: AdapterConfig) -> PPOConfig:
     """The settings with defaults filled for a model that is not from scratch.
 
     A cut answer's value is not bootstrapped unless asked for: a reward at its last token would be
@@ -337,7 +358,7 @@ def _own_config(config: PPOConfig, reward: Reward) -> PPOConfig:
                     f"config.{name} was {getattr(config, name)!r}, expected the default: it "
                     "belongs to the token reward model, and the reward is a function"
                 )
-    filled = fill_defaults(Config(ppo=config), pretrained=True).ppo
+    filled = fill_defaults(Config(ppo=config, lora=lora), pretrained=True).ppo
     return replace(filled, bootstrap_truncated=bool(config.bootstrap_truncated))
 
 
