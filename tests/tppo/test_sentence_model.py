@@ -1,12 +1,17 @@
 """The sentence reward model: one score an answer, from labels of whole answers or from pairs."""
 
 import math
+import re
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from test_door import model  # noqa: F401  # a fixture
 from test_shared_prefix import CPU, EOS, PAD, models
 
-from tppo.methods.config import RewardModelConfig
+from tppo.methods.config import PPOConfig, RewardModelConfig
 from tppo.methods.reward_model import LabelledAnswer
 from tppo.methods.sentence_model import (
     Pair,
@@ -54,13 +59,13 @@ def paired(n, seed):
 
 def one_by_one(reader, row):
     """The score of an answer alone, from the trunk's states and the head, by the formula."""
-    model = reader.model
+    scorer = reader.model
     ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
     with torch.no_grad():
-        states = model.trunk(input_ids=ids).last_hidden_state[0].double()
+        states = scorer.trunk(input_ids=ids).last_hidden_state[0].double()
         own = states[len(row.prompt_ids) :]  # [T, D]
-        pooled = own[-1] if model.pooling == "last" else own.mean(0)
-        weight, bias = model.head.weight[0].double(), model.head.bias[0].double()
+        pooled = own[-1] if scorer.pooling == "last" else own.mean(0)
+        weight, bias = scorer.head.weight[0].double(), scorer.head.bias[0].double()
         return (pooled @ weight + bias).item()
 
 
@@ -153,3 +158,20 @@ def test_a_spoilt_model_stops():
     torch.nn.init.constant_(reader.model.head.weight, math.nan)
     with pytest.raises(GuardError, match="sentence model"):
         train_sentence_model(reader, labelled(16, 1), [], CONFIG, seed=0)
+
+
+def test_the_page_about_baselines_runs_as_it_stands(model):  # noqa: F811
+    page = (Path(__file__).parents[2] / "docs/ppo-knobs-and-baselines.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code.replace("path/of/sft/model", str(model)), names)
+    assert {"loss", "heldout_loss"} <= names["history"][-1].keys()
+    paid = names["reward"](Batch([[5, 6]], [[8, 9, 2]], 0, CPU), None).rewards[0]
+    assert paid[:2].tolist() == [0, 0] and 0 < abs(paid[2]) < 1
+    settings = {field.name for field in fields(PPOConfig)}
+    table = page.split("## Rewards")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+             for name in re.findall("`([a-z_]+)`", row)]  # fmt: skip
+    assert len(named) == 9 and settings >= {*named}
+    modules = re.findall(r"`(tppo\.(?:methods|rewards)\.[a-z_]+)", page)
+    assert len(modules) == 6 and all(map(import_module, modules))

@@ -127,8 +127,8 @@ class PPOConfig:
     """KL per response, in nats, that `kl_coef` is moved towards after each step (Ziegler et al.
     2019); None: it stays as it is."""
     adaptive_kl_horizon: Positive = 10_000.0
-    """Responses over which `kl_coef` would double at five times the largest change: smaller is
-    faster.  At least the responses of a step."""
+    """Over so many responses `kl_coef` changes by at most 22 %: smaller is faster.  At least the
+    responses of a step."""
     target_kl: Positive | None = None
     """Leave out the rest of a step's updates once a minibatch is further than this from the policy
     that sampled it, in nats a token (policy/approxkl_avg); None: all epochs are run."""
