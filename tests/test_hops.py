@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels._core.op import OPS, missing
+from tppo_kernels._core.op import OPS, BackendError, missing
 from tppo_kernels._core.record import flat
 
 LIBRARY = str(Path(tk.__file__).parent)
@@ -168,6 +168,8 @@ def test_the_kernel_of_other_devices_makes_no_logits_of_all_rows(name, monkeypat
         found = raw.redispatch(other, *flat(given[0]))
     torch.testing.assert_close(found[0], expected[0])
     assert 0 < made.numel < given[0].inputs.targets.numel() * args[1].shape[0]
+    with tk.use_backend("cpp"), pytest.raises(BackendError, match="backend on other devices, only"):
+        raw.redispatch(other, *flat(given[0]))
     with torch.no_grad(), tk.use_backend("reference"), Largest() as made:
         raw.redispatch(other, *flat(given[0]))
     assert made.numel >= given[0].inputs.targets.numel() * args[1].shape[0]

@@ -173,6 +173,24 @@ def test_csrc_is_free_of_torch():
         assert not re.search(r'#include\s*[<"](torch|ATen|c10)', path.read_text()), path.name
 
 
+def test_structs_of_the_extension_have_the_fields_of_their_tuples():
+    """bindings.cpp takes a struct by the order of its fields: a NamedTuple of the same name has the
+    same ones in the same order, and there is one for each."""
+    text = (ROOT / "csrc/bindings.cpp").read_text()
+    structs = {name: re.findall(r"x\.(\w+)", fields)
+               for name, fields in re.findall(r"^TPPO_STRUCT\((\w+),(.*?)\);", text, re.M | re.S)}
+    tuples = {}
+    for path in [ROOT / "tppo_kernels/_kernels/structs.py",
+                 *(ROOT / "tppo_kernels/ops").glob("*/_c[pu]*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in structs:
+                assert node.name not in tuples, f"{path}: {node.name} is there already"
+                tuples[node.name] = [x.target.id for x in node.body
+                                     if isinstance(x, ast.AnnAssign)]
+    assert structs.pop("GaeMap")  # of a test, which gives it a plain tuple
+    assert tuples == structs
+
+
 def test_nothing_runs_at_a_cost_in_accuracy():
     """-ffast-math flushes denormals process-wide; -march=native breaks on the next machine."""
     text = (ROOT / "setup.py").read_text()

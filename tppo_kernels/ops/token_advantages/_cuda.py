@@ -55,7 +55,7 @@ class AdvantageOutputs(NamedTuple):
     rewards: int  # [B, T] or [N]
 
 
-class Statistics(NamedTuple):
+class AdvantageStatistics(NamedTuple):
     """Results of the second launch; all 0 where none are wanted."""
 
     scalars: int  # [7]
@@ -110,7 +110,7 @@ def fwd(call: AdvantagesCall) -> tuple[Tensor, ...]:
             stream)
         _C.token_advantages_whiten_cuda(
             tokens, partials.data_ptr(), blocks,
-            Statistics(stats.data_ptr(), count.data_ptr(), moments.data_ptr()),
+            AdvantageStatistics(stats.data_ptr(), count.data_ptr(), moments.data_ptr()),
             advantages.data_ptr(), stream)
     return advantages, returns, rewards, stats, count, moments
 
@@ -126,6 +126,6 @@ def whiten(call: WhitenAdvantages) -> Tensor:
             _C.token_advantages_whiten_cuda(
                 WhitenInputs(advantages.data_ptr(), address(trained), 0, advantages.numel(),
                              unbiased),
-                moments.data_ptr(), 1, Statistics(0, 0, 0), out.data_ptr(),
+                moments.data_ptr(), 1, AdvantageStatistics(0, 0, 0), out.data_ptr(),
                 current_stream(advantages))
     return out
