@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from judged import score_answers
@@ -122,6 +123,15 @@ def test_the_table_fits_80_columns_and_says_who_judged(monkeypatch, capsys):
     assert "at least 60% of an answer's words" in said
     said = " ".join(printed(80, {"sft": ROW}, monkeypatch, capsys, "gpt-7").split())
     assert "judged by the rule (not by gpt-7, which labelled the reward model's data)" in said
+
+
+def test_with_an_intent_the_table_fits_80_columns_too(monkeypatch, capsys):
+    intent = (("topic", "a"), ("brand", "b"), ("need", "c"))
+    row = score_answers([replace(SESSION, intent=intent)], ["red shoes"], ["eos"], 0.6)
+    out = printed(80, {"sft_continued": row | {"kl": 14.2, "length": 15.0}}, monkeypatch, capsys)
+    (row,) = [line for line in out.splitlines() if line.startswith("sft_continued")]
+    assert "intent" in out and "chrF" not in out and max(map(len, out.splitlines())) <= 80
+    assert row.split()[4:6] == ["1.000", "0.000"]  # nDCG, intent
 
 
 def test_a_narrow_terminal_gets_a_line_a_figure(monkeypatch, capsys):

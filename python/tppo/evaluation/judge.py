@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tppo.rewards import Answers
+    from tppo.sessions.session import Session
 
 SESSION = "session"  # the column that holds the sessions whose next queries were asked for
 FORMAT = "format"  # the figure that --ppo.min-format holds weights to, where a judge has it
@@ -70,12 +71,7 @@ class RuleJudge:
 
     def __call__(self, answers: Answers) -> dict[str, list[float]]:
         """Errors: DataError where the answers have no column of sessions."""
-        if SESSION not in answers.columns:
-            raise DataError(
-                f"the columns of the answers were {sorted(answers.columns)}, expected {SESSION!r}: "
-                "the rule judges against the true next queries of a session"
-            )
-        targets = [session.targets for session in answers.columns[SESSION]]
+        targets = [session.targets for session in sessions_of(answers, self.name)]
         texts = answers.texts
         labels = [
             label_by_rule(str(i), text, queries, self.threshold)
@@ -87,10 +83,7 @@ class RuleJudge:
             "words": shares,
             "queries_per_answer": [len(parse_answer(text)) for text in texts],
             "distinct_queries": [distinct_queries(text) for text in texts],
-            FORMAT: [
-                has_format(text, len(queries), end)
-                for text, queries, end in zip(texts, targets, finish(answers), strict=True)
-            ],
+            FORMAT: formats(answers, targets),
         }
 
 
@@ -145,6 +138,24 @@ def first_figure(row: Mapping[str, Any]) -> str | None:
 def spoken(name: str) -> str:
     """A judge's or labeller's name within a sentence."""
     return f"the {RULE}" if name == RULE else name
+
+
+def sessions_of(answers: Answers, judge: str) -> Sequence[Session]:
+    """The sessions that answers belong to.  Errors: DataError where their column is not there."""
+    if SESSION not in answers.columns:
+        raise DataError(
+            f"the columns of the answers were {sorted(answers.columns)}, expected {SESSION!r}: "
+            f"{spoken(judge)} judges against the true next queries of a session"
+        )
+    return answers.columns[SESSION]
+
+
+def formats(answers: Answers, targets: Sequence[Sequence[str]]) -> list[float]:
+    """1 where an answer ended by itself and has as many distinct queries as truly came, else 0."""
+    return [
+        has_format(text, len(queries), end)
+        for text, queries, end in zip(answers.texts, targets, finish(answers), strict=True)
+    ]
 
 
 def finish(answers: Answers) -> list[str]:

@@ -9,7 +9,10 @@ import torch
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tppo.evaluation.intent import intent_figures
 from tppo.evaluation.judge import Judge, judge_answers
+from tppo.evaluation.overlap import bleu, rouge_l, self_bleu
+from tppo.evaluation.ranking import rank_figures
 from tppo.labels.queries import answer_text, parse_answer, query_text
 from tppo.labels.words import fold
 from tppo.models.batch import Batch
@@ -83,8 +86,12 @@ def text_figures(sessions: Sequence[Session], texts: Sequence[str]) -> dict[str,
 
     exact_match         share of true next queries that were returned exactly, both folded
     exact_match_new     the same over true queries that do not stand in the history
-    chrf                of the whole answer against the true queries, 0 to 100
+    mrr, ndcg, recall_at_k  the answer as a ranked list: `rank_figures`
+    chrf, bleu, rouge_l  of the whole answer against the true queries, 0 to 100
+    self_bleu           of all answers, each against all others, 0 to 100: less is more varied
     distinct_2          distinct bigrams over bigrams, within queries, over all answers
+    intent, intent_*    what is recovered of the latent intent, where every session has one:
+                        `intent_figures`
     """
     queries = [parse_answer(text) for text in texts]
     matches = [
@@ -92,12 +99,19 @@ def text_figures(sessions: Sequence[Session], texts: Sequence[str]) -> dict[str,
         for session, answer in zip(sessions, queries, strict=True)
         for target in session.targets
     ]
-    references = [answer_text(session.targets) for session in sessions]
+    targets = [session.targets for session in sessions]
+    references = [answer_text(true) for true in targets]
+    known = bool(sessions) and all(session.intent for session in sessions)
+    each = rank_figures(targets, texts) | (intent_figures(sessions, texts) if known else {})
     return {
         "exact_match": _mean([match for match, _ in matches]),
         "exact_match_new": _mean([match for match, seen in matches if not seen]),
         "chrf": CHRF().corpus_score(list(texts), [references]).score,
+        "bleu": bleu(texts, references),
+        "rouge_l": _mean([rouge_l(*pair) for pair in zip(texts, references, strict=True)]),
+        "self_bleu": self_bleu(texts),
         "distinct_2": distinct_n([query for answer in queries for query in answer], 2),
+        **{name: _mean(values) for name, values in each.items()},
     }
 
 

@@ -13,7 +13,8 @@ from tppo.labels.shares import difference_of
 
 COLUMNS = {
     "distinct_queries": "distinct",
-    "exact_match": "exact",
+    "ndcg": "nDCG",
+    "intent": "intent",
     "chrf": "chrF",
     "kl": "KL",
     "length": "length",
@@ -34,6 +35,8 @@ def print_table(result: dict[str, Any], title: str) -> None:
     shown = {name: row for name, row in result.items() if is_row(row)}
     figure = next(map(first_figure, shown.values()), None) or "relevance"
     columns = {figure: f"{figure} 95 %"} | {k: v for k, v in COLUMNS.items() if _has(shown, k)}
+    if "intent" in columns:  # which says more, and both do not fit 80 columns
+        columns.pop("chrf", None)
     for header in columns.values():
         table.add_column(header, justify="right", no_wrap=True)
     print_rows(

@@ -2,8 +2,9 @@
 
 A file is UTF-8 JSONL, one session a line:
 `{"id", "user", "source", "profile": [str]?, "history": [{"type", "text", "time"?, "clicks"?}],
-"targets": [str]}`. `history` is in time order; `targets` are the true next queries, which no model
-may see in its prompt; data is split by `user`. Other keys are ignored.
+"targets": [str], "latent_intent": {str: str}?}`. `history` is in time order; `targets` are the true
+next queries, which no model may see in its prompt; data is split by `user`. `latent_intent` is
+known of generated sessions: neither a prompt nor a labeller is given it. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Session:
     profile: tuple[str, ...]
     history: tuple[Event, ...]
     targets: tuple[str, ...]
+    intent: tuple[tuple[str, str], ...] = ()
+    """What the user is after, as (part, word), where that is known: for judges alone."""
 
 
 def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
@@ -90,12 +93,20 @@ def session_of(line: Line) -> Session:
         ),
         history=tuple(_event(line, index, value) for index, value in enumerate(history)),
         targets=_targets(line),
+        intent=_intent(line),
     )
 
 
 def _targets(line: Line) -> tuple[str, ...]:
     expected = "a list with at least one true next query"
     return _texts(line, "targets", line.get("targets", lambda v: _is_list(v) and v, expected))
+
+
+def _intent(line: Line) -> tuple[tuple[str, str], ...]:
+    given = line.get(
+        "latent_intent", _is_texts, "an object of texts that are not blank", default={}
+    )
+    return tuple((part, collapse(word)) for part, word in given.items())
 
 
 def _event(line: Line, index: int, value: Any) -> Event:
@@ -131,6 +142,10 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(is_text(item) for item in value.values())
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -144,5 +159,7 @@ def _row(session: Session) -> dict[str, Any]:
         "profile": session.profile,
         "history": events,
         "targets": session.targets,
+        "latent_intent": dict(session.intent),
     }
-    return {key: value for key, value in row.items() if key != "profile" or value}
+    may_be_left_out = ("profile", "latent_intent")
+    return {key: value for key, value in row.items() if key not in may_be_left_out or value}

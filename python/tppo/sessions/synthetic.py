@@ -4,7 +4,8 @@ A user follows one intent of a fixed library: a topic, a brand and a need.  The 
 queries about the topic (its words of the first steps, the need, a click on the brand) and popular
 queries that have nothing to do with it; the targets are the next queries, by default three, at
 least one of them a late reformulation of the intent, the others popular again.  None of them has
-the words of another one in some order, which the rule would call a repetition.
+the words of another one in some order, which the rule would call a repetition.  The intent stands
+beside the session for a judge; the targets alone are what the rule labels by.
 
 The noise is concentrated on purpose: more than half of the target queries are one of six popular
 ones, so each of them is as likely a next query as any single reformulation.  A model of the data
@@ -41,6 +42,7 @@ NEEDS = (
     "lightweight", "foldable", "waterproof", "quiet",
     "compact", "durable", "adjustable", "rechargeable",
 )  # fmt: skip
+PARTS = {"topic": frozenset(TOPICS), "brand": frozenset(BRANDS), "need": frozenset(NEEDS)}
 STYLES = {
     "compares prices before buying": "cheap",
     "buys for the long run": "premium",
@@ -160,7 +162,7 @@ def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Ses
     rng.shuffle(targets)
     return Session(
         id=user, user=user, source="generated", profile=(habit,),
-        history=tuple(history), targets=tuple(targets),
+        history=tuple(history), targets=tuple(targets), intent=tuple(intent._asdict().items()),
     )  # fmt: skip
 
 
