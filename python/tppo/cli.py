@@ -180,9 +180,11 @@ def _read(path: Path) -> Options:
 def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
     if options.data is not None:
         refuse_pipe(options.data)
-    if options.settings.label.endpoint.base_url:  # before it is written to the run folder
-        check_address(options.settings.label.endpoint.base_url)
-    for line in environment.ignored(options.settings.label.endpoint.api_key_env):
+    endpoints = (options.settings.label.endpoint, options.settings.eval.endpoint)
+    for endpoint in endpoints:
+        if endpoint.base_url:  # before it is written to the run folder
+            check_address(endpoint.base_url)
+    for line in environment.ignored(*(endpoint.api_key_env for endpoint in endpoints)):
         say(line)
     with status("loading torch and transformers"):
         torch = _libraries()
@@ -265,6 +267,8 @@ def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) ->
         from tppo.models.adapters import need_peft
 
         need_peft()
+    if command in ("run", "train", "eval"):
+        run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label
     if label.labeller != "endpoint":
         return

@@ -1,6 +1,7 @@
 """Registered stages: what they read is what they declare, a stranger's, and rounds of one."""
 
 import json
+import linecache
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tppo
 from tppo.cli import main
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
+from tppo.evaluation.config import EvalConfig
 from tppo.evaluation.judge import CallableJudge
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
 from tppo.models.config import GenerateConfig, ScratchConfig
@@ -30,7 +32,8 @@ from tppo.stages.registry import (
     register,
 )
 from tppo.stages.run import Run
-from tppo.store.jsonl import read_json, write_json
+from tppo.store.jsonl import plain, read_json, write_json
+from tppo.store.yaml_file import write_yaml
 
 CONFIG = fill_defaults(
     Config(
@@ -371,3 +374,55 @@ def test_another_judge_keeps_the_weights_and_fills_the_table(made, tmp_path, cap
     replace(run, config=strict).perform("train")  # far away from SFT
     said = capsys.readouterr().err
     assert "WARNING: no step had held-out KL <= 0; the last one is kept" in said
+
+
+OWN_JUDGE = """
+def letters(completions, session):
+    return [len(text) / len(s.targets) for text, s in zip(completions, session)]
+"""
+
+
+def test_a_judge_from_the_command_line_is_known_by_its_source(
+    made, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    shutil.copytree(made[0].out, out)
+    (tmp_path / "own_judge.py").write_text(OWN_JUDGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    write_yaml(tmp_path / "c.yaml", plain(CONFIG))
+    command = ["eval", "--out", "out", "--config", "c.yaml", "--eval.judge"]
+    main([*command, "own_judge:letters"])
+    said = capsys.readouterr()
+    assert "judged by own_judge:letters (" in " ".join(said.out.split())
+    assert "eval builds on files of train, which would now be others" in said.err
+    known = read_json(out / "eval/manifest.json")["config"]["judge"]
+    assert known.startswith("own_judge:letters (")
+    own = Run(out, replace(CONFIG, eval=EvalConfig(judge="own_judge:letters")))
+    assert own.done("eval") and not own.done("train") and not Run(out, CONFIG).done("eval")
+    (tmp_path / "own_judge.py").write_text(OWN_JUDGE.replace("/", "*"))
+    monkeypatch.delitem(sys.modules, "own_judge")
+    linecache.checkcache()
+    assert not own.done("eval")  # the same name, another source
+
+    for given, message in {
+        "own_judge:words": "has no 'words'",
+        "own_judge:__name__": "--eval.judge own_judge:__name__: was 'own_judge', expected a func",
+        "rules": "--eval.judge was 'rules', expected rule, intent, next-query, endpoint, or module",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main([*command, given])
+
+
+@pytest.mark.parametrize(("name", "figure"), [("intent", "intent"), ("next-query", "mrr")])
+def test_built_in_judges_by_name(made, tmp_path, name, figure, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made[0].out, out)
+    run = Run(out, replace(CONFIG, eval=EvalConfig(judge=name)))
+    run.perform("train")
+    row = json.loads((out / "train/metrics.jsonl").read_text())
+    assert {f"heldout/{figure}", "heldout/format"} <= set(row)
+    assert read_json(out / "train/manifest.json")["config"]["judge"] == name
+    assert f"by the {'latent intent' if name == 'intent' else 'true next query'}" in (
+        capsys.readouterr().err
+    )

@@ -25,7 +25,7 @@ class IntentJudge:
 
     def __call__(self, answers: Answers) -> dict[str, list[float]]:
         """Errors: DataError naming a session whose intent nobody knows."""
-        sessions = sessions_of(answers, f"the {INTENT}")
+        sessions = sessions_of(answers, self.name)
         figures = intent_figures(sessions, answers.texts)
         return figures | {FORMAT: formats(answers, [session.targets for session in sessions])}
 

@@ -135,9 +135,12 @@ def first_figure(row: Mapping[str, Any]) -> str | None:
     return next((name for name in row if f"{name}_interval" in row), None)
 
 
+SPOKEN = {RULE: "the rule", "intent": "the latent intent", "next-query": "the true next query"}
+
+
 def spoken(name: str) -> str:
     """A judge's or labeller's name within a sentence."""
-    return f"the {RULE}" if name == RULE else name
+    return SPOKEN.get(name, name)
 
 
 def sessions_of(answers: Answers, judge: str) -> Sequence[Session]:

@@ -23,7 +23,7 @@ class NextQueryJudge:
 
     def __call__(self, answers: Answers) -> dict[str, list[float]]:
         """Errors: DataError where the answers have no column of sessions."""
-        targets = [s.targets for s in sessions_of(answers, f"the {NEXT_QUERY} judge")]
+        targets = [s.targets for s in sessions_of(answers, self.name)]
         return rank_figures(targets, answers.texts) | {FORMAT: formats(answers, targets)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import os
@@ -106,6 +107,22 @@ def completions(answers: Answers) -> list[Any]:
         [{"role": "assistant", "content": text}] if chat else text
         for chat, text in zip(chats, answers.texts, strict=True)
     ]
+
+
+def named_with_source(thing: Any) -> str:
+    """What a function or an object is called, with a mark that changes where its source does."""
+    inner = thing.func if isinstance(thing, partial) else thing
+    owner = inner if hasattr(inner, "__qualname__") else type(inner)
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):  # typed at a prompt
+        source = ""
+    if isinstance(thing, partial):
+        source += repr((thing.args, thing.keywords))
+    elif owner is not inner and "object at 0x" not in repr(thing):  # a dataclass with its values
+        source += repr(thing)
+    mark = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{owner.__module__}:{owner.__qualname__} ({mark})"
 
 
 def load_object(place: str) -> Any:

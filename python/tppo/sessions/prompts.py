@@ -24,12 +24,15 @@ def prompt_text(session: Session, skip: int = 0) -> str:
 
     The oldest events go first, up to the newest, which stays; then the profile, last line first.
     """
+    return "\n".join([*history_lines(session, skip), f"next {len(session.targets)}:\n"])
+
+
+def history_lines(session: Session, skip: int = 0) -> list[str]:
+    """Profile and history, a line each, without `skip` of them as in `prompt_text`."""
     skip_events = min(skip, max(0, len(session.history) - 1))
     kept_profile = len(session.profile) - (skip - skip_events)
     lines = [f"profile: {line}" for line in session.profile[: max(0, kept_profile)]]
-    lines += [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
-    lines.append(f"next {len(session.targets)}:\n")
-    return "\n".join(lines)
+    return lines + [f"{event.type}: {event.text}" for event in session.history[skip_events:]]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

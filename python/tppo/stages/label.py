@@ -16,6 +16,7 @@ from tppo.labels.endpoint.lost import forget, lost_by_endpoint, recorded
 from tppo.labels.label import Label, write_labels
 from tppo.labels.rule import label_by_rule
 from tppo.progress import say, track
+from tppo.sessions.prompts import history_lines
 from tppo.sessions.session import Session, session_of
 from tppo.stages.answers import Answer
 from tppo.stages.registry import ANSWERS, LABELS, TRAIN_SESSIONS
@@ -99,8 +100,7 @@ def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
     """What an endpoint is to judge, one at a time; the history as the policy sees it."""
     for answer in run.iter_answers():
         session = _asked(sessions, answer)
-        history = [f"profile: {line}" for line in session.profile]
-        history += [f"{event.type}: {event.text}" for event in session.history]
+        history = history_lines(session)
         yield LabelItem(answer.id, history, list(session.targets), answer.text)
 
 

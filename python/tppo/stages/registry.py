@@ -75,8 +75,8 @@ class Given:
     """Whether sessions are read from a log of the user."""
     from_model: bool
     """Whether SFT starts from a model of the user."""
-    judge: str | None = None
-    """The name of a judge in place of the rule."""
+    judge: Callable[[], str | None] = lambda: None
+    """What names a judge in place of the rule, asked only where a stage depends on it."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
             section, _, key = name.removeprefix("-").rpartition(".")
             del found[section][key]
         elif name == "judge":
-            found |= {} if given.judge is None else {name: given.judge}
+            judge = given.judge()
+            found |= {} if judge is None else {name: judge}
         elif name == "lora":
             found |= {name: plain(given.config.lora)} if given.config.lora.on else {}
         else:

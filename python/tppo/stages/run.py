@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.config import Config
 from tppo.errors import DataError
-from tppo.evaluation.judge import SESSION, Judge, RuleJudge
+from tppo.evaluation.judge import SESSION, Judge
 from tppo.models.adapters import is_adapter, load_adapter, shared_copy
 from tppo.models.folder import folder_eos_ids
 from tppo.models.hub import locate
@@ -28,6 +28,7 @@ from tppo.rewards import Questions
 from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import Session, read_sessions
 from tppo.stages.answers import Answer, answer_of
+from tppo.stages.judges import chosen_judge, judge_named
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import (
     ANSWERS,
@@ -61,8 +62,7 @@ class Run:
     device_name: str = "auto"
     round: int = 1
     judged_by: Judge | None = None
-    """In place of the rule, in the closing table and where PPO keeps its best weights.  Manifests
-    know it by its name: what judges otherwise is called otherwise."""
+    """In place of the one that `eval.judge` names; manifests know it by its name alone."""
     _running: list[tuple[Stage, int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -312,7 +312,7 @@ class Run:
         return stage if self.round == 1 else f"{stage}-{self.round}"
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        judge = None if self.judged_by is None else self.judged_by.name
+        judge = partial(judge_named, self.config.eval, self.judged_by)
         given = Given(self.config, self.data is not None, self.model is not None, judge)
         found = REGISTRY[stage].dependencies(given)
         return found if self.round == 1 else found | {"round": self.round}
@@ -368,7 +368,7 @@ class Run:
     @property
     def judge(self) -> Judge:
         """Who judges the answers of the closing table and of the step that PPO keeps."""
-        return self.judged_by or RuleJudge(self.config.label.sentence_threshold)
+        return self.judged_by or chosen_judge(self.config, self.out / "judge-cache.jsonl")
 
     @property
     def max_new_tokens(self) -> int:

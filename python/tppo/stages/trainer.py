@@ -6,12 +6,10 @@ command line.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.function import FunctionReward
+from tppo.rewards.user_function import named_with_source
 from tppo.stages.lengths import DEFAULT_POSITIONS
 from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
 from tppo.stages.models import adapted, ppo_models
@@ -370,15 +369,4 @@ def described(thing: Any) -> str:
         return f"{thing.name}: {described(thing.reward)}"
     if isinstance(thing, CallableJudge):
         return described(thing.function.function)
-    inner = thing.func if isinstance(thing, partial) else thing
-    owner = inner if hasattr(inner, "__qualname__") else type(inner)
-    try:
-        source = inspect.getsource(owner)
-    except (OSError, TypeError):  # typed at a prompt
-        source = ""
-    if isinstance(thing, partial):
-        source += repr((thing.args, thing.keywords))
-    elif owner is not inner and "object at 0x" not in repr(thing):  # a dataclass with its values
-        source += repr(thing)
-    mark = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{owner.__module__}:{owner.__qualname__} ({mark})"
+    return named_with_source(thing)

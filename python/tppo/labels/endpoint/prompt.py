@@ -1,9 +1,10 @@
 """What a labelling model is asked, and what counts as an answer.
 
 The slots are those of token-level PPO (Ouyang et al., EMNLP 2025), phase I: the user's history, the
-true queries, the returned queries; a second template asks for the label of the answer alone. A JSON
-schema is asked for, but servers ignore it or refuse it: an answer counts between the tags or as the
-schema's object, whatever prose, fences or thoughts stand around it, and is checked here either way.
+true queries, the returned queries; a second template asks for the label of the answer alone, and a
+third which of two answers is the better one. A JSON schema is asked for, but servers ignore it or
+refuse it: an answer counts between the tags or as the schema's object, whatever prose, fences or
+thoughts stand around it, and is checked here either way.
 """
 
 from __future__ import annotations
@@ -69,6 +70,20 @@ Answer with nothing but this, and no explanation:
 </{sentence_tag}>
 Where only a JSON object can be answered: {{"{sentence_tag}": {{"label": 0}}}}""",
 }
+PAIR = (
+    _ASKED.replace("the returned queries that were suggested", "two lists that were suggested, "
+                   "first_queries and second_queries")
+    + """\
+Which of the two lists is more relevant to the true queries as a whole? The order of the queries \
+within a list does not matter. {repeat} and counts as irrelevant. Which list stands first says \
+nothing. Label 0 if first_queries is the better one, 1 if second_queries is.
+
+Answer with nothing but this, and no explanation:
+<{sentence_tag}>
+{{"label": 0}}
+</{sentence_tag}>
+Where only a JSON object can be answered: {{"{sentence_tag}": {{"label": 0}}}}"""
+)
 
 REPAIR = """\
 That answer cannot be used: {reason}
@@ -107,6 +122,8 @@ class LabelItem:
     targets: list[str]
     response: str
     """The returned queries, one a line."""
+    other: str | None = None
+    """A second response: then the answer's label says which is better, 0 the first, 1 this one."""
 
 
 class _WholeNumber:
@@ -189,12 +206,20 @@ def prompt(item: LabelItem, template: Template = "words") -> str:
     letter or a slash: no history can close the object, hold a tag of the answer, or speak for
     somebody else by the marks of a chat template (<|im_end|>, [INST]).
     """
-    queries = [line for line in item.response.split("\n") if line.strip()]
-    slots = {"history": item.history, "true_queries": item.targets, "returned_queries": queries}
+    slots = {"history": item.history, "true_queries": item.targets}
+    if item.other is None:
+        slots["returned_queries"] = _lines(item.response)
+    else:
+        slots |= {"first_queries": _lines(item.response), "second_queries": _lines(item.other)}
     data = _escaped(json.dumps(slots, ensure_ascii=False))
-    return PROMPTS[template].format(
+    asked = PROMPTS[template] if item.other is None else PAIR
+    return asked.format(
         data=data, repeat=_REPEAT, words_tag=WORDS_TAG, sentence_tag=SENTENCE_TAG
     )
+
+
+def _lines(response: str) -> list[str]:
+    return [line for line in response.split("\n") if line.strip()]
 
 
 def _escaped(text: str) -> str:
