@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from tppo.methods.best_of_n import best_of_n, kl_bound
 from tppo.methods.config import PPOConfig, RewardModelConfig
 from tppo.methods.dpo import preferences, train_dpo
 from tppo.methods.ppo import PPO
-from tppo.methods.sentence_model import SentenceReader, pair_loss
+from tppo.methods.sentence_model import SentenceReader, pair_loss, train_sentence_model
+from tppo.models.adapters import add_adapter, shared_copy
 from tppo.models.batch import Batch
+from tppo.models.config import AdapterConfig
+from tppo.models.guards import trainable
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.rewards import TokenReward
 from tppo.rewards.implicit import ImplicitReward, ImplicitScore
+from tppo.rewards.sentence_model import SentenceModel
 
 CONFIG = RewardModelConfig(epochs=4, batch_size=16, lr=3e-3)
 
@@ -100,6 +105,23 @@ def test_dpo_learns_what_is_better_and_its_reward_teaches_ppo():
     paid = [ppo.step(asked)[0]["objective/scores"] for _ in range(6)]
     assert sum(paid[-2:]) > sum(paid[:2]) + 0.5, paid
     assert not any(p.requires_grad for p in policy.parameters())  # frozen as a reward
+
+
+def test_adapters_over_one_base_are_trained_alone():
+    """Of DPO's policy and of a sentence model: the reference is the base, which stays as it is."""
+    ref, lora = two_policies()[0], AdapterConfig(rank=4)
+    before = [p.clone() for p in ref.parameters()]
+    policy = add_adapter(shared_copy(ref), lora, seed=1)
+    trunk = add_adapter(shared_copy(ref.base_model), lora, seed=2)
+    settings = replace(CONFIG, lr=2e-2, epochs=3)
+    history = train_dpo(policy, ref, paired(96, 1), [], settings, pad_id=PAD, seed=0, beta=0.5)
+    assert history[-1]["loss"] < history[0]["loss"] < math.log(2)
+    reader = SentenceReader(SentenceModel(trunk, 16, "mean"), PAD)
+    history = train_sentence_model(reader, paired(96, 1), paired(32, 2), settings, seed=0)
+    assert min(row["heldout_loss"] for row in history) < 0.8 * history[0]["heldout_loss"]
+    assert all((a == b).all() for a, b in zip(before, ref.parameters(), strict=True))
+    trained = sum(p.numel() for p in trainable(reader.model))
+    assert trained < 0.6 * sum(p.numel() for p in ref.parameters())
 
 
 def test_pairs_that_are_alike_are_left_out():

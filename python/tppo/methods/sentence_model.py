@@ -20,7 +20,7 @@ from tppo.methods.optimizer import AdamW
 from tppo.methods.reward_model import RELEVANT, LabelledAnswer, area_under_curve
 from tppo.models.batch import Batch, assembled
 from tppo.models.config import Prefix
-from tppo.models.guards import check_step, check_weights
+from tppo.models.guards import check_step, check_weights, trainable
 
 REMEDY = "usually a smaller learning rate helps"
 
@@ -125,7 +125,7 @@ def train_sentence_model(
     assert config.lr is not None
     model, rng = reader.model, random.Random(seed)
     check_weights(f"before {name} step 1", {name: model})
-    optimizer = AdamW(model.parameters(), lr=config.lr)
+    optimizer = AdamW(trainable(model), lr=config.lr)
     losses: list[float] = []
     held: list[float] = []
     step = 0
