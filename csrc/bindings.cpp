@@ -235,9 +235,9 @@ void bind_token_head([[maybe_unused]] py::module_& m) {
     check(token_head_fwd_cuda(in, at<float>(out), at<void>(stream)));
   });
   m.def("token_head_bwd_cuda", [](const HeadInputs& in, Address grad, int parts, Address dx,
-                                  Address dweight, Address dbias, Address room, Address stream) {
+                                  Address dweight, Address dbias, Address sums, Address stream) {
     check(token_head_bwd_cuda(in, at<float>(grad), parts, at<void>(dx), at<void>(dweight),
-                              at<void>(dbias), at<float>(room), at<void>(stream)));
+                              at<void>(dbias), at<float>(sums), at<void>(stream)));
   });
 #endif
 }

@@ -207,7 +207,8 @@ __device__ inline Part part_of(const Span& span, int part, int parts, int64_t ch
   return {first, first + each < chunks ? first + each : chunks};
 }
 
-// Results of a thread's tokens; `joined` and `behind` say what lies behind its lane and its round.
+// Writes the results of a thread's tokens; `joined` are the maps behind its lane, `behind` is the
+// carry behind its round.
 template <class Source>
 __device__ void emit_round(Source& tokens, const Span& span, int64_t t,
                            const typename Source::Raw& raw, const Steps& steps,
@@ -227,8 +228,8 @@ __device__ void emit_round(Source& tokens, const Span& span, int64_t t,
 
 // Joins the maps of a part, or emits it with the carry behind it. tokens: load(span, t) -> Raw,
 // steps(raw) -> Steps, emit(span, t, raw, steps, results), each for the kGroup tokens from t on.
-// warps: that walk together, 1 or kWarps. shared: [2][kWarps], of which `turn` says the half that
-// is free. Returns the part's map.
+// warps: that walk together, 1 or kWarps. shared: [2][kWarps], of which the half
+// `turn` is free. Returns the part's map.
 template <bool kEmit, int kRounds, class Source>
 __device__ GaeMap walk(Source& tokens, const Span& span, const Part& part, const GaeScale& scale,
                        GaeCarry carry, int warps, GaeMap (*shared)[kWarps], int& turn) {
@@ -248,12 +249,12 @@ __device__ GaeMap walk(Source& tokens, const Span& span, const Part& part, const
       joined[r] = join_lanes(map_of(steps[r], scale), lane);
       total = gae_join(from_lane(joined[r], 0), total);
     }
-    GaeCarry mine = carry;  // behind this warp's tokens
+    GaeCarry own = carry;  // behind this warp's tokens
     if (warps > 1) {
       if (lane == 0) shared[turn][warp] = total;
       __syncthreads();
       const GaeMap from = join_lanes(lane < kWarps ? shared[turn][lane] : gae_identity(), lane);
-      mine = gae_apply(from_lane(from, warp + 1), carry);  // the identity behind the last warp
+      own = gae_apply(from_lane(from, warp + 1), carry);  // the identity behind the last warp
       total = from_lane(from, 0);                          // now of the whole block
       turn ^= 1;  // the next chunk writes the other half: one barrier a chunk is enough
     }
@@ -262,8 +263,8 @@ __device__ GaeMap walk(Source& tokens, const Span& span, const Part& part, const
     if constexpr (kEmit) {
 #pragma unroll
       for (int r = kRounds - 1; r >= 0; --r) {
-        emit_round(tokens, span, t0 + r * kTile, raw[r], steps[r], joined[r], scale, mine);
-        mine = gae_apply(from_lane(joined[r], 0), mine);
+        emit_round(tokens, span, t0 + r * kTile, raw[r], steps[r], joined[r], scale, own);
+        own = gae_apply(from_lane(joined[r], 0), own);
       }
     }
   }
@@ -280,8 +281,8 @@ __device__ void walk_part(Source& tokens, const GaeInputs& in, const Span& span,
   const float behind = value_at(in.bootstrap, b);
   GaeCarry carry{behind, behind};
   if (kEmit && parts > 1) carry = apply_maps(maps + b * parts, part + 1, parts, carry);
-  const Part mine = part_of(span, part, parts, int64_t(kTile) * kRounds * warps);
-  const GaeMap map = walk<kEmit, kRounds>(tokens, span, mine, scale, carry, warps, shared, turn);
+  const Part own = part_of(span, part, parts, int64_t(kTile) * kRounds * warps);
+  const GaeMap map = walk<kEmit, kRounds>(tokens, span, own, scale, carry, warps, shared, turn);
   if (!kEmit && threadIdx.x == 0) maps[b * parts + part] = map;
 }
 

@@ -29,9 +29,9 @@ struct GaeResult {
 TPPO_HD inline GaeMap gae_identity() { return {1.f, 0.f, 1.f, 0.f}; }
 
 TPPO_HD inline GaeMap gae_map(float reward, float value, const GaeScale& scale) {
-  const float surplus = reward - value;
-  return {scale.gamma * scale.lam, value + scale.lam * surplus, scale.gamma * scale.value_lam,
-          value + scale.value_lam * surplus};
+  const float difference = reward - value;
+  return {scale.gamma * scale.lam, value + scale.lam * difference, scale.gamma * scale.value_lam,
+          value + scale.value_lam * difference};
 }
 
 TPPO_HD inline GaeCarry gae_apply(const GaeMap& map, const GaeCarry& behind) {

@@ -1,4 +1,4 @@
-// Every kernel that bindings.cpp exposes. A pointer may be null where its kernel says so.
+// Every kernel that bindings.cpp exposes. A pointer may be null only where its comment allows it.
 #pragma once
 #include <cstdint>
 
@@ -161,9 +161,9 @@ struct HeadInputs {
 // Null, or the error's text. out: [N, K].
 const char* token_head_fwd_cuda(const HeadInputs& in, float* out, void* stream);
 
-// grad: [N, K]. dx [N, D], dweight, dbias in the dtypes of their tensors, or null. room: fp32
+// grad: [N, K]. dx [N, D], dweight, dbias in the dtypes of their tensors, or null. sums: fp32
 // [parts, K D + 2 K], or null where only dx is wanted.
 const char* token_head_bwd_cuda(const HeadInputs& in, const float* grad, int parts, void* dx,
-                                void* dweight, void* dbias, float* room, void* stream);
+                                void* dweight, void* dbias, float* sums, void* stream);
 
 }  // namespace tppo

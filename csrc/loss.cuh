@@ -1,6 +1,6 @@
 // How ppo_loss and value_loss sum over a GPU in one cooperative launch: every block walks over its
 // parts of sequences and leaves its sums; behind the grid's barrier the first block adds them up,
-// in their order. No atomics, no counter that someone must have zeroed, equal bits for equal grids.
+// in their order: no atomics, no counter to be zeroed before, equal bits for equal grids.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ constexpr int kItems = 4;         // tokens of a thread in flight
 constexpr int kBlocksPerSm = 2;   // resident at once at least, by __launch_bounds__
 constexpr int kMaxBlocks = 1024;  // rows of the workspace
 
-// Element i of a column; kFloats: all columns are fp32, and nothing is asked.
+// Element i of a column; kFloats: all columns are fp32, so that no type is tested.
 template <bool kFloats>
 __device__ __forceinline__ float read(const Column& x, int64_t first, int64_t t) {
   const int64_t i = first + t * x.step;
@@ -139,15 +139,15 @@ const char* launch_over(const Batch& batch, bool divisible, double* sums, void* 
   cudaError_t error = resident_blocks<kKernel>(&resident);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (resident == 0) return "no block of the loss's kernel fits on this device";
-  const int64_t B = batch.layout.B, room = std::min(kMaxBlocks, resident);
+  const int64_t B = batch.layout.B, most = std::min(kMaxBlocks, resident);
   const int64_t longest = batch.layout.offsets ? batch.layout.N : batch.layout.T;  // at most
   const int64_t turns = (longest + kThreads * kItems - 1) / (kThreads * kItems);
-  const int parts = divisible && B > 0 ? int(std::max<int64_t>(1, std::min(room / B, turns))) : 1;
+  const int parts = divisible && B > 0 ? int(std::max<int64_t>(1, std::min(most / B, turns))) : 1;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min(B * parts, room)));
+  config.gridDim = dim3(unsigned(std::min(B * parts, most)));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cooperative;

@@ -1,5 +1,5 @@
 // The per-token formula of the clipped policy loss, shared by the C++ and the CUDA kernel. In
-// Python it stands in ops/ppo_loss/reference.py; tests/test_ppo_loss.py holds the two together.
+// Python it stands in ops/ppo_loss/reference.py; tests/test_ppo_loss.py compares the two.
 #pragma once
 #include "loss.h"
 

@@ -186,8 +186,8 @@ __device__ Moments merge_partials(const Moments* partials, int count) {
   n = block_sum(n);
   const double mean = block_sum(sum) / at_least_one(n);
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const double gap = partials[i].mean - mean;
-    m2 += partials[i].m2 + partials[i].n * gap * gap;
+    const double difference = partials[i].mean - mean;
+    m2 += partials[i].m2 + partials[i].n * difference * difference;
   }
   return {n, mean, block_sum(m2), block_max(largest)};
 }
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(kThreads)
     token_advantages_whiten_kernel(WhitenInputs in, const Moments* trained, const Moments* all,
                                    int count, AdvantageStatistics statistics, float* out) {
   if (all && blockIdx.x < kQuantities) {  // a block for each quantity
-    const Moments mine = merge_partials(all + blockIdx.x * int64_t(count), count);
-    if (threadIdx.x == 0) write_statistics(blockIdx.x, mine, in.unbiased, statistics);
+    const Moments merged = merge_partials(all + blockIdx.x * int64_t(count), count);
+    if (threadIdx.x == 0) write_statistics(blockIdx.x, merged, in.unbiased, statistics);
   }
   if (in.N == 0) return;
   const Whitening by = whitening(merge_partials(trained, count), 1e-8, in.unbiased, true);

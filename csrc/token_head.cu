@@ -142,15 +142,15 @@ __global__ void __launch_bounds__(kBwdThreads)
     }
   }
   if (!parts_out) return;
-  float* mine = parts_out + part * (K * in.D + 2 * K);
+  float* own = parts_out + part * (K * in.D + 2 * K);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j)
-      if (d < in.D) mine[k * in.D + d + j] = sums[k][j];
+      if (d < in.D) own[k * in.D + d + j] = sums[k][j];
     if (d == 0) {
-      mine[K * in.D + k] = float(bias[k]);
-      mine[K * in.D + K + k] = float(bias[k] - float(bias[k]));
+      own[K * in.D + k] = float(bias[k]);
+      own[K * in.D + K + k] = float(bias[k] - float(bias[k]));
     }
   }
 }
@@ -167,9 +167,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   double sum = 0;
   if (column < size)
     for (int part = slice; part < parts; part += kSlices) {
-      const float* mine = parts_in + part * (size + in.K);
-      sum += mine[column];
-      if (column >= count) sum += mine[column + in.K];
+      const float* own = parts_in + part * (size + in.K);
+      sum += own[column];
+      if (column >= count) sum += own[column + in.K];
     }
   shared[slice][lane] = sum;
   __syncthreads();
@@ -205,13 +205,13 @@ const char* fwd_typed(const HeadInputs& in, float* out, void* stream) {
 }
 
 template <int kDtype>
-const char* bwd_typed(const HeadInputs& in, const float* grad, int parts, void* dx, float* room,
+const char* bwd_typed(const HeadInputs& in, const float* grad, int parts, void* dx, float* sums,
                       void* stream) {
   const auto kernel =
       in.K == 1 ? token_head_bwd_kernel<kDtype, 1> : token_head_bwd_kernel<kDtype, 3>;
   const int64_t columns = kBwdThreads * kHeadColumns<kDtype>;
   return launch(kernel, (in.D + columns - 1) / columns * parts, kBwdThreads, stream, in, grad,
-                parts, dx, room);
+                parts, dx, sums);
 }
 
 }  // namespace
@@ -223,14 +223,14 @@ const char* token_head_fwd_cuda(const HeadInputs& in, float* out, void* stream) 
 }
 
 const char* token_head_bwd_cuda(const HeadInputs& in, const float* grad, int parts, void* dx,
-                                void* dweight, void* dbias, float* room, void* stream) {
-  const char* error = in.dtype == kFp32   ? bwd_typed<kFp32>(in, grad, parts, dx, room, stream)
-                      : in.dtype == kBf16 ? bwd_typed<kBf16>(in, grad, parts, dx, room, stream)
-                                          : bwd_typed<kFp16>(in, grad, parts, dx, room, stream);
-  if (error || !room) return error;
+                                void* dweight, void* dbias, float* sums, void* stream) {
+  const char* error = in.dtype == kFp32   ? bwd_typed<kFp32>(in, grad, parts, dx, sums, stream)
+                      : in.dtype == kBf16 ? bwd_typed<kBf16>(in, grad, parts, dx, sums, stream)
+                                          : bwd_typed<kFp16>(in, grad, parts, dx, sums, stream);
+  if (error || !sums) return error;
   const int64_t size = in.K * in.D + in.K;
   return launch(token_head_merge_kernel, (size + kWarp - 1) / kWarp, kMergeThreads, stream, in,
-                parts, static_cast<const float*>(room), dweight, dbias);
+                parts, static_cast<const float*>(sums), dweight, dbias);
 }
 
 }  // namespace tppo

@@ -1,5 +1,5 @@
 // The per-token formula of the critic's loss, shared by the C++ and the CUDA kernel. In Python it
-// stands in ops/value_loss/reference.py; tests/test_value_loss.py holds the two together.
+// stands in ops/value_loss/reference.py; tests/test_value_loss.py compares the two.
 #pragma once
 #include "loss.h"
 

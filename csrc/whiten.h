@@ -17,8 +17,8 @@ TPPO_HD inline double at_least_one(double n) { return n < 1 ? 1 : n; }
 // Chan, Golub, LeVeque 1979.
 TPPO_HD inline Moments merge(const Moments& a, const Moments& b) {
   if (a.n == 0 || b.n == 0) return a.n == 0 ? b : a;
-  const double n = a.n + b.n, gap = b.mean - a.mean;
-  return {n, a.mean + gap * b.n / n, a.m2 + b.m2 + gap * gap * a.n * b.n / n,
+  const double n = a.n + b.n, difference = b.mean - a.mean;
+  return {n, a.mean + difference * b.n / n, a.m2 + b.m2 + difference * difference * a.n * b.n / n,
           a.largest < b.largest ? b.largest : a.largest};
 }
 

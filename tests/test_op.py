@@ -112,7 +112,7 @@ def test_the_environment_forces_a_backend(inputs, monkeypatch):
 
 
 def test_a_fallback_is_logged_once(inputs, caplog, no_extension):
-    _op._said.clear()
+    _op._logged.clear()
     with caplog.at_level(logging.WARNING, "tppo_kernels"):
         tk.gae(*inputs)
         tk.gae(*inputs)

@@ -1,4 +1,4 @@
-"""How results are judged, and sample inputs: for the tests, the benchmarks and downstream code.
+"""Sample inputs, and how accurate a result must be: for tests, benchmarks and code of others.
 
 The policy: against fp64 from the same inputs, an operator's largest error is at most twice that of
 plain PyTorch in the inputs' own dtype, plus a floor of `FLOOR` times the largest exact value.
@@ -23,7 +23,7 @@ POISONS = (float("nan"), float("inf"), float("-inf"), 1e38)
 
 
 def sample_mask(kind: str, batch: int, tokens: int, seed: int = 0) -> Tensor | None:
-    """A mask [B, T]: left- or right-padded, with interior gaps, with one all-False row, ..."""
+    """A mask [B, T]: left- or right-padded, with holes inside, with one all-False row, ..."""
     if kind == "none":
         return None
     generator = torch.Generator().manual_seed(seed)

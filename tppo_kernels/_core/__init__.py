@@ -1,1 +1,1 @@
-"""The door and the switch: checks of arguments, raw ops, the choice of backend."""
+"""What every operator is built from: argument checks, raw ops, and the choice of backend."""

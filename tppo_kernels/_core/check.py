@@ -1,8 +1,9 @@
 """Argument checks: one grammar for shapes, dtypes, devices and scalars.
 
-`Check("gae").tensor("rewards", rewards, "B T | N")` binds the letters at their first use and holds
-later tensors to them. Shapes are words of letters ("B T"), alternatives are separated by "|", and a
-leading "..." binds any leading sizes. Messages name the argument, what it was, what was expected.
+`Check("gae").tensor("rewards", rewards, "B T | N")` binds the letters at their first use; later
+tensors must agree with them. Shapes are words of letters ("B T"), alternatives are separated by
+"|", and a leading "..." binds any leading sizes. Messages name the argument, what it was, and what
+was expected.
 
 What needs a tensor's values (`offsets`, and `values_between` of `_kernels/values.py`) is checked
 inside the raw ops: always on CPU, on a GPU only under TPPO_CHECK=1.
@@ -67,7 +68,7 @@ class Check:
 
     def tensor(self, name: str, value: Any, shape: str,
                dtypes: Sequence[torch.dtype] = FLOATS, *, optional: bool = False) -> None:
-        """Holds `value` to a shape of the grammar, to dtypes, and to the device of the others."""
+        """Checks the shape of `value`, its dtype, and that it is on the device of the others."""
         if value is None and optional:
             return
         if not isinstance(value, Tensor):
@@ -87,7 +88,7 @@ class Check:
         if sizes == self.seen.get(shape):
             return
         alternatives = _PARSED.get(shape) or _parse(shape)
-        if len(alternatives) > 1 and is_compiling():  # first those known to fit: no guard is asked
+        if len(alternatives) > 1 and is_compiling():  # first those that surely match: no guard
             alternatives = sorted(alternatives, key=lambda a: not self._fits(sizes, a[1]))
         for text, letters, leading, plain in alternatives:
             if (sizes == self.seen.get(text)
@@ -98,7 +99,7 @@ class Check:
                          f"{' or '.join(self._spell(words) for words in shape.split('|'))}")
 
     def _fits(self, sizes: Any, letters: tuple[str, ...]) -> bool:
-        """Whether sizes are surely those of letters that are bound."""
+        """Whether the sizes are known to be those of letters that are already bound."""
         return len(sizes) == len(letters) and all(
             letter in self.sizes and surely(self.sizes[letter] == size)
             for letter, size in zip(letters, sizes, strict=True))
@@ -171,10 +172,10 @@ class Check:
 
     def sequences(self, name: str, x: Any, mask: Any, cu_seqlens: Any, *,
                   trailing: str = "") -> Any:
-        """Holds x to padded [B, T], or to packed [N] where `cu_seqlens` [B + 1] is given.
+        """Checks that x is padded [B, T], or packed [N] where `cu_seqlens` [B + 1] is given.
 
-        `trailing`: the letters of what each token holds, where it is more than a number. Returns
-        the mask as `Check.mask` does.
+        `trailing`: the letters of the sizes behind a token, where it is more than a number.
+        Returns the mask as `Check.mask` does.
         """
         tokens = self.tokens(cu_seqlens)
         self.tensor(name, x, f"{tokens} {trailing}" if trailing else tokens)
@@ -199,7 +200,7 @@ class Check:
         return value[index.clamp(max=batch - 1)]
 
     def packing(self, cu_seqlens: Any) -> None:
-        """Holds `cu_seqlens` to int32 [B + 1], which binds B."""
+        """Checks that `cu_seqlens` is int32 [B + 1], which binds B."""
         self.tensor("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
         if cu_seqlens.shape[0] < 1:
             raise ValueError(f"{self.op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected "
@@ -215,7 +216,7 @@ class Check:
                above: float = -math.inf, optional: bool = False) -> Any:
         """A number or a 0-d tensor as a detached 0-d tensor; a number's range is checked here.
 
-        Finite, unless `high` says that infinity switches something off.
+        It must be finite, unless `high` is infinite, where infinity switches a term off.
         Returns a Tensor, or None where that is allowed (typed Any: callers rebind the argument).
         """
         if type(value) is float and low <= value <= high and value > above:
@@ -231,7 +232,7 @@ class Check:
         return constant(self.number(name, value, low=low, high=high, above=above))
 
     def _reachable(self, name: str, value: Tensor) -> None:
-        """Holds a 0-d tensor to the device of the others, or to the CPU: kernels read it there."""
+        """Checks that a 0-d tensor is on the device of the others, or on the CPU."""
         if not value.is_cpu and self.device not in (None, value.device):
             raise ValueError(f"{self.op}: {name} is on {value.device}, expected {self.device} as "
                              f"{self.device_of}, or cpu")
@@ -261,7 +262,7 @@ class Check:
 
     def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
                   cu_seqlens: Tensor | None) -> Reduction:
-        """Holds the arguments of a reduction; its denominators as 0-d tensors, None where none."""
+        """Checks a reduction; gives its denominators as 0-d tensors, or None where not given."""
         self.choice("reduction", reduction, REDUCTIONS)
         if (reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None
                 and norm_length is None):
@@ -287,9 +288,9 @@ class Check:
 
     def number(self, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
                above: float = -math.inf, kind: type | tuple[type, ...] = (int, float)) -> Any:
-        """A number, held to its type and to low <= value <= high, value > above.
+        """A number, after a check of its type and of low <= value <= high, value > above.
 
-        One of numpy is given back as Python's: it would overflow where Python's does not.
+        A number of NumPy is returned as one of Python, which does not overflow where NumPy's does.
         """
         if not isinstance(value, kind) and isinstance(value, Integral if kind is int else Real):
             value = int(value) if isinstance(value, Integral) else float(value)
@@ -303,7 +304,7 @@ class Check:
         return value
 
     def choice(self, name: str, value: Any, options: Sequence[Any]) -> None:
-        """Holds a value to a list of options."""
+        """Checks that a value is one of a list of options."""
         for option in options:
             if value is option:
                 return
@@ -330,7 +331,7 @@ def describe(value: Any) -> str:
 
 
 def offsets(op: str, cu_seqlens: Tensor | None, length: int) -> None:
-    """Holds the values of `cu_seqlens` to 0 = first <= ... <= last = N."""
+    """Checks the values of `cu_seqlens`: 0 = first <= ... <= last = N."""
     if cu_seqlens is None:
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

@@ -1,4 +1,4 @@
-"""Whether a derivative is asked for, in any of torch's ways: one that is not there is refused."""
+"""Whether a call is differentiated, in any mode of torch; derivatives that do not exist raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 
 def wanted(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its `autograd.Function`, for the sake of these inputs.
+    """Whether a call must go through its `autograd.Function` because of these inputs.
 
     Also where `vmap` hides that a tensor requires a gradient, and in forward mode, which needs no
     such tensor: there the Function refuses the call, while a raw op would drop the derivative.
@@ -41,7 +41,7 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 
 
 class _NoSecond(torch.autograd.Function):
-    """A first derivative as it is; differentiating it by what it was computed from is an error."""
+    """Passes a first derivative through; differentiating it with respect to its inputs raises."""
 
     @staticmethod
     def forward(ctx, derivative, *_):
@@ -55,10 +55,10 @@ class _NoSecond(torch.autograd.Function):
 
 def first_only(count: int) -> Callable[[Callable], Callable]:
     """For the backward of a Function whose first `count` saved tensors are the inputs that it
-    differentiates by; those that need no gradient may be None.
+    differentiates with respect to; those that need no gradient may be None.
 
-    Torch's `once_differentiable` takes a second derivative for 0 where the incoming gradient is a
-    constant; that of a loss is one.
+    Torch's `once_differentiable` gives a second derivative of 0 where the incoming gradient is a
+    constant, as that of a loss is.
     """
 
     def decorate(backward: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""When a call is plain eager work: then the dispatcher may be skipped, and constants shared."""
+"""Whether a call is plain eager work: then it may skip the dispatcher and share constants."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def plain_device(args: tuple) -> str | None:
 
 
 def surely(condition: Any) -> bool:
-    """A comparison of sizes; False where `torch.compile` cannot know it, as of the number of rows
-    that were chosen inside: a plain `if` would stop it with a data-dependent guard."""
+    """A comparison of sizes; False where `torch.compile` cannot know it, for instance of the number
+    of rows that a compiled function chose: a plain `if` would raise for a data-dependent guard."""
     if not is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import guard_or_false

@@ -1,4 +1,4 @@
-"""An unknown keyword of a public operator is answered with the names that were probably meant."""
+"""The error of an unknown keyword of a public operator, with the names that were probably meant."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The machinery of every operator: raw ops, their fakes and references, the choice of backend.
 
 An operator owns raw ops `tppo_kernels::<op>_fwd` and `<op>_bwd`: functional, schema and fake in
-Python. Their kernel is a chooser: of the backends in the order of the device, the first that is
-here and does not refuse the arguments runs; what it passed is logged once.
-Plain eager calls go to the chooser past the dispatcher, which costs more than some kernels.
+Python. Their kernel is a chooser: it runs the first backend in the order of the device that is
+installed and does not refuse the arguments, and logs each one that it passes over once. Plain eager
+calls go to the chooser without the dispatcher. docs/how-a-call-runs.md shows the way of a call.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("tppo_kernels", "DEF")
 _log = logging.getLogger("tppo_kernels")
 _explaining = ContextVar("_explaining", default=False)
-_said: set[tuple] = set()
+_logged: set[tuple] = set()
 OTHER = "other devices"  # than a CPU or an NVIDIA GPU: plain torch runs there
 
 
 class BackendError(RuntimeError):
-    """A forced backend cannot run these arguments; the message says why."""
+    """A forced backend cannot run these arguments; the message has the reason."""
 
 
 class Explanation(NamedTuple):
@@ -61,9 +61,9 @@ class Op:
                check_values: Callable | None = None, *, record: type[Record],
                registers_autograd: bool = False) -> Callable[[Record], Any]:
         """Registers a raw op, such as "gae_fwd -> (Tensor, Tensor)", with the fields of `record` as
-        its arguments; returns what calls it with a record, and records no gradient by itself.
+        its arguments. Returns a function that calls it with a record and computes no gradient.
 
-        `check_values` reads values: where that is free (CPU), and on a GPU under TPPO_CHECK=1.
+        `check_values` reads values: on CPU, where that is free, and on a GPU under TPPO_CHECK=1.
         """
         raw, returns = signature.split(" ", 1)
         entry = raw.rpartition("_")[2]
@@ -101,7 +101,7 @@ class Op:
         return call
 
     def choose(self, device: str, call: tuple, entry: str, reference: Callable) -> Callable:
-        """`entry` of the forced backend, or of the first of the order that does not refuse."""
+        """The function `entry` of the forced backend, or of the first one that does not refuse."""
         only = forced()
         refused: dict[str, str] = {}
         for backend in (only,) if only else self.order[device]:
@@ -112,11 +112,11 @@ class Op:
                 return reference if backend == "reference" else getattr(
                     self._modules[backend], entry)
             refused[backend] = reason
-            said = (self.name, backend, reason)
-            if not (only or _explaining.get() or said in _said):
-                _said.add(said)
+            event = (self.name, backend, reason)
+            if not (only or _explaining.get() or event in _logged):
+                _logged.add(event)
                 level = logging.DEBUG if backend in RARE else logging.WARNING
-                _log.log(level, "%s: %s passed over: %s", *said)
+                _log.log(level, "%s: %s passed over: %s", *event)
         raise BackendError(f"{self.name}: no backend can run this: " + "; ".join(
             f"{name}: {reason}" for name, reason in refused.items()))
 
@@ -141,7 +141,7 @@ class Op:
 
 
 def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend `op(*args, **kwargs)` would take, and why not a faster one; nothing runs."""
+    """Which backend `op(*args, **kwargs)` would run on, and why on no faster one; nothing runs."""
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         raise ValueError(f"op is {name!r}, expected one of {', '.join(sorted(OPS))}")
@@ -152,4 +152,4 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
         return explained.args[0]
     finally:
         _explaining.reset(token)
-    return Explanation(name, "reference", {})  # it made no dispatch: one implementation
+    return Explanation(name, "reference", {})  # the call reached no chooser: there is one backend

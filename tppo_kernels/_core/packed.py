@@ -1,4 +1,4 @@
-"""Which sequence a packed token belongs to: checks and references both ask."""
+"""Which sequence a packed token belongs to: checks and references both need it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 A field may be a record itself, for arguments that several ops share; the schema then lists the
 fields of that record in its place. Checks, fakes and backends take the record. The dispatcher and
-autograd know only flat arguments: `flat` and `build` are the two ways between.
+autograd know only flat arguments: `flat` and `build` convert between the two.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _leaves(record: type, before: str = "") -> Iterator[tuple[str, Any]]:
 def schema(record: type) -> str:
     """The arguments of the raw op as torch's schema language has them.
 
-    From here on `flat` and `build` know such records.
+    It must be called before `flat` and `build` can take such records.
     """
     _learn(record)
     names = [path.rpartition(".")[2] for path, _ in _leaves(record)]
@@ -66,7 +66,7 @@ def _spell(record: type, path: str, kind: Any) -> str:
 
 
 def _learn(record: Any) -> None:
-    """Reads the types of a record's fields once: what calls need of them, Dynamo can trace."""
+    """Reads the types of a record's fields once, so that Dynamo need not trace that at calls."""
     kinds = typing.get_type_hints(record).values()
     _INNER[record] = tuple(kind if _is_record(kind) else None for kind in kinds)
     for kind in filter(None, _INNER[record]):
@@ -80,7 +80,7 @@ def flat(call: tuple) -> tuple:
     """The arguments of a record, one by one, in the order of its schema."""
     if is_compiling():
         return _listed(call)
-    read = _READ.get(type(call))  # outside Python, unlike `_listed`
+    read = _READ.get(type(call))  # an attrgetter, which is faster than `_listed`
     return call if read is None else read(call)  # without inner records it is a tuple of them
 
 

@@ -1,7 +1,7 @@
-"""The engine of the linear operators: chunks of rows, so that no [N, V] tensor comes to be.
+"""The engine of the linear operators: chunks of rows, so that no [N, V] tensor is made.
 
 A `Problem` is a call's rows and head: it computes the logits of one chunk after another in one
-buffer. `Gradients` adds up what each chunk's gradient by the logits gives. What happens between the
+buffer. `Gradients` adds up what the gradient of each chunk's logits gives. What happens between the
 two, the formula of a row, is the backend's.
 """
 
@@ -85,7 +85,7 @@ class Problem:
         self.chunk_rows = 0  # set by `buffers`
 
     def buffers(self, logits: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Memory for the logits of one chunk and for the gradient by them, reused by all chunks.
+        """Memory for the logits of one chunk and for their gradient, reused by all chunks.
 
         They are one where their dtypes are; one that is not asked for is empty. As many rows as the
         budget holds, in equal chunks; as many in every process of a group. Rows begin at multiples

@@ -14,7 +14,7 @@ from .._core.check import Reduction
 from .memory import refuses_fp64
 
 ONE, TOKENS, SEQUENCES, GIVEN = range(4)  # Share::Count of csrc/loss.h
-ROOM = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh times kPolicySums of csrc/ppo_loss.h
+WORKSPACE = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh x kPolicySums of csrc/ppo_loss.h
 
 
 def supports(call: tuple) -> str | None:
@@ -73,8 +73,8 @@ def arrange(columns: Sequence[Tensor | None], mask: Tensor | None, cu_seqlens: T
             by_sequence: bool) -> Batch:
     """The batch whose tokens are those of `columns[0]`, which is [B, T] or [N].
 
-    Where sequences do not matter, nothing is [B] and all is dense, rows of a fixed length take
-    the sequences' place: work is spread evenly whatever the lengths.
+    Where it does not matter which sequence a token belongs to, no argument is [B] and all are
+    dense, the tokens are cut into rows of a fixed length instead: the work is then spread evenly.
     """
     like = columns[0]
     assert like is not None
@@ -120,11 +120,11 @@ def policy_numbers(formula: Sequence) -> list[tuple[float, Tensor | None]]:
 
 
 def workspace(like: Tensor) -> Tensor:
-    """Room for the sums of every block; a kernel writes before it reads."""
-    return torch.empty(ROOM, dtype=torch.float64, device=like.device)
+    """A buffer for the sums of every block; a kernel writes it before it reads it."""
+    return torch.empty(WORKSPACE, dtype=torch.float64, device=like.device)
 
 
 def like_slopes(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Derivatives, and a result for their gradient: elements in one order in memory."""
+    """The derivatives and an empty result, with their elements in the same order in memory."""
     out = torch.empty_like(slopes, dtype=dtype)
     return (slopes if slopes.stride() == out.stride() else slopes.clone()), out

@@ -20,7 +20,7 @@ class Products:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.weight = weight  # [v, D], its live rows
-        self.factors = dtype  # of hidden states and of the gradients by the logits
+        self.factors = dtype  # of hidden states and of the gradients of logits
         self.dtype = dtype
         self.summands = 1  # numbers that make up a gradient by a logit
 

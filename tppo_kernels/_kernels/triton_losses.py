@@ -1,6 +1,6 @@
 """What the Triton kernels of `ppo_loss` and `value_loss` share.
 
-A program takes every P-th sequence of a batch (`_losses.arrange`) and leaves its sums in fp64; the
+A program takes every P-th sequence of a batch (`losses.arrange`) and leaves its sums in fp64; the
 last program to end, told by an integer ticket, adds those of all in their order: one launch, equal
 bits for equal batches, no float atomics.
 """
@@ -105,14 +105,14 @@ def times(weight, x):
 
 @triton.jit
 def leave(parts_ptr, k, x, PROGRAMS: tl.constexpr):
-    """Row k of the programs' sums gets the sum of this one's."""  # parts: [sums, P] fp64
+    """Stores this program's sum in row k of the sums of all programs."""  # parts: [sums, P] fp64
     tl.store(parts_ptr + k * PROGRAMS + tl.program_id(0), x)
 
 
 @triton.jit
 def is_last(ticket_ptr):
     """Whether all other programs have left their sums; the ticket is then 0 again."""
-    tl.debug_barrier()  # of all threads' stores, before one thread tells of them
+    tl.debug_barrier()  # all threads have stored before one thread counts this program
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
         tl.store(ticket_ptr, 0)

@@ -1,4 +1,4 @@
-"""The check of a tensor's values: it has a compiled part and therefore stands with the kernels.
+"""The check of a tensor's values; it is here because it has a compiled part.
 
 As every check of values it is called inside the raw ops: always on CPU, on a GPU only under
 TPPO_CHECK=1.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 @functools.cache
 def _int64_within() -> Callable[..., bool] | None:
-    """The compiled check of labels, None without the compiled part; importing this loads nothing.
+    """The compiled check of labels, None without the compiled part, which is loaded on first use.
 
-    `torch.aminmax` and two numbers from its results take longer to start than most calls read.
+    `torch.aminmax` and reading its two results take longer than the values of most calls do.
     """
     try:
         from .._C import int64_within
@@ -43,9 +43,9 @@ def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
 def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
                    valid: Tensor | Callable[[], Tensor] | None = None, *,
                    open_low: bool = False) -> None:
-    """Holds a tensor's values to [low, high] (or (low, high]), where `valid` allows a look.
+    """Checks that the valid values of x lie in [low, high] (or (low, high]).
 
-    `valid` may be a function: it is called only when there is something to excuse.
+    `valid` may be a function, which is called only when a value lies outside.
     """
     if x is None:
         return

@@ -154,7 +154,7 @@ class PrefixLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors lie."""
+        """The device of its tensors."""
         return self.position_ids.device
 
     def __repr__(self) -> str:
@@ -280,7 +280,7 @@ def _lengths(name: str, values: Any) -> tuple[int, ...]:
 
 
 def _ids(name: str, ids: Any, length: int) -> Any:
-    """Token ids as they are given, held to one dimension, whole numbers and their length."""
+    """Checks that ids are `length` whole numbers in one dimension; gives them as they are."""
     if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()
                                     or ids.dtype == torch.bool):
         raise ValueError(f"PrefixLayout.pack: {name} is {describe(ids)}, expected whole numbers in "
@@ -296,10 +296,10 @@ def _ids(name: str, ids: Any, length: int) -> Any:
 
 
 class _ResponseStates(torch.autograd.Function):
-    """Gathers both ways: every state but a prompt's last has one slot at most.
+    """A gather in both directions, because each state but a prompt's last has at most one slot.
 
-    No operator stands behind it, since a layout does its work in plain torch. Its gradient depends
-    on no input: torch's own refusal of a second derivative is enough.
+    There is no operator for it: a layout works in plain torch. Its gradient depends on no input,
+    so that torch's own refusal of a second derivative is enough.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ KL_CLAMP = 20.0
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any of the per-token inputs is fp64, else fp32: computed in, and returned."""
+    """The dtype of a computation and of its results: fp64 where a per-token input is, else fp32."""
     for t in tensors:
         if t is not None and t.dtype == torch.float64:
             return torch.float64
@@ -31,7 +31,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def detached(x: Optional) -> Optional:
     """An input without its graph; None stays None.
 
-    Dynamo refuses an `autograd.Function` that gets one tensor twice: each detach is another one.
+    Dynamo refuses an `autograd.Function` that gets one tensor twice; each detach gives a new one.
     """
     if x is None or not (x.requires_grad or is_compiling()):
         return x
@@ -41,14 +41,14 @@ def detached(x: Optional) -> Optional:
 def on(scalar: Tensor, like: Tensor) -> Tensor:
     """A 0-d tensor in the dtype and on the device of `like`.
 
-    By addition: a CPU scalar enters a CUDA kernel as an argument, while a copy would be a host
-    synchronisation, which graph capture forbids.
+    It is added to a zero, because a CPU scalar enters a CUDA kernel as an argument, while a copy
+    would synchronise with the host, which graph capture forbids.
     """
     return like.new_zeros(()) + scalar.to(like.dtype)
 
 
 def select(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """x at valid tokens, 0 elsewhere: a selection, so that NaN behind the mask cannot get out."""
+    """x at valid tokens, 0 elsewhere: a selection, so that a masked NaN reaches no result."""
     x = x if dtype is None else x.to(dtype)
     return x if mask is None else torch.where(mask, x, torch.zeros((), dtype=x.dtype,
                                                                   device=x.device))
@@ -78,8 +78,8 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
-def alive(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Which sequences have a valid token: only their arguments may be looked at."""  # [B]
+def has_valid_token(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Which sequences have a valid token; the arguments of the others are not read."""  # [B]
     return sequence_sum(valid_mask(x, mask).to(torch.float32), cu_seqlens) > 0
 
 
@@ -110,7 +110,7 @@ def reduction_weights(
 
 def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
        estimator: str) -> tuple[Tensor, Tensor]:
-    """A KL estimate per token and its derivative by logprob, both 0 where masked.
+    """A KL estimate per token and its derivative with respect to logprob, both 0 where masked.
 
     d = logprob - ref clamped to +-20. k1: d; k2: d^2/2; k3: exp(-d) - 1 + d; abs: |d|;
     "k1+" and "k3+" take the value of k1 and k3 and the derivative of k2, d.
@@ -118,7 +118,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
     """
     raw = select(logprobs - ref_logprobs, mask)
     d = raw.clamp(-KL_CLAMP, KL_CLAMP)
-    inside = ~(raw.abs() > KL_CLAMP) & valid_mask(raw, mask)  # NaN counts as inside: it shows
+    inside = ~(raw.abs() > KL_CLAMP) & valid_mask(raw, mask)  # NaN: inside
     value, slope = {
         "k1": lambda: (d, torch.ones_like(d)),
         "k2": lambda: (0.5 * d * d, d),

@@ -1,7 +1,8 @@
 """Token values between two tokenizers of one text, by character offsets.
 
-A reward model may cut a text into other tokens than the policy does. Both tokenizers say which
-characters each token stands for (`offset_mapping` of a fast tokenizer): that is what they share.
+A reward model may cut a text into other tokens than the policy does. Both tokenizers know which
+characters each token stands for (`offset_mapping` of a fast tokenizer), and through these
+characters values are moved from one to the other.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _rank_from_last(last: Tensor) -> Tensor:
 
 
 def _one_text(*sides: list[Tensor]) -> list[Tensor]:
-    """The texts of a batch one behind another: their offsets shifted, so that none overlap."""
+    """Joins the texts of a batch to one: their offsets are shifted so that none overlap."""
     ends = [int(pairs.max()) for side in sides for pairs in side if len(pairs)]
     stride = max(ends, default=0)
     return [torch.cat([pairs + text * stride for text, pairs in enumerate(side)])
@@ -135,7 +136,7 @@ def _pairs(name: str, text: int, offsets: Any) -> Tensor:
 
 
 def _values(text: int, x: Any, tokens: int, longer: bool) -> Tensor:
-    """The values of a text's tokens, [S]; what stands behind them in a padded row is cut off."""
+    """The values of a text's tokens, [S]; the padding behind them is cut off."""
     values = _tensor("x", text, x).detach()
     if values.dim() != 1 or values.shape[0] < tokens or (values.shape[0] > tokens and not longer):
         raise ValueError(f"transfer: x of text {text} has shape {list(values.shape)}, expected "

@@ -36,8 +36,8 @@ class FusedLMHead:
 
     model: a transformers `...ForCausalLM`, also behind `torch.compile`, DistributedDataParallel or
     PEFT. verify=True compares the logits of eight tokens once; it is the way in for a family that
-    is not in `FAMILIES`. A head that is no plain matrix at the time of the call is refused with a
-    ValueError that says why: quantised, sharded, offloaded, hooked, DoRA, LoRA with dropout.
+    is not in `FAMILIES`. A head that is no plain matrix at the time of the call raises a ValueError
+    with the reason: quantised, sharded, offloaded, hooked, DoRA, LoRA with dropout.
 
     valid_vocab: tokens from there on, which a padded vocabulary has and no tokenizer gives, have no
     probability, in every call.
@@ -85,7 +85,7 @@ class FusedLMHead:
             mask: Tensor | None = None,  # [...] bool or whole numbers
             **keywords: Any,
     ) -> LinearLogprobs:
-        """`tk.linear_logprobs` with this head; keywords are its own but those of the head."""
+        """`tk.linear_logprobs` with this head; it takes the same keywords but those of the head."""
         keywords = self._limited("__call__", keywords)
         return self._use("__call__", keywords, linear_logprobs, hidden, targets, mask)
 
@@ -98,7 +98,7 @@ class FusedLMHead:
             mask: Tensor | None = None,  # [B, T] or [N] bool or whole numbers
             **keywords: Any,
     ) -> LinearPolicyLoss:
-        """`tk.linear_ppo_loss` with this head; keywords are its own but those of the head."""
+        """`tk.linear_ppo_loss` with this head; it takes the same keywords but those of the head."""
         keywords = self._limited("loss", keywords)
         return self._use("loss", keywords, linear_ppo_loss, hidden, targets, old_logprobs,
                          advantages, mask)
@@ -116,7 +116,7 @@ class FusedLMHead:
              *arguments: Tensor | None) -> Any:
         """The operator with this head, inside the hooks that gather its weight where it is sharded.
 
-        The keywords that belong to the head are the model's: a caller's own are refused.
+        The model gives the keywords that belong to the head; a caller may not.
         """
         own = {"softcap": self.softcap, "logit_scale": self.logit_scale}
         for name in (own.keys() | {"weight", "bias"}) & keywords.keys():
@@ -171,7 +171,7 @@ def _sharded(module: Any) -> bool:
 
 
 def _through(module: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Calls the module with another forward: its hooks run as ever."""
+    """Calls the module with another forward; its hooks run as they always do."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -244,7 +244,7 @@ def _plain(head: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
-    """The head with its active LoRA adapters added, differentiable by them."""
+    """The head with its active LoRA adapters added; their gradients are computed."""
     kind = type(head).__name__
     if kind == "ModulesToSaveWrapper":
         copies = [head.modules_to_save[name] for name in head.active_adapters]

@@ -19,20 +19,20 @@ from ..ops.prefix_attention import prefix_attention
 
 FAMILIES = ("arcee", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama",
             "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-            "qwen3_moe", "smollm3", "starcoder2")  # each is held to dense in the tests
+            "qwen3_moe", "smollm3", "starcoder2")  # the tests compare each with dense
 KEYWORD = "prefix_layout"
 _EAGER = "eager_shared_prefix"
 
 
 @contextlib.contextmanager
 def shared_prefix(model: torch.nn.Module, layout: PrefixLayout) -> Iterator[None]:
-    """Inside the block, `model` reads a batch packed by `layout`, and attends as it says.
+    """Inside the block, `model` reads a batch packed by `layout`, and attends within its groups.
 
     The layout is added as a keyword to the forward of the decoder inside `model` (a transformers
     model, or a module that holds one: a value head, LoRA, DDP), with `position_ids` and
     `use_cache=False` where they are not given. It travels with the call, so backward is right
-    after the block too, under both modes of gradient checkpointing, and with several layouts
-    alive. Of nested blocks on one model the inner one holds.
+    after the block too, under both modes of gradient checkpointing, and with several layouts in
+    use. Of nested blocks on one model the inner one counts.
 
     The attention is registered with transformers once for each implementation in use, and is that
     implementation wherever no layout comes with the call. ("eager" has no entry there; such a
@@ -61,7 +61,7 @@ def shared_prefix(model: torch.nn.Module, layout: PrefixLayout) -> Iterator[None
 
 
 def _decoder(model: Any) -> Any:
-    """The one transformers model in `model` that has no other inside: the one with the layers."""
+    """The innermost transformers model in `model`, which has the layers."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, torch.nn.Module):
@@ -108,7 +108,7 @@ def _inexact(decoder: Any) -> str | None:
 
 
 def _with_layout(kwargs: dict, layout: PrefixLayout) -> dict:
-    """The keywords of a decoder's forward, held to the layout, and the layout among them."""
+    """The keywords of a decoder's forward, checked against the layout, with the layout added."""
     if kwargs.get(KEYWORD) is not None:
         return kwargs
     ids = kwargs.get("input_ids")
@@ -167,7 +167,7 @@ def _eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _attention(own: Callable) -> Callable:
-    """An attention for transformers: ours where a layout comes with the call, else `own`."""
+    """An attention for transformers: `_shared` where a layout comes with the call, else `own`."""
 
     @functools.wraps(own)
     def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,

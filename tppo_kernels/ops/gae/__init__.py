@@ -12,7 +12,7 @@ from ..._core.check import FP32_MAX, Check, offsets
 from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._kernels.values import values_between
-from ..._math.sequence import alive, compute_dtype
+from ..._math.sequence import compute_dtype, has_valid_token
 from . import reference
 from .reference import GaeCall
 
@@ -38,7 +38,7 @@ def sample_inputs() -> tuple[tuple, dict]:
 
 def _check_values(call: GaeCall) -> None:
     offsets("gae", call.cu_seqlens, call.rewards.shape[0])
-    seen = partial(alive, call.rewards, call.mask, call.cu_seqlens)
+    seen = partial(has_valid_token, call.rewards, call.mask, call.cu_seqlens)
     values_between("gae", "gamma", call.gamma, -FP32_MAX, FP32_MAX)
     values_between("gae", "lam", call.lam, 0.0, 1.0, seen)
     values_between("gae", "value_lam", call.value_lam, 0.0, 1.0, seen)

@@ -57,8 +57,8 @@ def flops(n: int, v: int, d: int, *, regime: str = "store", backward: bool = Tru
 
 
 def check_values(op: str, inputs: LinearInputs) -> None:
-    """Holds what both linear operators take to its ranges: `rows` to the True tokens of the mask,
-    targets at valid rows to the vocabulary, temperatures there and the softcap to values > 0."""
+    """Checks the values that both linear operators take: `rows` are the True tokens of the mask,
+    targets of valid rows lie in the vocabulary, their temperatures and the softcap are > 0."""
     mask, rows, (temperature, softcap, logit_scale) = inputs.mask, inputs.rows, inputs.scaling
     flat_targets, columns = inputs.targets.reshape(-1), shard_of(inputs).total
     valid = None if mask is None else mask.reshape(-1)
@@ -163,8 +163,8 @@ torch.library.register_autograd("tppo_kernels::linear_logprobs_fwd", _backward,
 
 def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: int | None,
                group: Any) -> tuple[int | None, str | None]:
-    """Holds weight, bias and valid_vocab to [V, D], [V], and the live columns; gives valid_vocab
-    and the group's name."""
+    """Checks weight [V, D], bias [V] and the number of live columns; gives valid_vocab and the
+    name of the group."""
     check.tensor("weight", weight, "V D")
     check.tensor("bias", bias, "V", optional=True)
     size, world = weight.shape[0], 1
@@ -183,8 +183,7 @@ def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: i
 
 def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows: Tensor | None,
                          capacity: int | None) -> tuple[Tensor | None, int | None]:
-    """Holds `rows` and `capacity` to their types, and gives them; in eager mode finds the rows of
-    a mask.
+    """Checks `rows` and `capacity`, and gives them; in eager mode it finds the rows of a mask.
 
     That reads their number on the host: free on a CPU, and once a call on a GPU, unless a graph is
     being captured.
@@ -242,7 +241,7 @@ def linear_logprobs(
 
     hidden: [..., D], weight: [V, D], bias: [V], targets and mask: [...]; temperature: a number,
     0-d, or exactly [...]. Rows are computed in chunks; products of bf16 and fp16 accumulate in
-    fp32, and the results read those accumulators. Both results are differentiable by hidden,
+    fp32, and the results read those accumulators. Both results are differentiable in hidden,
     weight and bias, once; dW is added up in fp32. `entropy_grad=False` detaches the entropy.
 
     Only valid rows are computed. `rows`: `tk.valid_rows(mask)`, found once outside a compiled or
@@ -257,8 +256,8 @@ def linear_logprobs(
     fp16 for bf16; under a softcap logits are kept in their place, in fp32. Without gradients for
     weight and bias, `entropy_grad=False` keeps dlogprob/dhidden [M, D] in fp32, whatever `memory`
     is (4NVD). On top of it come fp32 dW and the results. On a GPU 6 bytes a logit: the budget is
-    best where it holds about 2,450 rows. Of up to 64 rows 8 bytes: their gradients by the logits
-    are not rounded to 16 bits.
+    best where it holds about 2,450 rows. For up to 64 rows 8 bytes: the gradients of their
+    logits are not rounded to 16 bits.
     The three words take chunks of 1 GiB on a CPU, and on a GPU of a sixteenth of its memory, 1 to
     8 GiB: of the memory that it has, not of what is free, so that a call repeats bit by bit.
 

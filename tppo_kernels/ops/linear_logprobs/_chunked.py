@@ -23,7 +23,7 @@ from ..token_logprobs import reference as token
 from ..token_logprobs.reference import TokenLogprobsCall, TokenLogprobsGradient
 from .reference import FrozenGradient, LinearLogprobsCall, LinearLogprobsGradient
 
-SCALE_BITS = 14  # a gradient by logits in fp16 is brought to 2^14 at most: the largest is 2^16
+SCALE_BITS = 14  # a gradient of logits in fp16 is scaled to 2^14 at most: fp16 ends at 2^16
 
 
 class Rows(NamedTuple):
@@ -83,7 +83,7 @@ def at_column_0(slopes: Slopes, rows: Rows) -> Tensor | None:
 
 
 def row_gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
-    """out = the gradient by the logits; may take their place. See `write`."""  # [R, v]
+    """out = the gradient of the logits; it may overwrite them. See `write`."""  # [R, v]
     too_much = at_column_0(slopes, rows)
     dx = token.bwd(TokenLogprobsGradient(*slopes[:2], rows.call(), *stats[1:4]))
     if too_much is not None:
@@ -92,7 +92,7 @@ def row_gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
 
 
 def row_gradient_of_exponentials(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
-    """out = the gradient by the logits, from the exponentials that forward has kept.
+    """out = the gradient of the logits, from the exponentials that forward has kept.
 
     z - top = log e. At the target it is logprob + log_sum, unrounded: 1 - p is a difference.
     """  # [R, v]
@@ -139,7 +139,7 @@ def _no_columns(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
 
 
 def _no_gradient(slopes: Slopes, rows: Rows, stats: Stats, out: Tensor) -> None:
-    """Of a shard of dead columns only."""
+    """The gradient step of a shard that has dead columns only."""
 
 
 class Head:
@@ -223,15 +223,15 @@ class Head:
         return Stats(*merged.unbind())._replace(shifts=own.shifts)
 
     def gradient_buffer(self, buffer: Tensor, chunk: Chunk) -> Tensor:
-        """The part of the buffer that takes the gradient by the logits of a chunk.
+        """The part of the buffer that takes the gradient of the logits of a chunk.
 
         [summands R, v]
         """
         return buffer[:(chunk.last - chunk.first) * self.problem.products.summands]
 
     def slopes(self, chunk: Chunk, logprobs: Tensor | None, entropy: Tensor | None) -> Slopes:
-        """The incoming gradients [R], so many times as large that a chunk's gradient by its logits
-        suits the 16 bits it goes into.
+        """The incoming gradients [R] times a loss scale, so that the gradient of a chunk's logits
+        suits the 16 bits of its buffer.
 
         fp16 has no range: a slope of 1e-4 times a probability of 1e-4 would be 0. A power of two
         for each chunk; p |log p + entropy| < 4. bf16 has no bits: rows of one slope, as a mean has
@@ -259,7 +259,7 @@ class Head:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Of the finite ones, 0 without any."""  # [R] -> []
+    """The largest of the finite values, 0 where there is none."""  # [R] -> []
     return torch.where(x.isfinite(), x, 0).amax()
 
 

@@ -34,7 +34,7 @@ from ..token_logprobs import _triton as token
 from . import _chunked
 from ._chunked import Rows, Slopes
 
-TILE, WARPS = 2048, 4  # of a gradient by logits: 16 columns a thread, 64 bytes in flight
+TILE, WARPS = 2048, 4  # of a gradient of logits: 16 columns a thread, 64 bytes in flight
 BLOCK_WARPS = 4  # of a tile of kept exponentials, of which each warp has a block
 GROUP = 8  # adjacent columns of a thread: 16 bytes of 16-bit numbers
 

@@ -73,7 +73,7 @@ class Rows:
             self.slots = row
 
     def take(self, x: Tensor) -> Tensor:
-        """What the slots hold of x: [N, ...] -> [M, ...], 0 where there is no row."""
+        """The rows of x in their slots: [N, ...] -> [M, ...], 0 in a slot without a row."""
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.slots]
 
     def put(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def gradients(inputs: LinearInputs, g_logprobs: Tensor | None, g_entropy: Tensor
               ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden [N, D], weight [V, D] and bias [V] in the computation's dtype.
 
-    dx is `token_logprobs`' gradient by the logits x = hidden @ weight.T + bias, so that
+    dx is `token_logprobs`' gradient of the logits x = hidden @ weight.T + bias, so that
     dhidden = dx @ weight, dweight = dx.T @ hidden, dbias = sum of dx over rows.
     """
     rows, shard = rows_of(inputs), shard_of(inputs)

@@ -41,7 +41,7 @@ class Sums:
         self.metrics = tokens.share.new_zeros(METRICS, dtype=torch.float64)
 
     def add(self, row: Stats, first: int, last: int) -> list[Tensor | None]:
-        """Adds a chunk of the chosen tokens; the loss's derivatives by logprobs and entropy [R]."""
+        """Adds a chunk of the chosen tokens; gives the derivatives of logprobs and entropy [R]."""
         here = Tokens._make(None if x is None else self.selection.take(x.reshape(-1), first, last)
                             for x in self.tokens)  # False and 0 in slots without a row
         return self._add(row.logprobs, row.entropy, here, None)

@@ -137,8 +137,8 @@ def check_terms(
         over: tuple[Any, ...],  # in the order of `Reduction`
         cu_seqlens: Tensor | None,  # [B + 1] int32
 ) -> PolicyTerms:
-    """The terms of a loss, each held to its type and shape: tensors without their graph, scalars
-    0-d."""
+    """Checks the terms of a loss and gives them: tensors without their graph, scalars as 0-d
+    tensors."""
     tokens, (old, advantages, ref, weights) = check.tokens(cu_seqlens), tensors
     low, high, dual, limit, entropy_coef, kl_coef, ratio, kl_estimator = formula
     check.tensor("old_logprobs", old, tokens)
@@ -163,7 +163,7 @@ def check_terms(
 
 
 def check_values(op: str, terms: PolicyTerms) -> None:
-    """Holds what both losses take to its ranges."""
+    """Checks the ranges of the values that both losses take."""
     low, high, dual, limit, entropy_coef, kl_coef, *_ = terms.formula
     offsets(op, terms.cu_seqlens, terms.old_logprobs.shape[0])
     values_between(op, "clip_low", low, 0.0, inf)
@@ -205,7 +205,7 @@ _bwd = _op.define("ppo_loss_bwd -> (Tensor, Tensor)", reference.bwd, _fake_bwd,
 class _PolicyLoss(torch.autograd.Function):
     """Forward keeps the derivatives; backward multiplies them by the incoming gradient.
 
-    logprobs and entropy come apart from the record, because autograd sees no tensor inside one.
+    logprobs and entropy are arguments beside the record: autograd sees no tensor inside one.
     """
 
     @staticmethod

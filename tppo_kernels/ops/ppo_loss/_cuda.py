@@ -27,8 +27,8 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return reference.fwd(call)
     with launching_on(logprobs):
         given = Call(call)
-        room = workspace(logprobs)
-        _C.ppo_loss_fwd_cuda(given.struct, room.data_ptr(), current_stream(logprobs))
+        sums = workspace(logprobs)
+        _C.ppo_loss_fwd_cuda(given.struct, sums.data_ptr(), current_stream(logprobs))
     return given.results()
 
 

@@ -85,7 +85,7 @@ def _clipped(ratio, advantage, weight, low, high, dual):
 
 @triton.jit
 def _kl(logprob, ref, ESTIMATOR: tl.constexpr):
-    """A KL estimate and its derivative by logprob, which is 0 beyond the clamp."""
+    """A KL estimate and its derivative with respect to logprob, which is 0 beyond the clamp."""
     raw = logprob - ref
     d = _clamp(raw, -_KL_CLAMP, _KL_CLAMP)
     value = d

@@ -1,8 +1,8 @@
 """`prefix_attention` by FlashAttention-3 on a Hopper GPU, where its package is installed.
 
 The two calls of `_varlen`, by the raw functions of `flash_attn_interface`: the public ones
-differentiate by their own result alone, and each call here needs the merged one. Of an installation
-whose raw functions have no defaults yet (before they were custom operators of torch) it says so.
+differentiate by their own result alone, and each call here needs the merged one. An installation
+whose raw functions have no defaults yet (before they were custom operators of torch) is refused.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ..._core.keywords import suggests
 from ..._core.metrics import floats
 from ..._core.op import Op
 from ..._kernels.values import values_between
-from ..._math.sequence import KL_ESTIMATORS, alive, compute_dtype
+from ..._math.sequence import KL_ESTIMATORS, compute_dtype, has_valid_token
 from ..whiten import check_group, over_group
 from . import reference
 from .reference import AdvantagesCall, WhitenAdvantages
@@ -61,7 +61,7 @@ class TokenAdvantages(NamedTuple):
 def _check_values(call: AdvantagesCall) -> None:
     op, mask, train_mask = "token_advantages", call.mask, call.train_mask
     offsets(op, call.cu_seqlens, call.token_rewards.shape[0])
-    seen = partial(alive, call.token_rewards, mask, call.cu_seqlens)
+    seen = partial(has_valid_token, call.token_rewards, mask, call.cu_seqlens)
     values_between(op, "kl_coef", call.kl_coef, -FP32_MAX, FP32_MAX)
     values_between(op, "gamma", call.gamma, -FP32_MAX, FP32_MAX)
     values_between(op, "lam", call.lam, 0.0, 1.0, seen)

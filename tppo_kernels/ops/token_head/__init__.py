@@ -71,7 +71,7 @@ class _TokenHead(torch.autograd.Function):
             return out
         if torch.compiler.is_compiling():  # in place, torch 2.11 would compile a gradient of 0
             return out.squeeze(-1)
-        return out.squeeze_(-1)  # a node less than after `apply`
+        return out.squeeze_(-1)  # outside `apply`: autograd has one node less
 
     @staticmethod
     @first_only(3)

@@ -104,15 +104,15 @@ def bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
     (K, D), rows = weight.shape, grad.numel() // weight.shape[0]
     blocks = -(-D * hidden.element_size() // COLUMNS)
     parts = max(1, min(-(-rows // 4), PROGRAMS // blocks))
-    room = None
+    sums = None
     if grad_weight or grad_bias:
-        room = hidden.new_empty((parts, K * D + 2 * K), dtype=torch.float32)
-    if not grad_hidden and room is None:
+        sums = hidden.new_empty((parts, K * D + 2 * K), dtype=torch.float32)
+    if not grad_hidden and sums is None:
         return dx, dw, dbias
     with launching_on(hidden):
         inputs, _alive = _inputs(call.head)
         grad = grad.to(torch.float32).contiguous()
         _C.token_head_bwd_cuda(inputs, grad.data_ptr(), parts,
                                *(x.data_ptr() if x.numel() else 0 for x in (dx, dw, dbias)),
-                               address(room), current_stream(hidden))
+                               address(sums), current_stream(hidden))
     return dx, dw, dbias

@@ -76,7 +76,7 @@ _bwd = _op.define("token_logprobs_bwd -> Tensor", reference.bwd, _fake_bwd,
 
 
 class _Function(torch.autograd.Function):
-    """The logits come apart from the record, because autograd sees no tensor inside one."""
+    """The logits are an argument beside the record, because autograd sees no tensor inside one."""
 
     @staticmethod
     def forward(ctx, logits, call):
@@ -124,7 +124,7 @@ class _InPlaceFunction(_Function):
 
 
 def _part(whole: TokenLogprobsGradient, rows: Tensor, part: slice) -> TokenLogprobsGradient:
-    """The same of some of the rows [N, V]."""
+    """The same call with some of the rows [N, V] only."""
     def of(x: Tensor | None) -> Any:
         return None if x is None else x.reshape(-1)[part]
 
@@ -137,7 +137,7 @@ def _part(whole: TokenLogprobsGradient, rows: Tensor, part: slice) -> TokenLogpr
 
 
 def _check_in_place(logits: Tensor) -> None:
-    """Errors: ValueError where the gradient cannot take the place of the logits."""
+    """Raises ValueError where the gradient cannot take the place of the logits."""
     if is_compiling():
         raise ValueError("token_logprobs: inplace_backward is True under torch.compile, expected "
                          "False: a compiled backward plans its own memory")
@@ -195,11 +195,11 @@ def token_logprobs(
     give 0. temperature: a number, 0-d, or exactly [...] (nothing broadcasts), > 0, a constant.
     Columns >= valid_vocab count as -inf: not read, gradient exactly 0.
     inplace_backward: the gradient takes the place of the logits, 64 MiB of rows at a time, so that
-    no second [..., V] tensor comes to be; the same bits, at up to twice the memory traffic. The
+    no second [..., V] tensor is made; the same bits, at up to twice the memory traffic. The
     logits are lost then: they must be contiguous and no leaf, and a second backward, or that of
     another operator that needs them, is autograd's RuntimeError. Not under `torch.compile`.
 
-    Both results are differentiable by logits, once; the gradient has the logits' dtype. A target
+    Both results are differentiable in logits, once; the gradient has the logits' dtype. A target
     whose logit is -inf gives logprob -inf and the gradient of the formula, with p = 0 there. A row
     of -inf only, or with a NaN or +inf, gives NaN, as torch's log_softmax does. Under
     `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.

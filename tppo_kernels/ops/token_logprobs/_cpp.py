@@ -83,7 +83,7 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def bwd(backward: TokenLogprobsGradient) -> Tensor:
-    """The gradient by logits; see `reference.bwd`."""
+    """The gradient of the logits; see `reference.bwd`."""
     g_logprobs, g_entropy, call, *kept = backward  # kept: entropy, top, log_sum
     rows, alive = rows_of(call)
     grad = call.logits.new_empty(call.logits.shape)

@@ -3,7 +3,7 @@
 A program walks a row, or its part of one where rows are few, in tiles [U, L G]: L lanes, one a
 thread, each with U loads of G columns, 16 bytes, in flight. Maxima and sums stay in the lane until
 the row ends: the loop has no barrier, no shuffle and one exponential a column (about 11.9
-instructions; at its memory speed an H200 has room for 16). Rows may begin anywhere: groups are
+instructions; at its memory speed an H200 has time for 16). Rows may begin anywhere: groups are
 aligned by address, and what sticks out at the ends of a row goes through one narrow load.
 
 No length and no scalar is a compile-time constant: forward has one variant for few rows and one
@@ -319,7 +319,7 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
 
 
 def bwd(backward: TokenLogprobsGradient) -> Tensor:
-    """The gradient by logits; see `reference.bwd`. One launch."""
+    """The gradient of the logits; see `reference.bwd`. One launch."""
     call, logits = backward.call, backward.call.logits
     grad = logits.new_empty(logits.shape)
     if grad.numel() == 0:

@@ -41,7 +41,7 @@ def scaled(x: Tensor, scaling: Scaling) -> Tensor:
 
 
 def tanh_slope(y: Tensor) -> Tensor:
-    """1 - tanh(y)^2, which is a difference of equal numbers where tanh(y) is nearly 1."""
+    """1 - tanh(y)^2 in a form that does not cancel where tanh(y) is nearly 1."""
     e = torch.exp(-2 * y.abs())
     return 4 * e / (1 + e).square()
 
@@ -104,7 +104,7 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def bwd(backward: TokenLogprobsGradient) -> Tensor:
-    """The gradient by logits, in their dtype, contiguous; 0 in masked rows and dead columns."""
+    """The gradient of the logits, in their dtype, contiguous; 0 in masked rows and dead columns."""
     g_logprobs, g_entropy, call, entropy, top, log_sum = backward
     rows, logits = rows_of(call), call.logits
     z = scaled(rows.x, rows.scaling)  # [N, v]

@@ -17,7 +17,7 @@ from ..._core.metrics import floats
 from ..._core.op import Op
 from ..._core.record import build, flat
 from ..._kernels.values import values_between
-from ..._math.sequence import alive, compute_dtype, on, valid_mask
+from ..._math.sequence import compute_dtype, has_valid_token, on, valid_mask
 from . import reference
 from .reference import TokenRewardLossCall, TokenRewardLossGradient
 
@@ -74,7 +74,7 @@ def _check_values(call: TokenRewardLossCall) -> None:
     values_between(op, "labels", labels, 0, 2, mask)
     judged = valid_mask(labels, mask) & ((labels == 1) | (labels == 2))
     values_between(op, "sentence_labels", sentence_labels, -FP32_MAX, FP32_MAX,
-                   alive(labels, judged, cu_seqlens))
+                   has_valid_token(labels, judged, cu_seqlens))
     for index, weight in enumerate(class_weights):
         values_between(op, f"class_weights[{index}]", weight, 0, FP32_MAX)
     values_between(op, "balance", balance, 0, inf, open_low=True)
@@ -140,7 +140,7 @@ def token_reward_loss(
     zone's tokens, also under `class_weights` w (torch divides by the sum of the weights); with
     `local_reduction="sequence"`, the sequences with a valid token (the paper's 1/n sum: about the
     answer's length times larger). The global mean over t runs over all valid tokens labelled 1 or
-    2, whatever was drawn; a sequence without one is left out, and its label never looked at.
+    2, whatever was drawn; a sequence without one is left out, and its label is never read.
 
     logits: [B, T, 3], or packed [N, 3] with `cu_seqlens` [B + 1] int32. labels: int64 or int32,
     0..2 where valid. sentence_labels: [B], floating or whole numbers on the scale of R, or None:

@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._math.sequence import alive, compute_dtype, on, select, sequence_sum, spread, valid_mask
+from ..._math.sequence import (
+    compute_dtype,
+    has_valid_token,
+    on,
+    select,
+    sequence_sum,
+    spread,
+    valid_mask,
+)
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -50,7 +58,7 @@ def fwd(call: TokenRewardLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     p, classes = log_p.exp(), torch.arange(3, device=z.device)
 
     zone = valid if balance is None or seed is None else valid & kept(label, valid, balance, seed)
-    terms = zone if call.local_reduction == "token" else alive(label, valid, cu_seqlens)
+    terms = zone if call.local_reduction == "token" else has_valid_token(label, valid, cu_seqlens)
     share = zone.to(z.dtype) / terms.sum().clamp(min=1)
     local, slope = _local(log_p, label, share, class_weights)
     dlocal = slope[..., None] * (p - (label[..., None] == classes).to(z.dtype))
@@ -64,7 +72,7 @@ def fwd(call: TokenRewardLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     by_class = [valid & (label == c) for c in range(3)]
     sums = [valid.sum(), zone.sum(), *(x.sum() for x in by_class),
             *((x & (best == c)).sum() for c, x in enumerate(by_class)),
-            alive(label, judged, cu_seqlens).sum(),
+            has_valid_token(label, judged, cu_seqlens).sum(),
             select(reward, judged).sum() / judged.sum().clamp(min=1),
             select(best, judged).sum() / judged.sum().clamp(min=1), best_total]
     metrics = torch.stack([x.to(z.dtype) for x in sums])
@@ -99,10 +107,10 @@ def _global(reward: Tensor, judged: Tensor, sentence_labels: Tensor | None,
     count = sequence_sum(judged.to(reward.dtype), cu_seqlens)  # [B]
     counted = count > 0
     mean = sequence_sum(select(reward, judged), cu_seqlens) / count.clamp(min=1)
-    gap = select(mean - sentence_labels.to(reward.dtype), counted)
+    difference = select(mean - sentence_labels.to(reward.dtype), counted)
     n = counted.sum().clamp(min=1)
-    slope = spread(2 * gap / (n * count.clamp(min=1)), reward, cu_seqlens)
-    return (gap * gap).sum() / n, select(slope, judged)
+    slope = spread(2 * difference / (n * count.clamp(min=1)), reward, cu_seqlens)
+    return (difference * difference).sum() / n, select(slope, judged)
 
 
 def kept(label: Tensor, valid: Tensor, balance: Tensor, seed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..._core.check import FP32_MAX, LABELS, Check, offsets
 from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._kernels.values import values_between
-from ..._math.sequence import alive, compute_dtype
+from ..._math.sequence import compute_dtype, has_valid_token
 from . import reference
 from .reference import TokenRewardsCall
 
@@ -36,7 +36,7 @@ class TokenRewards(NamedTuple):
 
 def _check_values(call: TokenRewardsCall) -> None:
     offsets("token_rewards", call.cu_seqlens, call.class_logits.shape[0])
-    seen = alive(call.class_logits[..., 0], call.mask, call.cu_seqlens)
+    seen = has_valid_token(call.class_logits[..., 0], call.mask, call.cu_seqlens)
     values_between("token_rewards", "suggested_length", call.suggested_length, 0.0, FP32_MAX, seen)
     values_between("token_rewards", "alpha", call.alpha, 0.0, FP32_MAX)
 
@@ -78,7 +78,7 @@ def token_rewards(
     Under `torch.compile` a Python float is a constant; give 0-d tensors for scalars that change.
 
     Raises ValueError / TypeError that name the argument. Source: token-level PPO (Ouyang et al.,
-    EMNLP 2025), length-weighted penalty; the centred values and the expectation are ours.
+    EMNLP 2025), length-weighted penalty; the centred values and the expectation are additions.
     """
     check = Check("token_rewards")
     mask = check.sequences("class_logits", class_logits, mask, cu_seqlens, trailing="3")

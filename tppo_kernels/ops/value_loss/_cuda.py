@@ -25,8 +25,8 @@ def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return reference.fwd(call)
     with launching_on(values):
         batch = Batch(call)
-        room = workspace(values)
-        _C.value_loss_fwd_cuda(batch.struct, room.data_ptr(), current_stream(values))
+        sums = workspace(values)
+        _C.value_loss_fwd_cuda(batch.struct, sums.data_ptr(), current_stream(values))
     return batch.results()
 
 

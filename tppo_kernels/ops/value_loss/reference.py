@@ -58,7 +58,7 @@ def fwd(call: ValueLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _clipped(value: Tensor, target: Tensor, old: Tensor, clip: Tensor
              ) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped loss, its derivative by value, and where the clipped branch is taken.
+    """The clipped loss, its derivative with respect to V, and where the clipped branch is taken.
 
     Within the clip V_clip is V itself, not V_old + (V - V_old), which rounds; beyond it V_clip is
     constant in V. A NaN of any input stays NaN in both results.

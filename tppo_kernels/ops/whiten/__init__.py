@@ -42,7 +42,7 @@ _fwd = _op.define("whiten_fwd -> Tensor", reference.fwd, _fake, _check_values, r
 
 
 def check_group(check: Check, group: Any) -> None:
-    """Holds `group` to a process group that this process belongs to, or None."""
+    """Checks that `group` is a process group to which this process belongs, or None."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"{check.op}: group is {describe(group)}, expected a "
                         "torch.distributed.ProcessGroup of this process, or None")
