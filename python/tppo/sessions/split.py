@@ -49,9 +49,13 @@ def split_log(path: Path, config: SessionsConfig, seed: int, out: Path) -> Count
 
 
 def write_generated(config: SessionsConfig, seed: int, out: Path) -> Counter[str]:
-    """Write generated sessions to `out/<split>.jsonl`; returns the sessions of each split."""
+    """Write generated sessions to `out/<split>.jsonl`, but for a split of none; returns the
+    sessions of each split.
+    """
     counts: Counter[str] = Counter()
     for name, n, sessions in generated_splits(config, seed):
+        if not n:
+            continue
         write_sessions(out / f"{name}.jsonl", track(sessions, f"data ({name})", n))
         counts[name] = n
     return counts

@@ -84,7 +84,8 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
         result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
     figures, answers["tppo"] = _judge(run, tppo, ref, test, 1.0)
     result["tppo"] = figures | {"seconds": training["seconds"], "optimizer_steps": steps}
-    if run.path(TRANSFER_SESSIONS).exists() and (transfer := run.sessions("transfer")):
+    if run.path(TRANSFER_SESSIONS).exists():
+        transfer = run.sessions("transfer")
         result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
         result["tppo_transfer"], _ = _judge(run, tppo, ref, transfer, 1.0)
     result["test"] = {
