@@ -44,7 +44,9 @@ def print_table(result: dict[str, Any], title: str) -> None:
         table,
         [(name, [_cell(row, key) for key in columns]) for name, row in shown.items()],
     )
-    console.print(judge_line(result["test"], figure), markup=False, highlight=False)
+    lines = [pair_line(pair, found) for pair, found in result.get("pairs", {}).items()]
+    for line in [*lines, judge_line(result["test"], figure)]:
+        console.print(line, markup=False, highlight=False)
 
 
 def is_row(value: Any) -> bool:
@@ -54,6 +56,15 @@ def is_row(value: Any) -> bool:
 
 def _has(rows: dict[str, dict[str, Any]], figure: str) -> bool:
     return any(figure in row for row in rows.values())
+
+
+def pair_line(pair: str, found: dict[str, Any]) -> str:
+    """Who wins how often, of the answers to the same sessions."""
+    low, high = found["net_interval"]
+    return (
+        f"{pair}, session by session: wins {found['win']:.3f}, ties {found['tie']:.3f}, loses "
+        f"{found['lose']:.3f}; wins less losses {found['net']:+.3f} ({low:+.3f} to {high:+.3f})"
+    )
 
 
 def judge_line(test: dict[str, Any], figure: str) -> str:

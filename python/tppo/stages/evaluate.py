@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tppo.errors import DataError
+from tppo.evaluation.compare import PAIR, compare, personal_gap
 from tppo.evaluation.heat import HeatRow, print_heat, write_heat
 from tppo.evaluation.judge import SESSION, judge_answers, written
 from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, text_figures
@@ -19,6 +20,7 @@ from tppo.models.policy import load_trained
 from tppo.models.recompute import recompute_layers
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
+from tppo.rewards import Answers
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.models import adapted, sft_origin
@@ -49,20 +51,20 @@ def evaluate(run: Run) -> None:
 
 
 def side_by_side(
-    sessions: Sequence[Session], answers: Mapping[str, Sequence[str]]
+    sessions: Sequence[Session], answers: Mapping[str, Answers]
 ) -> Iterator[dict[str, Any]]:
     """A row a session: its prompt, its true next queries, and each model's answer by name."""
     for i, session in enumerate(sessions):
         given = {"id": session.id, "prompt": prompt_text(session), "targets": [*session.targets]}
-        yield given | {name: texts[i] for name, texts in answers.items()}
+        yield given | {name: found.texts[i] for name, found in answers.items()}
 
 
-def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
     """Repeat the last query, SFT at each temperature, SFT continued, TPPO; then unseen intents.
 
     Also what each model answered to the test sessions, by the name of its row.
     """
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, Answers] = {}
     ref = run.sft_model()
     test = run.sessions("test")
     threshold = run.config.label.sentence_threshold
@@ -88,6 +90,10 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
         transfer = run.sessions("transfer")
         result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
         result["tppo_transfer"], _ = _judge(run, tppo, ref, transfer, 1.0)
+    if "sft" in answers:
+        for name in ("sft", "tppo"):
+            result[name] |= personal_gap(run.judge, answers[name], run.seed)
+        result["pairs"] = {PAIR: compare(run.judge, answers["tppo"], answers["sft"])}
     result["test"] = {
         "users": len({session.user for session in test}),
         "sessions": len(test),
@@ -104,7 +110,7 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, list[str]]]:
 
 def _judge(
     run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], Answers]:
     """The figures of a model's answers, and the answers."""
     figures, answers = evaluate_policy(
         model,
@@ -116,8 +122,8 @@ def _judge(
         batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,
     )
-    texts = list(answers.texts)
-    return figures | text_figures(sessions, texts) | {"example": texts[0]}, texts
+    texts = answers.texts
+    return figures | text_figures(sessions, texts) | {"example": texts[0]}, answers
 
 
 def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
