@@ -9,7 +9,7 @@ import torch
 from test_ppo import CONFIG, GROUPS, folder  # noqa: F401
 
 from tppo.errors import DataError
-from tppo.methods.advantages import ADVANTAGES, GAE, GRPO, RLOO, Masks
+from tppo.methods.advantages import ADVANTAGES, GAE, GRPO, RLOO, Masks, TokenAdvantages
 from tppo.methods.config import PPOConfig
 from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
@@ -19,6 +19,7 @@ from tppo.models.policy import Critic
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
 from tppo.rewards import Answers, Questions, TokenReward
 from tppo.rewards.terminal import TerminalReward
+from tppo.rewards.token_model import TokenModelReward
 
 CPU, PAD, EOS = torch.device("cpu"), 0, 1
 LIKED = 20  # the token that the hand-made reward pays
@@ -229,7 +230,65 @@ def test_a_reward_sees_the_answers_with_their_groups_and_columns(folder):  # noq
     assert seen.prompts == ["a"] * 16 and list(seen.eos_ids) == [EOS]
 
 
+class Own:
+    """An advantage of somebody else's that gives what it is told."""
+
+    def __init__(self, given, needs_critic):
+        self.given, self.needs_critic = given, needs_critic
+
+    def __call__(self, rewards, values, masks, old, ref, groups, bootstrap=None):
+        return self.given(rewards)
+
+
+@pytest.mark.parametrize(
+    ("given", "needs_critic", "said"),
+    [
+        (lambda r: r, False, "the advantage gave a Tensor, expected a tppo.TokenAdvantages"),
+        (TokenAdvantages, True, "gave returns None, expected the critic's targets"),
+        (lambda r: TokenAdvantages(r.sum(1)), False, r"advantages of shape \[16\], expected \[B"),
+        (lambda r: TokenAdvantages(r, r[:, :1]), True, r"returns of shape \[16, 1\], expected"),
+        (lambda r: TokenAdvantages(r, r / 0), True, "not finite: returns"),
+    ],
+)
+def test_an_advantage_that_breaks_its_promise_is_told_what(
+    folder, given, needs_critic, said  # noqa: F811
+):
+    ppo = trainer(folder, FOUR, advantage=Own(given, needs_critic))
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        ppo.step(Questions(GROUPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_rewards_of_any_type_of_numbers_are_taken(folder, dtype):  # noqa: F811
+    ppo = trainer(
+        folder, replace(FOUR, advantage="rloo"),
+        lambda batch, answers: TokenReward((2 * Likes()(batch, answers).rewards).to(dtype)),
+    )  # fmt: skip
+    rollout = ppo.rollout.generate(GROUPS, Sampling(8))
+    found, _ = ppo.score(rollout, ppo.answers(Questions(GROUPS), rollout))
+    wanted = 2 * Likes()(found.batch, None).rewards
+    assert found.rewards.dtype == torch.float32 and torch.equal(found.rewards, wanted)
+
+
 # Rewards ------------------------------------------------------------------------------------------
+def test_a_reward_that_is_no_token_reward_is_told_so(folder):  # noqa: F811
+    ppo = trainer(folder, FOUR, lambda batch, answers: torch.zeros(batch.mask.shape))
+    with pytest.raises(ValueError, match="the reward gave a Tensor, expected a tppo.TokenReward"):
+        ppo.step(Questions(GROUPS))
+
+
+def test_only_the_token_model_itself_bootstraps_by_default(folder):  # noqa: F811
+    """Another reward has no length penalty, and pays all of a cut answer at its end all the same."""
+    after = torch.ones(1)
+    for reward, wanted in ((Likes(), 0.0), (TerminalReward(Likes()), 0.0),
+                           (TokenModelReward(torch.nn.Linear(1, 1), length_alpha=None), 1.0),
+                           (TokenModelReward(torch.nn.Linear(1, 1)), 0.0)):  # fmt: skip
+        for length_alpha in (None, 2.0):
+            config = replace(FOUR, length_alpha=length_alpha, bootstrap_truncated=None)
+            ppo = trainer(folder, config, reward)
+            assert ppo.bootstrap(["length"], after).tolist() == [wanted]
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

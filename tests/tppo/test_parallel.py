@@ -15,6 +15,7 @@ from tppo.methods.critic_fit import fit_critic
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.parallel import ALONE, World
+from tppo.models.rollout import RolloutBatch
 
 PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
 CONFIG = PPOConfig(
@@ -94,6 +95,21 @@ def fitted(world):
     return fit, [p.detach() for p in ppo.models.critic.parameters()]
 
 
+def rated(world):
+    """The prompts whose responses the reward of a process gets, where one is much longer."""
+    ppo, seen = new_trainer("shared", CONFIG, 6), []
+    ppo.world, real = world, ppo.reward
+
+    def reward(batch, answers):
+        seen.append((list(answers.groups), list(answers.response_ids)))
+        return real(batch, answers)
+
+    ppo.reward = reward
+    rollout = RolloutBatch([[5] * 40] * 3 + [[6]] * 3, [[7]] * 6, None, ["length"] * 6)
+    score(ppo, rollout)
+    return seen
+
+
 def given_answers():
     ppo = new_trainer("shared", CONFIG, 6)
     return ppo.rollout.generate(PROMPTS, ppo.sampling)
@@ -129,7 +145,7 @@ def worker(rank, meeting, queue):
     world = World(rank, 2)
     found = (run_steps(world, given_answers()), run_steps(world), scheduled(world), fitted(world))
     results = [(m, [w.numpy() for w in ws]) for m, ws in found]
-    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world)]))
+    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world), rated(world)]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -140,9 +156,11 @@ def test_two_processes_take_the_step_of_one():
         assert first[0] == second[0], "the processes log different figures"
         for a, b in zip(first[1], second[1], strict=True):
             assert (a == b).all(), "the processes hold different weights"
-    assert results[0][4:] == results[1][4:], "the processes stop for different reasons"
+    assert results[0][4:6] == results[1][4:6], "the processes stop for different reasons"
     assert results[0][4].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
     assert results[0][5].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
+    # A reward gets all responses to a prompt, however the models share them.
+    assert results[0][6] == [([0, 0, 0], [[7]] * 3)] and results[1][6] == [([1, 1, 1], [[7]] * 3)]
     rows = results[0][2][0]
     assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
     assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"

@@ -141,7 +141,8 @@ class PPOConfig:
     train_on_unlabelled: bool = True
     """Train the policy on tokens of class 0 too; False is the paper read literally."""
     bootstrap_truncated: bool | None = None
-    """Bootstrap cut answers from the critic; by default only without the length penalty."""
+    """Bootstrap cut answers from the critic; by default only with the token reward model without
+    its length penalty, for any other reward would be counted twice where it pays at the end."""
     normalize: bool = True
     """Whiten the advantages (gae), or divide them by the deviation within their prompt's responses
     (grpo); rloo and remax do neither."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tppo.methods.advantages import TokenAdvantages
 from tppo.methods.experience import Experience, Models
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
@@ -61,11 +62,16 @@ def check_step_zero(
         )
 
 
-def check_reward(found: TokenReward, mask: Tensor) -> None:
-    """A reward gave what `Reward` promises for responses of this mask.
+def check_reward(found: TokenReward, mask: Tensor) -> TokenReward:
+    """What a reward gave for responses of this mask, in float32, if it is what `Reward` promises.
 
     Errors: ValueError naming what it gave.
     """
+    if not isinstance(found, TokenReward):
+        raise ValueError(
+            f"the reward gave a {type(found).__name__}, expected a tppo.TokenReward, such as "
+            "TokenReward(rewards) with rewards [B, T]"
+        )
     for name, tensor in found._asdict().items():
         if tensor is not None and tensor.shape != mask.shape:
             raise ValueError(
@@ -79,6 +85,31 @@ def check_reward(found: TokenReward, mask: Tensor) -> None:
             f"the reward gave {found.rewards[b, t].item()} at token {t} of response {b}, which has "
             f"{int(mask[b].sum())} tokens; expected 0 behind the last one"
         )
+    return found._replace(rewards=found.rewards.float())
+
+
+def check_advantage(found: TokenAdvantages, mask: Tensor, needs_critic: bool) -> TokenAdvantages:
+    """What an advantage gave for responses of this mask, in float32, if it is what it promises.
+
+    Errors: ValueError naming what it gave.
+    """
+    if not isinstance(found, TokenAdvantages):
+        raise ValueError(
+            f"the advantage gave a {type(found).__name__}, expected a tppo.TokenAdvantages"
+        )
+    if needs_critic and found.returns is None:
+        raise ValueError(
+            "the advantage gave returns None, expected the critic's targets [B, T]: it says that "
+            "it needs a critic (needs_critic)"
+        )
+    for name, tensor in found._asdict().items():
+        if tensor is not None and tensor.shape != mask.shape:
+            raise ValueError(
+                f"the advantage gave {name} of shape {[*tensor.shape]}, expected [B, T] = "
+                f"{[*mask.shape]}: a number for each token of each response"
+            )
+    returns = None if found.returns is None else found.returns.float()
+    return TokenAdvantages(found.advantages.float(), returns)
 
 
 def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperature: float) -> None:

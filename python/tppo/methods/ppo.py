@@ -40,6 +40,7 @@ from tppo.methods.experience import (
 )
 from tppo.methods.greedy import GreedyLast
 from tppo.methods.guards import (
+    check_advantage,
     check_gradients,
     check_reward,
     check_shared_prefix,
@@ -55,6 +56,7 @@ from tppo.models.parallel import ALONE, World
 from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling
 from tppo.rewards import Answers, Questions, Reward
+from tppo.rewards.token_model import TokenModelReward
 
 PPO_REMEDY = "usually a smaller --ppo.lr or --ppo.critic-lr helps"
 
@@ -194,6 +196,7 @@ class PPO:
         found = self.schedules.priced(self.advantage)(
             read.rewards, read.values, masks, read.old, read.ref, answers.groups, bootstrap
         )
+        found = check_advantage(found, batch.mask, self.advantage.needs_critic)
         of_classes = read.category is not None
         figures = {
             "log-probs of the policy": read.old,
@@ -202,6 +205,7 @@ class PPO:
             "values of the critic": read.values,
             "values of the critic after the last tokens": read.after,
             "advantages": found.advantages,
+            "returns": found.returns,
         }
         check_figures(
             f"ppo step {self.step_count}", {n: x for n, x in figures.items() if x is not None}
@@ -230,10 +234,10 @@ class PPO:
             ref, _ = policy_logprobs(models.ref, part, temperature)
             states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
         rated = []
-        if mine := sorted(chain.from_iterable(parts)):
+        # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
+        if mine := [i for i, group in enumerate(answers.groups) if group % world.size == world.rank]:
             own = batch.rows(mine)
-            found = self.reward(own, answers.rows(mine))
-            check_reward(found, own.mask)
+            found = check_reward(self.reward(own, answers.rows(mine)), own.mask)
             rated.append((mine, tuple(x for x in found if x is not None)))
         exchanged = world.exchanged((states, rated))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
@@ -333,7 +337,7 @@ class PPO:
             policy_loss.loss.backward()
         if critic is None:
             return Losses(*figures)
-        assert part.returns is not None  # `score` checks what an advantage gives
+        assert part.returns is not None  # `check_advantage`
         values, _ = critic(part.batch)  # [B, T]
         value_loss = tk.value_loss(
             values,
@@ -373,16 +377,19 @@ class PPO:
 
     @property
     def bootstraps(self) -> bool:
-        """Whether a cut response has a value behind its last token."""
-        wanted = self.config.bootstrap_truncated
-        return self.config.length_alpha is None if wanted is None else wanted
+        """Whether a cut response has a value behind its last token.
+
+        By default only with rewards of the token model itself without their length penalty: past
+        the suggested length the penalty pays nothing, and a V that is never a training target there
+        would; a reward that pays the whole of a cut answer at its last token would be counted
+        twice.
+        """
+        if self.config.bootstrap_truncated is not None:
+            return self.config.bootstrap_truncated
+        return isinstance(self.reward, TokenModelReward) and self.reward.length_alpha is None
 
     def bootstrap(self, finish: Sequence[str], after: Tensor) -> Tensor:
-        """V after the last token of cut responses, 0 elsewhere, [B].
-
-        By default only without the length penalty: past the suggested length the penalty pays
-        nothing, and a V that is never a training target there would.
-        """
+        """V after the last token of cut responses where it is wanted, 0 elsewhere, [B]."""
         if not self.bootstraps:
             return torch.zeros_like(after)
         cut = torch.tensor([reason == "length" for reason in finish], device=after.device)

@@ -94,9 +94,10 @@ class Reward(Protocol):
     def __call__(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards of the responses in `batch`, of which `answers` holds the same rows.
 
-        Called once a step with all responses of this process, without gradients.  A reward that
-        runs a model reads them in parts by itself: `batch.parts(max_tokens)`.  A reward that is
-        not finite stops the training before the update.
+        Called once a step, without gradients; where several processes train, each calls it with
+        its share of the prompts with all responses to them.  A reward that runs a model reads them
+        in parts by itself: `batch.parts(max_tokens)`.  A reward that is not finite stops the
+        training before the update.
         """
         ...
 

@@ -27,5 +27,5 @@ class TerminalReward(nn.Module):
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T], 0 but at the last tokens; not finite where a token's reward was not."""
         found = self.reward(batch, answers)
-        placed = tk.place_rewards(batch.mask, terminal=found.rewards.sum(1))
-        return TokenReward(placed.rewards.to(found.rewards.dtype), found.category)
+        totals = found.rewards.sum(1, dtype=torch.float32)  # [B]
+        return TokenReward(tk.place_rewards(batch.mask, terminal=totals).rewards, found.category)
