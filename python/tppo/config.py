@@ -59,6 +59,9 @@ def fill_defaults(config: Config, pretrained: bool) -> Config:
         ),
         reward_model=replace(config.reward_model, lr=config.reward_model.lr or reward_model),
         ppo=replace(
-            config.ppo, lr=config.ppo.lr or ppo[0], critic_lr=config.ppo.critic_lr or ppo[1]
+            config.ppo,
+            lr=config.ppo.lr or ppo[0],
+            critic_lr=config.ppo.critic_lr or ppo[1],
+            max_passes=config.ppo.max_passes or 2.0,
         ),
     )

@@ -95,6 +95,7 @@ def listening() -> Iterator[None]:
         _State.listening = False
         for s, handler in earlier.items():
             signal.signal(s, handler)
+        _State.asked = None  # what runs next, in another thread perhaps, was not asked to stop
         signal.set_wakeup_fd(earlier_fd)
         os.close(writer)  # ends the watcher
         watcher.join()

@@ -278,7 +278,7 @@ def test_a_reward_that_is_no_token_reward_is_told_so(folder):  # noqa: F811
 
 
 def test_only_the_token_model_itself_bootstraps_by_default(folder):  # noqa: F811
-    """Another reward has no length penalty, and pays all of a cut answer at its end all the same."""
+    """Another reward pays all of a cut answer at its end, with or without a length penalty."""
     after = torch.ones(1)
     for reward, wanted in ((Likes(), 0.0), (TerminalReward(Likes()), 0.0),
                            (TokenModelReward(torch.nn.Linear(1, 1), length_alpha=None), 1.0),

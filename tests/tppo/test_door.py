@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,8 @@ import tppo
 from tppo.cli import main
 from tppo.errors import DataError
 from tppo.models.policy import Critic
+from tppo.rewards.user_function import named_with_source
+from tppo.stages.given import described
 from tppo.stopping import listening
 
 WORDS = ["red shoes", "cheap boots", "running socks", "red boots and socks"]
@@ -293,6 +297,69 @@ def test_listening_inside_of_listening_changes_nothing():
     assert signal.getsignal(signal.SIGINT) is not outer
 
 
+class Half:
+    """A reward that forgets its type: a tensor."""
+
+    def __call__(self, batch, answers):
+        return batch.mask / 2
+
+
+def test_a_model_that_is_loaded_is_told_how_to_become_a_folder(model):
+    with pytest.raises(DataError, match=r"model was a LlamaForCausalLM, .*save_pretrained\(FOLDER"):
+        door(AutoModelForCausalLM.from_pretrained(model), "out")
+
+
+def made(text, name="f", **known):
+    """What `exec` makes has no source, like what is typed at a prompt."""
+    exec(text, known)
+    return known[name]
+
+
+def test_what_has_no_source_is_told_apart_by_its_code():
+    one, same, other, more = (
+        named_with_source(made(f"f = lambda completions: [{value} for c in completions if {test}]"))
+        for value, test in ((1, "c"), (1, "c"), (2, "c"), (1, "c in {'a', 'b'}"))
+    )
+    assert one == same and len({one, other, more}) == 3
+    classes = [named_with_source(made(f"class f:\n def __call__(self, x): return {n}")())
+               for n in (1, 1, 2)]  # fmt: skip
+    assert classes[0] == classes[1] != classes[2]
+
+
+def test_an_object_that_is_bound_does_not_change_the_name_in_another_process():
+    """Its address is another there, and the training would begin anew."""
+    one, other = (partial(letters, letter=thing) for thing in (Half(), Half()))
+    assert named_with_source(one) == named_with_source(other)
+    assert named_with_source(partial(letters, letter="a")) != named_with_source(one)
+    total = [described(tppo.TerminalReward(tppo.FunctionReward(f))) for f in (letters, lengths)]
+    assert total[0] != total[1] and "lengths" in total[1]
+
+
+def test_every_step_is_taken_unless_passes_are_limited_and_a_finished_result_is_not_lost_silently(
+    model, tmp_path, capfd
+):
+    config = replace(CONFIG, steps=3, max_passes=None, minibatch_size=8, epochs=1)
+    trainer = door(model, tmp_path, prompts=PROMPTS[:1], config=config, reward=lengths)
+    trainer.train()
+    assert len(trainer.metrics) == 3
+    said = capfd.readouterr().err
+    assert "a step takes all 1 prompts (batch_size is 4)" in said and "WARNING" not in said
+    door(model, tmp_path, config=replace(config, steps=1)).train()
+    said = capfd.readouterr().err
+    assert "train holds a finished training, which is replaced when this one ends" in said
+    assert "config.ppo.steps was 3, is 1" in said and "by_letter" in said
+
+
+def test_a_training_in_another_thread_is_not_stopped_by_an_earlier_signal(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt), listening():
+        signal.raise_signal(signal.SIGINT)
+    trainer, ended = door(model, tmp_path, config=replace(CONFIG, steps=2)), []
+    thread = threading.Thread(target=lambda: ended.append(trainer.train()))
+    thread.start()
+    thread.join()
+    assert len(ended) == 1 and len(trainer.metrics) == 2
+
+
 WRONG = {
     "reward": ({"reward": 3}, "reward was 3, a int, expected a function"),
     "a column": ({"reward": lambda completions, lettre: []},
@@ -300,6 +367,29 @@ WRONG = {
     "a column of heldout": ({"heldout": ["red"]}, "takes 'letter'.*they have none"),
     "a judge alone": ({"judge": letters}, "judge was given and heldout was None"),
     "no judge": ({"judge": 3, "heldout": PROMPTS}, "judge was 3, a int, expected a function"),
+    "a class": ({"reward": Half}, "reward was the class Half, expected an object of it: Half"),
+    "a Reward of other names": ({"reward": lambda b, a: []},
+                                "takes 'b'.*a tppo.Reward is told by the names of its parameters"),
+    "a Reward in a list": ({"reward": [lengths, lambda batch, answers: []]},
+                           r"reward\[1\] was a tppo.Reward, .*expected functions alone in a list"),
+    "a column of the total": ({"reward": tppo.TerminalReward(tppo.FunctionReward(letters)),
+                               "prompts": ["red"]}, "takes 'letter'.*they have none"),
+    "a column of the judge": ({"judge": lambda completions, lettre: [], "heldout": PROMPTS},
+                              "judge .*takes 'lettre'.*did you mean 'letter'"),
+    "a judge without a name": ({"judge": lambda answers: {}, "heldout": PROMPTS},
+                               "is called with .answers. and has no name"),
+    "an advantage by name": ({"advantage": "grpo"}, "expected a tppo.Advantage; by name it is"),
+    "an advantage's class": ({"advantage": tppo.GRPO}, "advantage was .*expected an object"),
+    "an advantage that says nothing": ({"advantage": lengths}, "has no needs_critic, expected"),
+    "one response": ({"advantage": tppo.RLOO(0.1), "config": tppo.PPOConfig()},
+                     "responses_per_prompt was 1, expected at least 2 with RLOO"),
+    "a dict of settings": ({"config": {"steps": 3}}, "config was .*expected a tppo.PPOConfig"),
+    "a dict of sampling": ({"generate": {"temperature": 1}}, "expected a tppo.GenerateConfig"),
+    "seed": ({"seed": "0"}, "seed was '0', expected a whole number"),
+    "half a seed": ({"seed": 1.5}, "seed was 1.5, expected a whole number"),
+    "device": ({"device": "gpu"}, "device was 'gpu', expected auto, cpu"),
+    "prefix": ({"prefix": "none"}, "prefix was 'none', expected shared or dense"),
+    "a model in memory": ({"model": torch.nn.Linear(1, 1)}, "model was a Linear, expected a local"),
     "settings": ({"config": tppo.PPOConfig(length_alpha=1.0)},
                  "config.length_alpha was 1.0, expected the default: it belongs to the token rew"),
     "no model": ({"model": "absent/model"}, "absent/model"),

@@ -88,9 +88,23 @@ def test_columns_go_with_their_prompts(tokenizer):
     assert twice.ids == [asked.ids[1], asked.ids[1], asked.ids[0]]
 
 
+class Table(Dataset):
+    """A data frame, whose iterator gives the names of its columns."""
+
+    columns = ("prompt", "answer")
+
+    def __init__(self):
+        super().__init__(list(self.columns))
+
+    def to_dict(self, kind):
+        return ROWS
+
+
 WRONG = {
     "a number": (3, "prompts was 3, a int, expected a list of texts"),
     "columns": ({"prompt": ["red"]}, "a dict, expected a list of texts, of chats, or of dicts"),
+    "a set": ({"red", "boots"}, "a set, expected a list of texts"),
+    "a table": (Table(), r"prompts was a Table, expected its rows as dicts: prompts.to_dict"),
     "nothing": ([], r"prompts\[0\]: absent, expected at least one prompt"),
     "blank": (["red", ""], r"prompts\[1\]: prompt was '', expected a text, or a chat"),
     "bytes": (["red", b"x"], r"prompts\[1\]: prompt was b'x', expected a text, or a chat"),

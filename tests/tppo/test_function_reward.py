@@ -189,6 +189,7 @@ WRONG = {
     "too few": (lambda completions: [1.0], "returned 1 entries, expected 2"),
     "nan": (gives(0.0, float("nan")), "entry 1: was nan, expected a finite number"),
     "too large": (gives(0.0, 1e39), r"entry 1: was 1e\+39, expected a finite number"),
+    "far too large": (gives(0.0, -(10**400)), "entry 1: was inf, expected a finite number"),
     "text": (gives(0.0, "good"), "entry 1: was 'good', expected a number for the answer, a list"),
     "tuple": (gives(0.0, (0, 3, 1.0)), r"entry 1: was \(0, 3, 1.0\), expected .* a list of"),
     "a list too short": (gives(0.0, [1.0, 2.0]), "expected [0-9]+ numbers, one a token.*not 2"),

@@ -44,6 +44,16 @@ def test_a_function_judges_texts_with_columns_by_name():
     }
 
 
+@pytest.mark.parametrize(
+    "given", [torch.tensor([0.5, 1]), [torch.tensor(0.5), np.float32(1)], np.array([0.5, 1])]
+)
+def test_figures_may_be_arrays_and_tensors(given):
+    assert judge_answers(Judge({"good": given}), ANSWERS)["good"] == 0.75
+    assert CallableJudge(lambda completions: given, "x")(ANSWERS) == {"score": [0.5, 1.0]}
+    verdicts = [np.bool_(True), torch.tensor(False)]
+    assert CallableJudge(lambda completions: verdicts, "x")(ANSWERS) == {"score": [1, 0]}
+
+
 def test_a_function_judges_chats_as_messages():
     chats = [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
     answers = answers_of(SESSIONS, TEXTS, ["eos", "eos"], prompts=chats)
@@ -69,6 +79,7 @@ def unusable(completions):
         ([1.0, None], "judge unusable: entry 1 was None, expected a finite number"),
         ([math.nan, 1.0], "judge unusable: entry 0 was nan, expected a finite number"),
         ([1.0, math.inf], "judge unusable: entry 1 was inf, expected a finite number"),
+        ([1.0, 10**400], "judge unusable: entry 1 was 1000.*expected a finite number"),
         ([1.0, "2"], "judge unusable: entry 1 was '2', expected a finite number"),
         (torch.tensor([0.5, math.nan]), "judge unusable: entry 1 was nan"),
     ],
@@ -92,7 +103,9 @@ class Judge(NamedTuple):
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        ({}, "judge 'theirs' gave no figure"),
+        ({}, "judge 'theirs' gave {}, expected at least one figure"),
+        ([1.0, 2.0], r"judge 'theirs' gave \[1.0, 2.0\], expected at least one figure by its name"),
+        ({"kl": [1.0, 2.0]}, "gave a figure 'kl', expected another name than kl, length, users"),
         ({"good": [1, 2], "fine": [1]}, "figure 'fine' of judge 'theirs' gave 1 entries"),
         ({"good": [1, math.nan]}, "figure 'good' of judge 'theirs': entry 1 was nan"),
     ],

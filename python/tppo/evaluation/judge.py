@@ -10,6 +10,7 @@ This file loads no torch, so that the closing table is printed at once.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from tppo.rewards import Answers
     from tppo.sessions.session import Session
 
+LARGEST = sys.float_info.max
 SESSION = "session"  # the column that holds the sessions whose next queries were asked for
 FORMAT = "format"  # the figure that --ppo.min-format holds weights to, where a judge has it
 RULE = "rule"  # the name of the rule, as a judge and as a labeller
+TAKEN = {"users", "kl", "length"}  # what stands beside a judge's figures
 Figures = Mapping[str, Sequence[float]]
 
 
@@ -116,8 +119,12 @@ def judge_answers(judge: Judge, answers: Answers) -> dict[str, Any]:
     n = len(answers.response_ids)
     result: dict[str, Any] = {"users": n}
     figures = judge(answers)
-    if not figures:
-        raise DataError(f"judge {judge.name!r} gave no figure, expected at least one")
+    if not isinstance(figures, Mapping) or not figures:
+        raise DataError(f"judge {judge.name!r} gave {short(figures)}, expected at least one figure "
+                        "by its name: {'score': [a number an answer]}")  # fmt: skip
+    if taken := TAKEN.intersection(figures):
+        raise DataError(f"judge {judge.name!r} gave a figure {min(taken)!r}, expected another "
+                        f"name than {', '.join(sorted(TAKEN))}: every judge has these")  # fmt: skip
     for i, (name, given) in enumerate(figures.items()):
         values = _numbers(f"figure {name!r} of judge {judge.name!r}", given, n)
         mean = result[name] = sum(values) / n if n else 0.0
@@ -183,10 +190,13 @@ def written(
     return answers
 
 
-def _numbers(who: str, found: Sequence[Any], n: int) -> list[float]:
+def _numbers(who: str, found: Any, n: int) -> list[float]:
+    """The figures as numbers; arrays and tensors, and lists of those that hold one, are taken."""
+    found = found.tolist() if hasattr(found, "tolist") else list(found)
     if len(found) != n:
         raise DataError(f"{who} gave {len(found)} entries, expected {n}: one an answer")
-    for i, value in enumerate(found):
-        if not isinstance(value, Real) or not math.isfinite(value):
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]
+    for i, value in enumerate(values):
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:
             raise DataError(f"{who}: entry {i} was {short(value)}, expected a finite number")
-    return list(found)
+    return values

@@ -83,8 +83,9 @@ class PPOConfig:
     """Token-level PPO (Ouyang et al., EMNLP 2025)."""
 
     steps: Count = 40
-    max_passes: Positive = 2.0
-    """At most this many passes over the prompts: a small file gets fewer steps."""
+    max_passes: Positive | None = None
+    """At most this many passes over the prompts: a small file gets fewer steps. By default 2 in a
+    run of stages; with --reward as many as the steps take."""
     batch_size: Count = 64
     """Prompts a step."""
     responses_per_prompt: Count = 1

@@ -235,7 +235,8 @@ class PPO:
             states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
         rated = []
         # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
-        if mine := [i for i, group in enumerate(answers.groups) if group % world.size == world.rank]:
+        mine = [i for i, group in enumerate(answers.groups) if group % world.size == world.rank]
+        if mine:
             own = batch.rows(mine)
             found = check_reward(self.reward(own, answers.rows(mine)), own.mask)
             rated.append((mine, tuple(x for x in found if x is not None)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import tppo_kernels as tk
 from tppo.errors import DataError, short
 from tppo.models.batch import Batch
 from tppo.rewards import Answers, TokenReward
-from tppo.rewards.user_function import UserFunction
+from tppo.rewards.user_function import GIVEN, UserFunction
 
 _LARGEST = torch.finfo(torch.float32).max
 _EXPECTED = (
@@ -71,7 +72,13 @@ class FunctionReward:
     def check(self, columns: Sequence[str]) -> None:
         """Errors: DataError where a function needs a column that is not there."""
         for function in self.functions:
-            function.check(columns)
+            try:
+                function.check(columns)
+            except DataError as error:
+                if len(function.needs) != 2 or {*function.needs} & {*GIVEN, *columns}:
+                    raise
+                raise DataError(f"{error}; a tppo.Reward is told by the names of its parameters: "
+                                "(batch, answers)") from None  # fmt: skip
 
     def __call__(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards of the answers at their tokens."""
@@ -154,7 +161,10 @@ class _Entry:
         paid.spans.append((self.b, written[-1], written[-1] + 1, value))
 
     def finite(self, value: Any, part: str) -> float:
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            number = math.inf
         if not abs(number) <= _LARGEST:  # NaN too
             raise self.error(part, number, "a finite number, also in fp32")
         return number

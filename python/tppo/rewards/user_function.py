@@ -7,10 +7,12 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from tppo.errors import DataError, short
@@ -110,19 +112,41 @@ def completions(answers: Answers) -> list[Any]:
 
 
 def named_with_source(thing: Any) -> str:
-    """What a function or an object is called, with a mark that changes where its source does."""
+    """What a function or an object is called, with a mark that changes where its source does.
+
+    The values of a dataclass and those bound by `partial` count too.  Where there is no source, as
+    of what `exec` has made, what it was compiled to stands for it.
+    """
     inner = thing.func if isinstance(thing, partial) else thing
     owner = inner if hasattr(inner, "__qualname__") else type(inner)
     try:
         source = inspect.getsource(owner)
-    except (OSError, TypeError):  # typed at a prompt
-        source = ""
+    except (OSError, TypeError):
+        source = _compiled(owner)
+    values: Any = None
     if isinstance(thing, partial):
-        source += repr((thing.args, thing.keywords))
-    elif owner is not inner and "object at 0x" not in repr(thing):  # a dataclass with its values
-        source += repr(thing)
+        values = thing.args, thing.keywords
+    elif owner is not inner:
+        values = thing
+    if values is not None:  # the same in every process: an address is not
+        source += re.sub(r" at 0x[0-9a-fA-F]+", "", repr(values))
     mark = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"{owner.__module__}:{owner.__qualname__} ({mark})"
+
+
+def _compiled(thing: Any) -> str:
+    """The byte code of a function, or of those of a class, with the constants and names in it."""
+    if isinstance(thing, type):
+        return "".join(f"{name}{_compiled(value)}" for name, value in vars(thing).items())
+    if isinstance(thing, frozenset):  # in an order that is the same in every process
+        return str(sorted(map(repr, thing)))
+    code = thing if isinstance(thing, CodeType) else getattr(thing, "__code__", None)
+    if code is None:
+        return ""
+    constants = [_compiled(c) if isinstance(c, CodeType | frozenset) else repr(c)
+                 for c in code.co_consts]  # fmt: skip
+    defaults = getattr(thing, "__defaults__", None), getattr(thing, "__kwdefaults__", None)
+    return repr((code.co_code, code.co_names, code.co_varnames, constants, defaults))
 
 
 def load_object(place: str) -> Any:

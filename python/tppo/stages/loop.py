@@ -113,6 +113,7 @@ class Loop:
 
     def run_all(self) -> None:
         """Every step that is still to do, then the export."""
+        self.say_what_is_cut()
         self.resume()
         first = self.trainer.step_count + 1
         if self.config.fit_critic and first == 1:
@@ -141,6 +142,16 @@ class Loop:
         found = self.existing() if self.existing else sampled(self.trainer, self.train, answers)
         self.critic_fit = fit_critic(self.trainer, *found)._asdict()
         self.seconds += time.monotonic() - start
+
+    def say_what_is_cut(self) -> None:
+        """A small set of prompts gets fewer steps than asked for, and smaller ones."""
+        config, n = self.config, len(self.train)
+        if self.steps < config.steps:
+            say(f"ppo: {self.steps} of {config.steps} steps, because max_passes is "
+                f"{config.max_passes:g} and a step takes {self.batch_size} of {n} "
+                "prompts")  # fmt: skip
+        if self.batch_size < config.batch_size:
+            say(f"ppo: a step takes all {n} prompts (batch_size is {config.batch_size})")
 
     def stop_if_asked(self, step: int) -> None:
         """Save and stop after a signal to any of the processes; raises Stopped in all of them."""
@@ -352,9 +363,10 @@ def _sums(weights: Sequence[Tensor]) -> list[float]:
 def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:
     """Steps and prompts a step: a small file gets fewer of both."""
     batch_size = min(config.batch_size, questions)
-    return max(1, min(config.steps, math.ceil(config.max_passes * questions / batch_size))), (
-        batch_size
-    )
+    if config.max_passes is None:
+        return config.steps, batch_size
+    most = math.ceil(config.max_passes * questions / batch_size)
+    return max(1, min(config.steps, most)), batch_size
 
 
 def prompt_order(questions: int, n: int, seed: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,10 @@ def read_prompts(source: Any, name: str = "prompts") -> Prompts:
         lines = list(read_jsonl(path))
         return _rows([line.values for line in lines],
                      lambda i: f"{path}: line {lines[i].number}")  # fmt: skip
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # would give its columns' names
+        raise DataError(f"{name} was a {type(source).__name__}, expected its rows as dicts: "
+                        f"{name}.to_dict('records')")  # fmt: skip
+    if isinstance(source, Mapping | Set | bytes) or not isinstance(source, Iterable):
         raise DataError(
             f"{name} was {short(source)}, a {type(source).__name__}, expected a list of texts, of "
             f"chats, or of dicts with the key '{PROMPT}', a datasets.Dataset, or a JSONL file"

@@ -6,7 +6,6 @@ command line.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -17,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo import stopping
 from tppo.config import Config, fill_defaults
-from tppo.errors import DataError, short
-from tppo.evaluation.judge import CallableJudge, Judge
+from tppo.errors import DataError
 from tppo.methods.advantages import ADVANTAGES, Advantage
 from tppo.methods.config import PPOConfig
 from tppo.methods.ppo import PPO
@@ -34,9 +32,19 @@ from tppo.models.rollout import HFRollout, Sampling
 from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
-from tppo.rewards import Answers, Questions, Reward
-from tppo.rewards.function import FunctionReward
-from tppo.rewards.user_function import named_with_source
+from tppo.rewards import Questions, Reward
+from tppo.stages.given import (
+    RewardJudge,
+    as_judge,
+    as_reward,
+    check_advantage_given,
+    check_model,
+    check_place,
+    check_sections,
+    checked_seed,
+    described,
+    function_of,
+)
 from tppo.stages.lengths import DEFAULT_POSITIONS
 from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
 from tppo.stages.models import adapted, ppo_models
@@ -47,19 +55,6 @@ from tppo.store.run_folder import RunFolder
 STAGE = "train"  # the folder in `out` that holds what `train` makes
 LONGEST = 256  # tokens of an answer by default, but at most half of the model's positions
 OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "train_on_unlabelled")
-
-
-class RewardJudge:
-    """The training reward as the judge of held-out answers: it sees nothing that PPO does not."""
-
-    name = "the training reward itself"
-
-    def __init__(self, reward: FunctionReward) -> None:
-        self.reward = reward
-
-    def __call__(self, answers: Answers) -> dict[str, list[float]]:
-        """The total reward of each answer."""
-        return {"reward": self.reward.totals(answers)}
 
 
 class PPOTrainer:
@@ -120,23 +115,30 @@ class PPOTrainer:
         device: str = "auto",
         prefix: Prefix = "shared",
     ) -> None:
-        self.out, self.seed, self.prefix = Path(out), seed, prefix
-        self.device = resolve_device(device)
+        check_model(model)
+        check_sections(config=(config, PPOConfig), generate=(generate, GenerateConfig),
+                       loading=(loading, ModelConfig), lora=(lora, AdapterConfig))  # fmt: skip
+        check_place(device, prefix)
+        self.out, self.seed, self.prefix = Path(out), checked_seed(seed), prefix
+        self.device = resolve_device(str(device))
         self.generate, self.loading = generate or GenerateConfig(), loading or ModelConfig()
         self.lora = lora or AdapterConfig()
         if self.lora.on:
             need_peft()
         self.reward = as_reward(reward)
         given = config or PPOConfig()
-        self.advantage = advantage or ADVANTAGES[given.advantage](given)
+        self.advantage = ADVANTAGES[given.advantage](given) if advantage is None else advantage
+        check_advantage_given(self.advantage, given)
         self.config = _own_config(given, self.reward, self.lora)
         self.prompts = read_prompts(prompts)
         self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
-        self.judge = _judge(judge, self.reward, self.heldout)
-        if isinstance(self.reward, FunctionReward):
+        function = function_of(self.reward)
+        if function is not None:
             for part in (self.prompts, self.heldout):
                 if part is not None:
-                    self.reward.check(list(part.columns))
+                    function.check(list(part.columns))
+        held_columns = None if self.heldout is None else list(self.heldout.columns)
+        self.judge = as_judge(judge, self.reward, held_columns)
         self.identity = self._identity()
         pickles = self.loading.allow_pickle
         self.path = locate(model, self.loading.revision, flag="model", pickles=pickles)
@@ -180,6 +182,10 @@ class PPOTrainer:
         if (self.out / "run.yaml").exists():
             raise DataError(f"{self.out}: holds a run of stages (run.yaml), expected another "
                             "folder for the training with a reward of one's own")  # fmt: skip
+        if from_environment().rank == 0 and folder.manifest(STAGE) is not None:
+            changes = folder.changes(STAGE, [self.path], self.identity, self.seed)
+            say(f"WARNING: {self.out / STAGE} holds a finished training, which is replaced when "
+                f"this one ends (another `out` keeps it): {'; '.join(changes) or 'the same'}")
         with joined(self.device) as world, ExitStack() as stack:
             stack.enter_context(folder.lock() if world.rank == 0 else nullcontext())
             stack.enter_context(stopping.deferrable())  # ends after the folder has its name
@@ -223,17 +229,10 @@ class PPOTrainer:
             held = Held(self._held, self.judge, self.generate.batch_size)
         loop = Loop(trainer, self._train, held, out, self.tokenizer,
                     about={"reward": described(self.reward)})  # fmt: skip
-        self._say_what_runs(loop)
+        self._say_what_runs()
         return loop
 
-    def _say_what_runs(self, loop: Loop) -> None:
-        n = len(self._train)
-        if loop.steps < self.config.steps:
-            say(f"ppo: {loop.steps} of {self.config.steps} steps, because max_passes is "
-                f"{self.config.max_passes:g} and a step takes {loop.batch_size} of {n} "
-                "prompts")  # fmt: skip
-        if loop.batch_size < self.config.batch_size:
-            say(f"ppo: a step takes all {n} prompts (batch_size is {self.config.batch_size})")
+    def _say_what_runs(self) -> None:
         if not self.generate.max_new_tokens:
             say(f"ppo: an answer has at most {self.sampling.max_new_tokens} tokens "
                 "(generate.max_new_tokens)")  # fmt: skip
@@ -309,47 +308,9 @@ class PPOTrainer:
         }
 
 
-def as_reward(given: Any) -> Reward:
-    """A reward of `given`: a `Reward` (called with batch and answers), or functions of the user."""
-    if callable(given):
-        try:
-            names = list(inspect.signature(given).parameters)
-        except (TypeError, ValueError):
-            names = []
-        if names[:2] == ["batch", "answers"] or hasattr(given, "forward"):
-            return given
-    if not callable(given) and not isinstance(given, list | tuple):
-        raise DataError(f"reward was {short(given)}, a {type(given).__name__}, expected a function "
-                        "f(prompts, completions, **columns) -> list")  # fmt: skip
-    return FunctionReward(given)
-
-
-def _judge(given: Any, reward: Reward, heldout: Prompts | None) -> Judge | None:
-    if heldout is None:
-        if given is not None:
-            raise DataError("judge was given and heldout was None, expected held-out prompts for "
-                            "the judge too")  # fmt: skip
-        return None
-    if given is None:
-        if not isinstance(reward, FunctionReward):
-            raise DataError("judge was None, expected one for the held-out prompts: a function "
-                            "f(prompts, completions, **columns) -> list of numbers")  # fmt: skip
-        return RewardJudge(reward)
-    if not callable(given):
-        raise DataError(f"judge was {short(given)}, a {type(given).__name__}, expected a function "
-                        "f(prompts, completions, **columns) -> list of numbers")  # fmt: skip
-    if isinstance(getattr(given, "name", None), str):
-        return given
-    return CallableJudge(given, getattr(given, "__qualname__", type(given).__qualname__))
-
-
 def _own_config(config: PPOConfig, reward: Reward, lora: AdapterConfig) -> PPOConfig:
-    """The settings with defaults filled for a model that is not from scratch.
-
-    A cut answer's value is not bootstrapped unless asked for: a reward at its last token would be
-    counted twice.
-    """
-    if isinstance(reward, FunctionReward):
+    """The settings with defaults filled for a model that is not from scratch."""
+    if function_of(reward) is not None:
         default = PPOConfig()
         for name in OF_THE_TOKEN_MODEL:
             if getattr(config, name) != getattr(default, name):
@@ -358,15 +319,4 @@ def _own_config(config: PPOConfig, reward: Reward, lora: AdapterConfig) -> PPOCo
                     "belongs to the token reward model, and the reward is a function"
                 )
     filled = fill_defaults(Config(ppo=config, lora=lora), pretrained=True).ppo
-    return replace(filled, bootstrap_truncated=bool(config.bootstrap_truncated))
-
-
-def described(thing: Any) -> str:
-    """What a part of the training is called, with a mark that changes where its source does."""
-    if isinstance(thing, FunctionReward):
-        return " + ".join(described(function.function) for function in thing.functions)
-    if isinstance(thing, RewardJudge):
-        return f"{thing.name}: {described(thing.reward)}"
-    if isinstance(thing, CallableJudge):
-        return described(thing.function.function)
-    return named_with_source(thing)
+    return replace(filled, max_passes=config.max_passes)  # as many as the steps take

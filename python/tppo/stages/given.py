@@ -1,0 +1,170 @@
+"""What a user gives the Python door: told apart, checked before anything is loaded, and named."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from tppo.errors import DataError, short
+from tppo.evaluation.judge import CallableJudge, Judge
+from tppo.methods.advantages import GRPO, RLOO
+from tppo.methods.config import PPOConfig
+from tppo.models.config import Prefix
+from tppo.rewards import Answers, Reward
+from tppo.rewards.function import FunctionReward
+from tppo.rewards.terminal import TerminalReward
+from tppo.rewards.user_function import named_with_source
+
+_JUDGE = "a function f(prompts, completions, **columns) -> list of numbers, or a tppo.Judge"
+
+
+class RewardJudge:
+    """The training reward as the judge of held-out answers: it sees nothing that PPO does not."""
+
+    name = "the training reward itself"
+
+    def __init__(self, reward: FunctionReward) -> None:
+        self.reward = reward
+
+    def __call__(self, answers: Answers) -> dict[str, list[float]]:
+        """The total reward of each answer."""
+        return {"reward": self.reward.totals(answers)}
+
+
+def check_model(model: Any) -> None:
+    """Errors: DataError where `model` names no place, such as a model that is loaded already."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    remedy = "a local folder, a .gguf file, or an id of the Hugging Face hub"
+    if hasattr(model, "save_pretrained"):
+        remedy += ("; model.save_pretrained(FOLDER) and tokenizer.save_pretrained(FOLDER) make a "
+                   "folder of one that is loaded")  # fmt: skip
+    raise DataError(f"model was a {type(model).__name__}, expected {remedy}")
+
+
+def check_sections(**given: tuple[Any, type]) -> None:
+    """Errors: DataError naming the argument that is neither None nor of its class."""
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise DataError(f"{name} was {short(value)}, a {type(value).__name__}, expected a "
+                            f"tppo.{kind.__name__}")  # fmt: skip
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed as an int.  Errors: DataError where it is no whole number in 0 .. 2^32 - 1."""
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise DataError(f"seed was {short(seed)}, expected a whole number in 0 .. 2^32 - 1")
+    return number
+
+
+def check_place(device: Any, prefix: Any) -> None:
+    """Errors: DataError naming the one of the two that is not what it may be."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", str(device)):
+        raise DataError(f"device was {short(device)}, expected auto, cpu, cuda or cuda:N")
+    if prefix not in get_args(Prefix):
+        choices = " or ".join(get_args(Prefix))
+        raise DataError(f"prefix was {short(prefix)}, expected {choices}")
+
+
+def check_advantage_given(advantage: Any, config: PPOConfig) -> None:
+    """Errors: DataError where it is no `Advantage`, or compares responses where there is one."""
+    if isinstance(advantage, str):
+        raise DataError(f"advantage was {advantage!r}, expected a tppo.Advantage; by name it is a "
+                        f"setting: tppo.PPOConfig(advantage={advantage!r})")  # fmt: skip
+    if isinstance(advantage, type) or not callable(advantage):
+        raise DataError(f"advantage was {short(advantage)}, expected an object, such as "
+                        "tppo.GRPO(kl_coef=0.1)")  # fmt: skip
+    if not isinstance(getattr(advantage, "needs_critic", None), bool):
+        raise DataError(
+            f"advantage {type(advantage).__name__} has no needs_critic, expected True where it "
+            "wants the values of a critic, False where none is to be trained"
+        )
+    if isinstance(advantage, GRPO | RLOO) and config.responses_per_prompt < 2:
+        raise DataError(
+            f"config.responses_per_prompt was 1, expected at least 2 with {advantage}, which "
+            "compares the responses of one prompt"
+        )
+
+
+def as_reward(given: Any) -> Reward:
+    """A reward of `given`: a `Reward` (called with batch and answers), or functions of the user."""
+    if isinstance(given, type):
+        raise DataError(f"reward was the class {given.__name__}, expected an object of it: "
+                        f"{given.__name__}(...)")  # fmt: skip
+    if _is_reward(given):
+        return given
+    if not callable(given) and not isinstance(given, list | tuple):
+        raise DataError(f"reward was {short(given)}, a {type(given).__name__}, expected a function "
+                        "f(prompts, completions, **columns) -> list")  # fmt: skip
+    for i, part in enumerate(given if isinstance(given, list | tuple) else ()):
+        if _is_reward(part):
+            raise DataError(f"reward[{i}] was a tppo.Reward, which is called with (batch, "
+                            "answers); expected functions alone in a list")  # fmt: skip
+    return FunctionReward(given)
+
+
+def _is_reward(given: Any) -> bool:
+    """Whether it is called with batch and answers, by the names of its first two parameters."""
+    return hasattr(given, "forward") or _parameters(given)[:2] == ["batch", "answers"]
+
+
+def _parameters(given: Any) -> list[str]:
+    try:
+        return list(inspect.signature(given).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def function_of(reward: Reward) -> FunctionReward | None:
+    """The functions of the user that a reward is made of; None for another one."""
+    while isinstance(reward, TerminalReward):
+        reward = reward.reward
+    return reward if isinstance(reward, FunctionReward) else None
+
+
+def as_judge(given: Any, reward: Reward, columns: Sequence[str] | None) -> Judge | None:
+    """The judge of held-out prompts that have these columns, None where there are none.
+
+    Errors: DataError where it is no judge, or takes what the columns do not have.
+    """
+    if columns is None:
+        if given is not None:
+            raise DataError("judge was given and heldout was None, expected held-out prompts for "
+                            "the judge too")  # fmt: skip
+        return None
+    if given is None:
+        function = function_of(reward)
+        if function is None:
+            raise DataError(f"judge was None, expected one for the held-out prompts: {_JUDGE}")
+        return RewardJudge(function)
+    if not callable(given) or isinstance(given, type):
+        raise DataError(f"judge was {short(given)}, a {type(given).__name__}, expected {_JUDGE}")
+    if isinstance(getattr(given, "name", None), str):
+        return given
+    if _parameters(given)[:1] == ["answers"]:
+        raise DataError(f"judge {short(given)} is called with (answers) and has no name, expected "
+                        "a text `name`, by which the table and the log call it")  # fmt: skip
+    judge = CallableJudge(given, getattr(given, "__qualname__", type(given).__qualname__))
+    judge.function.check(columns)
+    return judge
+
+
+def described(thing: Any) -> str:
+    """What a part of the training is called, with a mark that changes where its source does."""
+    if isinstance(thing, FunctionReward):
+        return " + ".join(described(function.function) for function in thing.functions)
+    if isinstance(thing, RewardJudge):
+        return f"{thing.name}: {described(thing.reward)}"
+    if isinstance(thing, TerminalReward):
+        return f"the total of {described(thing.reward)}"
+    if isinstance(thing, CallableJudge):
+        return described(thing.function.function)
+    return named_with_source(thing)
