@@ -235,8 +235,7 @@ class PPO:
             states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
         rated = []
         # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
-        mine = [i for i, group in enumerate(answers.groups) if group % world.size == world.rank]
-        if mine:
+        if mine := [i for i, g in enumerate(answers.groups) if g % world.size == world.rank]:
             own = batch.rows(mine)
             found = check_reward(self.reward(own, answers.rows(mine)), own.mask)
             rated.append((mine, tuple(x for x in found if x is not None)))
@@ -380,10 +379,9 @@ class PPO:
     def bootstraps(self) -> bool:
         """Whether a cut response has a value behind its last token.
 
-        By default only with rewards of the token model itself without their length penalty: past
-        the suggested length the penalty pays nothing, and a V that is never a training target there
-        would; a reward that pays the whole of a cut answer at its last token would be counted
-        twice.
+        By default only with the token model itself without its length penalty: past the suggested
+        length the penalty pays nothing, and V, never trained there, would; what another reward pays
+        for the whole of a cut answer would count twice.
         """
         if self.config.bootstrap_truncated is not None:
             return self.config.bootstrap_truncated
