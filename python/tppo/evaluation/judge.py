@@ -197,6 +197,7 @@ def _numbers(who: str, found: Any, n: int) -> list[float]:
         raise DataError(f"{who} gave {len(found)} entries, expected {n}: one an answer")
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]
     for i, value in enumerate(values):
-        if not isinstance(value, Real) or not abs(value) <= LARGEST:
+        size: Any = abs(value) if isinstance(value, Real) else math.nan
+        if not size <= LARGEST:
             raise DataError(f"{who}: entry {i} was {short(value)}, expected a finite number")
     return values
