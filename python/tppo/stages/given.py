@@ -130,6 +130,16 @@ def function_of(reward: Reward) -> FunctionReward | None:
     return reward if isinstance(reward, FunctionReward) else None
 
 
+def check_columns(reward: Reward, *of: Sequence[str] | None) -> None:
+    """Errors: DataError where a function of the reward takes what one of several prompts' columns
+    do not have; None stands for prompts that are not given.
+    """
+    function = function_of(reward)
+    for columns in of:
+        if function is not None and columns is not None:
+            function.check(columns)
+
+
 def as_judge(given: Any, reward: Reward, columns: Sequence[str] | None) -> Judge | None:
     """The judge of held-out prompts that have these columns, None where there are none.
 

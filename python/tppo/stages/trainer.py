@@ -38,6 +38,7 @@ from tppo.stages.given import (
     as_judge,
     as_reward,
     check_advantage_given,
+    check_columns,
     check_model,
     check_place,
     check_sections,
@@ -132,12 +133,8 @@ class PPOTrainer:
         self.config = _own_config(given, self.reward, self.lora)
         self.prompts = read_prompts(prompts)
         self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
-        function = function_of(self.reward)
-        if function is not None:
-            for part in (self.prompts, self.heldout):
-                if part is not None:
-                    function.check(list(part.columns))
         held_columns = None if self.heldout is None else list(self.heldout.columns)
+        check_columns(self.reward, list(self.prompts.columns), held_columns)
         self.judge = as_judge(judge, self.reward, held_columns)
         self.identity = self._identity()
         pickles = self.loading.allow_pickle
