@@ -1,4 +1,4 @@
-"""Token heat maps: what the reward model and the advantages say about every token of an answer.
+"""Token heat maps: the reward and the advantage of every token of an answer.
 
 `write_heat` makes one self-contained HTML page, `print_heat` the same for a terminal. Positive is
 blue, negative orange (kept apart by every common kind of colour blindness), and the sign is written
@@ -68,7 +68,7 @@ class _Scale:
 
 @dataclass(frozen=True)
 class _Summary:
-    """What one answer, or all of them, come to; relevant is a share of the labelled tokens."""
+    """The figures of one answer, or of all; `relevant` is a share of the labelled tokens."""
 
     tokens: int
     reward: float

@@ -1,8 +1,9 @@
-"""Judges: answers become figures that say how good they are, for a table and to keep weights by.
+"""Judges: figures of how good answers are, for the closing table and to choose weights by.
 
-A judge is any callable that fits `Judge`: the rule, a function of the user.  It sees texts and
-columns of the data, never rewards, so that it need not be what the policy is trained on; where it
-is the labeller of the reward model's data all the same, the closing table says so.
+A judge is any callable with the signature of `Judge`: the rule, a function of the user.  It gets
+texts and columns of the data, never rewards, so that it need not be what the policy is trained on;
+where it is the labeller of the reward model's data all the same, the closing table has a line
+about it.
 
 This file loads no torch, so that the closing table is printed at once.
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 LARGEST = sys.float_info.max
 SESSION = "session"  # the column that holds the sessions whose next queries were asked for
-FORMAT = "format"  # the figure that --ppo.min-format holds weights to, where a judge has it
+FORMAT = "format"  # the figure that --ppo.min-format bounds, where a judge has it
 RULE = "rule"  # the name of the rule, as a judge and as a labeller
 TAKEN = {"users", "kl", "length"}  # what stands beside a judge's figures
 Figures = Mapping[str, Sequence[float]]
@@ -41,7 +42,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What the judge is called."""
+        """The judge's name."""
         ...
 
     def __call__(self, answers: Answers) -> Figures:
@@ -93,7 +94,7 @@ class RuleJudge:
 class CallableJudge:
     """A function of the user, `f(prompts, completions, **columns) -> list of numbers`.
 
-    What it may take is what a reward function may (`tppo.rewards.user_function.UserFunction`).  Its
+    It is called as a reward function is (`tppo.rewards.user_function.UserFunction`).  Its
     one figure is called "score".
     Errors: DataError where the function cannot be called by name.
     """

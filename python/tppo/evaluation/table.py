@@ -22,11 +22,11 @@ COLUMNS = {
 }  # figure -> header of the closing table, behind the judge's first figure
 MIN_DISTINCT = 0.9  # of SFT's distinct queries: with fewer, a run repeats itself
 LOW_AUC = 0.8
-FEW_RELEVANT = 0.05  # share of relevant tokens below which a reward says little
+FEW_RELEVANT = 0.05  # share of relevant tokens below which a reward means little
 
 
 def print_table(result: dict[str, Any], title: str) -> None:
-    """Findings, then one row a way to answer, then who judged; the rows fit 80 columns."""
+    """Print the findings, a row for each policy or baseline, and the judge, in 80 columns."""
     console = Console()
     for finding in result["findings"]:
         console.print(finding, markup=False, highlight=False, style="bold")
@@ -68,7 +68,7 @@ def pair_line(pair: str, found: dict[str, Any]) -> str:
 
 
 def judge_line(test: dict[str, Any], figure: str) -> str:
-    """Who judged, and what that means."""
+    """Who judged, and whether that is independent of the training labels."""
     labeller, judge = test["labeller"], test["judge"]
     same = f"not by {spoken(labeller)}, which labelled"
     trained = "which also labelled" if labeller == judge else same

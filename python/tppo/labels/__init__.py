@@ -1,1 +1,1 @@
-"""Who says what is good: labels, words, the rule, agreement, endpoints."""
+"""Labels of words and answers: their file format, the rule, agreement, endpoints."""

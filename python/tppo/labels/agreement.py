@@ -43,34 +43,34 @@ def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
 
     Errors: DataError for an id that is there twice or that the run lacks, and for another response.
     """
-    own, theirs = _by_id(labels, "the run's labels"), _by_id(others, "the file")
-    missing = [id for id in theirs if id not in own]
+    of_run, of_file = _by_id(labels, "the run's labels"), _by_id(others, "the file")
+    missing = [id for id in of_file if id not in of_run]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(theirs)} ids of the file are not among the run's "
-            f"{len(own)} labels, the first: {missing[0]!r}"
+            f"{len(missing)} of {len(of_file)} ids of the file are not among the run's "
+            f"{len(of_run)} labels, the first: {missing[0]!r}"
         )
     words: Counter[tuple[int, int]] = Counter()
     sentences: Counter[tuple[int, int]] = Counter()
-    for id, other in theirs.items():
-        mine = own[id]
-        if mine.response != other.response:
+    for id, other in of_file.items():
+        own = of_run[id]
+        if own.response != other.response:
             raise DataError(
                 f"id {id!r}: the response of the file was {short(other.response)}, "
-                f"expected that of the run, {short(mine.response)}"
+                f"expected that of the run, {short(own.response)}"
             )
-        sentences[mine.sentence, other.sentence] += 1
-        spans = word_spans(mine.response)
+        sentences[own.sentence, other.sentence] += 1
+        spans = word_spans(own.response)
         words.update(
             zip(
-                map_labels(mine.response, mine.words, spans),
+                map_labels(own.response, own.words, spans),
                 map_labels(other.response, other.words, spans),
                 strict=True,
             )
         )
     unpaired = sum(n for pair, n in words.items() if pair.count(NONE) == 1)
     paired = Counter({pair: n for pair, n in words.items() if NONE not in pair})
-    return Agreement(len(theirs), _rate(paired), _rate(sentences), unpaired)
+    return Agreement(len(of_file), _rate(paired), _rate(sentences), unpaired)
 
 
 def compare_files(labels: str | os.PathLike[str], others: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
 
 @dataclass(frozen=True)
 class Label:
-    """What a labeller said about one response: 1 = relevant to the true next queries, 0 = not."""
+    """A labeller's verdict on one response: 1 = relevant to the true next queries, 0 = not."""
 
     id: str
     response: str

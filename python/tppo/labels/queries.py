@@ -1,4 +1,4 @@
-"""The queries of an answer: one a line, and which of them say again what an earlier one said."""
+"""The queries of an answer, one per line, and which of them repeat an earlier one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Answers with a repeated query, made from labelled answers without one.
 
 A model that was trained on true next queries seldom repeats itself, so its answers hardly show a
-reward model what a repetition is; PPO then finds that saying one relevant query three times pays
-three times.  What a repetition is worth needs no labeller: its words are irrelevant by definition.
+reward model what a repetition is; PPO then finds that returning one relevant query three times
+pays three times.  What a repetition is worth needs no labeller: its words are irrelevant by
+definition.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     previous: _Unit | None = None
     borders = dictionary_borders(text) if is_unspaced(text) else frozenset()
     for unit in _units(text, frozenset()):
-        joined = previous is not None and not unit.gap and unit.emoji == previous.emoji
+        joined = previous is not None and not unit.spaced and unit.emoji == previous.emoji
         if joined and unit.start not in borders:
             spans[-1] = (spans[-1][0], unit.end)
         else:
@@ -191,7 +191,7 @@ class _Unit:
     end: int
     key: str
     emoji: bool
-    gap: bool
+    spaced: bool
     """Something that separates words stands before it."""
     bound: bool
     """It cannot belong to another word than the unit before it."""
@@ -209,7 +209,7 @@ class _Content:
         self._begins: dict[int, int] = {}  # index into key -> the unit that begins there
         self._ends: dict[int, int] = {}  # index into key -> the unit that ends there
         for index, unit in enumerate(self.units):
-            self.key += " " if unit.gap and index else ""
+            self.key += " " if unit.spaced and index else ""
             self._begins[len(self.key)] = index
             self.key += unit.key
             self._ends[len(self.key)] = index
@@ -233,7 +233,7 @@ class _Content:
         """Indices into the text of some units and of the punctuation inside a word of them."""
         for index in range(first, last + 1):
             unit = self.units[index]
-            joined = index > first and not unit.gap
+            joined = index > first and not unit.spaced
             yield from range(self.units[index - 1].end if joined else unit.start, unit.end)
 
     def _is_whole(self, first: int, last: int, pieces: bool) -> bool:
@@ -247,7 +247,7 @@ def _content(text: str) -> _Content:
 
 
 def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
-    """The content of a text; what stands between leaves its trace in `gap` and `bound` only."""
+    """The content of a text; what stands between is recorded in `spaced` and `bound` only."""
     previous: _Unit | None = None
     between = ""
     for start, end in _clusters(text):
@@ -262,11 +262,11 @@ def _units(text: str, unseen: frozenset[int]) -> Iterator[_Unit]:
         if not key:  # a variation selector that varies nothing
             continue
         if previous is None:
-            gap, bound = True, False
+            spaced, bound = True, False
         else:
-            gap, bound = _joint(text[previous.start], between, base)
-            bound = bound and not (gap or emoji or previous.emoji)
-        unit = _Unit(start, end, key, emoji, gap, bound, bool(between) and not gap)
+            spaced, bound = _joint(text[previous.start], between, base)
+            bound = bound and not (spaced or emoji or previous.emoji)
+        unit = _Unit(start, end, key, emoji, spaced, bound, bool(between) and not spaced)
         yield unit
         previous, between = unit, ""
 
@@ -278,7 +278,7 @@ def _joint(before: str, between: str, after: str) -> tuple[bool, bool]:
 
 def _any_joint(before: str, between: str, after: str) -> tuple[bool, bool]:
     sides = (before, after)
-    return _is_gap(sides, between), _is_bound(sides, between)
+    return _is_spaced(sides, between), _is_bound(sides, between)
 
 
 _short_joint = lru_cache(maxsize=_REMEMBERED)(_any_joint)
@@ -349,7 +349,7 @@ def _is_flag_half(character: str) -> bool:
     return 0x1F1E6 <= ord(character) <= 0x1F1FF
 
 
-def _is_gap(sides: tuple[str, str], between: str) -> bool:
+def _is_spaced(sides: tuple[str, str], between: str) -> bool:
     """Whether words end where `between` stands."""
     if len(between) != 1 or _both_digits(sides) and between in _BETWEEN_DIGITS:
         return len(between) > 1

@@ -1,4 +1,4 @@
-"""Sessions that say the same again."""
+"""Sessions that repeat another session."""
 
 from __future__ import annotations
 

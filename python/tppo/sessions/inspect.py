@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 def inspect_log(path: Path, config: ReadConfig, examples: int = 3, seed: int = 0) -> dict[str, Any]:
     """The figures of a log, in one reading and in memory that grows by hashes alone.
 
-    Every row that is wrong is said on stderr, naming line and column, and left out.
+    Every wrong row is reported on stderr, naming line and column, and left out.
     Errors: DataError for a file that cannot be read.
     """
     log = SessionLog(path, config, tell=say)

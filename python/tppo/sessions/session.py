@@ -24,7 +24,7 @@ __all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "w
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that a user did: a search, a click, an utterance."""
+    """One action of a user: a search, a click, an utterance."""
 
     type: str
     text: str
@@ -70,7 +70,7 @@ def sessions_of(lines: Iterable[Line], bad: BadRows = STOP) -> Iterator[Session]
 
 
 def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) -> None:
-    """Write a session file, whole or not at all; fields that say nothing are left out."""
+    """Write a session file, whole or not at all; empty fields are left out."""
     with atomic_file(path) as write:
         for session in sessions:
             write(session_line(session))

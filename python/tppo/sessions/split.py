@@ -119,7 +119,7 @@ def splitter(
 
 
 def _drained(head: list[Session], stream: Iterator[Session]) -> Iterator[Session]:
-    """The head, let go of as it is used, then the rest."""
+    """The items of the head, each freed as it is used, then the rest."""
     head.reverse()
     while head:
         yield head.pop()

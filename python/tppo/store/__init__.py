@@ -1,1 +1,1 @@
-"""What lies on disk: run folders, checkpoints, JSON lines, hashes."""
+"""Everything on disk: run folders, checkpoints, JSON lines, hashes."""

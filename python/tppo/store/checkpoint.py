@@ -28,7 +28,7 @@ COMPLETE, LATEST = "COMPLETE.json", "latest"
 
 
 class Checkpoint(NamedTuple):
-    """All that a run needs to go on."""
+    """Everything that a run needs in order to continue."""
 
     step: int
     weights: dict[str, dict[str, Tensor]]
@@ -94,13 +94,13 @@ def _write(
 
 
 def _nbytes(*values: Any) -> int:
-    """What the tensors in these take on the disk, about."""
+    """About how many bytes the tensors in these take on the disk."""
     leaves = tree_leaves(values)
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def load_latest(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; one that is damaged is passed over with a note."""
+    """The newest complete checkpoint; a damaged one is skipped with a warning."""
     found = _complete(root)
     for step, path in reversed(found):
         damage = _damage(path)

@@ -1,4 +1,4 @@
-"""A disk that is full is said in one sentence, whichever library meets it first."""
+"""A full disk is reported in one sentence, whichever library meets it first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class DiskFull(RuntimeError):
-    """A file could not be written for want of space: the message says where, and how to go on."""
+    """A file could not be written for want of space; the message names the place and the remedy."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def _free(folder: Path) -> int:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What the system said of a full disk, None for any other error.
+    """The system's message about a full disk, None for any other error.
 
     torch's own error has the system's as its context; Rust libraries quote the number in the text.
     """

@@ -22,7 +22,7 @@ class Hashes:
     """Hashes that are remembered in a file by size, times and inode of what was read.
 
     A file that is written to gets another time stamp, and one that is put in its place another
-    inode: both are read again.  Damage that changes neither is seen by nobody who trusts the disk.
+    inode: both are read again.  Damage by the disk itself, which changes neither, is not noticed.
     """
 
     def __init__(self, store: Path) -> None:
@@ -81,5 +81,5 @@ def _read(path: Path) -> str:
 
 
 def _mark(found: os.stat_result) -> list[int]:
-    """What another content would not keep; the time of a change shows a set back time stamp."""
+    """What differs if the content does; the time of change shows that a time stamp was reset."""
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

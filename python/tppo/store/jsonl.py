@@ -24,7 +24,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class BadRows:
     """What becomes of the rows of a file that are wrong: a context manager around each of them.
 
-    The first DataError ends the reading; with `skip` each is counted, told, and its row left out.
+    The first DataError ends the reading; with `skip` each one is counted and reported, and its row
+    is left out.
     """
 
     FIRST = 5  # of their messages are kept
@@ -60,7 +61,7 @@ STOP = BadRows()
 
 
 class Line:
-    """One JSON object of a JSONL file, which knows where it stands."""
+    """One JSON object of a JSONL file, with its path and line number."""
 
     def __init__(self, path: Path, number: int, values: dict[str, Any]) -> None:
         self.path, self.number, self.values = path, number, values
@@ -101,7 +102,7 @@ def is_text(value: object) -> bool:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether half of a UTF-16 pair stands alone: JSON's escapes can say it, UTF-8 cannot."""
+    """Whether half of a UTF-16 pair stands alone, which JSON can escape and UTF-8 cannot hold."""
     return _SURROGATE.search(text) is not None
 
 
@@ -153,7 +154,7 @@ def refuse_pipe(path: Path) -> None:
 def read_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file or of a gzip file, without their byte-order mark, one at a time.
 
-    They end at LF alone: U+2028 and its like may stand inside a text.
+    A line ends at LF alone: U+2028 and the like may occur inside a text.
 
     Raises DataError for a file that cannot be read or whose gzip data is damaged.
     """

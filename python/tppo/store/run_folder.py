@@ -1,4 +1,4 @@
-"""One folder a run, one folder a stage in it: a stage is there whole, with its manifest, or not."""
+"""One folder per run, in it one per stage: a stage is there whole, with its manifest, or not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RunFolder:
         return self._lock.held()
 
     def path(self, name: str) -> Path:
-        """Where a finished stage lies."""
+        """The folder of a finished stage."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise ValueError(
                 f"stage name was {name!r}, expected lower-case letters, digits, - and _"
@@ -97,7 +97,7 @@ class RunFolder:
         config: Any = None,
         seed: int = 0,
     ) -> bool:
-        """Whether the stage finished with these inputs, config and seed; if others, says which."""
+        """Whether the stage finished with these inputs, config and seed; prints what differs."""
         changes = self.changes(name, inputs, config, seed)
         if changes and (self.path(name) / MANIFEST).exists():
             say(f"{name}: runs again, because {'; '.join(changes)}")
@@ -112,7 +112,7 @@ class RunFolder:
         config: Any = None,
         seed: int = 0,
     ) -> list[str]:
-        """What keeps the finished stage from standing for this call; empty if nothing does."""
+        """Why the finished stage cannot be used for this call; empty if it can."""
         folder = self.path(name)
         if not (folder / MANIFEST).exists():
             return [f"{folder} holds no finished stage"]
@@ -181,7 +181,7 @@ def versions() -> dict[str, str]:
 
 
 def _resumes(name: str, work: Path, identity: dict[str, Any]) -> bool:
-    """Whether what a process left in the folder is of the same work; says so where it is not."""
+    """Whether what a process left in the folder belongs to the same work; prints if it does not."""
     if not (work / KEPT).is_dir():
         return False
     was = read_object(work / MANIFEST) or {}

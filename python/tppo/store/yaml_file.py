@@ -55,7 +55,7 @@ def write_yaml(path: str | os.PathLike[str], value: Any) -> None:
 
 
 class _Representer(SafeRepresenter):
-    """Writes a text that does not print, such as one with U+0085, with escapes, or it is lost."""
+    """Escapes characters that do not print, such as U+0085, which would be lost otherwise."""
 
     def represent_str(self, data: str) -> ScalarNode:
         style = None if data.isprintable() else '"'
@@ -80,7 +80,7 @@ def _note(
     lines: dict[tuple[str | int, ...], int],
     above: tuple[Node, ...],
 ) -> None:
-    """Note the line of every value below a node, and refuse a key that stands twice."""
+    """Record the line of every value below a node, and refuse a key that occurs twice."""
     lines.setdefault(place, node.start_mark.line + 1)
     if len(lines) > MOST:  # aliases of aliases hold more than any memory
         raise DataError(f"{path}: holds more than {MOST:,} values, expected settings")

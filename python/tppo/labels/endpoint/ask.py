@@ -1,4 +1,4 @@
-"""Ask an endpoint for judgements: tries, waits and stops as the table of replies says.
+"""Ask an endpoint for judgements: tries, waits and stops by the table of replies.
 
 What concerns the endpoint as a whole ends all of it: no further request is sent, and replies that
 are on their way are still taken, because they are paid for.
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 FEW = 3  # items lost by an endpoint that has answered none: enough to stop
 MANY = 20  # items lost in a row, where more are lost than is allowed: enough to stop
-LOOK_S = 0.02  # between two looks at whether an item that was begun is answered
+POLL_S = 0.02  # between two checks whether an item that was begun is answered
 FIRST_WAIT_S, MOST_WAIT_S = 0.5, 8.0  # between tries where the server asks for no wait
 LONG_WAIT_S = 10.0  # a wait that is worth a line
 
 
 class EndpointError(RuntimeError):
-    """The run of questions ended early, or lost too much: the message says why, and what to do."""
+    """The run of questions ended early or lost too much; the message has reason and remedy."""
 
 
 class _Stopped(Exception):
@@ -138,7 +138,7 @@ class Asker:
     async def _send(
         self, messages: list[dict[str, str]], item: LabelItem, schema: bool
     ) -> tuple[Judgement | Trouble, Action]:
-        """One request, tried again where the table says so; and what is to be done with it."""
+        """One request, tried again where the table demands it, and what to do with its reply."""
         config, client = self.config, self.client
         assert client is not None
         request = chat_request(config, messages, schema)
@@ -161,7 +161,7 @@ class Asker:
         return Trouble(result.form, f"{result.reason}, {often}"), result.form.spent
 
     def _action(self, reply: Reply, result: Judgement | Trouble, schema: bool) -> Action:
-        """What the table says about a reply; an answer is counted first, it was paid for."""
+        """The table's action for a reply; an answer is counted first, because it was paid for."""
         form = FORM["verdict"] if isinstance(result, Judgement) else result.form
         if reply.status == 200 and (form.name == "verdict" or form.by in ("judge", "item")):
             self.spent.add(reply.body)
@@ -175,7 +175,7 @@ class Asker:
         while not self.fatal and self.unheard >= FEW and not (self.answered or self.work.hits):
             if not self.begun:
                 self.stop(f"the first {self.unheard} items all failed: {self.newest}")
-            await self._sleep(LOOK_S)
+            await self._sleep(POLL_S)
 
     async def _ready(self) -> None:
         """Wait until a request may be sent.  Raises _Stopped where none will be."""
@@ -204,7 +204,7 @@ class Asker:
 
 
 def too_many(lost: int, total: int, config: EndpointConfig, reason: str) -> str:
-    """What is said where more items are lost than the configuration allows."""
+    """The message where more items are lost than the configuration allows."""
     return (
         f"{lost} of {total} items got no label, more than the {config.max_dropped:.3%} of "
         f"--label.endpoint.max-dropped; one of them: {reason}"

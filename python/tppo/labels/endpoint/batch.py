@@ -112,7 +112,7 @@ def _tell(
     counts: Counter[str],
     troubles: dict[str, Trouble],
 ) -> None:
-    """Say what became of the lines."""
+    """Print what became of the lines."""
     text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
     if troubles:
         text += f"; the first dropped: {_reason(next(iter(troubles.values())), config)}"

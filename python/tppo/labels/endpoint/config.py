@@ -52,7 +52,7 @@ Allowed = Annotated[
 @section
 class EndpointConfig:
     """An OpenAI-compatible endpoint. Its answers are kept in label-cache.jsonl of the run folder: a
-    repeated run sends only what is missing there, a run with another --out asks anew."""
+    repeated run sends only what is missing there, a run with another --out asks again."""
 
     base_url: str = ""
     """Such as http://127.0.0.1:8000/v1."""
@@ -120,7 +120,7 @@ def prices(config: EndpointConfig) -> tuple[float, float] | None:
 
 
 def check_address(base_url: str) -> None:
-    """Raise ValueError for an address that is none, or that holds something secret."""
+    """Raise ValueError for a text that is no address, or an address with a secret in it."""
     if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url):
         shown = re.sub(r"//.*@|[?#].*", "//***", base_url)
         raise ValueError(
@@ -132,7 +132,7 @@ def check_address(base_url: str) -> None:
 def check_port(address: str, what: str) -> None:
     """Raise ValueError, beginning with `what`, where an address has a port that is none."""
     try:
-        urlsplit(address).port  # noqa: B018 (it is read when it is looked at)
+        urlsplit(address).port  # noqa: B018 (reading it parses it)
     except ValueError:
         raise ValueError(f"{what}, expected a port from 0 to 65535") from None
 
@@ -166,7 +166,7 @@ def check_key(config: EndpointConfig) -> None:
 
 
 def api_key(config: EndpointConfig) -> str:
-    """The key, after a look at the address it goes to."""
+    """The key, after a check of the address that it is sent to."""
     check_address(config.base_url)
     check_key(config)
     if config.api_key_env is None:

@@ -220,7 +220,7 @@ FORMS = (
 FORM = {form.name: form for form in FORMS}
 BY_STATUS = {status: form for form in FORMS for status in form.statuses}
 BY_CODE = {code: form for form in FORMS for code in form.codes}
-# Codes that say more than the status under which they come; the others only name a status.
+# Codes that are more precise than the status they come with; the others only repeat it.
 SPECIFIC = {"moderated", "too long", "quota"}
 
 PARAMETERS = {

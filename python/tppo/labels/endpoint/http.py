@@ -1,6 +1,6 @@
 """HTTP to an endpoint: a client without redirections, the proxy of the environment, one exchange.
 
-Nothing is tried again in here: what a reply means is decided by the table of label_replies.py.
+Nothing is tried again in here: the table of forms.py decides what a reply means.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
     http = importlib.import_module(package)
 
     class Limited(openai.DefaultAsyncHttpxClient):
-        """Its limit holds for a whole try: the usual one starts anew with every byte."""
+        """Its time limit is for a whole try; the usual one starts again with every byte."""
 
         async def send(self, *arguments: Any, **options: Any) -> Any:
             try:
@@ -62,7 +62,7 @@ def _transport(http: Any, config: EndpointConfig) -> Any:
             f"environment variable {name} is a SOCKS proxy, which needs socksio: "
             f"pip install socksio; or {remedy}"
         ) from None
-    except Exception as error:  # InvalidURL, ValueError: no text of theirs, it quotes a password
+    except Exception as error:  # InvalidURL, ValueError: their own text may quote a password
         raise ValueError(
             f"environment variable {name} is no address of a proxy ({type(error).__name__}), "
             f"expected http://HOST:PORT: {remedy}"

@@ -224,7 +224,7 @@ def _lines(response: str) -> list[str]:
 
 def _escaped(text: str) -> str:
     text = text.replace("<", "\\u003c").replace(">", "\\u003e")
-    return re.sub(r"\[(?=[A-Za-z/])", r"\\u005b", text)  # JSON's own are before no such thing
+    return re.sub(r"\[(?=[A-Za-z/])", r"\\u005b", text)  # JSON's own brackets are never before one
 
 
 def parse(
@@ -235,7 +235,7 @@ def parse(
     Of several the last one counts. cut: the answer was cut at the limit of tokens; then what stands
     in a thought that has no end is a draft, and no judgement.
     """
-    text = _said(answer, cut)
+    text = _without_thought(answer, cut)
     try:
         judgement = _in_tags(text, template)
         _check_words(judgement, response, template)
@@ -249,8 +249,8 @@ def parse(
     return judgement
 
 
-def _said(answer: str, cut: bool) -> str:
-    """What an answer says after its thought; all of it where the thought is all that there is."""
+def _without_thought(answer: str, cut: bool) -> str:
+    """The answer behind its thought; all of it where there is nothing but the thought."""
     text = answer.removeprefix("\ufeff")
     thought, end, rest = text.rpartition("</think>")
     if end:
@@ -307,7 +307,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _values(text: str, opening: str, fits: Callable[[Any], bool]) -> Iterator[str]:
-    """The JSON objects or lists in a text that fit, also inside of those that do not."""
+    """The JSON objects or lists of the wanted type in a text, also inside those of another type."""
     decoder, start = json.JSONDecoder(), text.find(opening)
     while start >= 0:
         end = start + 1
@@ -342,7 +342,7 @@ def _check_words(judgement: Judgement, response: str, template: Template) -> Non
         )
     try:
         map_labels(response, [(word.word, word.label) for word in judgement.words], [])
-    except ValueError as error:  # it quotes the response, and the judge is told of it
+    except ValueError as error:  # it quotes the response, for the judge to read
         raise BadAnswer(_escaped(str(error))) from None
 
 

@@ -1,7 +1,7 @@
 """The proxy of the environment that requests to an endpoint go through, by its variable's name.
 
-Variables that do not apply to the endpoint's address are not looked at: a proxy for other hosts, or
-one that NO_PROXY exempts this host from, may be whatever it is.
+Variables that do not apply to the endpoint's address are ignored, even where they are malformed: a
+proxy for other hosts, or one that NO_PROXY exempts this host from.
 """
 
 from __future__ import annotations

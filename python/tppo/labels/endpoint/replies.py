@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Trouble:
-    """A reply that gives no label: its form, and what a reader is told."""
+    """A reply that gives no label: its form, and the message for the user."""
 
     form: Form
     reason: str
@@ -145,7 +145,7 @@ def _error(body: Any) -> dict[str, Any] | None:
 
 
 def _form(status: int | None, error: dict[str, Any], schema: bool) -> Form:
-    """The row of an error, by its code where that says more than the status, else by the status."""
+    """The row of an error, by its code where that is more precise than the status, else by that."""
     inner = error.get("innererror")
     given = [error.get(name) for name in ("code", "type", "status")]
     given += [inner.get("code")] if isinstance(inner, dict) else []
@@ -169,7 +169,7 @@ def _form(status: int | None, error: dict[str, Any], schema: bool) -> Form:
 
 
 def parameter(error: dict[str, Any]) -> str | None:
-    """Which of the request's parameters an error is about, if it says so."""
+    """Which of the request's parameters an error is about, if it names one."""
     param = error.get("param")
     first = re.split(r"[.\[]", param)[0] if isinstance(param, str) else None
     if first in PARAMETERS:
@@ -183,7 +183,7 @@ def parameter(error: dict[str, Any]) -> str | None:
 def _trouble(
     form: Form, reply: Reply, config: EndpointConfig, error: Mapping[str, Any] = {}
 ) -> Trouble:
-    """The reason that a reader is told, of nothing but what is ours and the code of the error."""
+    """The message for the user, made of our own words and the code of the error alone."""
     name = parameter(dict(error))
     remedy = PARAMETERS.get(name or "", "")
     proxy, _ = proxy_for(config.base_url) if form.name == "unreachable" else ("", None)

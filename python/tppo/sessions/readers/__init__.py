@@ -42,7 +42,7 @@ class ReadConfig:
     """How a log file is read."""
 
     format: Literal["auto", "sessions", "chat", "aol", "qac", "ikat", "sim4ia"] = "auto"
-    """Format of the file; auto looks at its name and its first line."""
+    """Format of the file; auto goes by its name and its first line."""
     gap_minutes: NonNegative | None = 30.0
     """aol: a pause longer than this ends a session; None: all of a user's log is one session."""
     targets: Count = 3
@@ -59,7 +59,7 @@ class SessionLog:
     """The sessions of a log file; each iteration reads the file again.
 
     `left_out` counts, by reason, what the newest iteration made no session of; `bad` what was
-    wrong.  With `tell` nothing that is wrong in a row stops the reading: it is given each message.
+    wrong.  With `tell` a wrong row does not stop the reading: `tell` gets each message.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether the name says that a file holds an object a line."""
+    """Whether a file, by its name, has one object per line."""
     return not {".jsonl", ".ndjson"}.isdisjoint(suffix.lower() for suffix in path.suffixes[-2:])
 
 

@@ -23,7 +23,7 @@ USER = ("user", "human")  # who speaks where the user does
 def read_chat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Session]:
     """The last user turn is the target, the user turns before it are the history.
 
-    A line without "user" gets a hash of what was said: equal conversations stay in one split.
+    A line without "user" gets a hash of its turns: equal conversations stay in one split.
 
     Raises DataError naming line and field.
     """
@@ -34,10 +34,10 @@ def read_chat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sess
             if len(turns) < 2:
                 left_out["conversation with fewer than 2 user turns"] += 1
                 continue
-            said = f"chat-{fingerprint(SEPARATOR.join(turns)):016x}"
+            identity = f"chat-{fingerprint(SEPARATOR.join(turns)):016x}"
             session = Session(
                 id=_name(line, "id", f"chat-{line.number}"),
-                user=_name(line, "user", said),
+                user=_name(line, "user", identity),
                 source="chat",
                 profile=(),
                 history=tuple(Event("utterance", text) for text in turns[:-1]),
@@ -48,7 +48,7 @@ def read_chat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sess
 
 
 def _turns(line: Line) -> list[str]:
-    """What the user said, turn by turn."""
+    """The texts of the user's turns."""
     name = next((name for name in LISTS if name in line.values), LISTS[0])
     messages = line.get(name, lambda v: isinstance(v, list), "a list of messages")
     turns = [_turn(line, f"{name}[{index}]", message) for index, message in enumerate(messages)]
@@ -66,19 +66,19 @@ def _name(line: Line, field: str, default: str) -> str:
 
 
 def _turn(line: Line, name: str, message: Any) -> str:
-    """What the user said in a message; nothing where somebody else speaks."""
+    """The user's text in a message; empty where somebody else speaks."""
     if not isinstance(message, dict):
         raise line.error(name, message, "an object with 'role' and 'content'")
-    role, said = ("from", "value") if "role" not in message and "from" in message else KEYS
+    role, text_key = ("from", "value") if "role" not in message and "from" in message else KEYS
     fields = Line(line.path, line.number, {f"{name}.{key}": v for key, v in message.items()})
     speaker = fields.get(f"{name}.{role}", is_text, "a text such as user or assistant")
     if speaker.strip().lower() not in USER:
         return ""
     expected = "a text, or a list of parts with 'type' and 'text'"
-    content = fields.get(f"{name}.{said}", lambda v: isinstance(v, (str, list)), expected)
+    content = fields.get(f"{name}.{text_key}", lambda v: isinstance(v, (str, list)), expected)
     texts = [content] if isinstance(content, str) else [_part(part) for part in content]
     if any(not isinstance(text, str) or has_surrogate(text) for text in texts):
-        raise fields.error(f"{name}.{said}", content, expected)
+        raise fields.error(f"{name}.{text_key}", content, expected)
     return collapse(" ".join(texts))
 
 

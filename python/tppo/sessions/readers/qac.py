@@ -55,8 +55,8 @@ def read_qac(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sessi
         for row in sorted(group, key=lambda row: row.time() or ""):
             with bad:
                 id, term = _id(row), row.text("final_search_term")
-                told = row.values.get("past_search_terms")
-                history = past if told is None else list(_past(row, told))
+                given = row.values.get("past_search_terms")
+                history = past if given is None else list(_past(row, given))
                 history = [*history, *_prefix(row, term)]
                 earlier = first_row.setdefault(id, row.number)
                 if earlier != row.number:
@@ -77,7 +77,7 @@ def read_qac(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sessi
 
 
 def _sound(path: Path, bad: BadRows) -> Iterator[_Row]:
-    """The rows that say of which session they are."""
+    """The rows that name their session."""
     for row in _rows(path):
         with bad:
             row.text("session_id")
@@ -122,11 +122,11 @@ def _id(row: _Row) -> str:
     return row.text("query_id")
 
 
-def _past(row: _Row, told: Any) -> Iterator[Event]:
+def _past(row: _Row, given: Any) -> Iterator[Event]:
     """Events of [[search, time], ...]."""
-    if not isinstance(told, list):
+    if not isinstance(given, list):
         raise row.error("past_search_terms", "a list of [search, time]")
-    for index, entry in enumerate(told):
+    for index, entry in enumerate(given):
         fields = list(entry.values()) if isinstance(entry, dict) else entry
         fields = [fields] if isinstance(fields, str) else fields
         if not (isinstance(fields, list) and fields and is_text(fields[0])):

@@ -113,10 +113,10 @@ def _row(path: Path, number: int, values: dict[str, str]) -> _Row:
         raise error("date", "a time as 2025-01-10 20:55:48") from None
     clicks = None
     if "clicks" in values:
-        told = values["clicks"].strip() or "[]"
-        if not (told.startswith("[") and told.endswith("]")):
+        given = values["clicks"].strip() or "[]"
+        if not (given.startswith("[") and given.endswith("]")):
             raise error("clicks", "a list of (document, time, kind)")
-        clicks = len(_CLICK.findall(told))
+        clicks = len(_CLICK.findall(given))
     return _Row(number, session, Event("search", collapse(values["query"]), time, clicks))
 
 
