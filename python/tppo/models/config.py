@@ -61,13 +61,13 @@ class AdapterConfig:
     """Of each adapter; 0 trains all weights instead. 16 is usual; needs the package peft."""
     alpha: Positive | None = None
     """An adapter's output is scaled by alpha / rank; by default twice the rank."""
-    target_modules: tuple[Text, ...] = (ALL_LINEAR,)
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] = (ALL_LINEAR,)
     """Names of the linear layers that get one, such as q_proj v_proj; all-linear: every one but the
     head (experts of a mixture, which are one tensor, get none)."""
 
     def __post_init__(self) -> None:
         names = self.target_modules
-        if not names or ALL_LINEAR in names and len(names) > 1:
+        if ALL_LINEAR in names and len(names) > 1:
             raise ValueError(f"target_modules was {list(names)}, expected names of layers, or "
                              f"{ALL_LINEAR!r} alone")  # fmt: skip
 
