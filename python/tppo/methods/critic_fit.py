@@ -78,6 +78,7 @@ def fit_critic(ppo: PPO, questions: Questions, rollout: RolloutBatch) -> CriticF
     critic = ppo.models.critic
     if critic is None:
         raise ValueError(f"the advantage was {ppo.advantage!r}, expected one with a critic to fit")
+    check_weights("before the critic's fit", {"critic": critic})
     kept = [i for i, why in enumerate(rollout.finish) if why == "eos" or not ppo.bootstraps]
     prompts = list(dict.fromkeys(tuple(rollout.prompt_ids[i]) for i in kept))
     if len(prompts) < 2:
