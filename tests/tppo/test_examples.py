@@ -73,7 +73,8 @@ def installed(tmp_path, monkeypatch):
 def test_real_model(installed, tmp_path, capsys):
     """`make demo-real` with a tiny model in the place of the real one."""
     out = tmp_path / "out"
-    result = example("real_model").main(["--out", str(out), "--seed", "3", *REDUCED])
+    script = example("real_model")
+    result = script.main(["--out", str(out), "--seed", "3", *REDUCED])
     rows = [json.loads(line) for line in (out / "eval/answers.jsonl").read_text().splitlines()]
     assert len(rows) == 12 == result["test"]["users"] and result["test"]["seed"] == 3
     assert "sft_continued" not in result and "tppo_transfer" not in result
@@ -81,6 +82,7 @@ def test_real_model(installed, tmp_path, capsys):
     assert shown.count("\n  true ") == shown.count("\n  sft ") == shown.count("\n  tppo ") == 10
     for name in ("sft", "tppo"):
         assert f"  {name:<5} {rows[0][name].replace(chr(10), ' | ')}\n" in shown
+    assert shown.rstrip().splitlines()[-1] == script.verdict(result)
     asked = json.loads((out / "generate/answers.jsonl").read_text().splitlines()[0])
     assert asked["prompt_ids"][0] == 1 and asked["prompt_ids"].count(2) == 1  # through the template
     adapter = json.loads((out / "train/model/adapter_config.json").read_text())
@@ -92,12 +94,21 @@ def test_real_model_holds_out_few_users_of_a_log(tmp_path):
     """Judging takes most of the time: shares become smaller the longer a log is."""
     script = example("real_model")
     session = {"source": "made", "history": [{"type": "search", "text": "a"}], "targets": ["b"]}
-    for users, expected in ((100, (0.1, 0.2)), (1_000, (0.024, 0.16))):
+    for users, expected in ((100, (0.1, 0.2)), (1_000, (0.024, 0.144))):
         lines = [json.dumps(session | {"id": f"s{i}", "user": f"u{i}"}) for i in range(users)]
         (tmp_path / "log.jsonl").write_text("\n".join(lines))
         flags = script.shares(tmp_path / "log.jsonl")
         assert tuple(map(float, flags[1::2])) == pytest.approx(expected)
     assert script.shares(tmp_path / "gone.jsonl") == []
+
+
+def test_real_model_says_what_may_be_chance():
+    """Two shares of 144 users: the standard errors are .040 and .033, of the difference .052."""
+    rows = {"sft": {"relevance": 0.20, "users": 144}, "tppo": {"relevance": 0.35, "users": 144}}
+    words = example("real_model").verdict(rows).split()
+    assert words[words.index("gain") + 1] == "+0.150,"
+    assert float(words[-3]) == pytest.approx(0.15 - 2 * 0.052, abs=0.004)
+    assert float(words[-1]) == pytest.approx(0.15 + 2 * 0.052, abs=0.006)
 
 
 def test_real_model_names_a_package_that_is_not_there(installed):
