@@ -1,6 +1,6 @@
-"""The whole configuration: each room's section, and the defaults that depend on the model.
+"""The whole configuration: the sections, and the defaults that depend on the model.
 
-A section stands in the `config.py` of the room that uses it.
+A section is defined in the `config.py` of the folder that uses it.
 """
 
 from __future__ import annotations

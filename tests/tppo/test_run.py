@@ -399,11 +399,11 @@ def test_the_format_that_keeps_weights_is_relative_to_that_of_sft(finished, tmp_
     run = dataclasses.replace(run, config=dataclasses.replace(
         run.config, ppo=dataclasses.replace(run.config.ppo, min_format=1.0)))  # fmt: skip
     loop = new_loop(run, tmp_path, ALONE)
-    figures = loop.look(1, loop.held)  # of a policy that is still SFT
+    figures = loop.evaluate_heldout(1, loop.held)  # of a policy that is still SFT
     assert figures["heldout/format"] == loop.min_format < 1
     assert loop.best and loop.best_step == 1
     loop.best, loop.best_score, loop.min_format = {}, None, figures["heldout/format"] + 1e-3
-    loop.look(2, loop.held)
+    loop.evaluate_heldout(2, loop.held)
     assert not loop.best
 
 

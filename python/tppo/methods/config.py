@@ -30,9 +30,9 @@ class SFTConfig:
     lr: Positive | None = None
     """By default 5e-3 from scratch, 2e-5 with --model."""
     eval_every: Count = 50
-    """Optimiser steps between two looks at the held-out loss; at most three passes."""
+    """Optimiser steps between two evaluations of the held-out loss; at most three passes."""
     patience: Count = 2
-    """Stop after this many looks without an improvement of `min_delta`."""
+    """Stop after this many evaluations without an improvement of `min_delta`."""
     min_delta: NonNegative = 0.003
     """Smallest improvement of the held-out loss that counts, in nats a token."""
     prompt_loss: bool | None = None
@@ -67,7 +67,7 @@ class RewardModelConfig:
     min_auc: Share = 0.8
     """PPO does not start below this AUC of relevant against irrelevant tokens."""
     min_auc_sessions: Natural = 1_000
-    """With fewer labelled sessions the AUC says little: a low one warns instead of stopping."""
+    """With fewer labelled sessions the AUC means little: a low one warns instead of stopping."""
     grad_norm: Positive = 1.0
 
     def __post_init__(self) -> None:
@@ -151,8 +151,8 @@ class PPOConfig:
     verify_prefix: bool = False
     """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
     eval_every: Count = 5
-    """PPO steps between two looks at held-out relevance (the rule's), which decides the weights
-    kept."""
+    """PPO steps between two evaluations of held-out relevance (the rule's), which decides the
+    weights kept."""
     min_format: Share = 0.95
     """Weights are not kept whose held-out format share is lower than this part of SFT's."""
     max_kl: NonNegative = 10.0

@@ -152,12 +152,12 @@ class PPO:
         prefixes: forced beginnings, one a row, which the policy is not trained on.
         """
         size, world = self.config.responses_per_prompt, self.world
-        mine = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
+        indices = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
         seed = step_seed(self.seed, self.step_count, world.rank)
-        forced = () if prefixes is None else ([prefixes[i] for i in mine],)
-        sampled = self.rollout.generate([prompts[i] for i in mine],
+        forced = () if prefixes is None else ([prefixes[i] for i in indices],)
+        sampled = self.rollout.generate([prompts[i] for i in indices],
                                         replace(self.sampling, seed=seed), *forced)  # fmt: skip
-        own = (mine, sampled.response_ids, sampled.finish, sampled.author or [[]] * len(mine))
+        own = (indices, sampled.response_ids, sampled.finish, sampled.author or [[]] * len(indices))
         rows = {i: row for part in world.exchanged(own) for i, *row in zip(*part, strict=True)}
         responses, finish, author = zip(*(rows[i] for i in range(len(prompts))), strict=True)
         return RolloutBatch(
@@ -235,10 +235,10 @@ class PPO:
             states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
         rated = []
         # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
-        if mine := [i for i, g in enumerate(answers.groups) if g % world.size == world.rank]:
-            own = batch.rows(mine)
-            found = check_reward(self.reward(own, answers.rows(mine)), own.mask)
-            rated.append((mine, tuple(x for x in found if x is not None)))
+        if indices := [i for i, g in enumerate(answers.groups) if g % world.size == world.rank]:
+            own = batch.rows(indices)
+            found = check_reward(self.reward(own, answers.rows(indices)), own.mask)
+            rated.append((indices, tuple(x for x in found if x is not None)))
         exchanged = world.exchanged((states, rated))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
         rewards, *category = columns(batch, [row for _, part in exchanged for row in part])
@@ -286,8 +286,8 @@ class PPO:
     def _minibatch(self, data: Experience, first: bool) -> tuple[dict[str, float], bool]:
         """One optimiser step, unless `target_kl` forbids it; its figures, whether it was taken."""
         config, models, world = self.config, self.models, self.world
-        mine = data.batch.parts(config.max_tokens, world.size)[world.rank]
-        parts = [data.rows(index) for index in mine]
+        indices = data.batch.parts(config.max_tokens, world.size)[world.rank]
+        parts = [data.rows(index) for index in indices]
         alone = self.schedules.critic_alone(self.step_count)
         trained = {name: model for name, model in models.trained.items()
                    if name == "critic" or not alone}  # fmt: skip

@@ -92,7 +92,7 @@ def train_sft(
 
 
 def schedule(sessions: int, config: SFTConfig) -> tuple[int, int]:
-    """Most optimiser steps, and the steps between two looks at the held-out loss."""
+    """Most optimiser steps, and the steps between two evaluations of the held-out loss."""
     per_pass = sessions / min(config.batch_size, sessions)
     steps = max(1, min(config.max_steps, math.ceil(config.max_passes * per_pass)))
     return steps, max(1, min(config.eval_every, math.ceil(3 * per_pass)))

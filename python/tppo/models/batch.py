@@ -123,7 +123,7 @@ class Batch:
 
         Responses of one prompt stay together where they fit and no process has much more to do
         than another; one that is too long stands alone.  Parts are few and evenly filled: the
-        largest pieces go first, each into the fullest part with room (best-fit decreasing).
+        largest pieces go first, each into the fullest part that can take it (best-fit decreasing).
         """
         whole = [piece for first, group in self._starts() for piece in
                  self._pieces(first, *group, max_tokens)]  # fmt: skip
@@ -228,15 +228,15 @@ def _longest(shares: Sequence[Sequence[Piece]]) -> int:
 def _packed(pieces: Sequence[Piece], max_tokens: int) -> list[list[int]]:
     """The responses of pieces, the largest of which comes first, in parts."""
     parts: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for cost, rows in pieces:
-        fits = [(left - cost, k) for k, left in enumerate(room) if left >= cost]
+        fits = [(left - cost, k) for k, left in enumerate(free) if left >= cost]
         left, k = min(fits, default=(max_tokens - cost, len(parts)))
         if k == len(parts):
             parts.append([])
-            room.append(0)
+            free.append(0)
         parts[k] += rows
-        room[k] = left
+        free[k] = left
     return [sorted(rows) for rows in parts]
 
 

@@ -57,7 +57,7 @@ class OwnTokens(nn.Module):
         ends = [end for _, end in probe["offset_mapping"]]
         behind = len(ends) - max(i for i, end in enumerate(ends) if end) - 1
         self.suffix = probe["input_ids"][len(ends) - behind :]  # such as [SEP]
-        self.room = _positions(model) - behind
+        self.limit = _positions(model) - behind
         fill = tokenizer.pad_token_id
         self.fill = (getattr(model.config, "pad_token_id", None) or 0) if fill is None else fill
 
@@ -83,13 +83,13 @@ class OwnTokens(nn.Module):
         ends = [end for _, end in offsets]
         first = next((i for i, end in enumerate(ends) if end > start), size)
         head = next((i for i, end in enumerate(ends[:first]) if end > len(QUESTION)), first)
-        cut = min(max(0, size - self.room), first - head)
+        cut = min(max(0, size - self.limit), first - head)
         prompt = ids[:head] + ids[head + cut : first]
-        last = min(size, first + self.room - len(prompt))
+        last = min(size, first + self.limit - len(prompt))
         if cut:
-            say_once(f"the reward model reads {self.room} tokens: long histories lose their start")
+            say_once(f"the reward model reads {self.limit} tokens: long histories lose their start")
         if last < size:
-            say_once(f"the reward model reads {self.room} tokens: long answers lose their end")
+            say_once(f"the reward model reads {self.limit} tokens: long answers lose their end")
         spans = [(max(0, a - start), b - start) for a, b in offsets[first:last]]
         return Reading(prompt, ids[first:last], spans)
 

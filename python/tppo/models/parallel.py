@@ -26,12 +26,12 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
 
-    def exchanged(self, mine: T) -> list[T]:
+    def exchanged(self, own: T) -> list[T]:
         """What each process gives, in the order of ranks; of several, tensors come to the CPU."""
         if self.size == 1:
-            return [mine]
+            return [own]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, tree_map_only(torch.Tensor, torch.Tensor.cpu, mine))
+        dist.all_gather_object(found, tree_map_only(torch.Tensor, torch.Tensor.cpu, own))
         return found
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -44,9 +44,9 @@ class World(NamedTuple):
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
 
-    def of_first(self, mine: T | None) -> T:
+    def of_first(self, own: T | None) -> T:
         """What the first process gives; the others wait for it."""
-        found: list[Any] = [mine]
+        found: list[Any] = [own]
         if self.size > 1:
             dist.broadcast_object_list(found)
         return found[0]

@@ -1,1 +1,1 @@
-"""The story of a run, one stage after the other; the only room that knows paths."""
+"""The stages of a run, one file each; the only folder whose code knows paths."""

@@ -1,4 +1,4 @@
-"""How long answers may be, and what room that leaves for prompts."""
+"""How long answers may be, and how many tokens that leaves for prompts."""
 
 from __future__ import annotations
 

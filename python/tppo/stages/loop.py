@@ -179,7 +179,7 @@ class Loop:
         row = {"step": step, **metrics, **self.watch.figures(answers)}
         last = step == self.steps
         if self.held is not None and (step % self.config.eval_every == 0 or last):
-            row |= self.look(step, self.held)
+            row |= self.evaluate_heldout(step, self.held)
         self.metrics.append(row)
         self.seconds += time.monotonic() - start
         if self.world.rank == 0:
@@ -218,7 +218,7 @@ class Loop:
         assert self.held is not None
         return self.config.min_format * self.judged(self.trainer.models.ref, self.held)[FORMAT]
 
-    def look(self, step: int, held: Held) -> dict[str, float]:
+    def evaluate_heldout(self, step: int, held: Held) -> dict[str, float]:
         """Judge held-out answers; keep the weights if they are the best that qualify."""
         figures = self.judged(self.trainer.models.policy, held)
         figure = first_figure(figures)
