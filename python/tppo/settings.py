@@ -155,6 +155,9 @@ def _types(kind: Any, place: Sequence[str | int]) -> tuple[Any, Any]:
     for part in place:
         if dataclasses.is_dataclass(hint):
             owner, hint = hint, get_type_hints(hint).get(str(part))
+        elif isinstance(part, int) and dataclasses.is_dataclass(next(iter(get_args(hint)), None)):
+            hint = get_args(hint)[0]  # an item of a list of sections
+            owner = hint
     return owner, hint
 
 

@@ -99,9 +99,12 @@ def compare_labels(run: Run, path: Path) -> None:
 def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
     """What an endpoint is to judge, one at a time; the history as the policy sees it."""
     for answer in run.iter_answers():
-        session = _asked(sessions, answer)
-        history = history_lines(session)
-        yield LabelItem(answer.id, history, list(session.targets), answer.text)
+        yield label_item(answer, _asked(sessions, answer))
+
+
+def label_item(answer: Answer, session: Session) -> LabelItem:
+    """What an endpoint is to judge of an answer to a session."""
+    return LabelItem(answer.id, history_lines(session), list(session.targets), answer.text)
 
 
 def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:

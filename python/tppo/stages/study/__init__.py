@@ -1,0 +1,1 @@
+"""`tppo study`: arms trained at equal cost, seed by seed, and figures with intervals of them."""

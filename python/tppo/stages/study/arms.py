@@ -1,0 +1,129 @@
+"""One training of a study: PPO with the reward model of N labelled answers, judged by fresh users.
+
+Everything is over the trainer's own parts and in memory; only the SFT model and the trained reward
+models, which arms share, are read from the study's folder.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tppo.evaluation.judge import RuleJudge
+from tppo.evaluation.metrics import evaluate_policy
+from tppo.methods.advantages import ADVANTAGES
+from tppo.methods.config import PPOConfig
+from tppo.methods.critic_fit import fit_critic
+from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
+from tppo.models.policy import Critic
+from tppo.models.rollout import HFRollout, RolloutBatch
+from tppo.rewards import Reward
+from tppo.stages.loop import prompt_order
+from tppo.stages.registry import SFT_MODEL
+from tppo.stages.study.config import Cell
+from tppo.stages.study.material import Material, true_shares
+from tppo.stages.study.reward_models import reward_of, scores
+
+
+def ppo_config(config: PPOConfig, cell: Cell) -> PPOConfig:
+    """The settings of PPO with what the arm and its part say."""
+    arm = cell.arm
+    return replace(
+        config,
+        steps=cell.steps,
+        batch_size=cell.step_answers // arm.responses_per_prompt,
+        responses_per_prompt=arm.responses_per_prompt,
+        advantage=arm.advantage,
+        lam=arm.lam,
+    )
+
+
+def new_ppo(material: Material, cell: Cell, policy: PreTrainedModel, reward: Reward) -> PPO:
+    """PPO over `policy`, with reference and critic from SFT."""
+    run = material.run
+    config = ppo_config(run.config.ppo, cell)
+    pad_id = run.tokenizer.pad_token_id
+    advantage = ADVANTAGES[config.advantage](config)
+    critic = None
+    if advantage.needs_critic:
+        critic = Critic.from_policy(run.path(SFT_MODEL), run.device, run.config.model.dtype)
+    return PPO(
+        Models(policy=policy, ref=run.sft_model(), critic=critic),
+        HFRollout(policy, pad_id=pad_id, eos_id=run.eos_ids, prefix=run.config.prefix),
+        config,
+        reward=reward,
+        advantage=advantage,
+        tokenizer=run.tokenizer,
+        sampling=run.sampling(),
+        pad_id=pad_id,
+        eos_id=run.eos_ids,
+        seed=run.seed,
+        prefix=run.config.prefix,
+    )
+
+
+def fitted(material: Material, trainer: PPO, answers: int) -> dict[str, Any]:
+    """Fit the critic on answers of the SFT model, as many of the generated ones; what came of it.
+
+    None of them is new, and none needs a label: the reward rates them.
+    """
+    places = {session.id: i for i, session in enumerate(material.sessions)}
+    chosen = [answer for answer, _ in material.labelled[:answers]]
+    chosen.sort(key=lambda answer: (places[answer.session], answer.id))
+    rollout = RolloutBatch(
+        [answer.prompt_ids for answer in chosen], [answer.response_ids for answer in chosen], None,
+        [answer.finish for answer in chosen],
+    )  # fmt: skip
+    questions = material.train.rows([places[answer.session] for answer in chosen])
+    return fit_critic(trainer, questions, rollout)._asdict()
+
+
+def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) -> dict[str, Any]:
+    """Figures of the fresh users' answers, and for each user whether the answer is relevant."""
+    run, users = material.run, material.judges
+    judge = RuleJudge(run.config.label.sentence_threshold)
+    figures, answers = evaluate_policy(
+        policy, ref, run.questions(users, policy), judge, run.sampling(seed=run.seed),
+        tokenizer=run.tokenizer, batch_size=run.config.generate.batch_size,
+        prefix=run.config.prefix,
+    )  # fmt: skip
+    kept = ("words", "distinct_queries", "format", "kl", "length")
+    relevant = "".join(str(value) for value in judge(answers)["relevance"])
+    return {"relevant": relevant, **{name: round(figures[name], 4) for name in kept}}
+
+
+def train_arm(material: Material, cell: Cell) -> dict[str, Any]:
+    """The outcome of a cell: its reward model's scores of fresh answers, and PPO's curve."""
+    start = time.monotonic()
+    run = material.run
+    policy = run.sft_model()
+    reward = reward_of(material, cell)
+    trainer = new_ppo(material, cell, policy, reward)
+    fit = fitted(material, trainer, cell.arm.fit_critic) if cell.arm.fit_critic else {}
+    size, config = cell.arm.responses_per_prompt, trainer.config
+    order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)
+    curve = [{"step": 0, "answers": 0, **judged(material, policy, trainer.models.ref)}]
+    explained: list[float] = []
+    for step in range(1, cell.steps + 1):
+        chosen = order[(step - 1) * config.batch_size : step * config.batch_size]
+        rows = [i for i in chosen for _ in range(size)]
+        figures, _ = trainer.step(material.train.rows(rows))
+        if "val/explained_variance" in figures:  # there is a critic
+            explained.append(figures["val/explained_variance"])
+        if step == cell.steps or cell.eval_every and step % cell.eval_every == 0:
+            row = judged(material, policy, trainer.models.ref)
+            if explained:
+                row["explained_variance"] = round(sum(explained) / len(explained), 4)
+            curve.append({"step": step, "answers": step * cell.step_answers, **row})
+            explained = []
+    return {
+        "scores": [round(score, 5) for score in scores(material, reward)],
+        "shares": [round(share, 5) for share in true_shares(material.fresh)],
+        "curve": curve,
+        "critic_fit": fit,
+        "seconds": round(time.monotonic() - start, 1),
+    }

@@ -1,0 +1,110 @@
+"""`tppo study` and `tppo study write`: what stands on the command line.
+
+This file loads no torch: the processes that train do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tppo.errors import DataError
+from tppo.progress import say
+from tppo.settings import Count, FilePath, from_dict, section
+from tppo.stages.study.config import Noise, StudyConfig
+from tppo.stages.study.presets import PRESETS
+
+HELP = (
+    "arms trained at equal cost and compared: what labels of words buy, and rewards at tokens; "
+    "or: study write"
+)
+NAMES = ", ".join(PRESETS)
+
+
+@section
+class StudyOptions:
+    """Flags of `tppo study`."""
+
+    study: tyro.conf.Positional[str] = "small"
+    """A preset (labels, credit, small, tuning, seconds), or a YAML file of parts, arms and
+    settings; `study.yaml` in the folder of a study is one."""
+    out: FilePath = Path("runs/study")
+    """The study's folder; a study that was stopped goes on from it."""
+    workers: Count = 2
+    """Processes of one thread that train at once."""
+    noise: str | None = None
+    """Label noise beside clean labels in place of the study's own: words=.088,sentences=.19"""
+
+
+@section
+class WriteOptions:
+    """Flags of `tppo study write`."""
+
+    study: tyro.conf.Positional[FilePath] = Path("runs/study/study.json")
+    """The study.json whose figures are written."""
+    into: Annotated[FilePath, tyro.conf.arg(name="into")] = Path("docs/evidence.md")
+    """A Markdown file with the lines <!-- study --> and <!-- /study -->: what stands between them
+    is replaced."""
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of `tppo study`."""
+    if arguments[:1] == ["write"]:
+        given = tyro.cli(WriteOptions, prog="tppo study write", args=arguments[1:])
+        from tppo.stages.study.summary import write_into
+
+        write_into(given.study, given.into)
+        return
+    options = tyro.cli(StudyOptions, prog="tppo study", args=arguments, description=HELP)
+    study = read_study(options.study)
+    if options.noise is not None:
+        study = study.with_noise(read_noise(options.noise))
+    run(study, options.out, options.workers)
+
+
+def read_study(name: str) -> StudyConfig:
+    """A preset, or the study of a YAML file.
+
+    Errors: DataError naming file, line and field, or the presets where there is no such file.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = Path(name)
+    if not path.exists():
+        raise DataError(f"study was {name!r}, expected one of {NAMES}, or a YAML file")
+    from tppo.store.yaml_file import read_yaml
+
+    values, line_of = read_yaml(path)
+    return from_dict(StudyConfig, {} if values is None else values, str(path), line_of)
+
+
+def read_noise(text: str) -> Noise:
+    """`words=.088,sentences=.19`; one that is not named is 0.  Errors: DataError."""
+    expected = "expected words=P,sentences=P with probabilities from 0 to 1"
+    values = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("words", "sentences") or name in values:
+            raise DataError(f"--noise was {text!r}, {expected}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise DataError(f"--noise was {text!r}, {expected}") from None
+    return Noise(**values)
+
+
+def run(study: StudyConfig, out: Path, workers: int) -> None:
+    """Train what is not trained yet; study.json and report.html now and then, and at the end."""
+    from tppo.stages.study.summary import Summary
+    from tppo.stages.study.work import train_all
+    from tppo.store.folder_lock import FolderLock
+    from tppo.store.jsonl import plain
+    from tppo.store.yaml_file import write_yaml
+
+    with FolderLock(out).held():
+        write_yaml(out / "study.yaml", plain(study))
+        summary = Summary(study, out)
+        summary.write(train_all(study, out, workers, summary))
+    say(f"study: {out / 'study.json'}, {out / 'report.html'}")

@@ -1,0 +1,184 @@
+"""What a study trains: arms, the settings that they are compared at, and seeds.
+
+This file loads no torch, so that `tppo study --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import field, replace
+from typing import Literal
+
+from tppo.config import Config
+from tppo.settings import Count, Natural, Positive, Seed, Share, Text, section
+from tppo.store.jsonl import plain
+
+Labels = Literal["words", "sentences"]
+Pooling = Literal["last", "mean"]
+
+
+@section
+class Noise:
+    """Labels that are wrong: each is flipped with a probability, once for all arms."""
+
+    words: Share = 0.0
+    """Probability that the label of a word is flipped."""
+    sentences: Share = 0.0
+    """Probability that the label of an answer as a whole is flipped."""
+
+
+PAPER = Noise(words=0.088, sentences=0.19)  # the labelling model's errors, Ouyang et al. 2025
+
+
+@section
+class Arm:
+    """A way to train: what the reward model learns from, and how PPO is paid by it."""
+
+    name: Text = "token"
+    """What tables call it; the same name is the same arm."""
+    labels: Labels = "words"
+    """words: the token reward model.  sentences: a model of whole answers, paid at their end."""
+    pooling: Pooling = "last"
+    """Of a model of whole answers: the state of the last token, or the mean of all of them."""
+    paid: Literal["token", "end"] = "token"
+    """Of the token reward model: its rewards at their tokens, or their total at the last token."""
+    scale: Positive = 1.0
+    """The reward is multiplied by this."""
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    responses_per_prompt: Count = 1
+    """Of a step's answers so many are of one prompt: grpo and rloo need at least two."""
+    lam: Share = 0.95
+    fit_critic: Natural = 0
+    """Answers of the SFT model on which the critic is fitted before PPO; none of them is new."""
+
+    def __post_init__(self) -> None:
+        if self.labels == "sentences" and self.paid == "token":
+            raise ValueError(f"paid was 'token' in arm {self.name!r}, expected 'end' with labels "
+                             "of sentences: an answer as a whole has one reward")  # fmt: skip
+        if self.advantage != "gae" and self.fit_critic:
+            raise ValueError(f"fit_critic was {self.fit_critic} in arm {self.name!r}, expected 0 "
+                             f"with advantage {self.advantage}, which has no critic")  # fmt: skip
+        if self.advantage != "gae" and self.responses_per_prompt < 2:
+            raise ValueError(f"responses_per_prompt was 1 in arm {self.name!r}, expected at least "
+                             f"2 with advantage {self.advantage}")  # fmt: skip
+
+
+@section
+class Cell:
+    """One training: an arm at one setting and seed."""
+
+    arm: Arm = field(default_factory=Arm)
+    answers: Count = 1600
+    """Labelled answers that the reward model is trained on."""
+    noise: Noise = field(default_factory=Noise)
+    queries: Count = 3
+    """Next queries that an answer is to have."""
+    seed: Seed = 0
+    steps: Count = 24
+    step_answers: Count = 32
+    """Answers that are sampled in a step of PPO."""
+    eval_every: Natural = 0
+    """Steps between two looks at the users that judge; 0: after the last step alone."""
+
+    @property
+    def cost(self) -> int:
+        """The answers sampled, in queries: what the time that the training takes grows with."""
+        return self.steps * self.step_answers * self.queries
+
+
+@section
+class Part:
+    """Some of the trainings: every arm at every number of answers, noise and seed.
+
+    Parts are trained in their order, and within a part seed after seed.
+    """
+
+    question: Literal["labels", "credit"] = "labels"
+    """labels: figures at the last step over the numbers of labelled answers.  credit: the steps
+    that arms with one reward model take to a relevance."""
+    arms: tuple[Arm, ...] = (Arm(),)
+    answers: tuple[Count, ...] = (1600,)
+    noise: tuple[Noise, ...] = (Noise(),)
+    queries: Count = 3
+    seeds: tuple[Seed, ...] = (0,)
+    steps: Count = 24
+    step_answers: Count = 32
+    eval_every: Natural = 0
+
+    def __post_init__(self) -> None:
+        for name in ("arms", "answers", "noise", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} was an empty list, expected at least one")
+        for arm in self.arms:
+            if self.step_answers % arm.responses_per_prompt:
+                raise ValueError(
+                    f"step_answers was {self.step_answers}, expected a multiple of the "
+                    f"{arm.responses_per_prompt} answers a prompt of arm {arm.name!r}"
+                )
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the arms were called {', '.join(names)}, expected each name once")
+
+    def cells(self) -> Iterator[Cell]:
+        """The trainings in their order."""
+        for seed in self.seeds:
+            for noise in self.noise:
+                for answers in self.answers:
+                    for arm in self.arms:
+                        yield Cell(arm, answers, noise, self.queries, seed, self.steps,
+                                   self.step_answers, self.eval_every)  # fmt: skip
+
+
+@section
+class StudyConfig:
+    """A study: the trainer's own settings, which all arms share, and the parts."""
+
+    parts: tuple[Part, ...] = (Part(),)
+    fresh_answers: Count = 400
+    """Answers that no reward model is trained on, for the rank correlation."""
+    users: Count = 160
+    """Fresh users whose answers are judged: test users, whom no stage before has read."""
+    reward_updates: Count = 100
+    """A reward model with few answers passes over them until it has made so many updates."""
+    settings: Config = field(default_factory=Config)
+    """Of every stage, as of `tppo run`; what arms and parts say stands above them."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts was an empty list, expected at least one")
+        needed = max(n for part in self.parts for n in part.answers) + self.fresh_answers
+        if self.settings.generate.samples < needed:
+            raise ValueError(
+                f"settings.generate.samples was {self.settings.generate.samples}, expected at "
+                f"least {needed}: the most labelled answers of a part, and fresh_answers"
+            )
+        if self.settings.sessions.train_users < needed:
+            raise ValueError(
+                f"settings.sessions.train_users was {self.settings.sessions.train_users}, expected "
+                f"at least {needed}: an answer is labelled for each of as many users"
+            )
+        if self.settings.sessions.test_users < self.users:
+            raise ValueError(
+                f"settings.sessions.test_users was {self.settings.sessions.test_users}, expected "
+                f"at least users, {self.users}"
+            )
+
+    def cells(self) -> list[Cell]:
+        """The trainings of all parts in their order, each once."""
+        return list(dict.fromkeys(cell for part in self.parts for cell in part.cells()))
+
+    @property
+    def mark(self) -> str:
+        """Changes where a setting does that all outcomes depend on."""
+        shared = {name: value for name, value in plain(self).items() if name != "parts"}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+    def with_noise(self, noise: Noise) -> StudyConfig:
+        """The study with this noise beside clean labels where it has any noise at all."""
+        parts = tuple(
+            replace(part, noise=(Noise(), noise)) if any(n != Noise() for n in part.noise) else part
+            for part in self.parts
+        )
+        return replace(self, parts=parts)

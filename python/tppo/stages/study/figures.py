@@ -1,0 +1,260 @@
+"""The closing figures of a study: what its outcomes say, with intervals.
+
+A figure is of the seeds that all of its arms have, so that a study is of use before it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tppo.stages.study.config import Arm, Noise, Part, StudyConfig
+from tppo.stages.study.statistics import (
+    Array,
+    Interval,
+    correlations,
+    interval,
+    means,
+    ranks,
+    ratio_at_level,
+    reached,
+    resampled,
+    spearman,
+)
+from tppo.stages.study.work import Outcome
+from tppo.store.jsonl import plain
+
+LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of relevance
+BESIDE = ("words", "distinct_queries", "format", "kl", "length")  # means over the users
+
+
+class Curve(NamedTuple):
+    """A figure of an arm at increasing x: [x], with intervals; and the same resampled."""
+
+    x: list[float]
+    y: list[Interval]
+    draws: Array  # [draws, x]
+    seeds: list[int]
+
+    @property
+    def values(self) -> list[float]:
+        """The figure itself at each x."""
+        return [point.value for point in self.y]
+
+
+Group = dict[tuple[str, float], dict[int, Outcome]]  # (arm, x) -> seed -> outcome
+
+
+def _seeds(found: Mapping[Any, Mapping[int, Any]]) -> list[int]:
+    """The seeds that all of them have."""
+    each = [set(by_seed) for by_seed in found.values()]
+    return sorted(set.intersection(*each)) if each else []
+
+
+def _relevant(row: Mapping[str, Any]) -> Array:
+    return np.array([float(value) for value in row["relevant"]])
+
+
+def _resampled(
+    blocks: Sequence[Array], statistic: Callable[[Array, Any], Array]
+) -> tuple[Array, Array]:
+    """The statistic of all seeds, [arms], and resampled, [draws, arms]."""
+    whole = [statistic(block, np.arange(block.shape[-1])[None])[0] for block in blocks]
+    return np.mean(whole, 0), resampled(blocks, statistic)
+
+
+def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dict[str, Any]:
+    """Question A at one noise: correlation and relevance of each arm over labelled answers.
+
+    Returns {"seeds", "arms": {arm: {"correlation": Curve, "relevance": Curve, "beside": [...]}}}.
+    """
+    found: Group = {}
+    for outcome in outcomes:
+        cell = outcome.cell
+        if (cell.queries, cell.noise) == (queries, noise):
+            found.setdefault((cell.arm.name, cell.answers), {})[cell.seed] = outcome
+    seeds = _seeds(found)
+    keys = sorted(found)
+    if not seeds:
+        return {"seeds": [], "arms": {}}
+    last = {key: [found[key][seed].found for seed in seeds] for key in keys}
+    relevance = [
+        np.stack([_relevant(last[key][k]["curve"][-1]) for key in keys]) for k in range(len(seeds))
+    ]
+    rank = [
+        np.stack([
+            np.stack([ranks(last[key][k]["scores"]), ranks(last[key][k]["shares"])])
+            for key in keys
+        ])
+        for k in range(len(seeds))
+    ]  # fmt: skip
+    figures = {
+        "relevance": _resampled(relevance, means), "correlation": _resampled(rank, correlations)
+    }  # fmt: skip
+    arms: dict[str, Any] = {}
+    for name in dict.fromkeys(arm for arm, _ in keys):
+        index = [i for i, key in enumerate(keys) if key[0] == name]
+        x = [keys[i][1] for i in index]
+        arms[name] = {
+            figure: Curve(x, [interval(float(value[i]), draws[:, i]) for i in index],
+                          draws[:, index], seeds)
+            for figure, (value, draws) in figures.items()
+        }  # fmt: skip
+        arms[name]["beside"] = [
+            {**_beside([one["curve"][-1] for one in last[keys[i]]]),
+             "by_seed": [_relevant(one["curve"][-1]).mean() for one in last[keys[i]]],
+             "correlation_by_seed": [spearman(one["scores"], one["shares"])
+                                     for one in last[keys[i]]]}
+            for i in index
+        ]  # fmt: skip
+    return {"seeds": seeds, "arms": arms}
+
+
+def _beside(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = [name for name in (*BESIDE, "explained_variance") if all(name in row for row in rows)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def labels_needed(words: Curve, sentences: Curve) -> list[dict[str, Any]]:
+    """For each number of answers labelled as a whole: how many labelled by word do the same.
+
+    `ratio` is the answers labelled by word over those labelled as a whole, at the level that the
+    curve of the latter has; it is at most that where `words` begin above the level already.
+    """
+    rows = []
+    for at in sentences.x:
+        ratio = ratio_at_level(words.x, words.values, sentences.values, at)
+        draws = np.array([
+            ratio_at_level(words.x, a, b, at)
+            for a, b in zip(words.draws, sentences.draws, strict=True)
+        ])  # fmt: skip
+        rows.append({
+            "sentences": at, "level": sentences.values[sentences.x.index(at)],
+            "ratio": interval(ratio, draws), "smallest": words.x[0] / at,
+        })  # fmt: skip
+    return rows
+
+
+def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Question B: the curves of arms with one reward model over the answers that were sampled.
+
+    Returns {"seeds", "arms": {arm: {"relevance": Curve over sampled answers, "rows": [...],
+    "reached": {level: Interval of answers}}}, "ratios": {arm: {level: Interval}}}, the ratios
+    against the first arm.
+    """
+    names = [arm.name for arm in arms]
+    found: dict[str, dict[int, Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.cell.arm.name in names and outcome.cell.queries == queries:
+            found.setdefault(outcome.cell.arm.name, {})[outcome.cell.seed] = outcome
+    seeds, keys = _seeds(found), [name for name in names if name in found]
+    if not seeds:
+        return {"seeds": [], "arms": {}, "ratios": {}}
+    curves = {name: [found[name][seed].found["curve"] for seed in seeds] for name in keys}
+    x = [float(row["answers"]) for row in curves[keys[0]][0]]
+    blocks = [
+        np.concatenate([np.stack([_relevant(row) for row in curves[name][k]]) for name in keys])
+        for k in range(len(seeds))
+    ]
+    value, draws = _resampled(blocks, means)
+    result: dict[str, Any] = {"seeds": seeds, "arms": {}, "ratios": {}}
+    spans = {name: slice(i * len(x), (i + 1) * len(x)) for i, name in enumerate(keys)}
+    for name, span in spans.items():
+        points = [interval(float(v), d) for v, d in zip(value[span], draws[:, span].T, strict=True)]
+        result["arms"][name] = {
+            "relevance": Curve(x, points, draws[:, span], seeds),
+            "rows": [_beside([curve[i] for curve in curves[name]]) for i in range(len(x))],
+            "reached": {level: _reached(level, x, value[span], draws[:, span])
+                        for level in LEVELS},
+            "reached_draws": {level: [reached(level, x, y) for y in draws[:, span]]
+                              for level in LEVELS},
+        }  # fmt: skip
+    _ratios(result, x, value, spans)
+    return result
+
+
+def _reached(level: float, x: Sequence[float], y: Array, draws: Array) -> Interval:
+    return interval(reached(level, x, y.tolist()),
+                    np.array([reached(level, x, row.tolist()) for row in draws]))  # fmt: skip
+
+
+def _ratios(
+    result: dict[str, Any], x: Sequence[float], value: Array, spans: Mapping[str, slice]
+) -> None:
+    """Answers of the first arm to a level over those of each other arm, paired."""
+    first, *others = spans
+    own = result["arms"][first]
+    for name in others:
+        other = result["arms"][name]
+        result["ratios"][name] = {}
+        for level in LEVELS:
+            draws = [
+                a / b if np.isfinite(a) else np.nan
+                for a, b in zip(own["reached_draws"][level], other["reached_draws"][level],
+                                strict=True)
+            ]  # fmt: skip
+            top, bottom = own["reached"][level].value, other["reached"][level].value
+            ratio = top / bottom if np.isfinite(top) else np.nan
+            result["ratios"][name][level] = interval(ratio, np.array(draws))
+    for arm in result["arms"].values():
+        del arm["reached_draws"]
+
+
+def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The closing figures, as JSON holds them: an interval is [figure, low, high], and what was
+    not reached is null.
+    """
+    of_question: dict[str, list[Part]] = {"labels": [], "credit": []}
+    for part in study.parts:
+        of_question[part.question].append(part)
+    by_cell = {outcome.cell: outcome for outcome in outcomes}
+
+    def chosen(question: str) -> list[Outcome]:
+        cells = dict.fromkeys(cell for part in of_question[question] for cell in part.cells())
+        return [by_cell[cell] for cell in cells if cell in by_cell]
+
+    labels, credit = chosen("labels"), chosen("credit")
+    return {
+        "labels": [
+            _labels(labels, *setting)
+            for setting in dict.fromkeys((o.cell.queries, o.cell.noise) for o in labels)
+        ],
+        "credit": [
+            _credit([o for o in credit if o.cell.queries == queries], queries)
+            for queries in dict.fromkeys(o.cell.queries for o in credit)
+        ],
+    }
+
+
+def _labels(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dict[str, Any]:
+    found = over_answers(outcomes, queries, noise)
+    result: dict[str, Any] = {"queries": queries, "noise": plain(noise), "seeds": found["seeds"],
+                              "arms": {}, "needed": {}}  # fmt: skip
+    for name, arm in found["arms"].items():
+        result["arms"][name] = {
+            "answers": arm["relevance"].x, "correlation": arm["correlation"].y,
+            "relevance": arm["relevance"].y, "beside": arm["beside"],
+        }  # fmt: skip
+    kinds = {o.cell.arm.labels: o.cell.arm.name for o in reversed(outcomes)}
+    if {"words", "sentences"} <= kinds.keys() and kinds["words"] in found["arms"]:
+        words, sentences = (found["arms"].get(kinds[kind]) for kind in ("words", "sentences"))
+        if words and sentences:
+            result["needed"] = {
+                figure: labels_needed(words[figure], sentences[figure])
+                for figure in ("correlation", "relevance")
+            }
+    return plain(result)
+
+
+def _credit(outcomes: Sequence[Outcome], queries: int) -> dict[str, Any]:
+    arms = list(dict.fromkeys(outcome.cell.arm for outcome in outcomes))
+    found = over_steps(outcomes, queries, arms)
+    result = {"queries": queries, "seeds": found["seeds"], "ratios": found["ratios"], "arms": {}}
+    for name, arm in found["arms"].items():
+        result["arms"][name] = {
+            "answers": arm["relevance"].x, "relevance": arm["relevance"].y,
+            "rows": arm["rows"], "reached": arm["reached"],
+        }  # fmt: skip
+    return plain(result)

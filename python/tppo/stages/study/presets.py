@@ -1,0 +1,122 @@
+"""The studies that have a name; `study.yaml` in a study's folder shows one as a file to change.
+
+What arms have beside their names was chosen by `tuning`, on seeds that no other study reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from tppo.config import Config
+from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
+from tppo.models.config import GenerateConfig
+from tppo.sessions.config import SessionsConfig
+from tppo.stages.study.config import PAPER, Arm, Noise, Part, Pooling, StudyConfig
+
+WORDS = Arm("words")
+SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=4.0,
+                fit_critic=1600)  # fmt: skip
+LABELS = (WORDS, SENTENCES)
+
+TOKEN = Arm("token")
+END = Arm("end", paid="end")
+END_FITTED = Arm("end, critic fitted", paid="end", fit_critic=1600)
+TOKEN_FITTED = Arm("token, critic fitted", fit_critic=1600)
+GRPO = Arm("GRPO, groups of 8", advantage="grpo", responses_per_prompt=8)
+RLOO = Arm("RLOO, groups of 8", advantage="rloo", responses_per_prompt=8)
+CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, RLOO)
+
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEEDS = (100, 101)
+BOTH = (Noise(), PAPER)
+
+# Less than the trainer's defaults, for two cores: fewer steps of SFT, fewer answers.
+SMALL = Config(
+    sessions=SessionsConfig(heldout_users=128, test_users=200, transfer_users=1),
+    sft=SFTConfig(max_steps=800, decay_steps=600),
+    generate=GenerateConfig(samples=2000),
+    reward_model=RewardModelConfig(lr=3e-4),
+)
+LARGE = replace(
+    SMALL,
+    sessions=SessionsConfig(test_users=400, transfer_users=1),
+    sft=SFTConfig(),
+    generate=GenerateConfig(samples=4000),
+)
+
+
+def labels(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
+    """Question A: 25 to 3,200 labelled answers, clean and with the paper's noise."""
+    sizes = (25, 50, 100, 200, 400, 800, 1600, 3200)
+    part = Part("labels", LABELS, sizes, BOTH, seeds=seeds, steps=40)
+    return StudyConfig((part,), users=400, settings=LARGE)
+
+
+def credit(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
+    """Question B: one reward model, paid at each token or at the end, at 3 and at 10 queries."""
+    parts = tuple(
+        Part("credit", CREDIT, (3200,), queries=queries, seeds=seeds, steps=steps,
+             step_answers=16, eval_every=4)
+        for queries, steps in ((3, 60), (10, 60))
+    )  # fmt: skip
+    return StudyConfig(parts, users=400, settings=LARGE)
+
+
+def small() -> StudyConfig:
+    """Both questions, reduced: 40 minutes on two cores.
+
+    The seeds come one after another, so that whatever of it is done can be read.
+    """
+    parts = []
+    for seed in SEEDS:
+        parts.append(Part("labels", LABELS, (100, 1600), BOTH, seeds=(seed,)))
+        parts.append(Part("labels", LABELS, (25, 400), BOTH, seeds=(seed,)))
+        parts.append(Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,),
+                          steps=30, step_answers=16, eval_every=3))  # fmt: skip
+    for seed in SEEDS[:3]:
+        parts.append(Part("credit", (TOKEN, END, END_FITTED), (1600,), queries=10, seeds=(seed,),
+                          steps=30, step_answers=16, eval_every=5))  # fmt: skip
+    return StudyConfig(tuple(parts), users=200, settings=SMALL)
+
+
+def tuning() -> StudyConfig:
+    """The grid that the arms of the other studies were chosen from, the same size for each kind.
+
+    Words: scale and lambda, at the token.  Sentences: pooling too, and the critic fitted or not.
+    """
+    arms = [
+        Arm(f"words x{scale:g} lam {lam:g} fit {fit}", scale=scale, lam=lam, fit_critic=fit)
+        for scale, lam, fit in product((1.0, 2.0), (0.95, 1.0), (0, 1600))
+    ]
+    poolings: tuple[Pooling, ...] = ("last", "mean")
+    arms += [
+        Arm(f"sentences {pooling} x{scale:g} lam {lam:g} fit {fit}", "sentences", pooling, "end",
+            scale, lam=lam, fit_critic=fit)
+        for pooling, scale, lam, fit in product(poolings, (2.0, 4.0), (0.95, 1.0), (0, 1600))
+    ]  # fmt: skip
+    part = Part("labels", tuple(arms), (400,), seeds=TUNING_SEEDS)
+    return StudyConfig((part,), users=200, settings=SMALL)
+
+
+def seconds() -> StudyConfig:
+    """Both questions with a model that has learnt next to nothing: whether everything runs."""
+    settings = Config(
+        sessions=SessionsConfig(120, 12, 12, 1),
+        scratch=replace(Config().scratch, hidden_size=32, intermediate_size=32, vocab_size=400),
+        sft=SFTConfig(max_steps=20, eval_every=10),
+        generate=GenerateConfig(samples=64, max_new_tokens=24),
+        ppo=PPOConfig(without_signal=True),
+    )
+    fitted = replace(SENTENCES, fit_critic=32)
+    parts = (
+        Part("labels", (WORDS, fitted), (8, 32), steps=1, step_answers=8),
+        Part("credit", (TOKEN, replace(END_FITTED, fit_critic=32), GRPO), (32,), steps=2,
+             step_answers=8, eval_every=1),
+    )  # fmt: skip
+    return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
+
+
+PRESETS = {
+    "labels": labels, "credit": credit, "small": small, "tuning": tuning, "seconds": seconds,
+}  # fmt: skip

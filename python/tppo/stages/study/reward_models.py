@@ -1,0 +1,146 @@
+"""The reward models of a study: trained from N labelled answers, kept, read as PPO and figures do.
+
+Both kinds start from the trunk of the same SFT model and pass equally often over the same answers
+and their twins; of each answer one has the labels of its words, the other one label.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tppo.methods.config import RewardModelConfig
+from tppo.methods.reward_model import (
+    IRRELEVANT,
+    RELEVANT,
+    LabelledAnswer,
+    PolicyTokens,
+    train_reward_model,
+)
+from tppo.methods.sentence_model import SentenceReader, train_sentence_model
+from tppo.models.batch import Batch
+from tppo.models.folder import save_weights
+from tppo.models.own_tokens import load_frozen, start_reward_model
+from tppo.rewards import Reward
+from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
+from tppo.rewards.terminal import TerminalReward
+from tppo.rewards.token_model import TokenModelReward
+from tppo.stages.registry import SFT_MODEL
+from tppo.stages.study.config import Cell
+from tppo.stages.study.material import Material, labelled_rows
+
+AT_ONCE = 256  # answers that a reward model rates at once
+WEIGHTS = "model.safetensors"
+
+
+def folder_of(material: Material, cell: Cell) -> Path:
+    """Where the reward model of a cell lies; arms that learn from the same labels share it."""
+    arm, noise = cell.arm, cell.noise
+    kind = "words" if arm.labels == "words" else f"sentences-{arm.pooling}"
+    name = f"{kind}-{cell.answers}-{noise.words:g}-{noise.sentences:g}-{material.study.mark}"
+    return material.run.out / "reward-models" / name
+
+
+def make_reward_model(material: Material, cell: Cell) -> None:
+    """Train the reward model of a cell, unless it is there."""
+    folder = folder_of(material, cell)
+    if folder.exists():
+        return
+    work = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    rows = labelled_rows(material, cell.answers, cell.noise, cell.arm.labels)
+    config = enough_passes(
+        material.run.config.reward_model, len(rows), material.study.reward_updates
+    )
+    if cell.arm.labels == "words":
+        save_weights(_word_model(material, rows, config), work)
+    else:
+        model = _sentence_model(material, cell)
+        reader = SentenceReader(
+            model, material.run.tokenizer.pad_token_id, material.run.config.prefix
+        )
+        train_sentence_model(reader, rows, [], config, seed=material.seed)
+        save_file(model.state_dict(), work / WEIGHTS)
+    work.rename(folder)
+
+
+def _word_model(
+    material: Material, rows: list[LabelledAnswer], config: RewardModelConfig
+) -> PreTrainedModel:
+    run = material.run
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model, _ = start_reward_model(
+            None, run.path(SFT_MODEL), run.tokenizer, run.device, run.config.model.dtype
+        )
+    reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
+    train_reward_model(reader, rows, config, seed=run.seed)
+    return model
+
+
+def _sentence_model(material: Material, cell: Cell) -> SentenceModel:
+    run = material.run
+    return SentenceModel.from_policy(
+        run.path(SFT_MODEL), run.device, cell.arm.pooling, run.config.model.dtype, run.seed
+    )
+
+
+def enough_passes(config: RewardModelConfig, rows: int, updates: int) -> RewardModelConfig:
+    """The settings with as many passes over the rows as so many updates take, and no fewer than
+    they had.
+    """
+    a_pass = math.ceil(rows / config.batch_size)
+    return replace(config, epochs=max(config.epochs, math.ceil(updates / a_pass)))
+
+
+def reward_of(material: Material, cell: Cell) -> Reward:
+    """What pays in PPO, by the frozen reward model of a cell."""
+    run, arm, config = material.run, cell.arm, material.run.config.ppo
+    if arm.labels == "sentences":
+        model = _sentence_model(material, cell)
+        model.load_state_dict(load_file(folder_of(material, cell) / WEIGHTS))
+        return SentenceModelReward(model, scale=arm.scale, max_tokens=config.max_tokens)
+    reward = TokenModelReward(
+        load_frozen(
+            folder_of(material, cell), run.tokenizer, run.device, run.eos_ids,
+            run.config.model.dtype,
+        ),
+        mode=config.reward,
+        values=[value * arm.scale for value in config.reward_values],
+        length_alpha=config.length_alpha,
+        max_tokens=config.max_tokens,
+    )  # fmt: skip
+    return reward if arm.paid == "token" else TerminalReward(reward)
+
+
+@torch.no_grad()
+def scores(material: Material, reward: Reward) -> list[float]:
+    """How good a reward model thinks each fresh answer: larger is better.
+
+    Of a model of words the relevant share that it expects, sum_t p_t(2) / sum_t (p_t(1) + p_t(2));
+    of a model of whole answers its score.
+    """
+    run, pairs, found = material.run, material.fresh, list[float]()
+    rated = reward.reward if isinstance(reward, TerminalReward) else reward
+    for first in range(0, len(pairs), AT_ONCE):
+        answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]
+        batch = Batch(
+            [answer.prompt_ids for answer in answers],
+            [answer.response_ids for answer in answers],
+            run.tokenizer.pad_token_id, run.device, run.config.prefix,
+        )  # fmt: skip
+        if isinstance(rated, SentenceModelReward):
+            found += rated.model(batch).tolist()
+            continue
+        assert isinstance(rated, TokenModelReward)
+        chance = rated.logits(batch).float().softmax(-1) * batch.mask[..., None]  # [B, T, 3]
+        relevant, irrelevant = chance[..., RELEVANT].sum(1), chance[..., IRRELEVANT].sum(1)
+        found += (relevant / (relevant + irrelevant)).tolist()
+    return found

@@ -1,0 +1,73 @@
+"""What a study leaves: study.json, report.html, and its tables in a Markdown file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tppo.errors import DataError
+from tppo.stages.study.config import StudyConfig
+from tppo.stages.study.figures import all_figures
+from tppo.stages.study.report import report
+from tppo.stages.study.tables import markdown, tables
+from tppo.stages.study.work import Outcome, versions
+from tppo.store.jsonl import plain, read_object, write_json, write_text
+
+EVERY_S = 120.0
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
+
+
+class Summary:
+    """Writes what is known of a study; as a function of outcomes at most every two minutes."""
+
+    def __init__(self, study: StudyConfig, folder: Path):
+        self.study, self.folder = study, folder
+        self.written = time.monotonic()
+
+    def __call__(self, outcomes: Sequence[Outcome]) -> None:
+        """Write, unless that was done a moment ago."""
+        if time.monotonic() - self.written >= EVERY_S:
+            self.write(outcomes)
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        """study.json and report.html."""
+        found: dict[str, Any] = {
+            "study": plain(self.study),
+            "versions": versions(),
+            "trained": len(outcomes),
+            "wanted": len(self.study.cells()),
+            "seconds": sum(outcome.found["seconds"] for outcome in outcomes),
+            "figures": all_figures(self.study, outcomes)
+            | {"label_cost": self.label_cost()},
+            "outcomes": [{"cell": plain(o.cell), **plain(o.found)} for o in outcomes],
+        }
+        write_json(self.folder / "study.json", found)
+        write_text(self.folder / "report.html", report(plain(found)))
+        self.written = time.monotonic()
+
+    def label_cost(self) -> dict[str, Any] | None:
+        """What labels cost, as the answers of the first seed say; None where nobody could count."""
+        found = sorted((self.folder / "material").glob("*/label-cost.json"))
+        return read_object(found[0]) if found else None
+
+
+def write_into(study: Path, target: Path) -> None:
+    """Replace what stands between the marks of a Markdown file by the tables of a study.json.
+
+    Errors: DataError where the study is none, or the file has not each mark once, in order.
+    """
+    found = read_object(study)
+    if found is None or "figures" not in found:
+        raise DataError(f"{study}: not a study.json; `tppo study` writes one")
+    try:
+        text = target.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{target}: cannot be read: {error.strerror}") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise DataError(f"{target}: expected a line {BEGIN} and behind it a line {END}, each once")
+    body = markdown(tables(found["figures"]))
+    write_text(target, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")

@@ -1,0 +1,178 @@
+"""The closing figures as tables of text, which the report and Markdown show alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tppo.stages.study.figures import LEVELS
+
+Point = Sequence[float | None]  # figure, low, high
+
+
+class Table(NamedTuple):
+    """A table with what has to be known to read it."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Every table that the figures of study.json hold."""
+    found: list[Table] = []
+    for setting in figures["labels"]:
+        if setting["seeds"]:
+            found += [_labels(setting), *_needed(setting)]
+    if figures.get("label_cost"):
+        found.append(_cost(figures["label_cost"]))
+    for setting in figures["credit"]:
+        if setting["seeds"]:
+            found.append(_credit(setting))
+    return found
+
+
+def named(setting: Mapping[str, Any]) -> str:
+    """What a setting is called: queries, noise, seeds."""
+    noise, seeds = setting.get("noise"), setting["seeds"]
+    parts = [f"{setting['queries']} queries"]
+    if noise is not None:
+        wrong = f"{noise['words']:.1%} of words, {noise['sentences']:.1%} of sentences flipped"
+        parts.append(wrong if noise["words"] or noise["sentences"] else "clean labels")
+    return ", ".join([*parts, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"])
+
+
+def _labels(setting: Mapping[str, Any]) -> Table:
+    head = ["labelled answers"]
+    for name in setting["arms"]:
+        head += [f"{name}: rank correlation", f"{name}: relevance", "KL", "format",
+                 "distinct queries"]  # fmt: skip
+    sizes = sorted({n for arm in setting["arms"].values() for n in arm["answers"]})
+    rows = []
+    for n in sizes:
+        row = [f"{n:,.0f}"]
+        for arm in setting["arms"].values():
+            if n not in arm["answers"]:
+                row += [""] * 5
+                continue
+            k = arm["answers"].index(n)
+            beside = arm["beside"][k]
+            row += [share(arm["correlation"][k]), share(arm["relevance"][k]),
+                    f"{beside['kl']:.1f}", number(beside["format"]),
+                    f"{beside['distinct_queries']:.2f}"]  # fmt: skip
+        rows.append(row)
+    return Table(
+        f"What labels of words buy: {named(setting)}",
+        "Rank correlation (Spearman) of the reward model's score with the true share of relevant "
+        "words, fresh answers; relevance after PPO of equal steps, fresh users, by the rule. "
+        "95 % intervals: paired bootstrap over seeds and users.",
+        head,
+        rows,
+    )
+
+
+def _needed(setting: Mapping[str, Any]) -> list[Table]:
+    found = []
+    for figure, rows in setting["needed"].items():
+        found.append(Table(
+            f"Labelled answers for an equal {figure}: {named(setting)}",
+            "Answers labelled by word over answers labelled as a whole, where both have the level "
+            "that the latter have; between numbers of answers by interpolation on their logarithm. "
+            "<= : labels of words are above that level at the smallest number already.",
+            ["labelled as a whole", f"{figure} there", "by word / as a whole"],
+            [[f"{row['sentences']:,.0f}", number(row["level"]), _bounded(row)] for row in rows],
+        ))  # fmt: skip
+    return found
+
+
+def _bounded(row: Mapping[str, Any]) -> str:
+    """A ratio that is a bound where it is the smallest that the study can tell."""
+    value, low, high = row["ratio"]
+    if value is None:
+        return f"not reached ({number(low)} to {number(high)})"
+    mark = "<= " if value <= row["smallest"] * (1 + 1e-9) else ""
+    return f"{mark}{number(value)} ({number(low)} to {number(high)})"
+
+
+def _cost(cost: Mapping[str, Any]) -> Table:
+    rows = [
+        [{"words": "words and whole", "sentence": "whole alone"}[template],
+         f"{each['read']:.0f}", f"{each['written']:.0f}", f"{each['price']:.0f}"]
+        for template, each in cost["templates"].items()
+    ]  # fmt: skip
+    return Table(
+        "What a label costs",
+        f"Tokens of an answer's question and reply by the labelling endpoint's templates "
+        f"({cost['tokenizer']}), and their price in tokens read where a token written costs "
+        f"{cost['price_ratio']:g}.",
+        ["template", "tokens read", "tokens written", "price"],
+        rows,
+    )
+
+
+def _credit(setting: Mapping[str, Any]) -> Table:
+    levels = [level for level in LEVELS
+              if any(arm["reached"][str(level)][0] is not None
+                     for arm in setting["arms"].values())]  # fmt: skip
+    first = next(iter(setting["arms"]))
+    top = levels[-1] if levels else LEVELS[0]
+    shown = levels[-2:]
+    head = [
+        "arm", *(f"answers to {level:g}" for level in shown), f"{first} / arm at {top:g}",
+        "relevance at the end", "KL", "format", "explained variance, first and last",
+    ]  # fmt: skip
+    rows = []
+    for name, arm in setting["arms"].items():
+        row = [name, *(_reached(arm["reached"][str(level)]) for level in shown)]
+        ratio = setting["ratios"].get(name, {}).get(str(top))
+        row.append("" if ratio is None else share(ratio))
+        last = arm["rows"][-1]
+        variance = [r["explained_variance"] for r in arm["rows"] if "explained_variance" in r]
+        row += [share(arm["relevance"][-1]), f"{last['kl']:.1f}", number(last["format"]),
+                f"{number(variance[0])}, {number(variance[-1])}" if variance else ""]  # fmt: skip
+        rows.append(row)
+    return Table(
+        f"Where the same rewards are paid: {named(setting)}",
+        f"One token reward model, {setting['arms'][first]['answers'][-1]:,.0f} answers sampled; "
+        "answers until the mean relevance of fresh users, made nondecreasing, reaches a level. "
+        "95 % intervals: paired bootstrap over seeds and users.",
+        head,
+        rows,
+    )
+
+
+def _reached(point: Point) -> str:
+    value, low, high = point
+    if value is None:
+        return "not reached"
+    end = "never" if high is None else f"{high:,.0f}"
+    return f"{value:,.0f} ({low:,.0f} to {end})" if low is not None else f"{value:,.0f}"
+
+
+def number(value: float | None) -> str:
+    """`.71`, `1.30`, `-` for what is not known or not reached."""
+    if value is None:
+        return "-"
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def share(point: Point) -> str:
+    """A figure with its interval."""
+    value, low, high = point
+    return f"{number(value)} ({number(low)} to {number(high)})"
+
+
+def markdown(found: Sequence[Table]) -> str:
+    """The tables as Markdown."""
+    parts = []
+    for table in found:
+        lines = [f"**{table.title}**", "", table.note, "", _md(table.head),
+                 "|" + "---|" * len(table.head)]  # fmt: skip
+        parts.append("\n".join([*lines, *map(_md, table.rows)]))
+    return "\n\n".join(parts)
+
+
+def _md(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
