@@ -43,6 +43,11 @@ class Curve(NamedTuple):
         """The figure itself at each x."""
         return [point.value for point in self.y]
 
+    def at(self, x: Sequence[float]) -> Curve:
+        """The curve at some of its x alone."""
+        index = [self.x.index(value) for value in x]
+        return Curve([*x], [self.y[i] for i in index], self.draws[:, index], self.seeds)
+
 
 Group = dict[tuple[str, float], dict[int, Outcome]]  # (arm, x) -> seed -> outcome
 
@@ -121,8 +126,11 @@ def labels_needed(words: Curve, sentences: Curve) -> list[dict[str, Any]]:
     """For each number of answers labelled as a whole: how many labelled by word do the same.
 
     `ratio` is the answers labelled by word over those labelled as a whole, at the level that the
-    curve of the latter has; it is at most that where `words` begin above the level already.
+    curve of the latter has; it is at most that where `words` begin above the level already.  Only
+    the numbers of answers count that both have.
     """
+    common = [x for x in words.x if x in sentences.x]
+    words, sentences = words.at(common), sentences.at(common)
     rows = []
     for at in sentences.x:
         ratio = ratio_at_level(words.x, words.values, sentences.values, at)
