@@ -134,7 +134,8 @@ def test_a_path_that_is_empty_is_not_the_current_folder(flag):
         main(["data", flag, ""])
 
 
-MAY_BE_EMPTY = {"settings.label.endpoint.base_url", "settings.label.endpoint.model"}
+MAY_BE_EMPTY = {f"settings.{section}.endpoint.{name}"
+                for section in ("label", "eval") for name in ("base_url", "model")}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "", [], {}, True])

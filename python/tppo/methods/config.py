@@ -139,6 +139,9 @@ class PPOConfig:
     """Reward of the classes none, irrelevant, relevant; the paper's scale is 0 1 2."""
     length_alpha: NonNegative | None = 2.0
     """Steepness of the length penalty; None: no penalty."""
+    format_cost: NonNegative = 0.0
+    """What each fault of an answer's form costs, where it stands: a query that repeats another one,
+    is one too many, or is missing. Of use where answers have many queries."""
     train_on_unlabelled: bool = True
     """Train the policy on tokens of class 0 too; False is the paper read literally."""
     bootstrap_truncated: bool | None = None

@@ -21,7 +21,8 @@ from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
 from tppo.models.rollout import HFRollout, RolloutBatch
-from tppo.rewards import Answers, Questions
+from tppo.rewards import Answers, Questions, Reward
+from tppo.rewards.format import QUERIES, FormatReward
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.loop import Held, Loop, Watch, response_figures
@@ -121,13 +122,15 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
                         run.config.lora, with_critic=advantage.needs_critic,
                         seed=run.seed)  # fmt: skip
-    reward = TokenModelReward(
+    reward: Reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
         mode=config.reward,
         values=config.reward_values,
         length_alpha=config.length_alpha,
         max_tokens=config.max_tokens,
     )
+    if config.format_cost:
+        reward = FormatReward(reward, config.format_cost)
     batch_size = run.config.generate.batch_size
     return PPO(
         models,
@@ -155,7 +158,11 @@ def _policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrai
 
 def questions_of(run: Run, sessions: Sequence[Session], policy: PreTrainedModel) -> Questions:
     """The sessions as a reward sees them."""
-    return run.questions(sessions, policy, **{SUGGESTED_LENGTH: suggested_lengths(run, sessions)})
+    columns = {
+        SUGGESTED_LENGTH: suggested_lengths(run, sessions),
+        QUERIES: [len(session.targets) for session in sessions],
+    }
+    return run.questions(sessions, policy, **columns)
 
 
 def suggested_lengths(run: Run, sessions: Sequence[Session]) -> list[float]:

@@ -364,7 +364,7 @@ register(Stage(
     outputs=(HEAT_MAP,),
     settings=(
         "generate.temperature", *_SAMPLING, "ppo.reward", "ppo.reward_values",
-        "ppo.length_alpha", "ppo.train_on_unlabelled", "ppo.bootstrap_truncated",
+        "ppo.length_alpha", "ppo.format_cost", "ppo.train_on_unlabelled", "ppo.bootstrap_truncated",
         "ppo.kl_coef", "ppo.gamma", "ppo.lam", "ppo.normalize", "ppo.max_tokens",
         "ppo.advantage", "ppo.responses_per_prompt", "eval.heat_users",
     ),

@@ -55,7 +55,8 @@ from tppo.store.run_folder import RunFolder
 
 STAGE = "train"  # the folder in `out` that holds what `train` makes
 LONGEST = 256  # tokens of an answer by default, but at most half of the model's positions
-OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "train_on_unlabelled")
+OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "format_cost",
+                      "train_on_unlabelled")  # fmt: skip
 
 
 class PPOTrainer:
@@ -75,8 +76,8 @@ class PPOTrainer:
         the key "prompt", whose other keys are columns; a `datasets.Dataset`; the path of a JSONL
         file of such dicts.  A text is read as it stands, a chat through the chat template.
     config: settings of PPO.  `advantage="grpo"`, "rloo" or "remax" trains no critic.  Those of the
-        token reward model (reward, reward_values, length_alpha, train_on_unlabelled) do not apply
-        to a function.
+        token reward model (reward, reward_values, length_alpha, format_cost, train_on_unlabelled)
+        do not apply to a function.
     heldout: prompts like those above, on which `judge` decides every `config.eval_every` steps
         which weights are kept; without them those of the last step are.
     judge: a function `f(prompts, completions, **columns) -> list of numbers`, or a `tppo.Judge`; by
