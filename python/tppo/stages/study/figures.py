@@ -81,7 +81,8 @@ def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dic
         if (cell.queries, cell.noise) == (queries, noise):
             found.setdefault((cell.arm.name, cell.answers), {})[cell.seed] = outcome
     seeds = _seeds(found)
-    keys = sorted(found)
+    order = {name: i for i, name in enumerate(dict.fromkeys(arm for arm, _ in found))}
+    keys = sorted(found, key=lambda key: (order[key[0]], key[1]))
     if not seeds:
         return {"seeds": [], "arms": {}}
     last = {key: [found[key][seed].found for seed in seeds] for key in keys}

@@ -66,17 +66,24 @@ def credit(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
 def small() -> StudyConfig:
     """Both questions, reduced: 40 minutes on two cores.
 
-    The seeds come one after another, so that whatever of it is done can be read.
+    The seeds come one after another, the longest parts last, so that whatever of it is done can
+    be read.
     """
-    parts = []
-    for seed in SEEDS:
-        parts.append(Part("labels", LABELS, (100, 1600), BOTH, seeds=(seed,)))
-        parts.append(Part("labels", LABELS, (25, 400), BOTH, seeds=(seed,)))
-        parts.append(Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,),
-                          steps=30, step_answers=16, eval_every=3))  # fmt: skip
-    for seed in SEEDS[:3]:
-        parts.append(Part("credit", (TOKEN, END, END_FITTED), (1600,), queries=10, seeds=(seed,),
-                          steps=30, step_answers=16, eval_every=5))  # fmt: skip
+
+    def three(seed: int) -> list[Part]:
+        return [
+            Part("labels", LABELS, (100, 1600), BOTH, seeds=(seed,)),
+            Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,), steps=30,
+                 step_answers=16, eval_every=3),
+            Part("labels", LABELS, (25, 400), BOTH, seeds=(seed,)),
+        ]  # fmt: skip
+
+    def ten(seed: int) -> Part:
+        return Part("credit", (TOKEN, END, END_FITTED), (1600,), queries=10, seeds=(seed,),
+                    steps=30, step_answers=16, eval_every=5)  # fmt: skip
+
+    parts = [part for seed in SEEDS[:3] for part in three(seed)]
+    parts += [ten(0), ten(1), *three(3), *three(4), ten(2)]
     return StudyConfig(tuple(parts), users=200, settings=SMALL)
 
 

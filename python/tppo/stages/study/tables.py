@@ -24,7 +24,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     found: list[Table] = []
     for setting in figures["labels"]:
         if setting["seeds"]:
-            found += [_labels(setting), *_needed(setting)]
+            found += [_labels(setting), *_needed(setting, figures.get("label_cost"))]
     if figures.get("label_cost"):
         found.append(_cost(figures["label_cost"]))
     for setting in figures["credit"]:
@@ -72,27 +72,41 @@ def _labels(setting: Mapping[str, Any]) -> Table:
     )
 
 
-def _needed(setting: Mapping[str, Any]) -> list[Table]:
+def _needed(setting: Mapping[str, Any], cost: Mapping[str, Any] | None) -> list[Table]:
     found = []
+    head = ["labelled as a whole", "{} there", "answers by word / as a whole"]
+    price = None
+    if cost is not None:
+        each = cost["templates"]
+        price = each["words"]["price"] / each["sentence"]["price"]
+        head.append("their price")
     for figure, rows in setting["needed"].items():
+        cells = [[f"{row['sentences']:,.0f}", number(row["level"]), _bounded(row, 1.0)]
+                 + ([] if price is None else [_bounded(row, price)]) for row in rows]  # fmt: skip
         found.append(Table(
             f"Labelled answers for an equal {figure}: {named(setting)}",
             "Answers labelled by word over answers labelled as a whole, where both have the level "
-            "that the latter have; between numbers of answers by interpolation on their logarithm. "
-            "<= : labels of words are above that level at the smallest number already.",
-            ["labelled as a whole", f"{figure} there", "by word / as a whole"],
-            [[f"{row['sentences']:,.0f}", number(row["level"]), _bounded(row)] for row in rows],
+            "that the latter have, and the same for what the labels cost; between numbers of "
+            "answers by interpolation on their logarithm. <= : labels of words are above that "
+            "level at the smallest number already.",
+            [text.format(figure) for text in head],
+            cells,
         ))  # fmt: skip
     return found
 
 
-def _bounded(row: Mapping[str, Any]) -> str:
-    """A ratio that is a bound where it is the smallest that the study can tell."""
-    value, low, high = row["ratio"]
+def _bounded(row: Mapping[str, Any], price: float) -> str:
+    """A ratio of answers, or with a price of what they cost; marked where it is a bound, as it is
+    where it is the smallest that the study can tell.
+    """
+    value, low, high = (None if end is None else end * price for end in row["ratio"])
+    end = "not reached" if high is None else number(high)
+    if row["level"] is None:
+        return "-"
     if value is None:
-        return f"not reached ({number(low)} to {number(high)})"
-    mark = "<= " if value <= row["smallest"] * (1 + 1e-9) else ""
-    return f"{mark}{number(value)} ({number(low)} to {number(high)})"
+        return f"not reached ({number(low)} to {end})"
+    mark = "<= " if row["ratio"][0] <= row["smallest"] * (1 + 1e-9) else ""
+    return f"{mark}{number(value)} ({number(low)} to {end})"
 
 
 def _cost(cost: Mapping[str, Any]) -> Table:
