@@ -2,12 +2,19 @@
 
 import functools
 import os
+import signal
 
 import pytest
 import torch
 
 SPACE = " " in torch.__file__
 _compile = torch.compile
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes
+# that the tests of signals start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

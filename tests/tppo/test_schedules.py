@@ -41,6 +41,14 @@ def test_learning_rates_rise_and_fall():
     assert critic[0] == 1 and critic == sorted(critic, reverse=True)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lr_warmup_steps": 3}, {"critic_warmup_steps": 2}])
+def test_an_update_without_a_step_is_as_the_first(changes):
+    """It divided by the warm-up of 0, and would have left the policy alone."""
+    schedules = Schedules(PPOConfig(steps=6, lr=2.0, critic_lr=4.0, **changes))
+    assert schedules.rates(0) == schedules.rates(1)
+    assert schedules.critic_alone(0) == schedules.critic_alone(1)
+
+
 def test_the_coefficient_follows_ziegler():
     assert next_kl_coef(0.2, 6.6, 64, 6.0, 640) == pytest.approx(0.2 * 1.01)
     assert next_kl_coef(0.2, 60.0, 64, 6.0, 640) == pytest.approx(0.2 * 1.02)

@@ -54,11 +54,16 @@ class Schedules:
         self.config, self.steps, self.kl_coef = config, config.steps, config.kl_coef
 
     def critic_alone(self, step: int) -> bool:
-        """Whether the step trains the critic and leaves the policy as it is."""
-        return step <= self.config.critic_warmup_steps
+        """Whether the step trains the critic and leaves the policy as it is.
+
+        An update that no step was counted for (`PPO.update` called by itself, step 0) is as that of
+        the first step, here and in `rates`.
+        """
+        return max(step, 1) <= self.config.critic_warmup_steps
 
     def rates(self, step: int) -> dict[str, float]:
         """The learning rates of a step; those of the policy count from its own first step."""
+        step = max(step, 1)
         config, before = self.config, self.config.critic_warmup_steps
         assert config.lr is not None and config.critic_lr is not None
         own = 0.0
