@@ -317,8 +317,9 @@ register(Stage(
     inputs=(SFT_MODEL, ANSWERS, LABELS, CATEGORIES),
     outputs=(REWARD_MODEL, REWARD_REPORT),
     settings=(
-        "lora", "reward_model", "-reward_model.model", "-reward_model.min_auc",
-        "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix", _HELD,
+        "lora", "reward_model", "-reward_model.model", "-reward_model.revision",
+        "-reward_model.min_auc", "-reward_model.min_auc_sessions",
+        "label.sentence_threshold", "prefix", _HELD,
     ),
     lost="its steps so far are lost",
     outside=lambda run: run.own_reward_model,
