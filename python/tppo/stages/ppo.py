@@ -158,7 +158,7 @@ def _policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrai
 
 def questions_of(run: Run, sessions: Sequence[Session], policy: PreTrainedModel) -> Questions:
     """The sessions as a reward sees them."""
-    columns = {
+    columns: dict[str, Sequence[float]] = {
         SUGGESTED_LENGTH: suggested_lengths(run, sessions),
         QUERIES: [len(session.targets) for session in sessions],
     }
