@@ -15,7 +15,7 @@ from tppo.sessions.config import SessionsConfig
 from tppo.stages.study.config import PAPER, Arm, Noise, Part, Pooling, StudyConfig
 
 WORDS = Arm("words")
-SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=4.0,
+SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=32.0,
                 fit_critic=1600)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
 
@@ -100,7 +100,7 @@ def tuning() -> StudyConfig:
     arms += [
         Arm(f"sentences {pooling} x{scale:g} lam {lam:g} fit {fit}", "sentences", pooling, "end",
             scale, lam=lam, fit_critic=fit)
-        for pooling, scale, lam, fit in product(poolings, (2.0, 4.0), (0.95, 1.0), (0, 1600))
+        for pooling, scale, lam, fit in product(poolings, (32.0, 64.0), (0.95, 1.0), (0, 1600))
     ]  # fmt: skip
     part = Part("labels", tuple(arms), (400,), seeds=TUNING_SEEDS)
     return StudyConfig((part,), users=200, settings=SMALL)
