@@ -15,7 +15,7 @@ from tppo.sessions.config import SessionsConfig
 from tppo.stages.study.config import PAPER, Arm, Noise, Part, Pooling, StudyConfig
 
 WORDS = Arm("words")
-SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=32.0,
+SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=64.0,
                 fit_critic=1600)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
 
