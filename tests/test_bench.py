@@ -143,7 +143,9 @@ def test_listed_rows_give_what_the_mask_gives(harness):
     module = importlib.import_module("bench_linear_ppo_loss")
     case = module.case_of("", "cpu", True, torch.float32, 0.3, True, module.with_backward,
                           (module.by_logits, module.by_logits),
-                          {"op": lambda *given: module.operator(*given, **module.OPTIONS)}, {})
+                          contenders={"op": lambda *given: module.operator(*given,
+                                                                           **module.OPTIONS)},
+                          peers={})
     *given, mask, _ = case.make(0)
     harness.gate(case, "cpu", (*given, mask, tk.valid_rows(mask)))
 

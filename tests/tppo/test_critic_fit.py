@@ -109,14 +109,14 @@ def held_out(ppo, rollout):
 
 
 def test_cut_answers_teach_nothing_where_their_value_would_be_bootstrapped():
-    ppo = new_ppo()  # without a length penalty: bootstrapped
+    ppo = new_ppo(bootstrap_truncated=True)
     found = answered(ppo)
     cut = found.rollout.finish.count("length")
     assert 0 < cut < 192
     assert fit_critic(ppo, *found).answers == 192 - cut
     only = RolloutBatch(*(rows and rows[:8] for rows in found.rollout[:4]))
     with pytest.raises(ValueError, match="answers to 1 prompts, expected at least 2"):
-        fit_critic(new_ppo(), questions(PROMPTS[:1] * 8), only._replace(finish=["eos"] * 8))
+        fit_critic(ppo, questions(PROMPTS[:1] * 8), only._replace(finish=["eos"] * 8))
 
 
 def test_training_ends_an_epoch_past_its_best_and_keeps_that():

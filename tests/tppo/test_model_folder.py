@@ -174,9 +174,16 @@ def test_no_setting_of_the_folder_bends_the_rollouts(prefix, tokenizer, tmp_path
 
 def test_the_models_settings_are_back_after_a_failure(tokenizer, tmp_path):
     model = load_policy(write(tmp_path, tokenizer, AUTHORS), CPU)
-    with pytest.raises(ValueError, match="temperature"):
-        HFRollout(model, pad_id=0, eos_id=2).generate(PROMPTS, Sampling(4, temperature=-1.0))
+    with pytest.raises(IndexError):  # there is no such token
+        HFRollout(model, pad_id=0, eos_id=2).generate([[5, 10**6]], Sampling(4))
     assert model.generation_config.top_k == 20
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_none_is_is_refused(temperature):
+    """A negative one took the likeliest token, as 0 does."""
+    with pytest.raises(ValueError, match="temperature was .*expected a finite one of at least 0"):
+        Sampling(4, temperature=temperature)
 
 
 BROKEN = {

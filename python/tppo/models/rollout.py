@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from math import inf
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +40,11 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature was {self.temperature}, expected a finite one of at "
+                             "least 0, at which the likeliest token is taken")  # fmt: skip
 
 
 class RolloutBatch(NamedTuple):
