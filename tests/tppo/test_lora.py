@@ -118,7 +118,8 @@ def test_a_step_holds_one_base(folder, reward_folder):  # noqa: F811
     models, and among everything that is alive in the process.
     """
     gc.collect()
-    before = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    others = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]  # kept: no id is reused
+    before = {id(x) for x in others}
     ppo = trainer(folder, reward_folder)
     ppo.step(questions(GROUPS))
     roles = [ppo.models.policy, ppo.models.ref, ppo.models.critic, ppo.reward]
