@@ -1,4 +1,7 @@
-"""The models of PPO, all of which start from one folder: whole ones, or adapters over one base."""
+"""The models of PPO, all of which start from one folder: whole ones, or adapters over one base.
+
+And PPO over those of a run.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from tppo.methods.advantages import ADVANTAGES
+from tppo.methods.config import PPOConfig
 from tppo.methods.experience import Models
+from tppo.methods.ppo import PPO
 from tppo.models.adapters import Origin, add_adapter, shared_copy
 from tppo.models.config import AdapterConfig, ModelConfig
+from tppo.models.folder import model_eos_ids
+from tppo.models.parallel import ALONE, World
 from tppo.models.policy import Critic
 from tppo.models.recompute import recompute_layers
+from tppo.models.rollout import HFRollout
 from tppo.models.token_classifier import state_size
+from tppo.rewards import Reward
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.run import Run
 
@@ -45,6 +55,37 @@ def ppo_models(
         for trained in models.trained.values():
             recompute_layers(trained)
     return models
+
+
+def new_ppo(
+    run: Run,
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    ref: PreTrainedModel,
+    reward: Reward,
+    world: World = ALONE,
+) -> PPO:
+    """PPO over `policy` by `config`, with a critic from SFT where the advantage needs one."""
+    advantage = ADVANTAGES[config.advantage](config)
+    pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
+    batch_size, prefix = run.config.generate.batch_size, run.config.prefix
+    models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
+                        run.config.lora, with_critic=advantage.needs_critic,
+                        seed=run.seed)  # fmt: skip
+    return PPO(
+        models,
+        HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
+        config,
+        reward=reward,
+        advantage=advantage,
+        tokenizer=run.tokenizer,
+        sampling=run.sampling(),
+        pad_id=pad_id,
+        eos_id=eos_ids,
+        seed=run.seed,
+        prefix=prefix,
+        world=world,
+    )
 
 
 def sft_origin(run: Run) -> Origin:

@@ -13,20 +13,19 @@ from transformers import PreTrainedModel
 from tppo import stopping
 from tppo.evaluation.judge import SESSION, RuleJudge, judge_answers
 from tppo.labels.queries import parse_answer, query_key
-from tppo.methods.advantages import ADVANTAGES
 from tppo.methods.critic_fit import Answered
 from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import check_auc, check_signal
 from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
-from tppo.models.rollout import HFRollout, RolloutBatch
+from tppo.models.rollout import RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.loop import Held, Loop, Watch, response_figures
-from tppo.stages.models import adapted, ppo_models, sft_origin
+from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.registry import (
     QUERY_LENGTHS,
     REWARD_MODEL,
@@ -114,14 +113,9 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     """PPO over the policy in `start`, with the reference and, where it is needed, the critic from
     SFT, and the frozen reward model.
     """
-    config, prefix = run.config.ppo, run.config.prefix
-    advantage = ADVANTAGES[config.advantage](config)
+    config = run.config.ppo
     policy, ref = _policy_and_ref(run, start)
-    pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
-    dtype = run.config.model.dtype
-    models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
-                        run.config.lora, with_critic=advantage.needs_critic,
-                        seed=run.seed)  # fmt: skip
+    eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
     reward: Reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
         mode=config.reward,
@@ -131,21 +125,7 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     )
     if config.format_cost:
         reward = FormatReward(reward, config.format_cost)
-    batch_size = run.config.generate.batch_size
-    return PPO(
-        models,
-        HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
-        config,
-        reward=reward,
-        advantage=advantage,
-        tokenizer=run.tokenizer,
-        sampling=run.sampling(),
-        pad_id=pad_id,
-        eos_id=eos_ids,
-        seed=run.seed,
-        prefix=prefix,
-        world=world,
-    )
+    return new_ppo(run, config, policy, ref, reward, world)
 
 
 def _policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:

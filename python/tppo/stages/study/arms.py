@@ -14,16 +14,12 @@ from transformers import PreTrainedModel
 
 from tppo.evaluation.judge import RuleJudge
 from tppo.evaluation.metrics import evaluate_policy
-from tppo.methods.advantages import ADVANTAGES
 from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import fit_critic
-from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
-from tppo.models.policy import Critic
-from tppo.models.rollout import HFRollout, RolloutBatch
-from tppo.rewards import Reward
+from tppo.models.rollout import RolloutBatch
 from tppo.stages.loop import prompt_order
-from tppo.stages.registry import SFT_MODEL
+from tppo.stages.models import new_ppo
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import reward_of, scores
@@ -39,30 +35,6 @@ def ppo_config(config: PPOConfig, cell: Cell) -> PPOConfig:
         responses_per_prompt=arm.responses_per_prompt,
         advantage=arm.advantage,
         lam=arm.lam,
-    )
-
-
-def new_ppo(material: Material, cell: Cell, policy: PreTrainedModel, reward: Reward) -> PPO:
-    """PPO over `policy`, with reference and critic from SFT."""
-    run = material.run
-    config = ppo_config(run.config.ppo, cell)
-    pad_id = run.tokenizer.pad_token_id
-    advantage = ADVANTAGES[config.advantage](config)
-    critic = None
-    if advantage.needs_critic:
-        critic = Critic.from_policy(run.path(SFT_MODEL), run.device, run.config.model.dtype)
-    return PPO(
-        Models(policy=policy, ref=run.sft_model(), critic=critic),
-        HFRollout(policy, pad_id=pad_id, eos_id=run.eos_ids, prefix=run.config.prefix),
-        config,
-        reward=reward,
-        advantage=advantage,
-        tokenizer=run.tokenizer,
-        sampling=run.sampling(),
-        pad_id=pad_id,
-        eos_id=run.eos_ids,
-        seed=run.seed,
-        prefix=run.config.prefix,
     )
 
 
@@ -102,9 +74,10 @@ def train_arm(material: Material, cell: Cell) -> dict[str, Any]:
     run = material.run
     policy = run.sft_model()
     reward = reward_of(material, cell)
-    trainer = new_ppo(material, cell, policy, reward)
+    config = ppo_config(run.config.ppo, cell)
+    trainer = new_ppo(run, config, policy, run.sft_model(), reward)
     fit = fitted(material, trainer, cell.arm.fit_critic) if cell.arm.fit_critic else {}
-    size, config = cell.arm.responses_per_prompt, trainer.config
+    size = cell.arm.responses_per_prompt
     order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)
     curve = [{"step": 0, "answers": 0, **judged(material, policy, trainer.models.ref)}]
     explained: list[float] = []
