@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tppo.console import print_rows
 from tppo.evaluation.heat_style import CSS
+from tppo.evaluation.page import page
 from tppo.store.jsonl import write_text
 
 CATEGORIES = ("none", "irrelevant", "relevant")
@@ -107,18 +108,7 @@ def heat_html(rows: Sequence[HeatRow], title: str = "Token heat map") -> str:
     scale = _Scale.of(rows)
     advantages = any(row.advantages is not None for row in rows)
     cards = "\n".join(_card(index, row, scale) for index, row in enumerate(rows))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{_html(title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>{_html(title)}</h1>
 <p>Every token of an answer with what it was paid: token-level PPO (Ouyang et al., EMNLP 2025).</p>
 </header>
@@ -127,10 +117,8 @@ def heat_html(rows: Sequence[HeatRow], title: str = "Token heat map") -> str:
 {_legend(scale, advantages)}
 {_summary_table(rows)}
 {cards}
-</main>
-</body>
-</html>
-"""
+</main>"""
+    return page(_visible(title), CSS, body)
 
 
 def print_heat(

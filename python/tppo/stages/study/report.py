@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from tppo.evaluation.page import page
 from tppo.stages.study.curves import Line, chart
 from tppo.stages.study.tables import Table, named, tables
 
+TITLE = "What labels of words and rewards of tokens buy"
 CSS = """
 :root { --page: #f6f6f8; --card: #fff; --ink: #1c1d22; --soft: #5d606b; --line: #dfe0e6;
   --c0: #1f6fc0; --c1: #c8641a; --c2: #2f8f5b; --c3: #8a4fb5; --c4: #b5365a; --c5: #6b6f7a; }
@@ -48,28 +50,14 @@ def report(found: Mapping[str, Any]) -> str:
     figures = found["figures"]
     charts = [*_label_charts(figures), *_credit_charts(figures)]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    body = "".join(map(_table, tables(figures)))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>What labels of words and rewards of tokens buy</title>
-<style>{CSS}</style>
-</head>
-<body>
-<h1>What labels of words and rewards of tokens buy</h1>
+    body = f"""<h1>{TITLE}</h1>
 <p>{found["trained"]} of {found["wanted"]} trainings, {found["seconds"] / 60:.0f} minutes of one
 core; {escape(versions)}. Every outcome is in study.json.</p>
 <div class="charts">
 {"".join(charts)}
 </div>
-{body}
-</body>
-</html>
-"""
+{"".join(map(_table, tables(figures)))}"""
+    return page(TITLE, CSS, body)
 
 
 def _table(table: Table) -> str:
