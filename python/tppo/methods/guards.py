@@ -72,12 +72,7 @@ def check_reward(found: TokenReward, mask: Tensor) -> TokenReward:
             f"the reward gave a {type(found).__name__}, expected a tppo.TokenReward, such as "
             "TokenReward(rewards) with rewards [B, T]"
         )
-    for name, tensor in found._asdict().items():
-        if tensor is not None and tensor.shape != mask.shape:
-            raise ValueError(
-                f"the reward gave {name} of shape {[*tensor.shape]}, expected [B, T] = "
-                f"{[*mask.shape]}: a number for each token of each response"
-            )
+    _check_shapes("reward", found, mask)
     outside = (found.rewards != 0) & ~mask.to(found.rewards.device)  # NaN is not 0 either
     if outside.any():
         b, t = outside.nonzero()[0].tolist()
@@ -86,6 +81,15 @@ def check_reward(found: TokenReward, mask: Tensor) -> TokenReward:
             f"{int(mask[b].sum())} tokens; expected 0 behind the last one"
         )
     return found._replace(rewards=found.rewards.float())
+
+
+def _check_shapes(giver: str, found: TokenReward | TokenAdvantages, mask: Tensor) -> None:
+    for name, tensor in found._asdict().items():
+        if tensor is not None and tensor.shape != mask.shape:
+            raise ValueError(
+                f"the {giver} gave {name} of shape {[*tensor.shape]}, expected [B, T] = "
+                f"{[*mask.shape]}: a number for each token of each response"
+            )
 
 
 def check_advantage(found: TokenAdvantages, mask: Tensor, needs_critic: bool) -> TokenAdvantages:
@@ -102,12 +106,7 @@ def check_advantage(found: TokenAdvantages, mask: Tensor, needs_critic: bool) ->
             "the advantage gave returns None, expected the critic's targets [B, T]: it says that "
             "it needs a critic (needs_critic)"
         )
-    for name, tensor in found._asdict().items():
-        if tensor is not None and tensor.shape != mask.shape:
-            raise ValueError(
-                f"the advantage gave {name} of shape {[*tensor.shape]}, expected [B, T] = "
-                f"{[*mask.shape]}: a number for each token of each response"
-            )
+    _check_shapes("advantage", found, mask)
     returns = None if found.returns is None else found.returns.float()
     return TokenAdvantages(found.advantages.float(), returns)
 
