@@ -37,3 +37,12 @@ def _poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch, "compile", functools.partial(_compile, backend="aot_eager"))
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums of one thread, which are the same to the bit every time; for a whole file of tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

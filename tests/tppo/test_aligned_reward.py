@@ -45,6 +45,7 @@ from tppo.settings import from_dict
 from tppo.stages.run import Run
 from tppo.store.yaml_file import read_yaml
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("byte-level", "metaspace", "word-piece")
 PAIRS = list(itertools.permutations(FAMILIES, 2))
 CPU = torch.device("cpu")
@@ -55,14 +56,6 @@ TEXTS = [
     "cheap camera", "where cinema tickets student\ncorvano", "", "\n", "Café  crème, 3.5 t-shirt!",
     "東京駅 😀 na\u0308ive", "<s> literally </s>", "news headlines local\n\nfree ",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -208,23 +208,31 @@ def by_letter(completions, letter):
 """
 
 
-def test_the_command_gives_the_same_weights_after_a_kill(model, trained, tmp_path, monkeypatch):
-    """`tppo train --reward`, killed in step 4 and run again, ends where the script did."""
-    (tmp_path / "my_reward.py").write_text(KILLED)
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    flags = ["train", "--reward", "my_reward:by_letter", "--data", "p.jsonl", "--out", "o",
-             "--model", str(model), "--generate.max-new-tokens", "6"]  # fmt: skip
+def train_through_a_kill(folder, monkeypatch, module, model, config, *more):
+    """`tppo train --reward` in the folder, killed in step 4 and run again to its end, in `o`.
+
+    module: where the reward stands; of a name of its own, because Python keeps what it imported.
+    """
+    (folder / f"{module}.py").write_text(KILLED)
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    flags = ["train", "--reward", f"{module}:by_letter", "--data", "p.jsonl", "--out", "o",
+             "--model", str(model), "--generate.max-new-tokens", "6", *more]  # fmt: skip
     for name in GIVEN:
-        flags += [f"--ppo.{name.replace('_', '-')}", str(getattr(CONFIG, name))]
-    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=tmp_path, timeout=120,
+        flags += [f"--ppo.{name.replace('_', '-')}", str(getattr(config, name))]
+    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=folder, timeout=120,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "o/train.tmp/checkpoints/step-2").is_dir()
-    monkeypatch.chdir(tmp_path)
+    assert (folder / "o/train.tmp/checkpoints/step-2").is_dir()
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.path", list(sys.path))
     torch.set_num_threads(1)
     main(flags)
-    assert (tmp_path / "calls").stat().st_size == 4 + 2  # steps 3 and 4 again
+    assert (folder / "calls").stat().st_size == 4 + 2  # steps 3 and 4 again
+
+
+def test_the_command_gives_the_same_weights_after_a_kill(model, trained, tmp_path, monkeypatch):
+    """`tppo train --reward`, killed in step 4 and run again, ends where the script did."""
+    train_through_a_kill(tmp_path, monkeypatch, "my_reward", model, CONFIG)
     assert_same(weights(tmp_path / "o/train/model"), weights(trained[1] / "train/model"))
 
 

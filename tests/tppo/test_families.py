@@ -35,6 +35,7 @@ from tppo.sessions.prompts import encode_prompt
 from tppo_kernels.models.lm_head import FAMILIES
 from tppo_kernels.models.shared_prefix import FAMILIES as SHARED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EVERY = sorted(FAMILIES | set(SHARED) | {"qwen3_next"})
 WITHOUT_CLASSIFIER = ("cohere", "cohere2", "gemma3_text", "gptj", "granite", "olmo", "olmo2", "opt")
@@ -49,14 +50,6 @@ PROMPTS = ["search: warm boots\nnext 2:\n", "search: b\nnext 2:\n",
            "search: cheap\nclick: cheap red tent\nnext 2:\n",
            "profile: likes rain\nsearch: altara coat\nnext 2:\n"]  # fmt: skip
 made = {}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokenizer():

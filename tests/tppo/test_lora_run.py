@@ -2,17 +2,20 @@
 
 import builtins
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_door import CONFIG, GIVEN, KILLED, PROMPTS, door, letters, model  # noqa: F401
+from test_door import (  # noqa: F401
+    CONFIG,
+    PROMPTS,
+    door,
+    letters,
+    model,
+    train_through_a_kill,
+)
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import tppo
@@ -22,6 +25,7 @@ from tppo.models.adapters import load_adapter, shared_copy
 from tppo.models.config import AdapterConfig
 from tppo.models.load import load_policy, load_reward_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 LORA = AdapterConfig(rank=4)
 ADAPTED = replace(CONFIG, lr=1e-2, critic_lr=1e-2)
@@ -37,14 +41,6 @@ TINY = {
             "checkpoint_every": 1},
     "eval": {"temperatures": [1.0], "heat_users": 2},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def stage(name, out, config, *flags):
@@ -182,21 +178,8 @@ def test_a_killed_training_ends_at_the_same_bits(model, trained, tmp_path, monke
     """`tppo train --reward --lora.rank`, killed in step 4 and run again, ends where the script
     did.
     """
-    (tmp_path / "my_lora_reward.py").write_text(KILLED)
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    flags = ["train", "--reward", "my_lora_reward:by_letter", "--data", "p.jsonl", "--out", "o",
-             "--model", str(model), "--generate.max-new-tokens", "6",
-             "--lora.rank", "4"]  # fmt: skip
-    for name in GIVEN:
-        flags += [f"--ppo.{name.replace('_', '-')}", str(getattr(ADAPTED, name))]
-    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=tmp_path, timeout=120,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "o/train.tmp/checkpoints/step-2").is_dir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    main(flags)
-    assert (tmp_path / "calls").stat().st_size == 4 + 2  # steps 3 and 4 again
+    train_through_a_kill(tmp_path, monkeypatch, "my_lora_reward", model, ADAPTED,
+                         "--lora.rank", "4")  # fmt: skip
     one, other = (load_file(folder / "train/model/adapter_model.safetensors")
                   for folder in (tmp_path / "o", trained[1]))  # fmt: skip
     assert one.keys() == other.keys()

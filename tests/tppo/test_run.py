@@ -32,6 +32,7 @@ from tppo.store.hashes import sha256
 from tppo.store.jsonl import write_json
 from tppo.store.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     "sessions": {"train_users": 200, "heldout_users": 24, "test_users": 24, "transfer_users": 8},
     "scratch": {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 400},
@@ -43,14 +44,6 @@ TINY = {
     "eval": {"temperatures": [1.0, 0.5], "heat_users": 2},
 }  # fmt: skip
 STAGES = [name for name, stage in REGISTRY.items() if stage.in_run]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
