@@ -1,10 +1,12 @@
-"""What the compiled backends share: addresses of tensors, and what they leave to the reference."""
+"""What the compiled backends share: numbers of dtypes, addresses of tensors, and what they leave to
+the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 FP64 = "fp64 is computed in plain torch only"
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from . import losses
 from .losses import Batch, pair
-from .memory import address
+from .memory import DTYPES, address
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 SCALARS = {**DTYPES, torch.float64: 3, torch.int64: 4, torch.int32: 5}  # ScalarType of csrc/loss.h
 
 

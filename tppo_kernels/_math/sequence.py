@@ -16,7 +16,7 @@ from .._core.check import Reduction
 from .._core.packed import sequence_index
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)  # a tensor stays one
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # enum KlEstimator of csrc/ppo_loss.h
 KL_CLAMP = 20.0
 
 

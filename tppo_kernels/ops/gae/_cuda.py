@@ -15,7 +15,7 @@ from torch import Tensor
 import tppo_kernels._C as _C
 
 from ..._kernels.launch import current_stream, launching_on, scalar
-from ..._kernels.memory import address
+from ..._kernels.memory import DTYPES, address
 from ._cpp import supports
 from .reference import GaeCall
 
@@ -24,7 +24,6 @@ __all__ = ["fwd", "supports"]
 CHUNK = 2048  # tokens that a block takes at once
 NARROW = 512  # tokens up to which a warp is enough for a sequence, where sequences are many
 BUSY = 264  # blocks, two for each multiprocessor of a large GPU; the same on all, as results are
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/kernels.h
 
 
 class Tokens(NamedTuple):

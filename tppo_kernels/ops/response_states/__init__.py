@@ -11,10 +11,9 @@ from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._core.record import build, flat
+from ..._math.layout import ALIGNMENTS
 from . import reference
 from .reference import ResponseStatesCall, ResponseStatesGradient
-
-ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
 
 _op = Op("response_states")
 

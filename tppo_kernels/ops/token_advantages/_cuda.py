@@ -15,6 +15,7 @@ import tppo_kernels._C as _C
 
 from ..._kernels.launch import current_stream, launching_on
 from ..._kernels.memory import address
+from ..._math.sequence import KL_ESTIMATORS
 from ..gae._cuda import (
     Arguments,
     GaeInputs,
@@ -32,7 +33,6 @@ from .reference import AdvantagesCall, WhitenAdvantages
 
 __all__ = ["fwd", "supports", "whiten"]
 
-ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "k1+": 4, "k3+": 5}  # as in csrc/ppo_loss.h
 BLOCKS = 1024  # of the first launch at most, each with its statistics; the same on every GPU
 
 
@@ -44,7 +44,7 @@ class AdvantageInputs(NamedTuple):
     ref_logprobs: Tokens
     train_mask: Mask
     kl_coef: PerSequence
-    estimator: int
+    estimator: int  # of KL_ESTIMATORS
 
 
 class AdvantageOutputs(NamedTuple):
@@ -98,7 +98,8 @@ def fwd(call: AdvantagesCall) -> tuple[Tensor, ...]:
         logprobs, ref_logprobs = dense(call.logprobs), dense(call.ref_logprobs)
         coef, kl_coef = column(call.kl_coef)
         inputs = AdvantageInputs(given.inputs, rows(logprobs), rows(ref_logprobs),
-                                 mask_rows(train_mask), kl_coef, ESTIMATORS[call.kl_estimator])
+                                 mask_rows(train_mask), kl_coef,
+                                 KL_ESTIMATORS.index(call.kl_estimator))
         tokens = WhitenInputs(advantages.data_ptr(), address(mask), address(train_mask),
                               n if call.whitened else 0, unbiased)
         blocks = _blocks(given.batch, given.wide, given.parts)

@@ -15,12 +15,11 @@ import tppo_kernels._C as _C
 
 from ..._core.record import flat
 from ..._kernels.launch import current_stream, launching_on, row_layout
-from ..._kernels.memory import FP64, address
+from ..._kernels.memory import DTYPES, FP64, address
 from . import reference
 from .reference import TokenHeadCall, TokenHeadGradient
 
 OUTPUTS = (1, 3)  # what csrc/token_head.cu is compiled for
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 PROGRAMS = 1024  # blocks of the first launch of backward; the same on every GPU, as results are
 COLUMNS = 128 * 16  # bytes of a row that a block of it takes
 

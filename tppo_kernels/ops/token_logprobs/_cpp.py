@@ -9,10 +9,8 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._kernels.memory import address, refuses_fp64
+from ..._kernels.memory import DTYPES, address, refuses_fp64
 from .reference import TokenLogprobsCall, TokenLogprobsGradient
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/kernels.h
 
 
 def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
