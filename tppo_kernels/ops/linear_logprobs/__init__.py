@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._core.check import FP32_MAX, LABELS, Check, describe
+from ..._core.check import FP32_MAX, LABELS, Check
 from ..._core.derivatives import first_only, refuse_forward_mode
 from ..._core.eager import surely
 from ..._core.keywords import suggests
@@ -23,6 +23,7 @@ from ..._math.linear import LinearInputs, shard_of, slot_count
 from ..._math.rows import valid_rows
 from ..._math.sequence import compute_dtype
 from ..token_logprobs import check_scaling
+from ..whiten import check_group
 from . import reference
 from .reference import FrozenGradient, LinearLogprobsCall, LinearLogprobsGradient
 
@@ -171,10 +172,8 @@ def check_head(check: Check, weight: Tensor, bias: Tensor | None, valid_vocab: i
     if size == 0:
         raise ValueError(f"{check.op}: weight has shape {list(weight.shape)}, expected at least "
                          "one row")
+    check_group(check, group)
     if group is not None:
-        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-            raise TypeError(f"{check.op}: group is {describe(group)}, expected a "
-                            "torch.distributed.ProcessGroup of this process, or None")
         world = dist.get_world_size(group)
     if valid_vocab is not None:
         valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=size * world, kind=int)
