@@ -72,9 +72,12 @@ def _check_values(call: TokenRewardLossCall) -> None:
     _, labels, mask, sentence_labels, class_weights, balance, _, cu_seqlens, *_ = call
     offsets(op, cu_seqlens, labels.shape[0])
     values_between(op, "labels", labels, 0, 2, mask)
-    judged = valid_mask(labels, mask) & ((labels == 1) | (labels == 2))
-    values_between(op, "sentence_labels", sentence_labels, -FP32_MAX, FP32_MAX,
-                   has_valid_token(labels, judged, cu_seqlens))
+
+    def read() -> Tensor:
+        judged = valid_mask(labels, mask) & ((labels == 1) | (labels == 2))
+        return has_valid_token(labels, judged, cu_seqlens)
+
+    values_between(op, "sentence_labels", sentence_labels, -FP32_MAX, FP32_MAX, read)
     for index, weight in enumerate(class_weights):
         values_between(op, f"class_weights[{index}]", weight, 0, FP32_MAX)
     values_between(op, "balance", balance, 0, inf, open_low=True)

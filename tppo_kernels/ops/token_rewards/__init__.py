@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class TokenRewards(NamedTuple):
 
 def _check_values(call: TokenRewardsCall) -> None:
     offsets("token_rewards", call.cu_seqlens, call.class_logits.shape[0])
-    seen = has_valid_token(call.class_logits[..., 0], call.mask, call.cu_seqlens)
+    seen = partial(has_valid_token, call.class_logits[..., 0], call.mask, call.cu_seqlens)
     values_between("token_rewards", "suggested_length", call.suggested_length, 0.0, FP32_MAX, seen)
     values_between("token_rewards", "alpha", call.alpha, 0.0, FP32_MAX)
 
