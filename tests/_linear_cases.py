@@ -117,6 +117,19 @@ def halves():
         library._destroy()
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that the memory of any tensor made inside has room for."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
 class Planned(TorchDispatchMode):
     """The products and the most bytes at once of what runs inside, on tensors without memory."""
 

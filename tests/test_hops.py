@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from _linear_cases import Largest
 from torch._C import DispatchKey, DispatchKeySet
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import OPS, BackendError, missing
@@ -136,17 +136,6 @@ def test_a_call_behind_a_profile_is_plain_again():
     assert all(map(torch.equal, profiled, plain))
     names, = (names for kernel, names in calls.stacks.items() if kernel.endswith("gae_fwd"))
     assert not any("lambda" in name for name in names)  # what the dispatcher would call
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that torch's own operations make inside."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tensors(result))])
-        return result
 
 
 @pytest.mark.parametrize("name", ("linear_logprobs", "linear_ppo_loss"))

@@ -12,6 +12,7 @@ from _linear_cases import (
     LIMIT,
     ROWS,
     SHAPED,
+    Largest,
     Planned,
     as_on_a_gpu,
     assert_close,
@@ -25,7 +26,6 @@ from _linear_cases import (
     textbook,
 )
 from _matrix import third
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
@@ -40,21 +40,6 @@ from tppo_kernels.testing import DTYPES, sample_mask
 
 STEPS = {"chunked": _chunked.TORCH, "cpp": _cpp.STEPS}
 BACKENDS = (*STEPS, "reference")
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made inside has, and the most bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 N, D, V = 1500, 8, 700

@@ -9,6 +9,7 @@ from _linear_cases import (
     LIMIT,
     ROWS,
     SHAPED,
+    Largest,
     Planned,
     as_on_a_gpu,
     choose,
@@ -20,7 +21,7 @@ from _linear_cases import (
 from _linear_cases import textbook as textbook_logprobs
 from _loss_cases import terms_of
 from _matrix import third
-from test_linear_memory import BACKENDS, REAL, STEPS, Largest, real_inputs
+from test_linear_memory import BACKENDS, REAL, STEPS, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _linear_cases import Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
 from tests._matrix import third
@@ -287,19 +287,6 @@ def test_empty(backend):
         assert out.shape == (1, 4, 0, 8) and out.requires_grad
         out.sum().backward()
     assert all(x.grad.shape == x.shape for x in inputs)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that is made inside."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return result
 
 
 @pytest.mark.parametrize("prompts, responses", [([256], [[16] * 16]), ([8], [[2] * 40 + [300]]),
