@@ -96,7 +96,9 @@ def fitted(world):
 
 
 def rated(world):
-    """The prompts whose responses the reward of a process gets, where one is much longer."""
+    """The prompts whose responses the reward of a process gets, where those of one are much longer:
+    in a step, and in the fit of the critic.
+    """
     ppo, seen = new_trainer("shared", CONFIG, 6), []
     ppo.world, real = world, ppo.reward
 
@@ -107,6 +109,8 @@ def rated(world):
     ppo.reward = reward
     rollout = RolloutBatch([[5] * 40] * 3 + [[6]] * 3, [[7]] * 6, None, ["length"] * 6)
     score(ppo, rollout)
+    answers = RolloutBatch([[5]] * 3 + [[6]] * 3, [[7] * 9] * 3 + [[7]] * 3, None, ["length"] * 6)
+    fit_critic(ppo, questions(answers.prompt_ids), answers)
     return seen
 
 
@@ -160,7 +164,8 @@ def test_two_processes_take_the_step_of_one():
     assert results[0][4].startswith("ppo step 2: gradient norm of the critic is nan (the critic's")
     assert results[0][5].startswith("ppo step 1: value loss is inf. Stopped before the optimiser")
     # A reward gets all responses to a prompt, however the models share them.
-    assert results[0][6] == [([0, 0, 0], [[7]] * 3)] and results[1][6] == [([1, 1, 1], [[7]] * 3)]
+    assert results[0][6] == [([0, 0, 0], [[7]] * 3), ([0, 0, 0], [[7] * 9] * 3)]
+    assert results[1][6] == [([1, 1, 1], [[7]] * 3), ([1, 1, 1], [[7]] * 3)]
     rows = results[0][2][0]
     assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
     assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"

@@ -19,10 +19,10 @@ from torch import Tensor
 import tppo_kernels as tk
 from tppo.methods.advantages import rewards_to_go
 from tppo.methods.early_stop import train_to_best
-from tppo.methods.guards import check_reward
+from tppo.methods.experience import columns
 from tppo.methods.optimizer import AdamW
 from tppo.methods.ppo import PPO
-from tppo.models.batch import Batch, assembled, pad_rows
+from tppo.models.batch import Batch, pad_rows
 from tppo.models.guards import check_figures, check_step, check_weights, trainable
 from tppo.models.rollout import RolloutBatch
 from tppo.progress import say
@@ -132,23 +132,16 @@ def sampled(ppo: PPO, questions: Questions, n: int) -> Answered:
 
 
 def _rated(ppo: PPO, questions: Questions, rollout: RolloutBatch, kept: Sequence[int]) -> _Rated:
-    """The kept answers with their rewards to come; each process rates its share of them."""
+    """The kept answers with their rewards to come, rated as those of a step are."""
     prompts, responses = ([field[i] for i in kept] for field in rollout[:2])
     batch = Batch(prompts, responses, ppo.pad_id, ppo.models.policy.device, ppo.prefix)
-    places = {tuple(prompt): k for k, prompt in enumerate(prompts)}
+    places = {prompt: k for k, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     groups = [places[tuple(prompt)] for prompt in prompts]
     answers = replace(ppo.answers(questions, RolloutBatch(prompts, responses, None, [])),
                       groups=groups)  # fmt: skip
-    mine = sorted(chain.from_iterable(batch.parts(ppo.config.max_tokens, ppo.world.size)
-                                      [ppo.world.rank]))  # fmt: skip
-    rated: list[tuple[list[int], Tensor]] = []
-    if mine:
-        own = batch.rows(mine)
-        with torch.no_grad():
-            found = ppo.reward(own, answers.rows(mine))
-        check_reward(found, own.mask)
-        rated.append((mine, found.rewards))
-    rewards = assembled(batch.mask, [part for rows in ppo.world.exchanged(rated) for part in rows])
+    with torch.no_grad():
+        rated = ppo.rated(batch, answers)
+    rewards, *_ = columns(batch, [*chain.from_iterable(ppo.world.exchanged(rated))])
     check_figures("the critic's fit", {"rewards": rewards})
     masks, nothing = ppo.masks(batch, None), torch.zeros_like(rewards)
     returns = rewards_to_go(rewards, masks, nothing, nothing, 0.0, ppo.config.gamma)  # [B, T]

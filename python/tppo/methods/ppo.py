@@ -109,10 +109,7 @@ class PPO:
         self.schedules.priced(self.advantage)  # refuses one without a coefficient to adapt
         rates = self.schedules.rates(1)
         self.optimizer = AdamW(
-            [
-                {"params": trainable(model), "lr": rates[name]}
-                for name, model in models.trained.items()
-            ],
+            [{"params": trainable(x), "lr": rates[name]} for name, x in models.trained.items()],
             lr=rates["policy"],
         )
 
@@ -184,9 +181,7 @@ class PPO:
         return [i for i in range(len(rollout.finish)) if not greedy or i % size < size - 1]
 
     @torch.no_grad()
-    def score(
-        self, rollout: RolloutBatch, answers: Answers
-    ) -> tuple[Experience, dict[str, float]]:
+    def score(self, rollout: RolloutBatch, answers: Answers) -> tuple[Experience, dict[str, float]]:
         """Old and reference log-probs, token rewards, values and advantages of a rollout."""
         device = self.models.policy.device
         batch = Batch(rollout.prompt_ids, rollout.response_ids, self.pad_id, device, self.prefix)
@@ -207,9 +202,8 @@ class PPO:
             "advantages": found.advantages,
             "returns": found.returns,
         }
-        check_figures(
-            f"ppo step {self.step_count}", {n: x for n, x in figures.items() if x is not None}
-        )
+        known = {name: x for name, x in figures.items() if x is not None}
+        check_figures(f"ppo step {self.step_count}", known)
         experience = Experience(
             batch=batch,
             masks=masks,
@@ -224,7 +218,7 @@ class PPO:
         return experience, rollout_metrics(rollout, read, masks.kl, kl_coef, rows)
 
     def _read(self, batch: Batch, answers: Answers) -> Reading:
-        """Each process reads its share of the responses with every model, and rates it."""
+        """Each process reads its share of the responses with every model, and rates its own."""
         models, temperature, world = self.models, self.sampling.temperature, self.world
         parts = batch.parts(self.config.max_tokens, world.size)[world.rank]
         states: list[tuple[list[int], tuple[Tensor, ...]]] = []
@@ -233,17 +227,22 @@ class PPO:
             old, _ = policy_logprobs(models.policy, part, temperature)
             ref, _ = policy_logprobs(models.ref, part, temperature)
             states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
-        rated = []
-        # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
-        if indices := [i for i, g in enumerate(answers.groups) if g % world.size == world.rank]:
-            own = batch.rows(indices)
-            found = check_reward(self.reward(own, answers.rows(indices)), own.mask)
-            rated.append((indices, tuple(x for x in found if x is not None)))
-        exchanged = world.exchanged((states, rated))
+        exchanged = world.exchanged((states, self.rated(batch, answers)))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
         rewards, *category = columns(batch, [row for _, part in exchanged for row in part])
         values, after = of_critic or (None, None)
         return Reading(old, ref, rewards, category[0] if category else None, values, after)
+
+    def rated(self, batch: Batch, answers: Answers) -> list[tuple[list[int], tuple[Tensor, ...]]]:
+        """What the reward gives for this process's share of the responses, a part for `columns`."""
+        # Whole prompts, not a share by tokens: a reward may compare the responses of a prompt.
+        world = self.world
+        indices = [i for i, g in enumerate(answers.groups) if g % world.size == world.rank]
+        if not indices:
+            return []
+        own = batch.rows(indices)
+        found = check_reward(self.reward(own, answers.rows(indices)), own.mask)
+        return [(indices, tuple(x for x in found if x is not None))]
 
     def update(self, experience: Experience) -> dict[str, float]:
         """`epochs` passes over shuffled minibatches; policy and critic step together.
