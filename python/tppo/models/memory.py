@@ -8,23 +8,17 @@ backward pass of the uppermost and of the lowest layer take is linear in the num
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 from tppo.models.meta import META, Head, Holding, LiveBytes, Mark, Role, meta_model, sizes
 from tppo.models.recompute import recompute_layers
-
-_PREPARE = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
-_CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
-CPU_ROWS = 512  # of logits that the operators on a CPU make at once
-GPU_CHUNK = (1 << 30, 8 << 30)  # bytes of them on a GPU: a sixteenth of its memory within these
-CPU_CHUNK = 1 << 30
+from tppo.models.rollout import CACHE
 
 
 class Tokens(NamedTuple):
@@ -229,7 +223,7 @@ def sampling_pass(config: PretrainedConfig, dtype: torch.dtype, tokens: Tokens) 
         cache.update(past[0], past[1], layer)
     step = Tokens(rows, 1, 0, 1, shared=False)
     with LiveBytes(model) as live:
-        _states(model, step, use_cache=True, **{_CACHE: cache})
+        _states(model, step, use_cache=True, **{CACHE: cache})
     kept = config.num_hidden_layers * rows * length * per_token
     own = layers * rows * length * per_token  # of the cache's new tensors, in the peak already
     logits = rows * config.vocab_size * (dtype.itemsize + 4 * 4)  # scores, softmax and a copy

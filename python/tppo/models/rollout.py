@@ -26,7 +26,7 @@ from tppo.models.vocabulary import phantoms
 from tppo.progress import say_once, track
 
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
-_CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
+CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
 _COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied to its rows
 
 
@@ -186,7 +186,7 @@ class HFRollout:
                 output = self.model.generate(  # type: ignore[operator]
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
-                    **{_CACHE: self._prefill(prompts)},
+                    **{CACHE: self._prefill(prompts)},
                     generation_config=config,
                 )
         except RuntimeError as error:
@@ -218,7 +218,7 @@ class HFRollout:
             position_ids=batch.position_ids,
             use_cache=True,
         )
-        cache = output.get(_CACHE)
+        cache = output.get(CACHE)
         if type(cache) is not DynamicCache or not {type(x) for x in cache.layers} <= _COPIED:
             self.prefix = "dense"
             say_once(
