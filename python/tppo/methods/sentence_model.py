@@ -18,7 +18,7 @@ from tppo.methods.config import RewardModelConfig
 from tppo.methods.early_stop import train_to_best
 from tppo.methods.optimizer import AdamW
 from tppo.methods.reward_model import RELEVANT, LabelledAnswer, area_under_curve
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_step, check_weights, trainable
 
@@ -62,12 +62,8 @@ class SentenceReader:
     @torch.no_grad()
     def scores(self, rows: Sequence[Example], size: int = 256) -> Tensor:
         """The score of each answer, [N]; of pairs [2 N]."""
-        found = [self._read(self.batch(rows[i : i + size])) for i in range(0, len(rows), size)]
-        return torch.cat(found)
-
-    def _read(self, batch: Batch) -> Tensor:
-        (parts,) = batch.parts(self.max_tokens)
-        return assembled(batch.mask, [(i, self.model(batch.rows(i))) for i in parts])
+        batches = (self.batch(rows[i : i + size]) for i in range(0, len(rows), size))
+        return torch.cat([batch.in_parts(self.model, self.max_tokens) for batch in batches])
 
     def backward(self, batch: Batch, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Adds the gradients of a loss of the scores [B] of a whole batch; returns the loss.
@@ -81,7 +77,7 @@ class SentenceReader:
             loss.backward()
             return loss.detach()
         with torch.no_grad():
-            scores = self._read(batch)
+            scores = batch.in_parts(self.model, self.max_tokens)
         loss = loss_of(scores.requires_grad_())
         (gradient,) = torch.autograd.grad(loss, scores)  # [B]
         for index in parts:

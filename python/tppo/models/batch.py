@@ -13,7 +13,7 @@ Dense: one row a response, the prompt again in each, padded left and right, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from heapq import heapreplace
@@ -131,6 +131,11 @@ class Batch:
                  for n in range(1, ranks + 1))  # fmt: skip
         shares = min((_balanced(pieces, ranks) for pieces in finer), key=_longest)
         return [_packed(share, max_tokens) for share in shares]
+
+    def in_parts(self, read: Callable[[Batch], Tensor], max_tokens: int) -> Tensor:
+        """What `read` finds of the responses, given at most `max_tokens` tokens of them at once."""
+        (parts,) = self.parts(max_tokens)
+        return assembled(self.mask, [(index, read(self.rows(index))) for index in parts])
 
     def _cut(self, piece: Piece, n: int) -> list[Piece]:
         """A piece in at most n of about equal length, each with the prompt."""

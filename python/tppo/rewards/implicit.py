@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs
 from tppo.rewards import Answers, TokenReward
 
@@ -50,6 +50,4 @@ class ImplicitReward(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T]."""
-        (parts,) = batch.parts(self.max_tokens)
-        read = [(index, self.model.tokens(batch.rows(index))) for index in parts]
-        return TokenReward(assembled(batch.mask, read).float())
+        return TokenReward(batch.in_parts(self.model.tokens, self.max_tokens).float())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tppo_kernels as tk
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch
 from tppo.models.config import DType
 from tppo.models.load import load_policy
 from tppo.models.token_classifier import state_size
@@ -86,9 +86,7 @@ class SentenceModelReward(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T], 0 but at the last tokens; NaN where a score is not finite."""
-        (parts,) = batch.parts(self.max_tokens)
-        read = [(index, self.model(batch.rows(index))) for index in parts]
-        scores = assembled(batch.mask, read).float()  # [B]
+        scores = batch.in_parts(self.model, self.max_tokens).float()  # [B]
         paid = scores.sigmoid() - 0.5 if self.mode == "probability" else scores
         # An infinite score has a finite probability: it must stop the training all the same.
         terminal = (self.scale * paid).masked_fill(~scores.isfinite(), torch.nan)

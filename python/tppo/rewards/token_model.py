@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tppo_kernels as tk
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch
 from tppo.rewards import Answers, TokenReward
 
 SUGGESTED_LENGTH = "suggested_length"  # the column that holds it, in tokens
@@ -59,9 +59,7 @@ class TokenModelReward(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits of a batch, read in parts, [B, T, 3]; 0 where masked."""
-        (parts,) = batch.parts(self.max_tokens)
-        read = [(index, self.model(batch.rows(index))) for index in parts]
-        return assembled(batch.mask, read)
+        return batch.in_parts(self.model, self.max_tokens)
 
     def _suggested(self, answers: Answers, like: Tensor) -> Tensor:
         if SUGGESTED_LENGTH not in answers.columns:
