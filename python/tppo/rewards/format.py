@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from tppo.labels.queries import SEPARATOR, repeats
 from tppo.models.batch import Batch
-from tppo.rewards import Answers, Reward, TokenReward
+from tppo.rewards import Answers, Reward, TokenReward, last_writer
 
 QUERIES = "queries"  # the column that holds how many queries are asked for
 
@@ -61,13 +59,8 @@ class FormatReward(nn.Module):
         for k, (line, again) in enumerate(zip(lines, repeats(lines), strict=True)):
             if again or k >= asked or not line.strip():
                 # An empty line has no character but its separator.
-                found.append(_last_token(offsets, start, max(start + len(line), start + 1), last))
+                t = last_writer(offsets, start, max(start + len(line), start + 1))
+                found.append(last if t is None else t)
             start += len(line) + len(SEPARATOR)
         cut = not ids or ids[-1] not in answers.eos_ids
         return found + [last] * (max(0, asked - len(lines)) + cut)
-
-
-def _last_token(offsets: Sequence[tuple[int, int]], start: int, end: int, last: int) -> int:
-    """The last token that writes one of the characters start..end-1, else the response's last."""
-    written = (t for t, (a, b) in enumerate(offsets) if a < min(b, end) and b > start)
-    return max(written, default=last)
