@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tppo.models.config import ALL_LINEAR, AdapterConfig
 from tppo.models.hub import locate
+from tppo.models.token_classifier import head_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -198,8 +199,7 @@ def save_adapter(
 
 def save_classifier(model: Any, folder: str | Path) -> None:
     """Write adapter and head of a token classifier."""
-    head = "score" if getattr(model, "score", None) is not None else "classifier"
-    save_adapter(model, folder, task="TOKEN_CLS", head=head)
+    save_adapter(model, folder, task="TOKEN_CLS", head=head_name(model))
 
 
 def _short(model: nn.Module, targets: Collection[str]) -> list[str]:

@@ -25,6 +25,7 @@ from tppo.models.config import DType, Prefix
 from tppo.models.load import load_from, load_reward_model
 from tppo.models.policy import RewardModel
 from tppo.models.precision import relative_rms, rounding_error
+from tppo.models.token_classifier import head_name
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.plain_text import plain_text
 from tppo.progress import say, say_once
@@ -242,7 +243,7 @@ def reads_policy_tokens(
     if ids != policy_tokenizer.encode(PROBE, add_special_tokens=False):
         return False
     trunk = model.base_model
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head = getattr(model, head_name(model), None)
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return False
     if not isinstance(head, nn.Linear):

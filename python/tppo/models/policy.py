@@ -23,7 +23,7 @@ from tppo.models.adapters import AdaptedClassifier
 from tppo.models.batch import Batch
 from tppo.models.config import DType, ScratchConfig
 from tppo.models.load import load_policy
-from tppo.models.token_classifier import state_size
+from tppo.models.token_classifier import head_name, state_size
 
 
 def new_policy(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
 def class_logits(model: PreTrainedModel | AdaptedClassifier, batch: Batch) -> Tensor:
     """Class logits of a token classifier at each response token, [B, T, 3]."""
     (states,) = batch.states(model.base_model, "reward")  # [B, T, D]
-    head = getattr(model, "score", None) or model.classifier
+    head = getattr(model, head_name(model))
     assert isinstance(head, nn.Linear)
     return tk.token_head(states, head.weight, head.bias, batch.mask)
 

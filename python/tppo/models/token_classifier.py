@@ -44,6 +44,11 @@ def state_size(config: Any) -> int:
     return getattr(own, "word_embed_proj_dim", None) or own.hidden_size
 
 
+def head_name(model: nn.Module) -> str:
+    """The name of a token classifier's head, which differs from family to family."""
+    return "score" if getattr(model, "score", None) is not None else "classifier"
+
+
 class _TokenClassifier(PreTrainedModel):
     """The trunk of a causal LM with a linear head that reads the state of every token."""
 
