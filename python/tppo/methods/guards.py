@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tppo.methods.advantages import TokenAdvantages
 from tppo.methods.experience import Experience, Models
 from tppo.models.batch import Batch
-from tppo.models.guards import GuardError
+from tppo.models.guards import GuardError, trainable
 from tppo.models.policy import policy_logprobs
 from tppo.models.precision import relative_rms, rounding_error
 from tppo.progress import say
@@ -133,8 +133,7 @@ def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperatur
             for classifier in classifiers:
                 found["class logits"] = classifier.logits(way)  # [B, T, 3]
         for name, model, output in outputs:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+            gradients = torch.autograd.grad(output.sum(), trainable(model), allow_unused=True)
             kept = [g.flatten() for g in gradients if g is not None]
             found[f"{name}'s gradients"] = torch.cat(kept)
         results.append({name: tensor.detach() for name, tensor in found.items()})

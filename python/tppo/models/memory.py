@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from tppo.models.guards import trainable
 from tppo.models.meta import META, Head, Holding, LiveBytes, Mark, Role, meta_model, sizes
 from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import CACHE
@@ -125,9 +126,8 @@ def _run(
         if again:  # the gradients of the part before are there
             for model, role in zip(models, roles, strict=True):
                 part = model if role in ("language", "policy") else model.base_model
-                for parameter in part.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.empty_like(parameter)
+                for parameter in trainable(part):
+                    parameter.grad = torch.empty_like(parameter)
         losses = [_loss(m, r, tokens, rows) for m, r in zip(models, roles, strict=True)]
         live.mark()
         torch.autograd.backward(losses, [torch.empty_like(loss) for loss in losses])

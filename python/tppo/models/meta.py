@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from tppo.models.guards import trainable
+
 Role = Literal["language", "policy", "value", "class"]  # which head reads the states
 META = torch.device("meta")
 CPU_ROWS = 512  # of logits that the operators on a CPU make at once
@@ -233,7 +235,7 @@ def sizes(model: Any, role: Role) -> Sizes:
     """Of a model that `meta_model` made; tied weights count once."""
     part = model if role in ("language", "policy") else model.base_model
     parameters = list(part.parameters())
-    trained = [p.numel() for p in parameters if p.requires_grad]
+    trained = [p.numel() for p in trainable(part)]
     return Sizes(
         sum(p.numel() * p.element_size() for p in parameters), sum(trained), max(trained, default=0)
     )
