@@ -97,7 +97,7 @@ def save_weights(model: PreTrainedModel, folder: str | Path) -> None:
     made: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay tied: they are saved once
     state = {}
     for name, tensor in model.state_dict().items():
-        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        where = tied_key(tensor)
         if where not in made:
             made[where] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         state[name] = made[where]
@@ -106,6 +106,11 @@ def save_weights(model: PreTrainedModel, folder: str | Path) -> None:
     for part in (config, config.get_text_config()):
         part.dtype = dtype
     config.save_pretrained(folder)
+
+
+def tied_key(tensor: Tensor) -> tuple[Any, ...]:
+    """What is the same of two tensors if they are one under two names: tied weights."""
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 @contextmanager

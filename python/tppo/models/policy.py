@@ -22,6 +22,7 @@ import tppo_kernels as tk
 from tppo.models.adapters import AdaptedClassifier
 from tppo.models.batch import Batch
 from tppo.models.config import DType, ScratchConfig
+from tppo.models.folder import tied_key
 from tppo.models.load import load_policy
 from tppo.models.token_classifier import head_name, state_size
 
@@ -143,7 +144,7 @@ def snapshot(
     """
     kept, copies = {}, dict[tuple[Any, ...], Tensor]()
     for name, tensor in trained_state(model).items():
-        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        where = tied_key(tensor)
         if where not in copies:
             old = into.get(name) if into else None
             if old is None:
