@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tppo.models.adapters import has_adapter, save_adapter
-from tppo.models.hub import GGUF
+from tppo.models.hub import is_gguf
 from tppo.models.load import GENERATION_CONFIG, as_ids, load_from, read_generation_config
 from tppo.models.vocabulary import phantoms
 
@@ -53,7 +53,7 @@ def folder_eos_ids(
 def folder_configs(path: str | Path) -> list[Any]:
     """Generation config and configuration of a folder or GGUF file, those that are there."""
     path = Path(path)
-    configured = path.suffix.lower() == GGUF or (path / "config.json").exists()
+    configured = is_gguf(path) or (path / "config.json").exists()
     found = [read_generation_config(path), load_from(AutoConfig, path) if configured else None]
     return [config for config in found if config is not None]
 

@@ -37,9 +37,16 @@ def locate(
     if revision is not None:
         raise DataError(f"{path}: a local model, and {_flag(flag)} was {revision!r}; expected no "
                         "revision: only an id of a hub has some")  # fmt: skip
-    if not path.is_dir() and not _is_gguf(path):
-        raise DataError(f"{path}: a file, {_EXPECTED}")
+    if not path.is_dir():
+        if not is_gguf(path):
+            raise DataError(f"{path}: a file, {_EXPECTED}")
+        _check_gguf(path)
     return path
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return Path(path).suffix.lower() == GGUF
 
 
 def _flag(model: str) -> str:
@@ -47,15 +54,12 @@ def _flag(model: str) -> str:
     return f"{model.removesuffix('.model')}.revision"
 
 
-def _is_gguf(path: Path) -> bool:
-    if path.suffix.lower() != GGUF:
-        return False
+def _check_gguf(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(4)
     if start != b"GGUF":
         raise DataError(f"{path}: it begins with {start!r}, expected the four bytes GGUF; was the "
                         "download cut, or is it a pointer of Git LFS?")  # fmt: skip
-    return True
 
 
 def _fetch(name: str, revision: str | None, flag: str, pickles: bool) -> Path:

@@ -24,7 +24,7 @@ from transformers import (
 
 from tppo.models.adapters import base_path, is_adapter, merge_into
 from tppo.models.config import DType
-from tppo.models.hub import GGUF
+from tppo.models.hub import is_gguf
 from tppo.models.token_classifier import token_classifier
 
 GENERATION_CONFIG, TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -94,14 +94,14 @@ def _load(
         whole = _load(auto, base, device, dtype, pickles, **options)
         return merge_into(whole, path, pickles=pickles)
     stored = torch.float32  # what the weights of a GGUF file are dequantised to
-    if not _is_gguf(path):
+    if not is_gguf(path):
         config = load_from(AutoConfig, path)
         _check_weights(Path(path), config, pickles)
         stored = stored_dtype(Path(path), config)
     held = compute_dtype(dtype, stored, device)
-    safe = None if pickles or _is_gguf(path) else True
+    safe = None if pickles or is_gguf(path) else True
     model = load_from(auto, path, dtype=held, use_safetensors=safe, **options)
-    if _is_gguf(path):
+    if is_gguf(path):
         model = _unquantised(model)
     model.folder_dtype = stored
     return place(model, device)
@@ -156,10 +156,6 @@ def _check_weights(path: Path, config: Any, pickles: bool) -> None:
         )
 
 
-def _is_gguf(path: str | Path) -> bool:
-    return Path(path).suffix.lower() == GGUF
-
-
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers saves: it takes one from GGUF for quantised."""
     config = model.config
@@ -185,7 +181,7 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     folder = Path(path)
     if is_adapter(folder) and not (auto is AutoTokenizer and (folder / TOKENIZER).exists()):
         return load_from(auto, base_path(folder), **options)
-    if _is_gguf(path):
+    if is_gguf(path):
         _need_gguf(folder)
         folder, options = folder.parent, options | {"gguf_file": folder.name}
     else:
