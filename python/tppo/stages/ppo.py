@@ -24,6 +24,7 @@ from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
+from tppo.stages.answers import Answer
 from tppo.stages.loop import Held, Loop, Watch, response_figures
 from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.registry import (
@@ -76,20 +77,25 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
 
 
 def generated_answers(run: Run, questions: Questions) -> Answered:
-    """As many of the generated answers as the critic is fitted on, drawn at random, with their
-    questions; those to one question follow each other.
-    """
+    """As many of the generated answers as the critic is fitted on, drawn at random."""
     answers, n = list(run.iter_answers()), run.config.ppo.fit_critic
     chosen = random.Random(f"{run.seed}/critic-answers").sample(answers, min(n, len(answers)))
+    return answered(chosen, questions)
+
+
+def answered(answers: Sequence[Answer], questions: Questions) -> Answered:
+    """Generated answers as a critic is fitted on them, each with its question out of `questions`;
+    those to one question follow each other.
+    """
     places = {session.id: k for k, session in enumerate(questions.columns[SESSION])}
-    chosen.sort(key=lambda answer: (places[answer.session], answer.id))
+    ordered = sorted(answers, key=lambda answer: (places[answer.session], answer.id))
     rollout = RolloutBatch(
-        [answer.prompt_ids for answer in chosen],
-        [answer.response_ids for answer in chosen],
+        [answer.prompt_ids for answer in ordered],
+        [answer.response_ids for answer in ordered],
         None,
-        [answer.finish for answer in chosen],
+        [answer.finish for answer in ordered],
     )
-    return Answered(questions.rows([places[answer.session] for answer in chosen]), rollout)
+    return Answered(questions.rows([places[answer.session] for answer in ordered]), rollout)
 
 
 def answer_figures(rule: RuleJudge, answers: Answers) -> dict[str, float]:

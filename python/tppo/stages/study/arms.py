@@ -17,9 +17,9 @@ from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import fit_critic
 from tppo.methods.ppo import PPO
-from tppo.models.rollout import RolloutBatch
 from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
+from tppo.stages.ppo import answered
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import reward_of, scores
@@ -43,15 +43,8 @@ def fitted(material: Material, trainer: PPO, answers: int) -> dict[str, Any]:
 
     None of them is new, and none needs a label: the reward rates them.
     """
-    places = {session.id: i for i, session in enumerate(material.sessions)}
     chosen = [answer for answer, _ in material.labelled[:answers]]
-    chosen.sort(key=lambda answer: (places[answer.session], answer.id))
-    rollout = RolloutBatch(
-        [answer.prompt_ids for answer in chosen], [answer.response_ids for answer in chosen], None,
-        [answer.finish for answer in chosen],
-    )  # fmt: skip
-    questions = material.train.rows([places[answer.session] for answer in chosen])
-    return fit_critic(trainer, questions, rollout)._asdict()
+    return fit_critic(trainer, *answered(chosen, material.train))._asdict()
 
 
 def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) -> dict[str, Any]:
