@@ -168,47 +168,47 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
         for k in range(len(seeds))
     ]
     value, draws = _resampled(blocks, means)
-    result: dict[str, Any] = {"seeds": seeds, "arms": {}, "ratios": {}}
+    result: dict[str, Any] = {"seeds": seeds, "arms": {}}
     spans = {name: slice(i * len(x), (i + 1) * len(x)) for i, name in enumerate(keys)}
+    reached_in = {
+        name: {level: [reached(level, x, y.tolist()) for y in draws[:, span]]
+               for level in LEVELS}
+        for name, span in spans.items()
+    }  # fmt: skip
     for name, span in spans.items():
         points = [interval(float(v), d) for v, d in zip(value[span], draws[:, span].T, strict=True)]
         result["arms"][name] = {
             "relevance": Curve(x, points, draws[:, span], seeds),
             "rows": [_beside([curve[i] for curve in curves[name]]) for i in range(len(x))],
-            "reached": {level: _reached(level, x, value[span], draws[:, span])
-                        for level in LEVELS},
-            "reached_draws": {level: [reached(level, x, y) for y in draws[:, span]]
-                              for level in LEVELS},
-        }  # fmt: skip
-    _ratios(result, x, value, spans)
+            "reached": {
+                level: interval(reached(level, x, value[span].tolist()), np.array(known))
+                for level, known in reached_in[name].items()
+            },
+        }
+    result["ratios"] = _ratios(result["arms"], reached_in)
     return result
 
 
-def _reached(level: float, x: Sequence[float], y: Array, draws: Array) -> Interval:
-    return interval(reached(level, x, y.tolist()),
-                    np.array([reached(level, x, row.tolist()) for row in draws]))  # fmt: skip
-
-
 def _ratios(
-    result: dict[str, Any], x: Sequence[float], value: Array, spans: Mapping[str, slice]
-) -> None:
-    """Answers of the first arm to a level over those of each other arm, paired."""
-    first, *others = spans
-    own = result["arms"][first]
+    arms: Mapping[str, Any], reached_in: Mapping[str, Mapping[float, Sequence[float]]]
+) -> dict[str, dict[float, Interval]]:
+    """Answers of the first arm to a level over those of each other arm, paired.
+
+    reached_in: of each arm and level the answers to it, resampled.
+    """
+    first, *others = arms
+    found: dict[str, dict[float, Interval]] = {}
     for name in others:
-        other = result["arms"][name]
-        result["ratios"][name] = {}
+        found[name] = {}
         for level in LEVELS:
             draws = [
                 a / b if np.isfinite(a) else np.nan
-                for a, b in zip(own["reached_draws"][level], other["reached_draws"][level],
-                                strict=True)
-            ]  # fmt: skip
-            top, bottom = own["reached"][level].value, other["reached"][level].value
+                for a, b in zip(reached_in[first][level], reached_in[name][level], strict=True)
+            ]
+            top, bottom = (arms[arm]["reached"][level].value for arm in (first, name))
             ratio = top / bottom if np.isfinite(top) else np.nan
-            result["ratios"][name][level] = interval(ratio, np.array(draws))
-    for arm in result["arms"].values():
-        del arm["reached_draws"]
+            found[name][level] = interval(ratio, np.array(draws))
+    return found
 
 
 def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
