@@ -155,6 +155,20 @@ def test_closing_figures_of_outcomes_whose_answer_is_known():
     assert "| 1,600 |" in shown and "2 seeds" in shown and "not reached" in shown
 
 
+def test_arms_that_begin_above_a_level_have_no_ratio_there():
+    arms = (Arm("token"), Arm("end", paid="end"), Arm("late", paid="end"))
+    study = StudyConfig((Part("credit", arms),))
+    found = [outcome(cell, 0.95, True) for cell in study.cells()]
+    for one in found[:2]:  # the model that both start from
+        one.found["curve"][0]["relevant"] = "1" * 45 + "0" * 55
+    figures = all_figures(study, found)
+    (credit,) = figures["credit"]
+    assert credit["arms"]["token"]["reached"]["0.4"][0] == 0
+    assert credit["ratios"]["end"]["0.4"][0] is None and credit["ratios"]["late"]["0.4"][0] == 0
+    assert credit["ratios"]["end"]["0.9"][0] == pytest.approx(1)
+    assert tables(figures | {"label_cost": None})
+
+
 def test_a_chart_is_xml_and_higher_is_up():
     line = Line("a & b", [25, 100, 1600], [0.2, 0.5, 0.9], [0.1, 0.4, 0.8], [0.3, 0.6, 1.0])
     root = ET.fromstring(chart([line], "labelled answers", "relevance", log=True))

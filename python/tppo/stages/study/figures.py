@@ -5,6 +5,7 @@ A figure is of the seeds that all of its arms have, so that a study is of use be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -201,14 +202,17 @@ def _ratios(
     for name in others:
         found[name] = {}
         for level in LEVELS:
-            draws = [
-                a / b if np.isfinite(a) else np.nan
-                for a, b in zip(reached_in[first][level], reached_in[name][level], strict=True)
-            ]
-            top, bottom = (arms[arm]["reached"][level].value for arm in (first, name))
-            ratio = top / bottom if np.isfinite(top) else np.nan
-            found[name][level] = interval(ratio, np.array(draws))
+            pairs = zip(reached_in[first][level], reached_in[name][level], strict=True)
+            whole = (arms[arm]["reached"][level].value for arm in (first, name))
+            found[name][level] = interval(_ratio(*whole), np.array([_ratio(*p) for p in pairs]))
     return found
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b; NaN where a was not reached, or where both curves begin above the level, at 0."""
+    if not math.isfinite(a) or a == b == 0:
+        return math.nan
+    return a / b if b else math.inf
 
 
 def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
