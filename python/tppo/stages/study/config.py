@@ -87,6 +87,15 @@ class Cell:
         """The answers sampled, in queries: what the time that the training takes grows with."""
         return self.steps * self.step_answers * self.queries
 
+    @property
+    def reward_model(self) -> str:
+        """What the cell's reward model is called among those of its queries and seed: arms that
+        learn from the same labels share it.
+        """
+        arm, noise = self.arm, self.noise
+        kind = "words" if arm.labels == "words" else f"sentences-{arm.pooling}"
+        return f"{kind}-{self.answers}-{noise.words:g}-{noise.sentences:g}"
+
 
 @section
 class Part:

@@ -40,11 +40,8 @@ WEIGHTS = "model.safetensors"
 
 
 def folder_of(material: Material, cell: Cell) -> Path:
-    """Where the reward model of a cell lies; arms that learn from the same labels share it."""
-    arm, noise = cell.arm, cell.noise
-    kind = "words" if arm.labels == "words" else f"sentences-{arm.pooling}"
-    name = f"{kind}-{cell.answers}-{noise.words:g}-{noise.sentences:g}-{material.study.mark}"
-    return material.run.out / "reward-models" / name
+    """Where the reward model of a cell lies."""
+    return material.run.out / "reward-models" / f"{cell.reward_model}-{material.study.mark}"
 
 
 def make_reward_model(material: Material, cell: Cell) -> None:

@@ -145,9 +145,7 @@ def _jobs(cells: Sequence[Cell]) -> list[Job]:
     found: dict[str, Job] = {}
     for cell in cells:
         shared = f"{cell.queries}/{cell.seed}"
-        arm, noise = cell.arm, cell.noise
-        reward = f"{shared}/{arm.labels}/{arm.pooling}/{cell.answers}/{noise.words}/" \
-                 f"{noise.sentences}"  # fmt: skip
+        reward = f"{shared}/{cell.reward_model}"
         own = json.dumps(plain(cell), sort_keys=True)
         for job in (
             Job("material", shared, None, cell),
