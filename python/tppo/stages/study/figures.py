@@ -37,7 +37,6 @@ class Curve(NamedTuple):
     x: list[float]
     y: list[Interval]
     draws: Array  # [draws, x]
-    seeds: list[int]
 
     @property
     def values(self) -> list[float]:
@@ -47,7 +46,7 @@ class Curve(NamedTuple):
     def at(self, x: Sequence[float]) -> Curve:
         """The curve at some of its x alone."""
         index = [self.x.index(value) for value in x]
-        return Curve([*x], [self.y[i] for i in index], self.draws[:, index], self.seeds)
+        return Curve([*x], [self.y[i] for i in index], self.draws[:, index])
 
 
 Group = dict[tuple[str, float], dict[int, Outcome]]  # (arm, x) -> seed -> outcome
@@ -105,10 +104,11 @@ def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dic
         index = [i for i, key in enumerate(keys) if key[0] == name]
         x = [keys[i][1] for i in index]
         arms[name] = {
-            figure: Curve(x, [interval(float(value[i]), draws[:, i]) for i in index],
-                          draws[:, index], seeds)
+            figure: Curve(
+                x, [interval(float(value[i]), draws[:, i]) for i in index], draws[:, index]
+            )
             for figure, (value, draws) in figures.items()
-        }  # fmt: skip
+        }
         arms[name]["beside"] = [
             {**_beside([one["curve"][-1] for one in last[keys[i]]]),
              "by_seed": [_relevant(one["curve"][-1]).mean() for one in last[keys[i]]],
@@ -134,15 +134,15 @@ def labels_needed(words: Curve, sentences: Curve) -> list[dict[str, Any]]:
     common = [x for x in words.x if x in sentences.x]
     words, sentences = words.at(common), sentences.at(common)
     rows = []
-    for at in sentences.x:
+    for at, level in zip(sentences.x, sentences.values, strict=True):
         ratio = ratio_at_level(words.x, words.values, sentences.values, at)
         draws = np.array([
             ratio_at_level(words.x, a, b, at)
             for a, b in zip(words.draws, sentences.draws, strict=True)
         ])  # fmt: skip
         rows.append({
-            "sentences": at, "level": sentences.values[sentences.x.index(at)],
-            "ratio": interval(ratio, draws), "smallest": words.x[0] / at,
+            "sentences": at, "level": level, "ratio": interval(ratio, draws),
+            "smallest": words.x[0] / at,
         })  # fmt: skip
     return rows
 
@@ -179,7 +179,7 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
     for name, span in spans.items():
         points = [interval(float(v), d) for v, d in zip(value[span], draws[:, span].T, strict=True)]
         result["arms"][name] = {
-            "relevance": Curve(x, points, draws[:, span], seeds),
+            "relevance": Curve(x, points, draws[:, span]),
             "rows": [_beside([curve[i] for curve in curves[name]]) for i in range(len(x))],
             "reached": {
                 level: interval(reached(level, x, value[span].tolist()), np.array(known))

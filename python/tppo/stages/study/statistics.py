@@ -77,17 +77,16 @@ def reached(level: float, x: Sequence[float], y: Sequence[float], *, log: bool =
 
 
 def ratio_at_level(
-    x: Sequence[float], a: Sequence[float], b: Sequence[float], at: float, *, log: bool = True
-) -> float:
+    x: Sequence[float], a: Sequence[float], b: Sequence[float], at: float
+) -> float:  # fmt: skip
     """x of curve a over x of curve b where both have the level that b has at x = `at`.
 
-    The level is that of b made nondecreasing.  Where a begins above it the ratio is at most
-    x[0] / at, which is what is returned; infinite where a never reaches it.
+    The curves are linear in log x; the level is that of b made nondecreasing.  Where a begins
+    above it the ratio is at most x[0] / at, which is what is returned; infinite where a never
+    reaches it.
     """
-    curve = monotone(b)
-    places = np.log(np.asarray(x)) if log else np.asarray(x, dtype=np.float64)
-    level = float(np.interp(math.log(at) if log else at, places, curve))
-    return reached(level, x, a, log=log) / reached(level, x, b, log=log)
+    level = float(np.interp(math.log(at), np.log(np.asarray(x)), monotone(b)))
+    return reached(level, x, a, log=True) / reached(level, x, b, log=True)
 
 
 def interval(value: float, draws: Array) -> Interval:
