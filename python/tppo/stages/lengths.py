@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.models.config import GenerateConfig
 from tppo.sessions.prompts import encode_answer, encode_prompts
@@ -23,6 +23,11 @@ def answer_cap(
     return int(1.25 * ordered[int(0.99 * (len(ordered) - 1))]) + 1
 
 
+def positions_of(config: PretrainedConfig) -> int:
+    """How many tokens a model reads at most, prompt and answer together."""
+    return getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+
+
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase,
     sessions: Sequence[Session],
@@ -30,5 +35,4 @@ def fit_prompts(
     cap: int,
 ) -> list[list[int]]:
     """Prompt ids that leave room for an answer of `cap` tokens in the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
-    return encode_prompts(tokenizer, sessions, positions - cap)
+    return encode_prompts(tokenizer, sessions, positions_of(model.config) - cap)

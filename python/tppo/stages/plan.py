@@ -137,15 +137,14 @@ def measured(options: PlanOptions, config: PretrainedConfig, folder: Path) -> Wo
     from tppo.models.tokenizer import load_tokenizer
     from tppo.sessions.prompts import encode_prompts
     from tppo.sessions.readers import SessionLog
-    from tppo.stages.lengths import DEFAULT_POSITIONS, answer_cap
+    from tppo.stages.lengths import answer_cap, positions_of
 
     assert options.data is not None
     tokenizer, sessions = load_tokenizer(folder), list(SessionLog(options.data, options.read))
     if not sessions:
         raise DataError(f"{options.data}: no session in it, expected at least one")
     cap = answer_cap(tokenizer, sessions, options.work.generate)
-    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS
-    prompts = encode_prompts(tokenizer, sessions, positions - cap)
+    prompts = encode_prompts(tokenizer, sessions, positions_of(config) - cap)
     longest = max(2, *map(len, prompts))
     return replace(options.work, prompt_tokens=longest, response_tokens=cap)
 

@@ -46,7 +46,7 @@ from tppo.stages.given import (
     described,
     function_of,
 )
-from tppo.stages.lengths import DEFAULT_POSITIONS
+from tppo.stages.lengths import positions_of
 from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.prompts import Prompts, questions, read_prompts
@@ -144,9 +144,7 @@ class PPOTrainer:
         self.origin = origin_of(model, self.path)
         self._start()
         self.eos_ids = model_eos_ids(self.tokenizer, self.model)
-        self.positions = (
-            getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
-        )
+        self.positions = positions_of(self.model.config)
         longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
         self.sampling = Sampling(longest, self.generate.temperature, seed)
         self._train = self._questions(self.prompts)
