@@ -16,7 +16,7 @@ from tppo.evaluation.judge import FORMAT, formats, sessions_of
 from tppo.labels.endpoint.config import EndpointConfig, api_key, check, need_libraries
 from tppo.labels.endpoint.live import Dropped, EndpointError, LabelItem, label
 from tppo.labels.label import Label
-from tppo.labels.queries import query_key
+from tppo.labels.queries import parse_answer, query_key
 from tppo.labels.rule import relevance_share
 from tppo.progress import say
 from tppo.sessions.prompts import history_lines
@@ -57,10 +57,8 @@ class EndpointJudge:
     def __call__(self, answers: Answers) -> dict[str, list[float]]:
         """Errors: EndpointError where the endpoint stops, or loses too many answers."""
         sessions = sessions_of(answers, self.name)
-        found = self._ask(
-            [_item(str(i), s, text) for i, (s, text) in enumerate(_pairs(sessions, answers))],
-            self.config,
-        )
+        pairs = zip(sessions, answers.texts, strict=True)
+        found = self._ask([_item(str(i), *pair) for i, pair in enumerate(pairs)], self.config)
         figures: dict[str, list[float]] = {
             "relevance": [0.0 if verdict is None else verdict.sentence for verdict in found]
         }
@@ -108,17 +106,13 @@ class EndpointJudge:
         return [None if isinstance(each, Dropped) else each for each in found]
 
 
-def _pairs(sessions: Sequence[Session], answers: Answers) -> zip[tuple[Session, str]]:
-    return zip(sessions, answers.texts, strict=True)
-
-
 def _item(id: str, session: Session, response: str, other: str | None = None) -> LabelItem:
     return LabelItem(id, history_lines(session), list(session.targets), response, other)
 
 
 def _unasked(one: str, other: str) -> int | None:
     """What is known of two answers without a judge."""
-    keys = [[key for line in text.split("\n") if (key := query_key(line))] for text in (one, other)]
+    keys = [list(filter(None, map(query_key, parse_answer(text)))) for text in (one, other)]
     if keys[0] == keys[1]:
         return 0
     return None if all(keys) else 1 if keys[0] else -1
