@@ -190,5 +190,13 @@ def load_object(place: str) -> Any:
     return found
 
 
+def load_given(flag: str, place: str) -> Any:
+    """What a flag names as `module:name`.  Errors: those of `load_object`, naming the flag."""
+    try:
+        return load_object(place)
+    except DataError as error:
+        raise DataError(f"{flag} {error}") from error.__cause__
+
+
 def _names(values: Iterable[str]) -> Sequence[str]:
     return [name for name in values if not name.startswith("_")]

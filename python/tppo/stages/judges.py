@@ -12,7 +12,7 @@ from tppo.evaluation.endpoint import ENDPOINT, EndpointJudge
 from tppo.evaluation.intent import INTENT, IntentJudge
 from tppo.evaluation.judge import RULE, CallableJudge, Judge, RuleJudge
 from tppo.evaluation.ranking import NEXT_QUERY, NextQueryJudge
-from tppo.rewards.user_function import load_object, named_with_source
+from tppo.rewards.user_function import load_given, named_with_source
 
 BUILT_IN = (RULE, INTENT, NEXT_QUERY, ENDPOINT)
 
@@ -62,10 +62,7 @@ def _loaded(name: str) -> Any:
     expected = f"{', '.join(BUILT_IN)}, or module:name"
     if ":" not in name:
         raise DataError(f"--eval.judge was {name!r}, expected {expected}")
-    try:
-        found = load_object(name)
-    except DataError as error:
-        raise DataError(f"--eval.judge {error}") from error.__cause__
+    found = load_given("--eval.judge", name)
     if isinstance(found, type) or not callable(found):
         raise DataError(f"--eval.judge {name}: was {short(found)}, expected a function "
                         "f(prompts, completions, **columns) -> list of numbers, or an object that "

@@ -40,7 +40,7 @@ from tppo.store.checkpoint import load_latest, save_checkpoint
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.run_folder import KEPT
 
-__all__ = ["Loop", "Questions", "Watch", "response_figures"]
+WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
 
 
 def response_figures(answers: Answers) -> dict[str, float]:
@@ -58,8 +58,6 @@ class Watch(NamedTuple):
     figures: Callable[[Answers], Mapping[str, float]] = response_figures
     shown: Mapping[str, str] = {}
     """Text on the progress line -> name of the figure that it shows."""
-
-WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
 
 
 class Held(NamedTuple):

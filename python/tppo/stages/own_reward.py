@@ -7,7 +7,7 @@ from typing import Any
 
 from tppo.config import Config
 from tppo.errors import DataError
-from tppo.rewards.user_function import load_object
+from tppo.rewards.user_function import load_given
 from tppo.stages.trainer import PPOTrainer
 
 
@@ -37,10 +37,10 @@ def train_by_function(
     assert model is not None and reward is not None
     PPOTrainer(
         model,
-        reward=_loaded("--reward", reward),
+        reward=load_given("--reward", reward),
         prompts=data,
         heldout=heldout,
-        judge=None if judge is None else _loaded("--judge", judge),
+        judge=None if judge is None else load_given("--judge", judge),
         config=settings.ppo,
         generate=settings.generate,
         loading=settings.model,
@@ -48,10 +48,3 @@ def train_by_function(
         prefix=settings.prefix,
         **options,
     ).train()
-
-
-def _loaded(flag: str, place: str) -> Any:
-    try:
-        return load_object(place)
-    except DataError as error:
-        raise DataError(f"{flag} {error}") from error.__cause__
