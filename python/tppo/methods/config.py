@@ -12,6 +12,8 @@ from typing import Literal
 from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
 
 MAX_TOKENS = 65_536  # that a model reads at once
+# Settings of PPO that the weights do not depend on.
+WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")
 
 
 @section

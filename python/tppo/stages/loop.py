@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo import stopping
 from tppo.evaluation.judge import FORMAT, Judge, finish, first_figure, spoken
 from tppo.evaluation.metrics import evaluate_policy
-from tppo.methods.config import PPOConfig
+from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.ppo import PPO
 from tppo.models.adapters import adapter_settings, has_adapter
@@ -39,8 +39,6 @@ from tppo.rewards import Answers, Questions
 from tppo.store.checkpoint import load_latest, save_checkpoint
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.run_folder import KEPT
-
-WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")  # on the weights
 
 
 def response_figures(answers: Answers) -> dict[str, float]:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from tppo.config import Config
 from tppo.errors import DataError, short
 from tppo.labels.rule import RULE
+from tppo.methods.config import WITHOUT_EFFECT
 from tppo.store.jsonl import plain
 
 if TYPE_CHECKING:
@@ -335,8 +336,7 @@ register(Stage(
     outputs=(POLICY, CRITIC, TRAINING),
     settings=(
         "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
-        "-ppo.checkpoint_every", "-ppo.verify_prefix", "-ppo.without_signal", "rule",
-        "judge", "lora",
+        *(f"-ppo.{name}" for name in WITHOUT_EFFECT), "rule", "judge", "lora",
     ),
     lost="no step of this process is lost",
     in_run=True,

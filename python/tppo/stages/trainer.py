@@ -18,7 +18,7 @@ from tppo import stopping
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
 from tppo.methods.advantages import ADVANTAGES, Advantage
-from tppo.methods.config import PPOConfig
+from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
 from tppo.methods.ppo import PPO
 from tppo.models.adapters import merged, need_peft, origin_of
 from tppo.models.card import write_card
@@ -47,7 +47,7 @@ from tppo.stages.given import (
     function_of,
 )
 from tppo.stages.lengths import positions_of
-from tppo.stages.loop import WITHOUT_EFFECT, Held, Loop
+from tppo.stages.loop import Held, Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.prompts import Prompts, questions, read_prompts
 from tppo.store.jsonl import plain
