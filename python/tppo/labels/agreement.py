@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tppo.errors import DataError
+from tppo.errors import DataError, short
 from tppo.labels.label import Label, read_labels
 from tppo.labels.shares import wilson
 from tppo.labels.words import NONE, map_labels, word_spans
-from tppo.store.jsonl import short
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tppo.errors import DataError
+from tppo.errors import DataError, short
 from tppo.progress import say
 from tppo.store.disk import space_for
 from tppo.store.folder_lock import FolderLock
 from tppo.store.hashes import MANIFEST, Hashes, sha256
-from tppo.store.jsonl import plain, read_object, short, sync_directory, write_json, write_jsonl
+from tppo.store.jsonl import plain, read_object, sync_directory, write_json, write_jsonl
 
 __all__ = ["RunFolder", "differences", "write_json", "write_jsonl"]
 

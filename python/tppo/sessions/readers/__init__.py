@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from tppo.errors import DataError
+from tppo.errors import DataError, short
 from tppo.sessions.readers.aol import read_aol
 from tppo.sessions.readers.array import begins, head, is_jsonl, read_objects
 from tppo.sessions.readers.chat import LISTS, read_chat
@@ -30,7 +30,7 @@ from tppo.sessions.readers.qac import read_qac
 from tppo.sessions.readers.sim4ia import read_sim4ia
 from tppo.sessions.session import Session, sessions_of
 from tppo.settings import Count, NonNegative, section
-from tppo.store.jsonl import BadRows, refuse_pipe, short
+from tppo.store.jsonl import BadRows, refuse_pipe
 
 __all__ = ["ReadConfig", "SessionLog", "detect_format"]
 

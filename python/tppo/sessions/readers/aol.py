@@ -16,10 +16,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from tppo.errors import DataError
+from tppo.errors import DataError, short
 from tppo.sessions.session import Event, Session, collapse
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import BadRows, decode_line, read_lines, short
+from tppo.store.jsonl import BadRows, decode_line, read_lines
 
 COLUMNS = ("AnonID", "Query", "QueryTime", "ItemRank", "ClickURL")
 REMOVED = "-"  # AOL's mark of a query that was taken out

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tppo.errors import DataError
-from tppo.store.jsonl import BadRows, Line, decode_line, read_jsonl, read_lines, short
+from tppo.errors import DataError, short
+from tppo.store.jsonl import BadRows, Line, decode_line, read_jsonl, read_lines
 
 
 def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tppo.errors import DataError
+from tppo.errors import DataError, short
 from tppo.sessions.session import Event, Session, collapse
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import BadRows, is_text, short
+from tppo.store.jsonl import BadRows, is_text
 
 REQUIRED = ("session_id", "final_search_term")
 OPTIONAL = ("query_id", "past_search_terms", "prefix", "prefixes", "search_time")
