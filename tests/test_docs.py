@@ -76,6 +76,28 @@ def test_every_name_of_the_source_in_a_document_exists(document):
             assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), f"{file} has no {name}"
 
 
+ABOUT_CALLS = {"BackendError", "Explanation", "doctor", "explain", "use_backend"}
+
+
+def missing_names(table, changes):
+    """(public names that are in no row of the README's table, those that no change names)"""
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = set(tk.__all__) - ABOUT_CALLS
+    return ({n for n in names if not re.search(rf"`{n}\b", "".join(rows))},
+            {n for n in names if not re.search(rf"`(tk\.)?{n}\b", changes)})
+
+
+def test_every_operator_is_in_the_readmes_table_and_in_the_changelog():
+    readme, changes = (ROOT / "README.md").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    assert missing_names(readme, changes) == (set(), set())
+    bare = {"gae"}, {"gae"}
+    without = (text.replace("`gae`", "`x`") for text in (readme, changes))
+    assert missing_names(*without) == bare
+    steps = (ROOT / "CONTRIBUTING.md").read_text()
+    adding = steps[steps.index("## Adding an operator"):steps.index("\n## Rooms")]
+    assert "README.md" in adding and "CHANGELOG.md" in adding
+
+
 @pytest.mark.parametrize("document", READMES, ids=lambda p: p.parent.name)
 def test_the_numbers_of_an_operators_readme_are_those_of_its_source(document):
     numbers = NUMBER.findall(document.read_text())

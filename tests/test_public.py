@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tppo_kernels as tk
+from tppo_kernels import __main__ as doctor
 from tppo_kernels._core.backends import forced
 from tppo_kernels._core.keywords import near
 from tppo_kernels._core.op import OPS
@@ -85,6 +86,39 @@ def test_valid_rows_takes_the_same_masks():
         tk.gae(mask.float(), mask.float(), mask.to(torch.complex64))
 
 
+def test_a_response_counts_up_to_and_including_its_first_end():
+    tokens = torch.tensor([
+        [5, 2, 0, 0],  # an end, then padding
+        [5, 6, 7, 8],  # cut at the greatest length: no end
+        [5, 3, 2, 3],  # another id ends it too, and a further end counts for nothing
+        [2, 5, 5, 5]])  # it says nothing
+    T, F = True, False
+    expected = [[T, T, F, F], [T] * 4, [T, T, F, F], [T, F, F, F]]
+    for ends in ([2, 3], (3, 2), torch.tensor([2, 3]), {2: "", 3: ""}):
+        assert tk.response_mask(tokens, ends).tolist() == expected
+    assert tk.response_mask(tokens, 2).tolist() == [*expected[:2], [T, T, T, F], expected[3]]
+    assert tk.response_mask(tokens.int(), torch.tensor(2)).tolist()[2] == [T, T, T, F]
+    assert tk.response_mask(tokens[0], 2).tolist() == expected[0]  # [T]
+    assert tk.response_mask(tokens[:, :0], 2).shape == (4, 0)
+    padded = torch.tensor([[4, 2, 2, 2], [4, 4, 4, 4]])  # EOS fills the batch, as GPT-2's does
+    assert tk.response_mask(padded, 2).sum(1).tolist() == [2, 4]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: tk.response_mask(x, [2, 3]), fullgraph=True, backend="eager")
+    assert compiled(tokens).tolist() == expected
+
+
+@pytest.mark.parametrize("eos_id, error, message", [
+    (None, TypeError, "eos_id is NoneType None, expected a whole number"),
+    ("</s>", TypeError, "eos_id is str '</s>', expected a whole number"),
+    ([2, -1], ValueError, r"eos_id\[1\] is -1, expected a number >= 0"),
+    ([], ValueError, "eos_id is empty, expected one or more token ids"),
+    (torch.ones(1, 2).long(), ValueError, r"eos_id has shape \[1, 2\]"),
+    (torch.ones(2), TypeError, "eos_id has dtype float32, expected int64, int32")])
+def test_what_ends_a_response_is_one_id_or_several(eos_id, error, message):
+    with pytest.raises(error, match=f"response_mask: {message}"):
+        tk.response_mask(torch.ones(2, 3).long(), eos_id)
+
+
 def test_masks_of_whole_numbers_compile_whole():
     logprobs, old, advantages = (torch.randn(3, 5) for _ in range(3))
     mask = torch.tensor([[2, 1, 0, 0, 1]]).expand(3, 5)
@@ -137,7 +171,7 @@ def test_a_column_is_a_value_a_sequence(name, call):
         call(None, w)
 
 
-@pytest.mark.parametrize("op", [*sorted(OPS), "valid_rows"])
+@pytest.mark.parametrize("op", [*sorted(OPS), "valid_rows", "response_mask"])
 def test_an_unknown_keyword_is_answered_with_what_was_meant(op):
     function = getattr(tk, op)
     names = list(inspect.signature(function).parameters)
@@ -416,3 +450,81 @@ def test_rows_chosen_inside_a_compiled_function(call):
         actual = compiled(hidden, mask)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (actual, expected)))
+
+
+TRAINED = {
+    "linear_logprobs": ("hidden", "weight"), "linear_ppo_loss": ("hidden", "weight"),
+    "ppo_loss": ("logprobs", "entropy"), "prefix_attention": ("q", "k", "v"),
+    "response_states": ("full",), "token_head": ("hidden", "weight", "bias"),
+    "token_logprobs": ("logits",), "token_reward_loss": ("logits",), "value_loss": ("values",),
+}
+
+
+def gradients(op, given, trained):
+    inputs = {name: given[name].detach().clone().requires_grad_() for name in trained}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = [x for x in leaves(getattr(tk, op)(**given | inputs)) if x.requires_grad]
+    assert outputs
+    sum((x * torch.linspace(-1, 1, x.numel()).reshape(x.shape)).sum() for x in outputs).backward()
+    return {name: x.grad for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("op", TRAINED)
+def test_what_inference_mode_made_may_stand_beside_what_is_trained(op):
+    """A rollout's tensors, one after another: autograd refuses to save them as they are."""
+    given = {name: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+             for name, x in sample(op).items()}
+    seen = 0
+    for name, value in given.items():
+        trained = [x for x in TRAINED[op] if x != name]
+        with torch.inference_mode():
+            if isinstance(value, torch.Tensor):
+                made = value.clone()
+            elif isinstance(value, float):
+                made = torch.tensor(value)
+            elif isinstance(value, tk.PrefixLayout):
+                made = tk.PrefixLayout.from_lengths(value.prompt_lengths, value.response_lengths)
+            else:
+                continue
+        if not trained:
+            continue
+        seen += 1
+        expected = gradients(op, given, trained)
+        for key, grad in gradients(op, given | {name: made}, trained).items():
+            torch.testing.assert_close(grad, expected[key], msg=lambda m, n=name: f"{n}: {m}")
+    assert seen > 1
+
+
+def test_states_of_a_layout_that_inference_mode_made_are_trained():
+    with torch.inference_mode():
+        layout = tk.PrefixLayout.from_lengths([2], [[1, 2]])
+    hidden = torch.randn(5, 3, requires_grad=True)
+    layout.response_states(hidden).sum().backward()
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_the_report_for_programs_says_what_the_text_says(capsys):
+    assert doctor.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["operators"].keys() == OPS.keys() and found["torch"] == torch.__version__
+    assert found["operators"]["gae"] == {device: list(OPS["gae"].order[device])
+                                         for device in ("cpu", "cuda")}
+    assert {test["operator"] for test in found["self_test"]} == OPS.keys()
+    assert {test["state"] for test in found["self_test"]} == {"ok"}
+    text = tk.doctor()
+    for backend, reason in found["missing"].items():
+        assert f"({backend}): {reason}" in text
+    assert found["why_no_cuda"] is None or found["why_no_cuda"] in text
+
+
+def test_a_failure_of_the_self_test_is_the_exit_status_of_both_reports(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_op", type("", (), {
+        "OPS": {"gae": OPS["gae"]}, "missing": staticmethod(doctor._op.missing)}))
+    monkeypatch.setattr(doctor.testing, "compare", lambda *_: "AssertionError: off by 1")
+    assert doctor.main([]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: AssertionError: off by 1" in said
+    assert said.rstrip().endswith("gae on reference")
+    assert doctor.main(["--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["self_test"][-1]["state"] == "failed"

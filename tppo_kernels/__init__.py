@@ -15,7 +15,7 @@ from __future__ import annotations
 from ._core.backends import use_backend
 from ._core.op import BackendError, Explanation, explain
 from ._math.layout import PrefixLayout
-from ._math.rows import valid_rows
+from ._math.rows import response_mask, valid_rows
 from .models import align
 from .models.lm_head import FusedLMHead
 from .models.shared_prefix import shared_prefix
@@ -39,8 +39,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError", "Explanation", "FusedLMHead", "PrefixLayout", "align", "doctor", "explain",
     "gae", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss", "prefix_attention",
-    "response_states", "shared_prefix", "token_advantages", "token_head", "token_logprobs",
-    "token_reward_loss", "token_rewards", "use_backend", "valid_rows", "value_loss", "whiten",
+    "response_mask", "response_states", "shared_prefix", "token_advantages", "token_head",
+    "token_logprobs", "token_reward_loss", "token_rewards", "use_backend", "valid_rows",
+    "value_loss", "whiten",
 ]
 
 

@@ -1,12 +1,17 @@
-"""`python -m tppo_kernels`: versions, what was built, the op x backend table, and a self-test."""
+"""`python -m tppo_kernels [--json]`: versions, what was built, the backends of each operator, and a
+self-test."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import json
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -14,56 +19,73 @@ from . import testing
 from ._core import op as _op
 
 
+def facts() -> dict[str, Any]:
+    """What `report` says, as plain data: `missing` has the reason for each backend without one."""
+    orders = {name: {device: list(op.order[device]) for device in ("cpu", "cuda")}
+              for name, op in sorted(_op.OPS.items())}
+    backends = dict.fromkeys(b for order in orders.values() for bs in order.values() for b in bs)
+    reasons = {backend: _op.missing(backend) for backend in ("cpp", "cuda", *backends)}
+    built = None if reasons["cpp"] else importlib.import_module("tppo_kernels._C")
+    return {
+        "tppo_kernels": _version("tppo-kernels"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+                 ] if torch.cuda.is_available() else [],
+        "cuda_archs": [] if built is None else built.cuda_archs.split(),
+        "why_no_cuda": reasons["cpp"] if built is None else built.why_no_cuda or None,
+        "operators": orders,
+        "missing": {backend: reason for backend, reason in reasons.items() if reason},
+    }
+
+
 def report() -> str:
     """Versions, what was built and what was not and why, and the backends of every operator."""
-    lines = [f"tppo_kernels {_version('tppo-kernels')}, torch {torch.__version__}, "
-             f"Python {platform.python_version()}, {platform.machine()}",
-             f"triton        {_version('triton')}",
-             f"GPU           {_gpu()}",
-             f"compiled part {_built()}", "", *_table()]
+    found = facts()
+    none = "not installed"
+    lines = [f"tppo_kernels {found['tppo_kernels'] or none}, torch {found['torch']}, "
+             f"Python {found['python']}, {found['machine']}",
+             f"triton        {found['triton'] or none}",
+             f"GPU           {', '.join(found['gpus']) or 'none that torch can use'}",
+             f"compiled part {_built(found)}", "", *_table(found)]
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _gpu() -> str:
-    if not torch.cuda.is_available():
-        return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+def _built(found: dict[str, Any]) -> str:
+    if "cpp" in found["missing"]:
+        return f"none: {found['missing']['cpp']}"
+    archs = ", ".join(f"sm_{arch}" for arch in found["cuda_archs"])
+    return f"C++, {f'CUDA for {archs}' if archs else 'no CUDA: ' + found['why_no_cuda']}"
 
 
-def _built() -> str:
-    reason = _op.missing("cpp")
-    if reason:
-        return f"none: {reason}"
-    reason = _op.missing("cuda")
-    compiled = importlib.import_module("tppo_kernels._C")
-    archs = ", ".join(f"sm_{arch}" for arch in compiled.cuda_archs.split())
-    return f"C++, {f'CUDA for {archs}' if not reason else f'no CUDA: {compiled.why_no_cuda}'}"
-
-
-def _table() -> list[str]:
+def _table(found: dict[str, Any]) -> list[str]:
     """One line an operator: the order of backends on each device, missing ones in brackets."""
+    missing = found["missing"]
     rows: list[tuple[str, ...]] = [("operator", "CPU", "CUDA")]
-    for name, op in sorted(_op.OPS.items()):
-        rows.append((name, *(" > ".join(f"({b})" if _op.missing(b) else b for b in op.order[device])
+    for name, order in found["operators"].items():
+        rows.append((name, *(" > ".join(f"({b})" if b in missing else b for b in order[device])
                              for device in ("cpu", "cuda"))))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
-    hidden = dict.fromkeys(b for op in _op.OPS.values() for order in op.order.values()
-                           for b in order if _op.missing(b))
-    return table + [f"  ({backend}): {_op.missing(backend)}" for backend in hidden]
+    return table + [f"  ({backend}): {reason}" for backend, reason in missing.items()]
 
 
-def self_test() -> list[str]:
-    """Runs every operator's sample on every backend that takes it, against the fp64 reference."""
-    failures = []
+def self_test() -> Iterator[dict[str, str | None]]:
+    """Runs every operator's sample on every backend that is there, against the fp64 reference.
+
+    Gives operator, device, backend, state ("ok", "not run" where the backend does not take fp32,
+    "failed") and why.
+    """
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     for name, op in sorted(_op.OPS.items()):
         for device in devices:
@@ -71,18 +93,30 @@ def self_test() -> list[str]:
                 if _op.missing(backend):
                     continue
                 error = testing.compare(name, backend, device)
-                refused = (error or "").startswith("BackendError")  # it takes no fp32
-                state = "ok" if not error else f"{'not run' if refused else 'FAILED'}: {error}"
-                print(f"  {name:18s} {device:4s} {backend:10s} {state}")
-                failures += [f"{name} on {backend}"] * (bool(error) and not refused)
-    return failures
+                refused = (error or "").startswith("BackendError")
+                yield {"operator": name, "device": device, "backend": backend, "why": error,
+                       "state": "ok" if not error else "not run" if refused else "failed"}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints the report and runs the self-test; the exit status is 1 where it fails."""
+    parser = argparse.ArgumentParser(prog="python -m tppo_kernels", description=(
+        "Versions, what was built, which backends each operator has, and a self-test of every "
+        "operator on every backend; the exit status is 1 where one fails."))
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    as_json = parser.parse_args(arguments).json
+    if as_json:
+        tests = list(self_test())
+        print(json.dumps({**facts(), "self_test": tests}, indent=2))
+        return int(any(test["state"] == "failed" for test in tests))
     print(report())
     print("\nself-test against the fp64 references")
-    failures = self_test()
+    failures = []
+    for test in self_test():
+        state = test["state"] if test["state"] != "failed" else "FAILED"
+        said = f"{state}: {test['why']}" if test["why"] else state
+        print(f"  {test['operator']:18s} {test['device']:4s} {test['backend']:10s} {said}")
+        failures += [f"{test['operator']} on {test['backend']}"] * (state == "FAILED")
     print(f"self-test: {'FAILED: ' + ', '.join(failures) if failures else 'all passed'}")
     return int(bool(failures))
 

@@ -156,14 +156,6 @@ def _floats(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _floats(f"{name}.{field}", item)
 
 
-def near_boundary(x: Tensor, *boundaries: float, width: float = 1e-5) -> Tensor:
-    """Where a value lies so near a clip edge that rounding may decide the side."""
-    near = torch.zeros(x.shape, dtype=torch.bool)
-    for edge in boundaries:
-        near |= (x - edge).abs() <= width * max(1.0, abs(edge))
-    return near
-
-
 def count_graphs(function: Callable[..., Any], calls: Sequence[tuple]) -> int:
     """How many graphs `torch.compile(fullgraph=True)` makes for a series of argument tuples."""
     graphs = []

@@ -40,6 +40,16 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
                                   "mode is not computed here")
 
 
+def savable(x: Tensor | None) -> Tensor | None:
+    """x, or a copy where inference mode made it, as it does in a rollout: autograd cannot save it.
+
+    In a compiled call autograd saves no tensor of the caller's that it could refuse.
+    """
+    if x is None or torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 class _NoSecond(torch.autograd.Function):
     """Passes a first derivative through; differentiating it with respect to its inputs raises."""
 

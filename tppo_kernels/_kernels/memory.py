@@ -18,6 +18,12 @@ def refuses_fp64(call: tuple) -> str | None:
     return None
 
 
+def supports(call: tuple) -> str | None:
+    """The reason for refusing, or None: of operators whose records begin with the values of tokens,
+    then their mask or a second value."""
+    return FP64 if any(x is not None and x.dtype == torch.float64 for x in call[:2]) else None
+
+
 def address(x: Tensor | None) -> int:
     """Where a tensor's data lies; 0 for none."""
     return 0 if x is None else x.data_ptr()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._core.check import Check, describe
+from .._core.derivatives import savable
 
 ALIGNMENTS = ("logprob", "value", "reward", "bootstrap")
 _PROMPT, _INNER, _LAST = 0, 1, 2  # the role of a token
@@ -304,7 +305,7 @@ class _ResponseStates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, index, align, *slots):
-        ctx.save_for_backward(*slots)
+        ctx.save_for_backward(*map(savable, slots))
         ctx.align, mask = align, slots[0]
         states = hidden[index]
         if align == "bootstrap":

@@ -1,10 +1,13 @@
-"""Which rows of a batch are valid, found on the host."""
+"""Which tokens of a batch count: those of a mask by place, those of a response by its end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
-from .._core.check import Check
+from .._core.check import LABELS, Check
 from .._core.keywords import suggests
 
 
@@ -23,3 +26,39 @@ def valid_rows(
         check.tensor("mask", mask, "...")
     mask = check.mask("mask", mask, "...")
     return mask.reshape(-1).nonzero()[:, 0]
+
+
+@suggests
+def response_mask(
+        tokens: Tensor,  # [..., T] int64 or int32
+        eos_id: int | Iterable[int] | Tensor,  # [] or [E]
+) -> Tensor:
+    """The mask of responses up to and including the first token that ends each of them.
+
+        mask[..., t] = no tokens[..., s] with s < t is an end
+
+    tokens: [..., T], what was generated, without the prompt. eos_id: the id that ends a response,
+    or several of them (Llama 3 and Qwen have two), any of which does. Whatever follows the first
+    end is masked, so that padding may have the id of EOS. A response without an end, which was cut
+    at its greatest length, is True in all its T places; where such rows were padded afterwards,
+    take `mask & (tokens != pad_id)`.
+
+    Gives bool [..., T]. The end itself is an action of the policy, and is trained. No value is read
+    on the host.
+
+    Raises ValueError / TypeError that name the argument.
+    """
+    check = Check("response_mask")
+    check.tensor("tokens", tokens, "... T", LABELS)
+    if isinstance(eos_id, Tensor):
+        check.tensor("eos_id", eos_id, "E|", LABELS)
+        ends = eos_id.reshape(-1)
+    else:
+        several = isinstance(eos_id, Iterable) and not isinstance(eos_id, str)
+        ids = [check.number(f"eos_id[{i}]", x, low=0, kind=int) for i, x in enumerate(eos_id)
+               ] if several else [check.number("eos_id", eos_id, low=0, kind=int)]
+        ends = torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
+    if ends.shape[0] == 0:
+        raise ValueError("response_mask: eos_id is empty, expected one or more token ids")
+    end = torch.isin(tokens, ends)
+    return end.cumsum(-1) - end.long() == 0

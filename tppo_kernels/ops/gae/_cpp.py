@@ -9,14 +9,10 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._kernels.memory import FP64, address, per_sequence
-from ..._math.sequence import compute_dtype
+from ..._kernels.memory import address, per_sequence, supports
 from .reference import GaeCall
 
-
-def supports(call: GaeCall) -> str | None:
-    """The reason for refusing, or None."""
-    return FP64 if compute_dtype(call.rewards, call.values) == torch.float64 else None
+__all__ = ["GaeRows", "fwd", "supports"]
 
 
 class GaeRows(NamedTuple):

@@ -15,8 +15,7 @@ from torch import Tensor
 import tppo_kernels._C as _C
 
 from ..._kernels.launch import current_stream, launching_on, scalar
-from ..._kernels.memory import DTYPES, address
-from ._cpp import supports
+from ..._kernels.memory import DTYPES, address, supports
 from .reference import GaeCall
 
 __all__ = ["fwd", "supports"]

@@ -14,17 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._kernels.launch import launching_on, scalar
-from ..._kernels.memory import FP64
-from ..._math.sequence import compute_dtype
+from ..._kernels.memory import supports
 from .reference import GaeCall
+
+__all__ = ["fwd", "supports"]
 
 SHORT = 256  # tokens up to which a program takes several sequences
 SHAPES = {True: (8, 128, 4), False: (1, 1024, 4)}  # short or not: sequences, tokens, warps
-
-
-def supports(call: GaeCall) -> str | None:
-    """The reason for refusing, or None."""
-    return FP64 if compute_dtype(call.rewards, call.values) == torch.float64 else None
 
 
 @triton.jit

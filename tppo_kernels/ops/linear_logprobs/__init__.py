@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._core.check import FP32_MAX, LABELS, Check
-from ..._core.derivatives import first_only, refuse_forward_mode
+from ..._core.derivatives import first_only, refuse_forward_mode, savable
 from ..._core.eager import surely
 from ..._core.keywords import suggests
 from ..._core.op import _LIB, Op
@@ -111,11 +111,6 @@ _bwd = _op.define("linear_logprobs_bwd -> (Tensor, Tensor, Tensor)", reference.b
                   record=LinearLogprobsGradient, registers_autograd=True)
 _frozen = _op.define("linear_logprobs_frozen -> Tensor", reference.frozen, _fake_frozen,
                      record=FrozenGradient, registers_autograd=True)
-
-
-def savable(x: Tensor | None) -> Tensor | None:
-    """x, or a copy of a tensor that inference mode made (a rollout's): autograd cannot save it."""
-    return x.clone() if x is not None and x.is_inference() else x
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._core.check import LABELS, Check
-from ..._core.derivatives import refuse_forward_mode
+from ..._core.derivatives import refuse_forward_mode, savable
 from ..._core.eager import surely
 from ..._core.keywords import suggests
 from ..._core.op import _LIB, Op
@@ -23,7 +23,6 @@ from ..linear_logprobs import (
     check_choice_of_rows,
     check_head,
     kept_nbytes,
-    savable,
 )
 from ..linear_logprobs import check_values as check_inputs
 from ..ppo_loss import PolicyMetrics, check_terms

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._core.check import Check, describe
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, savable
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
@@ -80,7 +80,7 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = _fwd(build(PrefixAttentionCall, args))
-        ctx.save_for_backward(*args, out, lse)
+        ctx.save_for_backward(*map(savable, args), out, lse)
         return out
 
     @staticmethod

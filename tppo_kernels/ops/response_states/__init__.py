@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._core.check import LABELS, Check, offsets
+from ..._core.derivatives import savable
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
@@ -73,7 +74,7 @@ class _ResponseStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         call = build(ResponseStatesCall, args)
-        ctx.save_for_backward(call.prompt_length, call.mask, call.cu_seqlens)
+        ctx.save_for_backward(*map(savable, (call.prompt_length, call.mask, call.cu_seqlens)))
         ctx.length = call.full.shape[0 if call.cu_seqlens is not None else 1]
         ctx.T, ctx.align = call.T, call.align
         return _fwd(call)

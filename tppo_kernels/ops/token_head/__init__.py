@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._core.check import Check
-from ..._core.derivatives import first_only, wanted
+from ..._core.derivatives import first_only, savable, wanted
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
@@ -63,9 +63,7 @@ class _TokenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
                 mask: Tensor | None) -> Tensor:
-        if mask is not None and not torch.compiler.is_compiling() and mask.is_inference():
-            mask = mask.clone()  # a rollout's mask: autograd refuses to save it as it is
-        ctx.save_for_backward(hidden, weight, bias, mask)
+        ctx.save_for_backward(*map(savable, (hidden, weight, bias, mask)))
         out = _fwd(TokenHeadCall(hidden, weight, bias, mask))
         if weight.shape[0] != 1:
             return out

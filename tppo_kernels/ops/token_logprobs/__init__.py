@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..._core.check import FP32_MAX, LABELS, Check
-from ..._core.derivatives import first_only, wanted
+from ..._core.derivatives import first_only, savable, wanted
 from ..._core.eager import recorded
 from ..._core.keywords import suggests
 from ..._core.op import Op
@@ -82,7 +82,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx, logits, call):
         logprobs, entropy, top, log_sum = _fwd(TokenLogprobsCall(logits, *call[1:]))
         ctx.valid_vocab = call.valid_vocab
-        ctx.save_for_backward(logits, call.targets, call.mask, *call.scaling, entropy, top, log_sum)
+        ctx.save_for_backward(logits, *map(savable, (call.targets, call.mask, *call.scaling)),
+                              entropy, top, log_sum)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 

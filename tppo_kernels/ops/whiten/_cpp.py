@@ -7,13 +7,10 @@ from torch import Tensor
 
 import tppo_kernels._C as _C
 
-from ..._kernels.memory import FP64, address
+from ..._kernels.memory import address, supports
 from .reference import WhitenCall, WhitenStats
 
-
-def supports(call: WhitenStats | WhitenCall) -> str | None:
-    """The reason for refusing, or None."""
-    return FP64 if call.x.dtype == torch.float64 else None
+__all__ = ["fwd", "stats", "supports"]
 
 
 def stats(call: WhitenStats) -> Tensor:

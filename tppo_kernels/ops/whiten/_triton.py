@@ -13,17 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._kernels.launch import launching_on, scalar
-from ..._kernels.memory import FP64
+from ..._kernels.memory import supports
 from .reference import TINY, WhitenCall, WhitenStats
+
+__all__ = ["fwd", "stats", "supports"]
 
 BLOCK = 4096
 PROGRAMS = 1024  # at most; the same on every GPU, so that results are too
 _TINY = tl.constexpr(TINY)
-
-
-def supports(call: WhitenStats | WhitenCall) -> str | None:
-    """The reason for refusing, or None."""
-    return FP64 if call.x.dtype == torch.float64 else None
 
 
 @triton.jit
