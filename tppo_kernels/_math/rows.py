@@ -54,9 +54,10 @@ def response_mask(
         check.tensor("eos_id", eos_id, "E|", LABELS)
         ends = eos_id.reshape(-1)
     else:
-        several = isinstance(eos_id, Iterable) and not isinstance(eos_id, str)
-        ids = [check.number(f"eos_id[{i}]", x, low=0, kind=int) for i, x in enumerate(eos_id)
-               ] if several else [check.number("eos_id", eos_id, low=0, kind=int)]
+        if isinstance(eos_id, Iterable) and not isinstance(eos_id, str):
+            ids = [check.number(f"eos_id[{i}]", x, low=0, kind=int) for i, x in enumerate(eos_id)]
+        else:
+            ids = [check.number("eos_id", eos_id, low=0, kind=int)]
         ends = torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
     if ends.shape[0] == 0:
         raise ValueError("response_mask: eos_id is empty, expected one or more token ids")
