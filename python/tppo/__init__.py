@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tppo.rewards.function import FunctionReward
     from tppo.rewards.terminal import TerminalReward
     from tppo.rewards.token_model import TokenModelReward
-    from tppo.stages.registry import Artifact, Stage, register
+    from tppo.stages.artifacts import Artifact
+    from tppo.stages.registry import Stage, register
     from tppo.stages.trainer import PPOTrainer
 
 _HOMES = {
@@ -34,7 +35,8 @@ _HOMES = {
     "tppo.rewards.function": ("FunctionReward",),
     "tppo.rewards.terminal": ("TerminalReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
-    "tppo.stages.registry": ("Artifact", "Stage", "register"),
+    "tppo.stages.artifacts": ("Artifact",),
+    "tppo.stages.registry": ("Stage", "register"),
     "tppo.stages.trainer": ("PPOTrainer",),
 }
 

@@ -344,7 +344,7 @@ def test_the_path_of_an_artifact_stands_once():
     for artifact in outputs:
         text = f'"{artifact.path}"'
         where = [file for file, source in sources.items() for _ in range(source.count(text))]
-        assert where == ["stages/registry.py"], artifact
+        assert where == ["stages/artifacts.py"], artifact
 
 
 def letters(completions):

@@ -2,7 +2,8 @@
 
 A stage of one's own, outside this package:
 
-    from tppo.stages.registry import ANSWERS, Artifact, Stage, register
+    from tppo.stages.artifacts import ANSWERS, Artifact
+    from tppo.stages.registry import Stage, register
 
     LONGEST = Artifact("longest/answer.txt", "the longest generated answer")
 
@@ -33,38 +34,32 @@ from tppo.config import Config
 from tppo.errors import DataError, short
 from tppo.labels.rule import RULE
 from tppo.methods.config import WITHOUT_EFFECT
+from tppo.stages.artifacts import (
+    ANSWERS,
+    CATEGORIES,
+    CRITIC,
+    HEAT_MAP,
+    HELDOUT_SESSIONS,
+    LABELS,
+    MERGED_POLICY,
+    MERGED_REWARD_MODEL,
+    POLICY,
+    QUERY_LENGTHS,
+    RESULT,
+    REWARD_MODEL,
+    REWARD_REPORT,
+    SFT_MODEL,
+    TEST_ANSWERS,
+    TEST_SESSIONS,
+    TRAIN_SESSIONS,
+    TRAINING,
+    TRANSFER_SESSIONS,
+    Artifact,
+)
 from tppo.store.jsonl import plain
 
 if TYPE_CHECKING:
     from tppo.stages.run import Run
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file or folder that a stage leaves for others, by its place in the run folder."""
-
-    path: str
-    """`stage/name`."""
-    what: str
-    """What it holds, for people."""
-    optional: bool = False
-    """Whether the stage may do without it."""
-    every: bool = False
-    """As an input: of every round up to the reader's own, not of the newest one alone."""
-
-    def of_every_round(self) -> Artifact:
-        """The input of a stage that reads what each round has left: `Run.paths` gives them."""
-        return replace(self, every=True)
-
-    @property
-    def stage(self) -> str:
-        """The stage that makes it."""
-        return self.path.split("/")[0]
-
-    @property
-    def name(self) -> str:
-        """Its place in the stage's folder."""
-        return self.path.partition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -201,42 +196,6 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
             found[name] = RULE if name == "rule" else plain(attrgetter(name)(given.config))
     return found
 
-
-# What the stages of this package leave for each other.
-
-TRAIN_SESSIONS = Artifact("data/train.jsonl", "sessions that are trained on")
-HELDOUT_SESSIONS = Artifact("data/heldout.jsonl", "sessions of other users, for stops and choices")
-TEST_SESSIONS = Artifact("data/test.jsonl", "sessions of other users, for the closing table")
-TRANSFER_SESSIONS = Artifact(
-    "data/transfer.jsonl", "generated sessions with intents that were never trained on",
-    optional=True,
-)  # fmt: skip
-SFT_MODEL = Artifact("sft/model", "the SFT model and its tokenizer, as save_pretrained writes them")
-ANSWERS = Artifact("generate/answers.jsonl", "answers of the SFT model, a row each")
-LABELS = Artifact("label/labels.jsonl", "labels of the words of those answers, and of the answers")
-CATEGORIES = Artifact("map/categories.jsonl", "the class of every token of the labelled answers")
-QUERY_LENGTHS = Artifact("map/lengths.json", "the median length of a query in tokens")
-REWARD_MODEL = Artifact("train-rm/model", "the token reward model and its tokenizer; with LoRA "
-                        "adapter and head over the SFT model")  # fmt: skip
-REWARD_REPORT = Artifact("train-rm/report.json", "AUC and accuracy of the reward model, and who "
-                         "labelled its data")  # fmt: skip
-POLICY = Artifact("train/model", "the policy after PPO and its tokenizer; with LoRA an adapter "
-                  "over the SFT model")  # fmt: skip
-CRITIC = Artifact("train/critic.safetensors", "weights of the critic, where there is one",
-                  optional=True)  # fmt: skip
-TRAINING = Artifact("train/report.json", "steps, rewards and the weights kept of PPO")
-TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answered, a row a "
-                        "test session")  # fmt: skip
-RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")
-HEAT_MAP = Artifact("heat/heat.html", "the token heat map")
-MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
-MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
-                               optional=True)  # fmt: skip
-
-SPLITS = {
-    "train": TRAIN_SESSIONS, "heldout": HELDOUT_SESSIONS, "test": TEST_SESSIONS,
-    "transfer": TRANSFER_SESSIONS,
-}  # fmt: skip
 
 _HELD = "model.dtype"  # the type of weights in memory
 _SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix", _HELD)

@@ -28,14 +28,11 @@ from tppo.rewards import Questions
 from tppo.sessions.prompts import prompt_text
 from tppo.sessions.session import Session, read_sessions
 from tppo.stages.answers import Answer, answer_of
+from tppo.stages.artifacts import ANSWERS, SFT_MODEL, SPLITS, Artifact
 from tppo.stages.judges import chosen_judge, judge_named
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import (
-    ANSWERS,
     REGISTRY,
-    SFT_MODEL,
-    SPLITS,
-    Artifact,
     Given,
     Stage,
     before,
