@@ -120,7 +120,7 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     SFT, and the frozen reward model.
     """
     config = run.config.ppo
-    policy, ref = _policy_and_ref(run, start)
+    policy, ref = policy_and_ref(run, start)
     eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
     reward: Reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
@@ -134,7 +134,7 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     return new_ppo(run, config, policy, ref, reward, world)
 
 
-def _policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:
+def policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The policy in `start` and the SFT model, whose weights it shares with LoRA."""
     ref, lora = run.sft_model(), run.config.lora
     if lora.on and start == SFT_MODEL:

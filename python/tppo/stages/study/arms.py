@@ -12,17 +12,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tppo.evaluation.judge import RuleJudge
+from tppo.evaluation.judge import RuleJudge, judge_answers
 from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import fit_critic
 from tppo.methods.ppo import PPO
+from tppo.models.rollout import RolloutBatch
+from tppo.rewards import Questions, Reward
 from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
-from tppo.stages.ppo import answered
+from tppo.stages.ppo import answered, policy_and_ref
+from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import reward_of, scores
+from tppo.store.jsonl import read_object, write_json
 
 
 def ppo_config(config: PPOConfig, cell: Cell) -> PPOConfig:
@@ -61,23 +65,52 @@ def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) ->
     return {"relevant": relevant, **{name: round(figures[name], 4) for name in kept}}
 
 
+def start_of(material: Material) -> dict[str, Any]:
+    """Figures of the SFT model, with which the curves of all arms of a seed begin."""
+    path = material.run.out / f"start-{material.study.mark}.json"
+    if not path.exists():
+        sft = material.run.sft_model()
+        write_json(path, {"step": 0, "answers": 0, **judged(material, sft, sft)})
+    found = read_object(path)
+    assert found is not None
+    return found
+
+
 def train_arm(material: Material, cell: Cell) -> dict[str, Any]:
     """The outcome of a cell: its reward model's scores of fresh answers, and PPO's curve."""
     start = time.monotonic()
-    run = material.run
-    policy = run.sft_model()
-    reward = reward_of(material, cell)
+    found: dict[str, Any] = {
+        "shares": [round(share, 5) for share in true_shares(material.fresh)],
+        "curve": [], "critic_fit": {}, "sampled": [],
+    }  # fmt: skip
+    reward = None
+    if cell.steps or not cell.arm.layer:
+        policy, ref = policy_and_ref(material.seeded, SFT_MODEL)
+        reward = reward_of(material, cell, ref)
+    if cell.steps:
+        assert reward is not None
+        found |= trained(material, cell, policy, ref, reward)
+    found["scores"] = [round(score, 5) for score in scores(material, cell, reward)]
+    return found | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def trained(
+    material: Material, cell: Cell, policy: PreTrainedModel, ref: PreTrainedModel, reward: Reward
+) -> dict[str, Any]:
+    """PPO of a cell: the curve of figures of fresh users, and of the answers of each step."""
+    run = material.seeded
     config = ppo_config(run.config.ppo, cell)
-    trainer = new_ppo(run, config, policy, run.sft_model(), reward)
+    trainer = new_ppo(run, config, policy, ref, reward)
     fit = fitted(material, trainer, cell.arm.fit_critic) if cell.arm.fit_critic else {}
     size = cell.arm.responses_per_prompt
     order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)
-    curve = [{"step": 0, "answers": 0, **judged(material, policy, trainer.models.ref)}]
+    curve, sampled = [start_of(material)], list[dict[str, Any]]()
     explained: list[float] = []
     for step in range(1, cell.steps + 1):
         chosen = order[(step - 1) * config.batch_size : step * config.batch_size]
-        rows = [i for i in chosen for _ in range(size)]
-        figures, _ = trainer.step(material.train.rows(rows))
+        questions = material.train.rows([i for i in chosen for _ in range(size)])
+        figures, rollout = trainer.step(questions)
+        sampled.append(of_the_step(material, trainer, questions, rollout, figures))
         if "val/explained_variance" in figures:  # there is a critic
             explained.append(figures["val/explained_variance"])
         if step == cell.steps or cell.eval_every and step % cell.eval_every == 0:
@@ -86,10 +119,19 @@ def train_arm(material: Material, cell: Cell) -> dict[str, Any]:
                 row["explained_variance"] = round(sum(explained) / len(explained), 4)
             curve.append({"step": step, "answers": step * cell.step_answers, **row})
             explained = []
-    return {
-        "scores": [round(score, 5) for score in scores(material, reward)],
-        "shares": [round(share, 5) for share in true_shares(material.fresh)],
-        "curve": curve,
-        "critic_fit": fit,
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    return {"curve": curve, "critic_fit": fit, "sampled": sampled}
+
+
+def of_the_step(
+    material: Material,
+    trainer: PPO,
+    questions: Questions,
+    rollout: RolloutBatch,
+    figures: dict[str, float],
+) -> dict[str, Any]:
+    """What the rule says of the answers that a step sampled, before the step trained on them."""
+    rule = RuleJudge(material.run.config.label.sentence_threshold)
+    answers = trainer.answers(questions, rollout).rows(trainer.counted(rollout))
+    verdict = judge_answers(rule, answers)
+    return {"relevance": round(verdict["relevance"], 4), "words": round(verdict["words"], 4),
+            "kl": round(figures["objective/kl"], 4)}  # fmt: skip

@@ -5,6 +5,7 @@ This file loads no torch: the processes that train do.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import tyro
 from tppo.errors import DataError
 from tppo.progress import say
 from tppo.settings import Count, FilePath, from_dict, section
-from tppo.stages.study.config import Noise, StudyConfig
+from tppo.stages.study.config import ANY_MODEL, Noise, StudyConfig
 from tppo.stages.study.presets import PRESETS
 
 HELP = (
@@ -28,10 +29,13 @@ class StudyOptions:
     """Flags of `tppo study`."""
 
     study: tyro.conf.Positional[str] = "small"
-    """A preset (labels, credit, small, tuning, seconds), or a YAML file of parts, arms and
-    settings; `study.yaml` in the folder of a study is one."""
+    """A preset (labels, credit, small, tuning, seconds; real and gpu with --model), or a YAML file
+    of parts, arms and settings; `study.yaml` in the folder of a study is one."""
     out: FilePath = Path("runs/study")
     """The study's folder; a study that was stopped goes on from it."""
+    model: FilePath | None = None
+    """What the arms begin with, as --model of `tppo run`: a folder, a GGUF file; without it a model
+    from scratch. Presets real and gpu need one."""
     workers: Count = 2
     """Processes of one thread that train at once."""
     noise: str | None = None
@@ -61,7 +65,20 @@ def main(arguments: list[str]) -> None:
     study = read_study(options.study)
     if options.noise is not None:
         study = study.with_noise(read_noise(options.noise))
-    run(study, options.out, options.workers)
+    run(with_model(study, options.model), options.out, options.workers, options.model)
+
+
+def with_model(study: StudyConfig, model: Path | None) -> StudyConfig:
+    """The study with the name of the model that it is run with.
+
+    Errors: DataError where it needs one that is not given, or was written of another one.
+    """
+    given = None if model is None else model.name
+    if study.model not in (None, ANY_MODEL, given) or study.model == ANY_MODEL and not given:
+        named = "a model" if study.model == ANY_MODEL else repr(study.model)
+        raise DataError(f"--model was {given!r}, expected the path of {named}, with which the arms "
+                        "of this study begin")  # fmt: skip
+    return replace(study, model=given)
 
 
 def read_study(name: str) -> StudyConfig:
@@ -95,7 +112,7 @@ def read_noise(text: str) -> Noise:
     return Noise(**values)
 
 
-def run(study: StudyConfig, out: Path, workers: int) -> None:
+def run(study: StudyConfig, out: Path, workers: int, model: Path | None = None) -> None:
     """Train what is not trained yet; study.json and report.html now and then, and at the end."""
     from tppo.stages.study.summary import Summary
     from tppo.stages.study.work import train_all
@@ -106,5 +123,5 @@ def run(study: StudyConfig, out: Path, workers: int) -> None:
     with FolderLock(out).held():
         write_yaml(out / "study.yaml", plain(study))
         summary = Summary(study, out)
-        summary.write(train_all(study, out, workers, summary))
+        summary.write(train_all(study, out, workers, summary, model))
     say(f"study: {out / 'study.json'}, {out / 'report.html'}")

@@ -17,6 +17,7 @@ from tppo.store.jsonl import plain
 
 Labels = Literal["words", "sentences"]
 Pooling = Literal["last", "mean"]
+ANY_MODEL = "any"
 
 
 @section
@@ -52,6 +53,9 @@ class Arm:
     lam: Share = 0.95
     fit_critic: Natural = 0
     """Answers of the SFT model on which the critic is fitted before PPO; none of them is new."""
+    layer: Natural = 0
+    """The reward model is a linear head over the states behind so many layers of the SFT model,
+    whose weights it leaves as they are; 0: it has weights of its own, all of them trained."""
 
     def __post_init__(self) -> None:
         if self.labels == "sentences" and self.paid == "token":
@@ -76,7 +80,8 @@ class Cell:
     queries: Count = 3
     """Next queries that an answer is to have."""
     seed: Seed = 0
-    steps: Count = 24
+    steps: Natural = 24
+    """Of PPO; 0: the reward model alone is trained, and rated by the fresh answers."""
     step_answers: Count = 32
     """Answers that are sampled in a step of PPO."""
     eval_every: Natural = 0
@@ -84,8 +89,11 @@ class Cell:
 
     @property
     def cost(self) -> int:
-        """The answers sampled, in queries: what the time that the training takes grows with."""
-        return self.steps * self.step_answers * self.queries
+        """The answers sampled, in queries: what the time that the training takes grows with.
+
+        A reward model and the figures of its policy count as a step.
+        """
+        return (self.steps + 1) * self.step_answers * self.queries
 
     @property
     def reward_model(self) -> str:
@@ -94,6 +102,7 @@ class Cell:
         """
         arm, noise = self.arm, self.noise
         kind = "words" if arm.labels == "words" else f"sentences-{arm.pooling}"
+        kind += f"-layer-{arm.layer}" if arm.layer else ""
         return f"{kind}-{self.answers}-{noise.words:g}-{noise.sentences:g}"
 
 
@@ -112,7 +121,7 @@ class Part:
     noise: tuple[Noise, ...] = (Noise(),)
     queries: Count = 3
     seeds: tuple[Seed, ...] = (0,)
-    steps: Count = 24
+    steps: Natural = 24
     step_answers: Count = 32
     eval_every: Natural = 0
 
@@ -151,6 +160,11 @@ class StudyConfig:
     """Fresh users whose answers are judged: test users, whom no stage before has read."""
     reward_updates: Count = 100
     """A reward model with few answers passes over them until it has made so many updates."""
+    model: Text | None = None
+    """The name of what --model gives, for arms that begin with a model of the user; any: of any."""
+    material_seed: Seed | None = None
+    """The seed of SFT and of its answers for all seeds of the arms, which then differ in the
+    answers that are labelled, the heads, and PPO; None: every seed has an SFT model of its own."""
     settings: Config = field(default_factory=Config)
     """Of every stage, as of `tppo run`; what arms and parts say stands above them."""
 
@@ -168,11 +182,21 @@ class StudyConfig:
                 f"settings.sessions.train_users was {self.settings.sessions.train_users}, expected "
                 f"at least {needed}: an answer is labelled for each of as many users"
             )
+        if self.settings.lora.on and any(not a.layer for part in self.parts for a in part.arms):
+            raise ValueError(
+                f"layer was 0 of an arm and settings.lora.rank {self.settings.lora.rank}, expected "
+                "a layer in every arm: reward models of a study have a head or all weights of "
+                "their own, no adapter"
+            )
         if self.settings.sessions.test_users < self.users:
             raise ValueError(
                 f"settings.sessions.test_users was {self.settings.sessions.test_users}, expected "
                 f"at least users, {self.users}"
             )
+
+    def material_of(self, seed: int) -> int:
+        """The seed of the SFT model that arms of a seed begin with."""
+        return seed if self.material_seed is None else self.material_seed
 
     def cells(self) -> list[Cell]:
         """The trainings of all parts in their order, each once."""

@@ -70,15 +70,18 @@ def _resampled(
     return np.mean(whole, 0), resampled(blocks, statistic)
 
 
-def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dict[str, Any]:
+def over_answers(
+    outcomes: Sequence[Outcome], queries: int, noise: Noise, steps: int
+) -> dict[str, Any]:
     """Question A at one noise: correlation and relevance of each arm over labelled answers.
 
-    Returns {"seeds", "arms": {arm: {"correlation": Curve, "relevance": Curve, "beside": [...]}}}.
+    Returns {"seeds", "arms": {arm: {"correlation": Curve, "relevance": Curve, "beside": [...]}}},
+    without relevance where there are no steps of PPO.
     """
     found: Group = {}
     for outcome in outcomes:
         cell = outcome.cell
-        if (cell.queries, cell.noise) == (queries, noise):
+        if (cell.queries, cell.noise, cell.steps) == (queries, noise, steps):
             found.setdefault((cell.arm.name, cell.answers), {})[cell.seed] = outcome
     seeds = _seeds(found)
     order = {name: i for i, name in enumerate(dict.fromkeys(arm for arm, _ in found))}
@@ -86,9 +89,6 @@ def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dic
     if not seeds:
         return {"seeds": [], "arms": {}}
     last = {key: [found[key][seed].found for seed in seeds] for key in keys}
-    relevance = [
-        np.stack([_relevant(last[key][k]["curve"][-1]) for key in keys]) for k in range(len(seeds))
-    ]
     rank = [
         np.stack([
             np.stack([ranks(last[key][k]["scores"]), ranks(last[key][k]["shares"])])
@@ -96,9 +96,13 @@ def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dic
         ])
         for k in range(len(seeds))
     ]  # fmt: skip
-    figures = {
-        "relevance": _resampled(relevance, means), "correlation": _resampled(rank, correlations)
-    }  # fmt: skip
+    figures = {"correlation": _resampled(rank, correlations)}
+    if steps:
+        relevance = [
+            np.stack([_relevant(last[key][k]["curve"][-1]) for key in keys])
+            for k in range(len(seeds))
+        ]
+        figures["relevance"] = _resampled(relevance, means)
     arms: dict[str, Any] = {}
     for name in dict.fromkeys(arm for arm, _ in keys):
         index = [i for i, key in enumerate(keys) if key[0] == name]
@@ -109,14 +113,17 @@ def over_answers(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dic
             )
             for figure, (value, draws) in figures.items()
         }
-        arms[name]["beside"] = [
-            {**_beside([one["curve"][-1] for one in last[keys[i]]]),
-             "by_seed": [_relevant(one["curve"][-1]).mean() for one in last[keys[i]]],
-             "correlation_by_seed": [spearman(one["scores"], one["shares"])
-                                     for one in last[keys[i]]]}
-            for i in index
-        ]  # fmt: skip
+        arms[name]["beside"] = [_beside_answers(last[keys[i]]) for i in index]
     return {"seeds": seeds, "arms": arms}
+
+
+def _beside_answers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What stands beside the figures of an arm at one number of answers, of its seeds."""
+    by_seed = {"correlation_by_seed": [spearman(one["scores"], one["shares"]) for one in found]}
+    if not all(one["curve"] for one in found):
+        return by_seed
+    last = [one["curve"][-1] for one in found]
+    return {**_beside(last), "by_seed": [_relevant(row).mean() for row in last], **by_seed}
 
 
 def _beside(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -232,7 +239,9 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
     return {
         "labels": [
             _labels(labels, *setting)
-            for setting in dict.fromkeys((o.cell.queries, o.cell.noise) for o in labels)
+            for setting in dict.fromkeys(
+                (o.cell.queries, o.cell.noise, o.cell.steps) for o in labels
+            )
         ],
         "credit": [
             _credit([o for o in credit if o.cell.queries == queries], queries)
@@ -241,14 +250,17 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
     }
 
 
-def _labels(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dict[str, Any]:
-    found = over_answers(outcomes, queries, noise)
-    result: dict[str, Any] = {"queries": queries, "noise": plain(noise), "seeds": found["seeds"],
-                              "arms": {}, "needed": {}}  # fmt: skip
+def _labels(
+    outcomes: Sequence[Outcome], queries: int, noise: Noise, steps: int
+) -> dict[str, Any]:
+    found = over_answers(outcomes, queries, noise, steps)
+    result: dict[str, Any] = {"queries": queries, "noise": plain(noise), "steps": steps,
+                              "seeds": found["seeds"], "arms": {}, "needed": {}}  # fmt: skip
+    known = [name for name in ("correlation", "relevance") if steps or name == "correlation"]
     for name, arm in found["arms"].items():
         result["arms"][name] = {
-            "answers": arm["relevance"].x, "correlation": arm["correlation"].y,
-            "relevance": arm["relevance"].y, "beside": arm["beside"],
+            "answers": arm["correlation"].x, "beside": arm["beside"],
+            **{name: arm[name].y for name in known},
         }  # fmt: skip
     kinds = {o.cell.arm.labels: o.cell.arm.name for o in reversed(outcomes)}
     if {"words", "sentences"} <= kinds.keys() and kinds["words"] in found["arms"]:
@@ -256,7 +268,7 @@ def _labels(outcomes: Sequence[Outcome], queries: int, noise: Noise) -> dict[str
         if words and sentences:
             result["needed"] = {
                 figure: labels_needed(words[figure], sentences[figure])
-                for figure in ("correlation", "relevance")
+                for figure in known
             }
     return plain(result)
 

@@ -45,12 +45,20 @@ LAST_STAGE = "map"  # it and those before it make the material
 class Material:
     """The run folder of a seed, and what is read from it."""
 
-    def __init__(self, folder: Path, study: StudyConfig, queries: int, seed: int):
-        given = study.settings
+    def __init__(
+        self, folder: Path, study: StudyConfig, queries: int, seed: int, model: Path | None = None
+    ):
+        given, own = study.settings, study.material_of(seed)
         config = replace(given, sessions=replace(given.sessions, queries=queries))
-        out = folder / "material" / f"{queries}-queries-seed-{seed}"
-        self.run = Run(out=out, config=fill_defaults(config, pretrained=False), seed=seed)
+        config = fill_defaults(config, pretrained=model is not None)
+        out = folder / "material" / f"{queries}-queries-seed-{own}"
+        self.run = Run(out=out, config=config, seed=own, model=model)
         self.study, self.seed = study, seed
+
+    @cached_property
+    def seeded(self) -> Run:
+        """The run folder as what trains finds it: with the seed of the arms."""
+        return replace(self.run, seed=self.seed)
 
     def make(self) -> None:
         """Run the stages that have not finished."""

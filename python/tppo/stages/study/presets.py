@@ -10,9 +10,9 @@ from itertools import product
 
 from tppo.config import Config
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig
+from tppo.models.config import AdapterConfig, GenerateConfig
 from tppo.sessions.config import SessionsConfig
-from tppo.stages.study.config import PAPER, Arm, Noise, Part, Pooling, StudyConfig
+from tppo.stages.study.config import ANY_MODEL, PAPER, Arm, Noise, Part, Pooling, StudyConfig
 
 WORDS = Arm("words")
 SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=64.0,
@@ -124,6 +124,42 @@ def seconds() -> StudyConfig:
     return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
 
 
+LAYER = 20
+BY_WORD = Arm("by word", layer=LAYER)
+BY_WORD_END = Arm("by word, paid at the end", paid="end", layer=LAYER)
+BY_WORD_FITTED = replace(BY_WORD_END, name="by word, at the end, critic fitted", fit_critic=96)
+AS_A_WHOLE = Arm("as a whole, critic fitted", "sentences", "mean", "end", 8.0,
+                 fit_critic=96, layer=LAYER)  # fmt: skip
+
+# Two CPU cores and 135M parameters: policy and critic are adapters, reward models are heads.
+REAL = Config(
+    sessions=SessionsConfig(600, 24, 144, 0),
+    lora=AdapterConfig(rank=16),
+    sft=SFTConfig(max_steps=48, batch_size=8, lr=1e-3, decay_steps=48, eval_every=16),
+    generate=GenerateConfig(samples=600, samples_per_session=1, batch_size=64),
+    reward_model=RewardModelConfig(repeated_share=0.0),
+    ppo=PPOConfig(minibatch_size=4, epochs=1, lr=2e-4, critic_lr=5e-4, kl_coef=0.1,
+                  reward="expected", format_cost=1.0),
+)  # fmt: skip
+
+
+def real() -> StudyConfig:
+    """Both questions with a real model, reduced to one setting each: an hour on two cores.
+
+    Heads of frozen states at every number of labelled answers; PPO with those of 100 answers.
+    """
+    seeds = SEEDS[:3]
+    parts = [
+        Part("labels", (BY_WORD, AS_A_WHOLE), (25, 50, 100, 200, 400), BOTH, seeds=seeds, steps=0),
+        *(Part("credit", (BY_WORD, BY_WORD_END, BY_WORD_FITTED), (100,), seeds=(seed,), steps=8,
+               step_answers=16) for seed in seeds),
+        Part("labels", (BY_WORD, AS_A_WHOLE), (100,), seeds=seeds, steps=8, step_answers=16),
+    ]  # fmt: skip
+    return StudyConfig(tuple(parts), fresh_answers=200, users=48, settings=REAL, model=ANY_MODEL,
+                       material_seed=0)  # fmt: skip
+
+
 PRESETS = {
-    "labels": labels, "credit": credit, "small": small, "tuning": tuning, "seconds": seconds,
+    "labels": labels, "credit": credit, "small": small, "tuning": tuning, "real": real,
+    "seconds": seconds,
 }  # fmt: skip

@@ -91,6 +91,7 @@ def _label_charts(figures: Mapping[str, Any]) -> list[str]:
             _line(f"{name}, {named(setting)}", arm["answers"], arm[figure])
             for setting in figures["labels"]
             for name, arm in setting["arms"].items()
+            if figure in arm
         ]
         title = "rank correlation" if figure == "correlation" else "relevance after PPO"
         found.append(chart(lines, "labelled answers", title, log=True))

@@ -33,6 +33,15 @@ from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.token_model import TokenModelReward
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
+from tppo.stages.study.frozen import (
+    fit_head,
+    head_scores,
+    load_head,
+    save_head,
+    sentence_model,
+    states_of,
+    word_model,
+)
 from tppo.stages.study.material import Material, labelled_rows
 
 AT_ONCE = 256  # answers that a reward model rates at once
@@ -41,7 +50,9 @@ WEIGHTS = "model.safetensors"
 
 def folder_of(material: Material, cell: Cell) -> Path:
     """Where the reward model of a cell lies."""
-    return material.run.out / "reward-models" / f"{cell.reward_model}-{material.study.mark}"
+    seed = "" if material.seed == material.run.seed else f"seed-{material.seed}-"
+    name = f"{seed}{cell.reward_model}-{material.study.mark}"
+    return material.run.out / "reward-models" / name
 
 
 def make_reward_model(material: Material, cell: Cell) -> None:
@@ -52,6 +63,15 @@ def make_reward_model(material: Material, cell: Cell) -> None:
     work = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    if cell.arm.layer:
+        save_head(fit_head(material, cell), work)
+    else:
+        _train(material, cell, work)
+    work.rename(folder)
+
+
+def _train(material: Material, cell: Cell, work: Path) -> None:
+    """A reward model whose weights are all its own, into the folder `work`."""
     rows = labelled_rows(material, cell.answers, cell.noise, cell.arm.labels)
     config = enough_passes(
         material.run.config.reward_model, len(rows), material.study.reward_updates
@@ -65,7 +85,6 @@ def make_reward_model(material: Material, cell: Cell) -> None:
         )
         train_sentence_model(reader, rows, [], config, seed=material.seed)
         save_file(model.state_dict(), work / WEIGHTS)
-    work.rename(folder)
 
 
 def _word_model(
@@ -73,19 +92,19 @@ def _word_model(
 ) -> PreTrainedModel:
     run = material.run
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        torch.manual_seed(material.seed)
         model, _ = start_reward_model(
             None, run.path(SFT_MODEL), run.tokenizer, run.device, run.config.model.dtype
         )
     reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
-    train_reward_model(reader, rows, config, seed=run.seed)
+    train_reward_model(reader, rows, config, seed=material.seed)
     return model
 
 
 def _sentence_model(material: Material, cell: Cell) -> SentenceModel:
     run = material.run
     return SentenceModel.from_policy(
-        run.path(SFT_MODEL), run.device, cell.arm.pooling, run.config.model.dtype, run.seed
+        run.path(SFT_MODEL), run.device, cell.arm.pooling, run.config.model.dtype, material.seed
     )
 
 
@@ -97,17 +116,20 @@ def enough_passes(config: RewardModelConfig, rows: int, updates: int) -> RewardM
     return replace(config, epochs=max(config.epochs, math.ceil(updates / a_pass)))
 
 
-def reward_of(material: Material, cell: Cell) -> Reward:
-    """What pays in PPO, by the frozen reward model of a cell."""
+def reward_of(material: Material, cell: Cell, sft: PreTrainedModel) -> Reward:
+    """What pays in PPO, by the frozen reward model of a cell.  sft: the model that a head reads."""
     run, arm, config = material.run, cell.arm, material.run.config.ppo
+    folder = folder_of(material, cell)
     if arm.labels == "sentences":
-        model = _sentence_model(material, cell)
-        model.load_state_dict(load_file(folder_of(material, cell) / WEIGHTS))
+        if arm.layer:
+            model = sentence_model(sft, arm.layer, arm.pooling, load_head(folder))
+        else:
+            model = _sentence_model(material, cell)
+            model.load_state_dict(load_file(folder / WEIGHTS))
         return SentenceModelReward(model, scale=arm.scale, max_tokens=config.max_tokens)
     reward = TokenModelReward(
-        load_frozen(
-            folder_of(material, cell), run.tokenizer, run.device, run.eos_ids,
-            run.config.model.dtype,
+        word_model(sft, arm.layer, load_head(folder)) if arm.layer else load_frozen(
+            folder, run.tokenizer, run.device, run.eos_ids, run.config.model.dtype
         ),
         mode=config.reward,
         values=[value * arm.scale for value in config.reward_values],
@@ -118,13 +140,18 @@ def reward_of(material: Material, cell: Cell) -> Reward:
 
 
 @torch.no_grad()
-def scores(material: Material, reward: Reward) -> list[float]:
+def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]:
     """How good a reward model thinks each fresh answer: larger is better.
 
     Of a model of words the relevant share that it expects, sum_t p_t(2) / sum_t (p_t(1) + p_t(2));
     of a model of whole answers its score.
+    reward: what pays by it; a head over frozen states needs none.
     """
     run, pairs, found = material.run, material.fresh, list[float]()
+    if cell.arm.layer:
+        rows = [LabelledAnswer(a.prompt_ids, a.response_ids, (), 0) for a, _ in pairs]
+        states = states_of(material, cell.arm.layer, rows)
+        return head_scores(cell, load_head(folder_of(material, cell)), states)
     rated = reward.reward if isinstance(reward, TerminalReward) else reward
     for first in range(0, len(pairs), AT_ONCE):
         answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]

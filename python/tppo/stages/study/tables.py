@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tppo.stages.study.figures import LEVELS
 
 Point = Sequence[float | None]  # figure, low, high
+AFTER = "; relevance after PPO of equal steps, fresh users, by the rule"
 
 
 class Table(NamedTuple):
@@ -44,20 +45,24 @@ def named(setting: Mapping[str, Any]) -> str:
 
 
 def _labels(setting: Mapping[str, Any]) -> Table:
-    head = ["labelled answers"]
+    head, after = ["labelled answers"], bool(setting["steps"])
+    width = 5 if after else 1
     for name in setting["arms"]:
         head += [f"{name}: rank correlation", f"{name}: relevance", "KL", "format",
-                 "distinct queries"]  # fmt: skip
+                 "distinct queries"][:width]  # fmt: skip
     sizes = sorted({n for arm in setting["arms"].values() for n in arm["answers"]})
     rows = []
     for n in sizes:
         row = [f"{n:,.0f}"]
         for arm in setting["arms"].values():
             if n not in arm["answers"]:
-                row += [""] * 5
+                row += [""] * width
                 continue
             k = arm["answers"].index(n)
             beside = arm["beside"][k]
+            if not after:
+                row.append(share(arm["correlation"][k]))
+                continue
             row += [share(arm["correlation"][k]), share(arm["relevance"][k]),
                     f"{beside['kl']:.1f}", number(beside["format"]),
                     f"{beside['distinct_queries']:.2f}"]  # fmt: skip
@@ -65,7 +70,7 @@ def _labels(setting: Mapping[str, Any]) -> Table:
     return Table(
         f"What labels of words buy: {named(setting)}",
         "Rank correlation (Spearman) of the reward model's score with the true share of relevant "
-        "words, fresh answers; relevance after PPO of equal steps, fresh users, by the rule. "
+        f"words, fresh answers{after * AFTER}. "
         "95 % intervals: paired bootstrap over seeds and users.",
         head,
         rows,

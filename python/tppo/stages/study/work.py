@@ -41,6 +41,14 @@ class Outcome(NamedTuple):
     """As `arms.train_arm` gives it."""
 
 
+class Place(NamedTuple):
+    """What a process has to know besides its job."""
+
+    study: StudyConfig
+    folder: Path
+    model: Path | None
+
+
 class Job(NamedTuple):
     """A piece of work for a process; `key` names what it makes, `needs` what it needs before."""
 
@@ -102,10 +110,12 @@ def train_all(
     folder: Path,
     workers: int,
     each: Callable[[list[Outcome]], None] = lambda outcomes: None,
+    model: Path | None = None,
 ) -> list[Outcome]:
     """Train every cell that has no outcome yet; all outcomes of the study.
 
     each: called with all outcomes so far behind each new one.
+    model: what arms begin with, where it is not a model from scratch.
     Errors: RuntimeError naming the cell whose training failed, and the log of the processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +131,7 @@ def train_all(
         if left:
             bar.note(f"{len(left)} arms are left")
         try:
-            for outcome in _outcomes(study, folder, left, workers):
+            for outcome in _outcomes(Place(study, folder, model), left, workers):
                 _keep(folder, study.mark, outcome)
                 outcomes.append(outcome)
                 _tell(bar, outcome, len(outcomes), len(wanted))
@@ -133,19 +143,22 @@ def train_all(
 
 
 def _tell(bar: Bar, outcome: Outcome, done: int, wanted: int) -> None:
-    cell, last = outcome.cell, outcome.found["curve"][-1]
-    relevance = last["relevant"].count("1") / len(last["relevant"])
+    cell, curve = outcome.cell, outcome.found["curve"]
+    what = "its reward model"
+    if curve:
+        relevant = curve[-1]["relevant"]
+        what = f"relevance {relevant.count('1') / len(relevant):.2f}"
     bar.note(f"{done} of {wanted} arms; seed {cell.seed}, {cell.arm.name}, {cell.answers} labelled "
-             f"answers: relevance {relevance:.2f}")  # fmt: skip
+             f"answers: {what}")  # fmt: skip
     bar.advance(cell.cost)
 
 
-def _jobs(cells: Sequence[Cell]) -> list[Job]:
+def _jobs(study: StudyConfig, cells: Sequence[Cell]) -> list[Job]:
     """What the cells need, in order, each piece of work once."""
     found: dict[str, Job] = {}
     for cell in cells:
-        shared = f"{cell.queries}/{cell.seed}"
-        reward = f"{shared}/{cell.reward_model}"
+        shared = f"{cell.queries}/{study.material_of(cell.seed)}"
+        reward = f"{shared}/{cell.seed}/{cell.reward_model}"
         own = json.dumps(plain(cell), sort_keys=True)
         for job in (
             Job("material", shared, None, cell),
@@ -156,11 +169,9 @@ def _jobs(cells: Sequence[Cell]) -> list[Job]:
     return list(found.values())
 
 
-def _outcomes(
-    study: StudyConfig, folder: Path, cells: Sequence[Cell], workers: int
-) -> Iterator[Outcome]:
+def _outcomes(place: Place, cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
     """The outcomes of cells as they come; of several jobs that can begin the first does."""
-    waiting, made = _jobs(cells), set[str]()
+    waiting, made, folder = _jobs(place.study, cells), set[str](), place.folder
     if not waiting:
         return
     pool = ProcessPoolExecutor(
@@ -172,7 +183,7 @@ def _outcomes(
             ready = [job for job in waiting if job.needs is None or job.needs in made]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                running[pool.submit(perform, job, study, folder)] = job
+                running[pool.submit(perform, job, place)] = job
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
@@ -222,18 +233,18 @@ def _end_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)  # the next job is mostly of the same seed
-def _material(folder: Path, study: StudyConfig, queries: int, seed: int) -> Material:
+def _material(place: Place, queries: int, seed: int) -> Material:
     from tppo.stages.study.material import Material
 
-    return Material(folder, study, queries, seed)
+    return Material(place.folder, place.study, queries, seed, place.model)
 
 
-def perform(job: Job, study: StudyConfig, folder: Path) -> dict[str, Any] | None:
+def perform(job: Job, place: Place) -> dict[str, Any] | None:
     """Do a job; the outcome where it is an arm."""
     from tppo.stages.study.arms import train_arm
     from tppo.stages.study.reward_models import make_reward_model
 
-    material = _material(folder, study, job.cell.queries, job.cell.seed)
+    material = _material(place, job.cell.queries, job.cell.seed)
     if job.kind == "material":
         material.make()
     elif job.kind == "reward model":
