@@ -27,3 +27,5 @@ class EvalConfig:
     """A row of SFT trained on for as many steps as PPO, which shows what more steps alone do."""
     heat_users: Count = 12
     """Users in the token heat map, each with an answer of SFT and of TPPO."""
+    noise_answers: Count = 1024
+    """Answers over which `tppo noise` measures the gradient of the policy."""

@@ -58,6 +58,8 @@ TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answ
                         "test session")  # fmt: skip
 RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")
 HEAT_MAP = Artifact("heat/heat.html", "the token heat map")
+NOISE = Artifact("noise/noise.json", "how noisy the policy's gradient is, by where rewards are "
+                 "paid")  # fmt: skip
 MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
 MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
                                optional=True)  # fmt: skip

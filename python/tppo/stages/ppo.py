@@ -72,13 +72,13 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
             {"relevance": "reward/rule"},
         ),
         about={key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")},
-        existing=partial(generated_answers, run, questions),
+        existing=partial(generated_answers, run, questions, run.config.ppo.fit_critic),
     )
 
 
-def generated_answers(run: Run, questions: Questions) -> Answered:
-    """As many of the generated answers as the critic is fitted on, drawn at random."""
-    answers, n = list(run.iter_answers()), run.config.ppo.fit_critic
+def generated_answers(run: Run, questions: Questions, n: int) -> Answered:
+    """n of the generated answers to fit the critic on, at most all of them, drawn at random."""
+    answers = list(run.iter_answers())
     chosen = random.Random(f"{run.seed}/critic-answers").sample(answers, min(n, len(answers)))
     return answered(chosen, questions)
 
@@ -121,6 +121,12 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     """
     config = run.config.ppo
     policy, ref = policy_and_ref(run, start)
+    return new_ppo(run, config, policy, ref, run_reward(run, policy, ref), world)
+
+
+def run_reward(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Reward:
+    """What pays in a run of stages: the frozen token reward model, and the form where it costs."""
+    config = run.config.ppo
     eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
     reward: Reward = TokenModelReward(
         load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
@@ -129,9 +135,7 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
         length_alpha=config.length_alpha,
         max_tokens=config.max_tokens,
     )
-    if config.format_cost:
-        reward = FormatReward(reward, config.format_cost)
-    return new_ppo(run, config, policy, ref, reward, world)
+    return FormatReward(reward, config.format_cost) if config.format_cost else reward
 
 
 def policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -43,6 +43,7 @@ from tppo.stages.artifacts import (
     LABELS,
     MERGED_POLICY,
     MERGED_REWARD_MODEL,
+    NOISE,
     POLICY,
     QUERY_LENGTHS,
     RESULT,
@@ -329,6 +330,18 @@ register(Stage(
         "ppo.advantage", "ppo.responses_per_prompt", "eval.heat_users",
     ),
     in_run=True,
+))  # fmt: skip
+register(Stage(
+    "noise", "tppo.stages.noise:noise",
+    "how many answers the policy's gradient needs, by where rewards are paid and the critic's fit",
+    inputs=(TRAIN_SESSIONS, SFT_MODEL, ANSWERS, QUERY_LENGTHS, REWARD_MODEL),
+    outputs=(NOISE,),
+    settings=(
+        "generate.temperature", *_SAMPLING, "ppo.reward", "ppo.reward_values", "ppo.length_alpha",
+        "ppo.format_cost", "ppo.train_on_unlabelled", "ppo.bootstrap_truncated", "ppo.kl_coef",
+        "ppo.gamma", "ppo.lam", "ppo.max_tokens", "ppo.minibatch_size", "ppo.critic_lr",
+        "ppo.grad_norm", "ppo.fit_critic", "lora", "eval.noise_answers",
+    ),
 ))  # fmt: skip
 register(Stage(
     "merge", "tppo.stages.merge:merge",
