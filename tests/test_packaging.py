@@ -1,9 +1,11 @@
 """sdist -> wheel -> empty environment -> `python -m tppo_kernels`, with and without a compiler."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+TYPED = {"tppo/py.typed", "tppo_kernels/py.typed"}
 
 
 def run(*command, cwd, **env) -> str:
@@ -76,13 +79,16 @@ def test_the_sdist_holds_every_source_and_nothing_else(sdist):
     assert not [s for s in sources if s not in names]
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
     assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith("tests")]
+    assert TYPED <= names | {n.removeprefix("python/") for n in names}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")
 def test_with_a_compiler(sdist, empty, tmp_path):
     built, said = wheel(unpacked(sdist, tmp_path), TPPO_BUILD_CUDA="0")
     assert "tppo-kernels: building C++ with g++, no CUDA (TPPO_BUILD_CUDA=0 at build time)" in said
-    assert any("_C." in n for n in zipfile.ZipFile(built).namelist())
+    names = zipfile.ZipFile(built).namelist()
+    assert any("_C." in n for n in names) and set(names) >= TYPED
+    assert {n.split("/")[0].partition("-")[0] for n in names} == {"tppo", "tppo_kernels"}
     run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
     said = run(empty, "-m", "tppo_kernels", cwd=tmp_path)
     assert "compiled part C++, no CUDA: TPPO_BUILD_CUDA=0 at build time" in said
@@ -126,9 +132,40 @@ def test_pip_installs_the_rest_where_the_compiler_cannot_build(sdist, empty, tmp
     assert "self-test: all passed" in said
 
 
-def setup_py(tree, *command, **env):
-    return subprocess.run([sys.executable, "setup.py", *command], cwd=tree, capture_output=True,
+def setup_py(tree, *command, python=sys.executable, **env):
+    return subprocess.run([python, "setup.py", *command], cwd=tree, capture_output=True,
                           text=True, env={**os.environ, **env}, timeout=600)
+
+
+@pytest.fixture
+def without_torch(tmp_path) -> dict[str, str]:
+    """An environment of its own whose packages are those of this one, looked up elsewhere: as pip's
+    isolated build finds what it needs, with a torch in the environment or without."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    return {"python": str(tmp_path / "bare/bin/python"),
+            "PYTHONPATH": sysconfig.get_path("purelib")}
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path) -> Path:
+    """A CUDA_HOME whose nvcc fails."""
+    (home := tmp_path / "cuda").joinpath("bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text(
+        "#!/bin/sh\necho 'host_config.h:143:2: error: #error -- unsupported GNU version!' >&2\n"
+        "exit 2\n")
+    (home / "bin/nvcc").chmod(0o755)
+    return home
+
+
+def of_one_source(tree: Path) -> Path:
+    """The tree with an extension of one short source, which says as much as all, sooner."""
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.unlink()
+    (tree / "csrc/bindings.cpp").write_text(
+        '#include <Python.h>\nstatic PyModuleDef C = {PyModuleDef_HEAD_INIT, "_C"};\n'
+        "PyMODINIT_FUNC PyInit__C() {\n  PyObject *m = PyModule_Create(&C);\n"
+        '  PyModule_AddStringConstant(m, "why_no_cuda", TPPO_WHY_NO_CUDA);\n  return m;\n}\n')
+    return tree
 
 
 def test_a_compiler_without_its_second_half_and_a_developers_build(sdist, tmp_path, broken):
@@ -147,20 +184,10 @@ def test_a_compiler_without_its_second_half_and_a_developers_build(sdist, tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")
-def test_an_nvcc_that_fails_costs_the_cuda_part_alone(sdist, tmp_path):
-    tree, home = unpacked(sdist, tmp_path / "tree"), tmp_path / "cuda"
-    for source in (tree / "csrc").glob("*.cpp"):  # one source says as much as all, sooner
-        source.unlink()
-    (tree / "csrc/bindings.cpp").write_text(
-        '#include <Python.h>\nstatic PyModuleDef C = {PyModuleDef_HEAD_INIT, "_C"};\n'
-        "PyMODINIT_FUNC PyInit__C() {\n  PyObject *m = PyModule_Create(&C);\n"
-        '  PyModule_AddStringConstant(m, "why_no_cuda", TPPO_WHY_NO_CUDA);\n  return m;\n}\n')
-    (home / "bin").mkdir(parents=True)
-    (home / "bin/nvcc").write_text(
-        "#!/bin/sh\necho 'host_config.h:143:2: error: #error -- unsupported GNU version!' >&2\n"
-        "exit 2\n")
-    (home / "bin/nvcc").chmod(0o755)
-    done = setup_py(tree, "build", CUDA_HOME=str(home), TPPO_BUILD_CUDA="auto", CXX="g++")
+def test_an_nvcc_that_fails_costs_the_cuda_part_alone(sdist, tmp_path, without_torch, fake_nvcc):
+    tree, home = of_one_source(unpacked(sdist, tmp_path / "tree")), fake_nvcc
+    done = setup_py(tree, "build", CUDA_HOME=str(home), TPPO_BUILD_CUDA="auto", CXX="g++",
+                    **without_torch)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no CUDA: nvcc failed at build time: host_config.h:143:2: error") == 1
     (built,) = (tree / "build").glob("lib*/tppo_kernels/_C*.so")
@@ -170,8 +197,32 @@ def test_an_nvcc_that_fails_costs_the_cuda_part_alone(sdist, tmp_path):
     assert done.returncode and "unsupported GNU version" in done.stderr
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")
+@pytest.mark.parametrize("cuda, skipped", [("None", True), ("'13.0'", False)])
+def test_cuda_is_skipped_with_a_line_where_torch_has_none(sdist, tmp_path, without_torch, fake_nvcc,
+                                                          cuda, skipped):
+    tree = of_one_source(unpacked(sdist, tmp_path / "tree"))
+    torch_there = next((tmp_path / "bare/lib").glob("python*/site-packages")) / "torch"
+    torch_there.mkdir()
+    text = Path(torch.__file__).with_name("version.py").read_text()
+    text, count = re.subn(r"(?m)^(cuda\b.*= ).*$", rf"\g<1>{cuda}", text)
+    assert count == 1  # the file of a real torch, in which one line is another
+    (torch_there / "version.py").write_text(text)
+    done = setup_py(tree, "build", CUDA_HOME=str(fake_nvcc), TPPO_BUILD_CUDA="auto", CXX="g++",
+                    **without_torch)
+    assert done.returncode == 0, done.stderr
+    said = "building C++ with g++, no CUDA (the installed torch has none, TPPO_BUILD_CUDA=1 builds"
+    assert (said in done.stderr) is skipped
+    assert ("unsupported GNU version" in done.stderr) is not skipped
+    built = re.findall(r"tppo-kernels: built (\S+)", done.stderr)  # the progress of the build
+    assert built[0] == "bindings.o" and built[1].startswith("_C.") and len(built) == 2
+    (file,) = (tree / "build").glob("lib*/tppo_kernels/_C*.so")
+    why = run(sys.executable, "-c", "import _C; print(_C.why_no_cuda)", cwd=file.parent)
+    assert why.startswith("the installed torch has none" if skipped else "nvcc failed")
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: one file after another")
-def test_sources_are_compiled_at_once(sdist, tmp_path):
+def test_sources_are_compiled_at_once(sdist, tmp_path, without_torch):
     """Both compilers here wait until there are two of them: one after another, each is alone."""
     tree = unpacked(sdist, tmp_path / "tree")
     for source in (*(tree / "csrc").glob("*.cpp"), *(tree / "csrc").glob("*.cu")):
@@ -188,7 +239,7 @@ def test_sources_are_compiled_at_once(sdist, tmp_path):
             '  sleep 0.1\ndone\necho "error: alone" >&2\nexit 1\n')
         tool.chmod(0o755)
     done = setup_py(tree, "build", CUDA_HOME=str(tmp_path), TPPO_BUILD_CUDA="auto",
-                    CXX=str(tmp_path / "bin/g++"))
+                    CXX=str(tmp_path / "bin/g++"), **without_torch)
     assert "no CUDA: nvcc failed at build time: error: two" in done.stderr, done.stderr
     assert "pure Python: g++ failed at build time: error: two" in done.stderr, done.stderr
 

@@ -191,6 +191,11 @@ def test_structs_of_the_extension_have_the_fields_of_their_tuples():
     assert tuples == structs
 
 
+def test_the_closing_totals_of_the_tests_are_shown(pytestconfig):
+    """A -q of the configuration and one of the command line together hide them."""
+    assert "-q" not in pytestconfig.getini("addopts")
+
+
 def test_nothing_runs_at_a_cost_in_accuracy():
     """-ffast-math flushes denormals process-wide; -march=native breaks on the next machine."""
     text = (ROOT / "setup.py").read_text()
