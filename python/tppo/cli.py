@@ -22,7 +22,7 @@ from tppo.labels.endpoint.config import (
     check_key,
     need_libraries,
 )
-from tppo.options import LabelOptions, Options, TrainOptions
+from tppo.options import LabelOptions, Options, RunOptions, TrainOptions
 from tppo.progress import say, status
 from tppo.sessions import inspect as inspect_log
 from tppo.settings import from_dict
@@ -86,7 +86,8 @@ def _main(arguments: list[str]) -> None:
         if isinstance(extra, TrainOptions) and (extra.reward or extra.heldout or extra.judge):
             _train_by_function(extra)
             return
-        _run(command, options, extra.task() if isinstance(extra, LabelOptions) else None)
+        names = _names(command, isinstance(extra, RunOptions) and extra.baselines)
+        _run(command, names, options, extra.task() if isinstance(extra, LabelOptions) else None)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -115,14 +116,17 @@ def _told(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _parse(command: str, rest: list[str]) -> tuple[Options, LabelOptions | TrainOptions]:
+def _parse(
+    command: str, rest: list[str]
+) -> tuple[Options, LabelOptions | RunOptions | TrainOptions]:
     for flag in PATHS:
         if _flag(rest, flag) == "":
             sys.exit(f"tppo {command}: {flag} was '', expected a path")
     name, default = f"tppo {command}", _defaults(command, rest)
     text = RUN if command == "run" else REGISTRY[command].help
     try:
-        kind: Any = {"label": LabelOptions, "train": TrainOptions}.get(command)
+        kinds = {"label": LabelOptions, "run": RunOptions, "train": TrainOptions}
+        kind: Any = kinds.get(command)
         if kind is not None:
             start = kind(options=default)
             extra = tyro.cli(kind, prog=name, description=text, args=rest, default=start)
@@ -182,7 +186,9 @@ def _read(path: Path) -> Options:
         sys.exit("\n".join(f"tppo: {line}" for line in str(error).splitlines()))
 
 
-def _run(command: str, options: Options, label_task: tuple[str, Path] | None) -> None:
+def _run(
+    command: str, names: list[str], options: Options, label_task: tuple[str, Path] | None
+) -> None:
     if options.data is not None:
         refuse_pipe(options.data)
     endpoints = (options.settings.label.endpoint, options.settings.eval.endpoint)
@@ -212,7 +218,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
     if world.size > 1 and (command == "run" or not REGISTRY[command].processes):
         able = " and ".join(f"`tppo {name}`" for name in REGISTRY if REGISTRY[name].processes)
         raise ValueError(f"{world.size} processes, expected 1: several share {able} alone")
-    _check_early(command, run, label_task)
+    _check_early(command, names, run, label_task)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip
     if label_task is not None and label_task[0] == "agreement":  # it only reads
@@ -226,7 +232,7 @@ def _run(command: str, options: Options, label_task: tuple[str, Path] | None) ->
         if label_task is not None:
             _label_task(run, *label_task)
         else:
-            _run_stages(run, command)
+            _run_stages(run, command, names)
 
 
 def _libraries() -> Any:
@@ -257,13 +263,15 @@ def _train_by_function(extra: TrainOptions) -> None:
     )  # fmt: skip
 
 
-def _check_early(command: str, run: Any, label_task: tuple[str, Path] | None) -> None:
+def _check_early(
+    command: str, names: list[str], run: Any, label_task: tuple[str, Path] | None
+) -> None:
     """Refuse before hours of other stages, and before the flags are kept, what a stage would."""
     if command == "run" and run.round > 1:
         raise ValueError(f"--round was {run.round}, expected 1: `tppo run` makes the first round, "
                          "single stages the later ones")  # fmt: skip
     if label_task is None:
-        for name in _names(command):
+        for name in names:
             run.check_outside(name)
     elif label_task[0] == "export_batch" and not label_task[1].absolute().parent.is_dir():
         raise ValueError(f"--export-batch was {str(label_task[1])!r}, expected a file in a folder "
@@ -312,13 +320,15 @@ def _keep_settings(options: Options) -> None:
         write_yaml(path, new)
 
 
-def _names(command: str) -> list[str]:
+def _names(command: str, baselines: bool) -> list[str]:
     """The stages that a command runs."""
-    return [name for name in REGISTRY if REGISTRY[name].in_run] if command == "run" else [command]
+    if command != "run":
+        return [command]
+    return [n for n, stage in REGISTRY.items() if stage.in_run or baselines and n == "baselines"]
 
 
-def _run_stages(run: Any, command: str) -> None:
-    for name in _names(command):
+def _run_stages(run: Any, command: str, names: list[str]) -> None:
+    for name in names:
         try:
             if command == "run":
                 _run_unless_done(run, name)

@@ -47,6 +47,16 @@ class Options:
 
 
 @section
+class RunOptions:
+    """Flags of `tppo run`."""
+
+    baselines: bool = False
+    """Train two baselines too, each as long as PPO takes, for the closing table: on labels of whole
+    answers, and with the same rewards paid at the end (`tppo baselines` is the stage)."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
+
+
+@section
 class LabelOptions:
     """Flags of `tppo label`: with one of the first three, only that is done."""
 

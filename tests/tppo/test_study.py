@@ -125,8 +125,9 @@ def outcome(cell, share, correlated):
             "relevant": relevant}  # fmt: skip
     begin = {"step": 0, "answers": 0, **row, "relevant": "0" * users}
     scores = shares if correlated else shares[::-1]
+    fit = {"explained_variance_after": 0.25} if cell.arm.fit_critic else {}
     return Outcome(cell, {"scores": scores, "shares": shares, "curve": [begin, last],
-                          "seconds": 1.0})  # fmt: skip
+                          "critic_fit": fit, "seconds": 1.0})  # fmt: skip
 
 
 def test_closing_figures_of_outcomes_whose_answer_is_known():
@@ -169,6 +170,31 @@ def test_arms_that_begin_above_a_level_have_no_ratio_there():
     assert tables(figures | {"label_cost": None})
 
 
+def test_arms_without_ppo_have_a_table_of_their_own_and_a_fit_is_shown():
+    arms = (Arm("token"), Arm("end", paid="end", fit_critic=400),
+            Arm("DPO", method="dpo", labels="pairs"))  # fmt: skip
+    study = StudyConfig((Part("credit", arms, seeds=(0, 1)),))
+    found = [outcome(cell, 0.5, True) for cell in study.cells()]
+    for one in found[2::3]:
+        del one.found["curve"][0]
+    figures = all_figures(study, found)
+    (credit,) = figures["credit"]
+    assert [*credit["arms"]] == ["token", "end"] and credit["seeds"] == [0, 1]
+    assert credit["others"]["DPO"]["relevance"][0] == pytest.approx(0.5)
+    assert credit["critic_fits"] == {"end": {"explained_variance_after": 0.25}}
+    curves, others = tables(figures | {"label_cost": None})
+    assert ".25, " not in str(curves.rows[0]) and others.rows[0][0] == "DPO"
+
+
+@pytest.mark.parametrize("wrong", (
+    {"method": "dpo"}, {"method": "best-of-n", "labels": "pairs", "responses_per_prompt": 4},
+    {"method": "best-of-n"}, {"advantage": "remax"},
+))  # fmt: skip
+def test_an_arm_that_is_none_is_refused(wrong):
+    with pytest.raises(DataError, match="in arm 'token', expected"):
+        Arm(**wrong)
+
+
 def test_a_chart_is_xml_and_higher_is_up():
     line = Line("a & b", [25, 100, 1600], [0.2, 0.5, 0.9], [0.1, 0.4, 0.8], [0.3, 0.6, 1.0])
     root = ET.fromstring(chart([line], "labelled answers", "relevance", log=True))
@@ -204,7 +230,7 @@ def test_a_killed_study_goes_on_behind_its_last_outcome(tmp_path):
 
     done = subprocess.run(study_command(out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 7 arms were trained before" in done.stderr
+    assert f"{len(kept)} of 11 arms were trained before" in done.stderr
     assert (out / "outcomes.jsonl").read_bytes().startswith(b"".join(kept))
     wanted = PRESETS["seconds"]().cells()
     outcomes = read_outcomes(out, mark)
@@ -213,7 +239,7 @@ def test_a_killed_study_goes_on_behind_its_last_outcome(tmp_path):
     assert fitted and all(o.found["critic_fit"]["answers"] for o in fitted)
 
     found = json.loads((out / "study.json").read_text())
-    assert found["trained"] == found["wanted"] == 7 and found["versions"]["torch"]
+    assert found["trained"] == found["wanted"] == 11 and found["versions"]["torch"]
     assert from_dict(StudyConfig, found["study"]) == PRESETS["seconds"]()
     page = (out / "report.html").read_text()
     assert "src=" not in page and "href=" not in page and page.count("<svg") > 4

@@ -45,6 +45,7 @@ def print_table(result: dict[str, Any], title: str) -> None:
         [(name, [_cell(row, key) for key in columns]) for name, row in shown.items()],
     )
     lines = [pair_line(pair, found) for pair, found in result.get("pairs", {}).items()]
+    lines += reached_line(result, figure)
     for line in [*lines, judge_line(result["test"], figure)]:
         console.print(line, markup=False, highlight=False)
 
@@ -65,6 +66,22 @@ def pair_line(pair: str, found: dict[str, Any]) -> str:
         f"{pair}, session by session: wins {found['win']:.3f}, ties {found['tie']:.3f}, loses "
         f"{found['lose']:.3f}; wins less losses {found['net']:+.3f} ({low:+.3f} to {high:+.3f})"
     )
+
+
+def reached_line(result: dict[str, Any], figure: str) -> list[str]:
+    """After how many steps each training first saw a level on held-out answers, if one did."""
+    known = {"tppo": result.get("training", {})} | {
+        name: row["training"] for name, row in result.items() if is_row(row) and "training" in row
+    }
+    found = {name: training.get("reached") or {} for name, training in known.items()}
+    levels = {level for steps in found.values() for level, at in steps.items() if at is not None}
+    if not levels:
+        return []
+    shown = "; ".join(
+        f"{name} {', '.join(str(steps.get(level) or 'never') for level in sorted(levels))}"
+        for name, steps in found.items()
+    )
+    return [f"steps until held-out {figure} reached {', '.join(sorted(levels))}: {shown}"]
 
 
 def judge_line(test: dict[str, Any], figure: str) -> str:

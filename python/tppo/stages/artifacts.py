@@ -54,6 +54,13 @@ POLICY = Artifact("train/model", "the policy after PPO and its tokenizer; with L
 CRITIC = Artifact("train/critic.safetensors", "weights of the critic, where there is one",
                   optional=True)  # fmt: skip
 TRAINING = Artifact("train/report.json", "steps, rewards and the weights kept of PPO")
+BASELINES = {
+    name: (Artifact(f"baselines/{name}/model", f"the policy {how}", optional=True),
+           Artifact(f"baselines/{name}/report.json", "as that of `train`", optional=True))
+    for name, how in {"sentence_labels": "paid at the end by a model of whole answers",
+                      "paid_at_end": "paid the total of its token rewards at the end"}.items()
+}  # fmt: skip
+OF_BASELINES = tuple(artifact for found in BASELINES.values() for artifact in found)
 TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answered, a row a "
                         "test session")  # fmt: skip
 RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")

@@ -23,6 +23,7 @@ from tppo.progress import say
 from tppo.rewards import Answers
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.artifacts import BASELINES
 from tppo.stages.models import adapted, sft_origin
 from tppo.stages.ppo import new_trainer, questions_of
 from tppo.stages.registry import (
@@ -60,7 +61,8 @@ def side_by_side(
 
 
 def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
-    """Repeat the last query, SFT at each temperature, SFT continued, TPPO; then unseen intents.
+    """Repeat the last query, SFT at each temperature, SFT continued, TPPO, baselines if they were
+    trained; then unseen intents.
 
     Also what each model answered to the test sessions, by the name of its row.
     """
@@ -86,6 +88,11 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
         result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
     figures, answers["tppo"] = _judge(run, tppo, ref, test, 1.0)
     result["tppo"] = figures | {"seconds": training["seconds"], "optimizer_steps": steps}
+    for name, (policy, report) in BASELINES.items():
+        if run.path(policy).exists() and _of_these_settings(run, name):
+            model = run.load_policy(policy, over=ref if run.config.lora.on else None)
+            figures, answers[name] = _judge(run, model, ref, test, 1.0)
+            result[name] = figures | {"training": read_json(run.path(report))}
     if run.path(TRANSFER_SESSIONS).exists():
         transfer = run.sessions("transfer")
         result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
@@ -106,6 +113,15 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
     result["training"] = training
     result["findings"] = findings(result)
     return result, answers
+
+
+def _of_these_settings(run: Run, name: str) -> bool:
+    """Whether a baseline was trained as PPO was; says so where it was not."""
+    same = run.done("baselines")
+    if not same:
+        say(f"WARNING: {name} was trained with other files or settings, and is left out of the "
+            f"table; `tppo baselines --out {run.out}` trains it anew")  # fmt: skip
+    return same
 
 
 def _judge(

@@ -40,6 +40,8 @@ from tppo.store.checkpoint import load_latest, save_checkpoint
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.run_folder import KEPT
 
+REACHED = (0.8, 0.9)  # levels of the judge's first figure
+
 
 def response_figures(answers: Answers) -> dict[str, float]:
     """Mean length in tokens of answers, and the share of them that ended by themselves."""
@@ -317,10 +319,22 @@ class Loop:
             "qualified": bool(self.best),
             "first_reward": self.metrics[0]["objective/scores"],
             "last_reward": self.metrics[-1]["objective/scores"],
+            "reached": self.reached(),
             **({"critic_fit": self.critic_fit} if self.critic_fit else {}),
             **self.about,
             "seconds": self.seconds,
         }
+
+    def reached(self) -> dict[str, int | None]:
+        """The first step after which the judge's first figure of held-out answers was so high."""
+        if self.held is None:
+            return {}
+        name = f"heldout/{self._looked_at()[0]}"
+        return {
+            f"{level:g}": next((row["step"] for row in self.metrics if row.get(name, 0) >= level),
+                               None)
+            for level in REACHED
+        }  # fmt: skip
 
     def _looked_at(self) -> list[str]:
         """Names of the figures of held-out answers, the one first by which weights are kept."""

@@ -57,7 +57,11 @@ def train(run: Run) -> None:
 
 def new_loop(run: Run, out: Path, world: World) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
-    trainer = new_trainer(run, world)
+    return loop_of(run, out, new_trainer(run, world))
+
+
+def loop_of(run: Run, out: Path, trainer: PPO) -> Loop:
+    """The same with a trainer of one's own."""
     policy, heldout = trainer.models.policy, run.sessions("heldout")
     questions = questions_of(run, run.sessions("train"), policy)
     report = read_json(run.path(REWARD_REPORT))
@@ -72,7 +76,7 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
             {"relevance": "reward/rule"},
         ),
         about={key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")},
-        existing=partial(generated_answers, run, questions, run.config.ppo.fit_critic),
+        existing=partial(generated_answers, run, questions, trainer.config.fit_critic),
     )
 
 

@@ -44,6 +44,7 @@ from tppo.stages.artifacts import (
     MERGED_POLICY,
     MERGED_REWARD_MODEL,
     NOISE,
+    OF_BASELINES,
     POLICY,
     QUERY_LENGTHS,
     RESULT,
@@ -201,6 +202,15 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
 _HELD = "model.dtype"  # the type of weights in memory
 _SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix", _HELD)
 
+_OF_REWARD_MODEL = (
+    "reward_model", "-reward_model.model", "-reward_model.revision", "-reward_model.min_auc",
+    "-reward_model.min_auc_sessions",
+)  # fmt: skip
+_OF_TRAIN = (
+    "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
+    *(f"-ppo.{name}" for name in WITHOUT_EFFECT), "rule", "judge", "lora",
+)  # fmt: skip
+
 
 def _of_data(given: Given) -> tuple[str, ...]:
     if given.from_file:
@@ -277,11 +287,7 @@ register(Stage(
     "the token reward model",
     inputs=(SFT_MODEL, ANSWERS, LABELS, CATEGORIES),
     outputs=(REWARD_MODEL, REWARD_REPORT),
-    settings=(
-        "lora", "reward_model", "-reward_model.model", "-reward_model.revision",
-        "-reward_model.min_auc", "-reward_model.min_auc_sessions",
-        "label.sentence_threshold", "prefix", _HELD,
-    ),
+    settings=("lora", *_OF_REWARD_MODEL, "label.sentence_threshold", "prefix", _HELD),
     lost="its steps so far are lost",
     outside=lambda run: run.own_reward_model,
     in_run=True,
@@ -294,19 +300,25 @@ register(Stage(
         REWARD_REPORT,
     ),
     outputs=(POLICY, CRITIC, TRAINING),
-    settings=(
-        "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
-        *(f"-ppo.{name}" for name in WITHOUT_EFFECT), "rule", "judge", "lora",
-    ),
+    settings=_OF_TRAIN,
     lost="no step of this process is lost",
     in_run=True,
     processes=True,
+))  # fmt: skip
+register(Stage(
+    "baselines", "tppo.stages.baselines:baselines",
+    "the same PPO with labels of sentences, and with rewards at the end; for the closing table",
+    inputs=(*REGISTRY["train"].inputs, LABELS, CATEGORIES),
+    outputs=OF_BASELINES,
+    settings=(*_OF_TRAIN, "generate.samples", *_OF_REWARD_MODEL),
+    lost="its steps so far are lost",
 ))  # fmt: skip
 register(Stage(
     "eval", "tppo.stages.evaluate:evaluate",
     "the closing table and result.json",
     inputs=(
         TRAIN_SESSIONS, TEST_SESSIONS, TRANSFER_SESSIONS, SFT_MODEL, POLICY, TRAINING,
+        *OF_BASELINES,
     ),
     outputs=(RESULT, TEST_ANSWERS),
     settings=(

@@ -1,4 +1,5 @@
-"""One training of a study: PPO with the reward model of N labelled answers, judged by fresh users.
+"""One arm of a study: PPO with the reward model of N labelled answers, judged by fresh users; or
+what is done instead of PPO.
 
 Everything is over the trainer's own parts and in memory; only the SFT model and the trained reward
 models, which arms share, are read from the study's folder.
@@ -7,6 +8,7 @@ models, which arms share, are read from the study's folder.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +16,22 @@ from transformers import PreTrainedModel
 
 from tppo.evaluation.judge import RuleJudge, judge_answers
 from tppo.evaluation.metrics import evaluate_policy
+from tppo.methods.best_of_n import best_of_n, kl_bound
 from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import fit_critic
 from tppo.methods.ppo import PPO
-from tppo.models.rollout import RolloutBatch
-from tppo.rewards import Questions, Reward
+from tppo.models.rollout import HFRollout, RolloutBatch
+from tppo.rewards import Answers, Questions, Reward
 from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
-from tppo.stages.ppo import answered, policy_and_ref
+from tppo.stages.ppo import answered, policy_and_ref, questions_of
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
-from tppo.stages.study.reward_models import reward_of, scores
+from tppo.stages.study.reward_models import dpo_policy, reward_of, scores
 from tppo.store.jsonl import read_object, write_json
+
+KEPT = ("words", "distinct_queries", "format", "kl", "length")
 
 
 def ppo_config(config: PPOConfig, cell: Cell) -> PPOConfig:
@@ -60,9 +65,30 @@ def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) ->
         tokenizer=run.tokenizer, batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,
     )  # fmt: skip
-    kept = ("words", "distinct_queries", "format", "kl", "length")
-    relevant = "".join(str(value) for value in judge(answers)["relevance"])
-    return {"relevant": relevant, **{name: round(figures[name], 4) for name in kept}}
+    return _row(judge, answers, {name: figures[name] for name in ("kl", "length")})
+
+
+def best_of(material: Material, cell: Cell, reward: Reward, ref: PreTrainedModel) -> dict[str, Any]:
+    """The same of the best paid of several samples of the SFT model; the KL is its bound."""
+    run, users, n = material.run, material.judges, cell.arm.responses_per_prompt
+    pad_id, config = run.tokenizer.pad_token_id, run.config
+    rollout = HFRollout(ref, pad_id=pad_id, eos_id=run.eos_ids,
+                        batch_size=config.generate.batch_size, prefix=config.prefix)  # fmt: skip
+    found = best_of_n(
+        rollout, reward, questions_of(run, users, ref), n, run.sampling(seed=run.seed),
+        tokenizer=run.tokenizer, pad_id=pad_id, eos_ids=run.eos_ids, device=run.device,
+        prefix=config.prefix,
+    ).answers  # fmt: skip
+    length = sum(map(len, found.response_ids)) / len(users)
+    judge = RuleJudge(config.label.sentence_threshold)
+    return _row(judge, found, {"kl": kl_bound(n), "length": length})
+
+
+def _row(judge: RuleJudge, answers: Answers, beside: Mapping[str, float]) -> dict[str, Any]:
+    verdicts = judge(answers)
+    figures = {name: sum(x) / len(x) for name, x in verdicts.items()} | beside
+    relevant = "".join(str(value) for value in verdicts["relevance"])
+    return {"relevant": relevant, **{name: round(figures[name], 4) for name in KEPT}}
 
 
 def start_of(material: Material) -> dict[str, Any]:
@@ -77,19 +103,26 @@ def start_of(material: Material) -> dict[str, Any]:
 
 
 def train_arm(material: Material, cell: Cell) -> dict[str, Any]:
-    """The outcome of a cell: its reward model's scores of fresh answers, and PPO's curve."""
-    start = time.monotonic()
+    """The outcome of a cell: its reward model's scores of fresh answers, and the curve of PPO, or
+    where the arm is not PPO what came of it.
+    """
+    start, arm = time.monotonic(), cell.arm
     found: dict[str, Any] = {
         "shares": [round(share, 5) for share in true_shares(material.fresh)],
         "curve": [], "critic_fit": {}, "sampled": [],
     }  # fmt: skip
     reward = None
-    if cell.steps or not cell.arm.layer:
+    if cell.steps or not arm.layer:
         policy, ref = policy_and_ref(material.seeded, SFT_MODEL)
         reward = reward_of(material, cell, ref)
     if cell.steps:
         assert reward is not None
-        found |= trained(material, cell, policy, ref, reward)
+        if arm.method == "ppo":
+            found |= trained(material, cell, policy, ref, reward)
+        else:
+            row = (judged(material, dpo_policy(material, cell), ref) if arm.method == "dpo"
+                   else best_of(material, cell, reward, ref))  # fmt: skip
+            found["curve"] = [{"step": 0, "answers": 0, **row}]
     found["scores"] = [round(score, 5) for score in scores(material, cell, reward)]
     return found | {"seconds": round(time.monotonic() - start, 1)}
 

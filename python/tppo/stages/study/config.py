@@ -15,7 +15,7 @@ from tppo.config import Config
 from tppo.settings import Count, Natural, Positive, Seed, Share, Text, section
 from tppo.store.jsonl import plain
 
-Labels = Literal["words", "sentences"]
+Labels = Literal["words", "sentences", "pairs"]
 Pooling = Literal["last", "mean"]
 ANY_MODEL = "any"
 
@@ -40,27 +40,42 @@ class Arm:
     name: Text = "token"
     """What tables call it; the same name is the same arm."""
     labels: Labels = "words"
-    """words: the token reward model.  sentences: a model of whole answers, paid at their end."""
+    """words: the token reward model.  sentences: a model of whole answers, paid at their end.
+    pairs: what DPO learns from the true next queries against the labelled answers, which need no
+    labels for that; PPO is paid what the policy of DPO stands for at each token (RTO)."""
     pooling: Pooling = "last"
     """Of a model of whole answers: the state of the last token, or the mean of all of them."""
     paid: Literal["token", "end"] = "token"
-    """Of the token reward model: its rewards at their tokens, or their total at the last token."""
+    """Rewards of tokens at their tokens, or their total at the last token."""
     scale: Positive = 1.0
     """The reward is multiplied by this."""
-    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    advantage: Literal["gae", "grpo", "rloo", "remax"] = "gae"
     responses_per_prompt: Count = 1
-    """Of a step's answers so many are of one prompt: grpo and rloo need at least two."""
+    """Of a step's answers so many are of one prompt: grpo, rloo and remax need at least two, and
+    of remax's the last one is greedy."""
     lam: Share = 0.95
     fit_critic: Natural = 0
     """Answers of the SFT model on which the critic is fitted before PPO; none of them is new."""
     layer: Natural = 0
     """The reward model is a linear head over the states behind so many layers of the SFT model,
     whose weights it leaves as they are; 0: it has weights of its own, all of them trained."""
+    method: Literal["ppo", "dpo", "best-of-n"] = "ppo"
+    """dpo: the policy that DPO makes of the pairs, without PPO.  best-of-n: of so many samples as
+    `responses_per_prompt` says the one that is paid best, without any training."""
 
     def __post_init__(self) -> None:
         if self.labels == "sentences" and self.paid == "token":
             raise ValueError(f"paid was 'token' in arm {self.name!r}, expected 'end' with labels "
                              "of sentences: an answer as a whole has one reward")  # fmt: skip
+        if (self.method == "dpo") != (self.labels == "pairs") and self.method != "ppo":
+            raise ValueError(f"method was {self.method!r} with labels of {self.labels} in arm "
+                             f"{self.name!r}, expected dpo with pairs alone")  # fmt: skip
+        if self.labels == "pairs" and self.layer:
+            raise ValueError(f"layer was {self.layer} in arm {self.name!r}, expected 0 with labels "
+                             "of pairs: DPO trains a policy, not a head")  # fmt: skip
+        if self.method == "best-of-n" and self.responses_per_prompt < 2:
+            raise ValueError(f"responses_per_prompt was 1 in arm {self.name!r}, expected at least "
+                             "2 of which the best is chosen")  # fmt: skip
         if self.advantage != "gae" and self.fit_critic:
             raise ValueError(f"fit_critic was {self.fit_critic} in arm {self.name!r}, expected 0 "
                              f"with advantage {self.advantage}, which has no critic")  # fmt: skip
@@ -93,7 +108,8 @@ class Cell:
 
         A reward model and the figures of its policy count as a step.
         """
-        return (self.steps + 1) * self.step_answers * self.queries
+        steps = self.steps if self.arm.method == "ppo" else 0
+        return (steps + 1) * self.step_answers * self.queries
 
     @property
     def reward_model(self) -> str:
@@ -101,7 +117,7 @@ class Cell:
         learn from the same labels share it.
         """
         arm, noise = self.arm, self.noise
-        kind = "words" if arm.labels == "words" else f"sentences-{arm.pooling}"
+        kind = f"sentences-{arm.pooling}" if arm.labels == "sentences" else arm.labels
         kind += f"-layer-{arm.layer}" if arm.layer else ""
         return f"{kind}-{self.answers}-{noise.words:g}-{noise.sentences:g}"
 
@@ -130,7 +146,7 @@ class Part:
             if not getattr(self, name):
                 raise ValueError(f"{name} was an empty list, expected at least one")
         for arm in self.arms:
-            if self.step_answers % arm.responses_per_prompt:
+            if arm.method == "ppo" and self.step_answers % arm.responses_per_prompt:
                 raise ValueError(
                     f"step_answers was {self.step_answers}, expected a multiple of the "
                     f"{arm.responses_per_prompt} answers a prompt of arm {arm.name!r}"

@@ -158,17 +158,17 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
     """Question B: the curves of arms with one reward model over the answers that were sampled.
 
     Returns {"seeds", "arms": {arm: {"relevance": Curve over sampled answers, "rows": [...],
-    "reached": {level: Interval of answers}}}, "ratios": {arm: {level: Interval}}}, the ratios
-    against the first arm.
+    "reached": {level: Interval of answers}}}, "ratios": {arm: {level: Interval}}, "critic_fits":
+    {arm: mean figures}}, the ratios against the first arm.
     """
-    names = [arm.name for arm in arms]
+    names = [arm.name for arm in arms if arm.method == "ppo"]
     found: dict[str, dict[int, Outcome]] = {}
     for outcome in outcomes:
         if outcome.cell.arm.name in names and outcome.cell.queries == queries:
             found.setdefault(outcome.cell.arm.name, {})[outcome.cell.seed] = outcome
     seeds, keys = _seeds(found), [name for name in names if name in found]
     if not seeds:
-        return {"seeds": [], "arms": {}, "ratios": {}}
+        return {"seeds": [], "arms": {}, "ratios": {}, "critic_fits": {}}
     curves = {name: [found[name][seed].found["curve"] for seed in seeds] for name in keys}
     x = [float(row["answers"]) for row in curves[keys[0]][0]]
     blocks = [
@@ -194,6 +194,28 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
             },
         }
     result["ratios"] = _ratios(result["arms"], reached_in)
+    fits = {name: [found[name][seed].found["critic_fit"] for seed in seeds] for name in keys}
+    result["critic_fits"] = {name: _means(rows) for name, rows in fits.items() if rows[0]}
+    return result
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def without_ppo(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -> dict[str, Any]:
+    """{arm: {"seeds", "relevance": Interval, "beside"}} of the arms that are not PPO."""
+    result: dict[str, Any] = {}
+    for arm in arms:
+        rows = {o.cell.seed: o.found["curve"][-1] for o in outcomes
+                if o.cell.arm == arm and o.cell.queries == queries}  # fmt: skip
+        if arm.method == "ppo" or not rows:
+            continue
+        value, draws = _resampled([_relevant(row)[None] for row in rows.values()], means)
+        result[arm.name] = {
+            "seeds": sorted(rows), "relevance": interval(float(value[0]), draws[:, 0]),
+            "beside": _beside([*rows.values()]),
+        }  # fmt: skip
     return result
 
 
@@ -276,7 +298,10 @@ def _labels(
 def _credit(outcomes: Sequence[Outcome], queries: int) -> dict[str, Any]:
     arms = list(dict.fromkeys(outcome.cell.arm for outcome in outcomes))
     found = over_steps(outcomes, queries, arms)
-    result = {"queries": queries, "seeds": found["seeds"], "ratios": found["ratios"], "arms": {}}
+    result: dict[str, Any] = {
+        "queries": queries, "arms": {}, "others": without_ppo(outcomes, queries, arms),
+        **{name: found[name] for name in ("seeds", "ratios", "critic_fits")},
+    }  # fmt: skip
     for name, arm in found["arms"].items():
         result["arms"][name] = {
             "answers": arm["relevance"].x, "relevance": arm["relevance"].y,

@@ -24,8 +24,13 @@ END = Arm("end", paid="end")
 END_FITTED = Arm("end, critic fitted", paid="end", fit_critic=1600)
 TOKEN_FITTED = Arm("token, critic fitted", fit_critic=1600)
 GRPO = Arm("GRPO, groups of 8", advantage="grpo", responses_per_prompt=8)
+GRPO_END = Arm("GRPO, groups of 8, end", paid="end", advantage="grpo", responses_per_prompt=8)
 RLOO = Arm("RLOO, groups of 8", advantage="rloo", responses_per_prompt=8)
-CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, RLOO)
+REMAX = Arm("ReMax, 1 of 2 greedy", paid="end", advantage="remax", responses_per_prompt=2)
+RTO = Arm("RTO", labels="pairs")
+DPO = Arm("DPO", method="dpo", labels="pairs")
+BEST_OF_8 = Arm("best of 8", method="best-of-n", responses_per_prompt=8)
+CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, GRPO_END, RLOO, REMAX, RTO, DPO, BEST_OF_8)
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
@@ -37,6 +42,7 @@ SMALL = Config(
     sft=SFTConfig(max_steps=800, decay_steps=600),
     generate=GenerateConfig(samples=2000),
     reward_model=RewardModelConfig(lr=3e-4),
+    ppo=PPOConfig(format_cost=3.0),
 )
 LARGE = replace(
     SMALL,
@@ -118,8 +124,8 @@ def seconds() -> StudyConfig:
     fitted = replace(SENTENCES, fit_critic=32)
     parts = (
         Part("labels", (WORDS, fitted), (8, 32), steps=1, step_answers=8),
-        Part("credit", (TOKEN, replace(END_FITTED, fit_critic=32), GRPO), (32,), steps=2,
-             step_answers=8, eval_every=1),
+        Part("credit", (TOKEN, replace(END_FITTED, fit_critic=32), GRPO, REMAX, RTO, DPO,
+                        BEST_OF_8), (32,), steps=2, step_answers=8, eval_every=1),
     )  # fmt: skip
     return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
 

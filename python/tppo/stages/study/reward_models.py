@@ -1,7 +1,9 @@
 """The reward models of a study: trained from N labelled answers, kept, read as PPO and figures do.
 
-Both kinds start from the trunk of the same SFT model and pass equally often over the same answers
-and their twins; of each answer one has the labels of its words, the other one label.
+Those of words and of sentences start from the trunk of the same SFT model and pass equally often
+over the same answers and their twins; of each answer one has the labels of its words, the other one
+label.  What DPO makes of the SFT model knows no labels: an answer is the worse one of a pair with
+the true next queries.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tppo.methods.config import RewardModelConfig
+from tppo.methods.dpo import preferences, train_dpo
 from tppo.methods.reward_model import (
     IRRELEVANT,
     RELEVANT,
@@ -26,11 +29,16 @@ from tppo.methods.reward_model import (
 from tppo.methods.sentence_model import SentenceReader, train_sentence_model
 from tppo.models.batch import Batch
 from tppo.models.folder import save_weights
+from tppo.models.load import load_policy
 from tppo.models.own_tokens import load_frozen, start_reward_model
+from tppo.models.vocabulary import limit_vocabulary
 from tppo.rewards import Reward
+from tppo.rewards.format import FormatReward
+from tppo.rewards.implicit import ImplicitReward, ImplicitScore
 from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
 from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.token_model import TokenModelReward
+from tppo.sessions.prompts import encode_answer
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.frozen import (
@@ -44,6 +52,8 @@ from tppo.stages.study.frozen import (
 )
 from tppo.stages.study.material import Material, labelled_rows
 
+ModelReward = TokenModelReward | SentenceModelReward | ImplicitReward
+DPO_BETA, DPO_LR = 0.1, 1e-3
 AT_ONCE = 256  # answers that a reward model rates at once
 WEIGHTS = "model.safetensors"
 
@@ -78,6 +88,8 @@ def _train(material: Material, cell: Cell, work: Path) -> None:
     )
     if cell.arm.labels == "words":
         save_weights(_word_model(material, rows, config), work)
+    elif cell.arm.labels == "pairs":
+        save_weights(_by_dpo(material, cell.answers), work)
     else:
         model = _sentence_model(material, cell)
         reader = SentenceReader(
@@ -101,6 +113,31 @@ def _word_model(
     return model
 
 
+def _by_dpo(material: Material, answers: int) -> PreTrainedModel:
+    """The SFT model after DPO on the true next queries against as many of its answers."""
+    run, config = material.run, material.run.config.reward_model
+    targets = {session.id: session.targets for session in material.sessions}
+    given = [answer for answer, _ in material.labelled[:answers]]
+    pairs = preferences(
+        [answer.prompt_ids for answer in given],
+        [encode_answer(run.tokenizer, targets[answer.session]) for answer in given],
+        [answer.response_ids for answer in given],
+    )
+    held = max(1, round(config.heldout_share * len(pairs)))  # it stops an epoch past its best
+    policy = run.sft_model()
+    train_dpo(policy, run.sft_model(), pairs[held:], pairs[:held], replace(config, lr=DPO_LR),
+              pad_id=run.tokenizer.pad_token_id, seed=material.seed, beta=DPO_BETA,
+              prefix=run.config.prefix)  # fmt: skip
+    return policy
+
+
+def dpo_policy(material: Material, cell: Cell) -> PreTrainedModel:
+    """The policy that DPO has made of the pairs of a cell."""
+    run = material.run
+    policy = load_policy(folder_of(material, cell), run.device, run.config.model.dtype)
+    return limit_vocabulary(policy, run.tokenizer)
+
+
 def _sentence_model(material: Material, cell: Cell) -> SentenceModel:
     run = material.run
     return SentenceModel.from_policy(
@@ -117,9 +154,23 @@ def enough_passes(config: RewardModelConfig, rows: int, updates: int) -> RewardM
 
 
 def reward_of(material: Material, cell: Cell, sft: PreTrainedModel) -> Reward:
-    """What pays in PPO, by the frozen reward model of a cell.  sft: the model that a head reads."""
+    """What pays in PPO, by the frozen reward model of a cell; every arm pays alike for faults of
+    the form.  sft: the model that a head reads.
+    """
+    arm, config = cell.arm, material.run.config.ppo
+    reward: Reward = _model_reward(material, cell, sft)
+    if config.format_cost:
+        reward = FormatReward(reward, config.format_cost)
+    return TerminalReward(reward) if arm.paid == "end" and arm.labels != "sentences" else reward
+
+
+def _model_reward(material: Material, cell: Cell, sft: PreTrainedModel) -> ModelReward:
+    """What the reward model of a cell pays, without what the form costs."""
     run, arm, config = material.run, cell.arm, material.run.config.ppo
     folder = folder_of(material, cell)
+    if arm.labels == "pairs":
+        implied = ImplicitScore(dpo_policy(material, cell), run.sft_model(), DPO_BETA * arm.scale)
+        return ImplicitReward(implied, max_tokens=config.max_tokens)
     if arm.labels == "sentences":
         if arm.layer:
             model = sentence_model(sft, arm.layer, arm.pooling, load_head(folder))
@@ -127,7 +178,7 @@ def reward_of(material: Material, cell: Cell, sft: PreTrainedModel) -> Reward:
             model = _sentence_model(material, cell)
             model.load_state_dict(load_file(folder / WEIGHTS))
         return SentenceModelReward(model, scale=arm.scale, max_tokens=config.max_tokens)
-    reward = TokenModelReward(
+    return TokenModelReward(
         word_model(sft, arm.layer, load_head(folder)) if arm.layer else load_frozen(
             folder, run.tokenizer, run.device, run.eos_ids, run.config.model.dtype
         ),
@@ -136,7 +187,6 @@ def reward_of(material: Material, cell: Cell, sft: PreTrainedModel) -> Reward:
         length_alpha=config.length_alpha,
         max_tokens=config.max_tokens,
     )  # fmt: skip
-    return reward if arm.paid == "token" else TerminalReward(reward)
 
 
 @torch.no_grad()
@@ -144,7 +194,7 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
     """How good a reward model thinks each fresh answer: larger is better.
 
     Of a model of words the relevant share that it expects, sum_t p_t(2) / sum_t (p_t(1) + p_t(2));
-    of a model of whole answers its score.
+    of others their score.
     reward: what pays by it; a head over frozen states needs none.
     """
     run, pairs, found = material.run, material.fresh, list[float]()
@@ -152,7 +202,10 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
         rows = [LabelledAnswer(a.prompt_ids, a.response_ids, (), 0) for a, _ in pairs]
         states = states_of(material, cell.arm.layer, rows)
         return head_scores(cell, load_head(folder_of(material, cell)), states)
-    rated = reward.reward if isinstance(reward, TerminalReward) else reward
+    rated: Reward | None = reward
+    while isinstance(rated, TerminalReward | FormatReward):
+        rated = rated.reward
+    assert isinstance(rated, ModelReward)
     for first in range(0, len(pairs), AT_ONCE):
         answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]
         batch = Batch(
@@ -160,10 +213,19 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
             [answer.response_ids for answer in answers],
             run.tokenizer.pad_token_id, run.device, run.config.prefix,
         )  # fmt: skip
-        if isinstance(rated, SentenceModelReward):
+        if not isinstance(rated, TokenModelReward):
             found += rated.model(batch).tolist()
             continue
-        assert isinstance(rated, TokenModelReward)
+    for first in range(0, len(pairs), AT_ONCE):
+        answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]
+        batch = Batch(
+            [answer.prompt_ids for answer in answers],
+            [answer.response_ids for answer in answers],
+            run.tokenizer.pad_token_id, run.device, run.config.prefix,
+        )  # fmt: skip
+        if not isinstance(rated, TokenModelReward):
+            found += rated.model(batch).tolist()
+            continue
         chance = rated.logits(batch).float().softmax(-1) * batch.mask[..., None]  # [B, T, 3]
         relevant, irrelevant = chance[..., RELEVANT].sum(1), chance[..., IRRELEVANT].sum(1)
         found += (relevant / (relevant + irrelevant)).tolist()

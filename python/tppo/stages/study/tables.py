@@ -31,6 +31,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     for setting in figures["credit"]:
         if setting["seeds"]:
             found.append(_credit(setting))
+        if setting["others"]:
+            found.append(_without_ppo(setting))
     return found
 
 
@@ -130,33 +132,71 @@ def _cost(cost: Mapping[str, Any]) -> Table:
     )
 
 
+def _shown(setting: Mapping[str, Any]) -> list[str]:
+    """The levels that a table shows: the highest that the first arm and half of the others reach,
+    and the highest that the first reaches with any other.
+    """
+    first, *others = setting["arms"].values()
+    counts = [
+        (str(level), sum(arm["reached"][str(level)][0] is not None for arm in others))
+        for level in LEVELS
+        if first["reached"][str(level)][0] is not None
+    ]
+    half = [level for level, n in counts if 2 * n >= len(others)]
+    some = [level for level, n in counts if n]
+    return sorted({*half[-1:], *some[-1:]})
+
+
 def _credit(setting: Mapping[str, Any]) -> Table:
-    levels = [level for level in LEVELS
-              if any(arm["reached"][str(level)][0] is not None
-                     for arm in setting["arms"].values())]  # fmt: skip
-    first = next(iter(setting["arms"]))
-    top = levels[-1] if levels else LEVELS[0]
-    shown = levels[-2:]
-    head = [
-        "arm", *(f"answers to {level:g}" for level in shown), f"{first} / arm at {top:g}",
-        "relevance at the end", "KL", "format", "explained variance, first and last",
-    ]  # fmt: skip
+    levels, first = _shown(setting), next(iter(setting["arms"]))
+    head = ["arm"]
+    for level in levels:
+        head += [f"answers to {float(level):g}", f"{first} / arm"]
+    head += ["relevance at the end", "KL", "format", "distinct queries",
+             "explained variance: fit, first, last"]  # fmt: skip
     rows = []
     for name, arm in setting["arms"].items():
-        row = [name, *(_reached(arm["reached"][str(level)]) for level in shown)]
-        ratio = setting["ratios"].get(name, {}).get(str(top))
-        row.append("" if ratio is None else share(ratio))
+        row = [name]
+        for level in levels:
+            ratio = setting["ratios"].get(name, {}).get(level)
+            row += [_reached(arm["reached"][level]), "" if ratio is None else share(ratio)]
         last = arm["rows"][-1]
         variance = [r["explained_variance"] for r in arm["rows"] if "explained_variance" in r]
-        row += [share(arm["relevance"][-1]), f"{last['kl']:.1f}", number(last["format"]),
-                f"{number(variance[0])}, {number(variance[-1])}" if variance else ""]  # fmt: skip
+        fit = setting["critic_fits"].get(name, {}).get("explained_variance_after")
+        row += [
+            share(arm["relevance"][-1]), f"{last['kl']:.1f}", number(last["format"]),
+            f"{last['distinct_queries']:.2f}",
+            ", ".join(map(number, (fit, variance[0], variance[-1]))) if variance else "",
+        ]  # fmt: skip
         rows.append(row)
+    start = setting["arms"][first]["rows"][0]
     return Table(
         f"Where the same rewards are paid: {named(setting)}",
         f"One token reward model, {setting['arms'][first]['answers'][-1]:,.0f} answers sampled; "
         "answers until the mean relevance of fresh users, made nondecreasing, reaches a level. "
-        "95 % intervals: paired bootstrap over seeds and users.",
+        f"The SFT model that all start from: relevance "
+        f"{share(setting['arms'][first]['relevance'][0])}, format {number(start['format'])}, "
+        f"{start['distinct_queries']:.2f} distinct queries. Explained variance of the rewards to "
+        "come: of a fitted critic on held-out answers after its fit, of every critic over the "
+        "first and the last answers of PPO. 95 % intervals: paired bootstrap over seeds and "
+        "users.",
         head,
+        rows,
+    )
+
+
+def _without_ppo(setting: Mapping[str, Any]) -> Table:
+    rows = [
+        [name, share(arm["relevance"]), f"{arm['beside']['kl']:.1f}",
+         number(arm["beside"]["format"]), f"{arm['beside']['distinct_queries']:.2f}"]
+        for name, arm in setting["others"].items()
+    ]  # fmt: skip
+    seeds = next(iter(setting["others"].values()))["seeds"]
+    return Table(
+        f"Without PPO: {named({**setting, 'seeds': seeds})}",
+        "DPO on the true next queries against the answers that the others were labelled for; the "
+        "best of n samples of the SFT model by the token reward model, with the bound of its KL.",
+        ["arm", "relevance", "KL", "format", "distinct queries"],
         rows,
     )
 

@@ -1,0 +1,76 @@
+"""Two baselines of token-level PPO by the same loop, which the closing table shows beside it.
+
+    sentence_labels   of the same labelled answers the verdict on the whole alone is learnt, by a
+                      sentence model that pays at the last token
+    paid_at_end       the same token rewards, whose total is paid at the last token
+
+Steps, answers a step and all other settings are those of `train`.  The critic of both is fitted
+beforehand on the answers that the SFT model has generated, without which they learn later.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from tppo.methods.reward_model import IRRELEVANT, LabelledAnswer
+from tppo.methods.sentence_model import SentenceReader, train_sentence_model
+from tppo.progress import say
+from tppo.rewards import Reward
+from tppo.rewards.format import FormatReward
+from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
+from tppo.rewards.terminal import TerminalReward
+from tppo.stages.artifacts import BASELINES, SFT_MODEL
+from tppo.stages.models import new_ppo
+from tppo.stages.ppo import loop_of, policy_and_ref, run_reward
+from tppo.stages.reward_rows import policy_rows, policy_twins
+from tppo.stages.run import Run
+from tppo.stages.study.presets import SENTENCES
+
+
+def baselines(run: Run) -> None:
+    """Train both; each leaves what `train` does in a folder of its own."""
+    with run.stage("baselines") as out:
+        for name, reward_of in REWARDS.items():
+            say(f"baselines: {name}")
+            policy, ref = policy_and_ref(run, SFT_MODEL)
+            config = run.config.ppo
+            if config.advantage == "gae":
+                config = replace(config, fit_critic=run.config.generate.samples)
+            # The stage begins anew where it was stopped: a checkpoint would be of no use.
+            config = replace(config, checkpoint_every=config.steps)
+            trainer = new_ppo(run, config, policy, ref, reward_of(run, ref))
+            folder = out / name
+            folder.mkdir()
+            loop_of(run, folder, trainer).run_all()
+
+
+def paid_at_end(run: Run, ref: PreTrainedModel) -> Reward:
+    """What `train` is paid, at the last token."""
+    return TerminalReward(run_reward(run, ref, ref))
+
+
+def sentence_labels(run: Run, ref: PreTrainedModel) -> Reward:
+    """What a sentence model pays that is trained on the same answers as often; form costs the same.
+
+    Nobody knows which words of a twin were relevant where wholes alone are labelled: it is
+    irrelevant.
+    """
+    rows, twins, config = policy_rows(run), policy_twins(run), run.config.reward_model
+    data: list[LabelledAnswer] = [row for session in sorted(rows) for row in rows[session]]
+    data += [row._replace(sentence=IRRELEVANT) for session in sorted(twins)
+             for row in twins[session]]  # fmt: skip
+    random.Random(f"{run.seed}/sentences").shuffle(data)
+    model = SentenceModel.from_policy(
+        run.path(SFT_MODEL), run.device, SENTENCES.pooling, run.config.model.dtype, run.seed
+    )
+    reader = SentenceReader(model, run.tokenizer.pad_token_id, run.config.prefix, config.max_tokens)
+    train_sentence_model(reader, data, [], config, seed=run.seed)
+    ppo = run.config.ppo
+    paid = SentenceModelReward(model, scale=SENTENCES.scale, max_tokens=ppo.max_tokens)
+    return FormatReward(paid, ppo.format_cost) if ppo.format_cost else paid
+
+
+REWARDS = dict(zip(BASELINES, (sentence_labels, paid_at_end), strict=True))

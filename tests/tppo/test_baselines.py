@@ -1,0 +1,72 @@
+"""`tppo baselines`: sentence labels and rewards at the end by the same loop, in the same table."""
+
+import json
+import shutil
+
+import pytest
+from test_run import config, finished  # noqa: F401  # fixtures
+
+from tppo.cli import _names, main
+from tppo.evaluation.table import reached_line
+from tppo.stages.artifacts import BASELINES
+from tppo.store.jsonl import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def compared(finished, tmp_path_factory):  # noqa: F811
+    out = shutil.copytree(finished, tmp_path_factory.mktemp("baselines") / "out")
+    for stage in ("baselines", "eval"):
+        main([stage, "--out", str(out)])
+    return out
+
+
+def test_baselines_take_as_many_steps_and_stand_in_the_table(compared, finished):  # noqa: F811
+    result = json.loads((compared / "result.json").read_text())
+    before = json.loads((finished / "result.json").read_text())
+    for name in BASELINES:
+        assert name not in before
+        row = result[name]
+        assert row["users"] == result["tppo"]["users"] and "relevance_interval" in row
+        assert row["training"]["steps"] == result["training"]["steps"]
+        assert row["training"]["critic_fit"]["answers"] == result["training"]["sessions"]
+        assert not list((compared / "baselines" / name).glob("checkpoints*"))
+    assert result["tppo"] == before["tppo"]
+
+
+def test_baselines_of_other_settings_are_left_out(compared, capsys, tmp_path):
+    out = shutil.copytree(compared, tmp_path / "out")
+    main(["eval", "--out", str(out), "--ppo.kl-coef", "0.3", "--eval.no-continued"])
+    assert not set(BASELINES) & json.loads((out / "result.json").read_text()).keys()
+    assert "paid_at_end was trained with other files or settings" in capsys.readouterr().err
+
+
+def test_they_are_paid_once_at_the_end_and_otherwise_differ(compared):
+    first = {
+        name: next(iter(read_jsonl(compared / folder / "metrics.jsonl")))
+        for name, folder in {"train": "train", **{n: f"baselines/{n}" for n in BASELINES}}.items()
+    }
+    scores = {name: row["objective/scores"] for name, row in first.items()}
+    # The first answers are those of SFT: what they are paid in total is the same, wherever.
+    assert scores["paid_at_end"] == pytest.approx(scores["train"], abs=1e-5)
+    assert scores["sentence_labels"] != pytest.approx(scores["train"], abs=1e-3)
+    known = "val/explained_variance"
+    assert first["paid_at_end"][known] != first["train"][known]
+
+
+def test_a_run_trains_them_where_it_is_told_to():
+    assert "baselines" not in _names("run", False) and _names("eval", True) == ["eval"]
+    with_them = _names("run", True)
+    assert with_them.index("train") < with_them.index("baselines") < with_them.index("eval")
+
+
+def test_the_steps_to_a_level_are_told_of_every_training():
+    row = {"relevance": 0.9, "relevance_interval": [0.8, 1.0]}
+    result = {
+        "sft": row, "tppo": row, "training": {"reached": {"0.8": 25, "0.9": None}},
+        "paid_at_end": row | {"training": {"reached": {"0.8": None, "0.9": 40}}},
+    }  # fmt: skip
+    assert reached_line(result, "relevance") == [
+        "steps until held-out relevance reached 0.8, 0.9: tppo 25, never; paid_at_end never, 40"
+    ]
+    result["training"], result["paid_at_end"] = {}, row
+    assert reached_line(result, "relevance") == []
