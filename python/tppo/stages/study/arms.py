@@ -86,7 +86,7 @@ def best_of(material: Material, cell: Cell, reward: Reward, ref: PreTrainedModel
 
 def _row(judge: RuleJudge, answers: Answers, beside: Mapping[str, float]) -> dict[str, Any]:
     verdicts = judge(answers)
-    figures = {name: sum(x) / len(x) for name, x in verdicts.items()} | beside
+    figures = {**{name: sum(x) / len(x) for name, x in verdicts.items()}, **beside}
     relevant = "".join(str(value) for value in verdicts["relevance"])
     return {"relevant": relevant, **{name: round(figures[name], 4) for name in KEPT}}
 

@@ -216,16 +216,6 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
         if not isinstance(rated, TokenModelReward):
             found += rated.model(batch).tolist()
             continue
-    for first in range(0, len(pairs), AT_ONCE):
-        answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]
-        batch = Batch(
-            [answer.prompt_ids for answer in answers],
-            [answer.response_ids for answer in answers],
-            run.tokenizer.pad_token_id, run.device, run.config.prefix,
-        )  # fmt: skip
-        if not isinstance(rated, TokenModelReward):
-            found += rated.model(batch).tolist()
-            continue
         chance = rated.logits(batch).float().softmax(-1) * batch.mask[..., None]  # [B, T, 3]
         relevant, irrelevant = chance[..., RELEVANT].sum(1), chance[..., IRRELEVANT].sum(1)
         found += (relevant / (relevant + irrelevant)).tolist()

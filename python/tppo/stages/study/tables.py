@@ -134,17 +134,16 @@ def _cost(cost: Mapping[str, Any]) -> Table:
 
 def _shown(setting: Mapping[str, Any]) -> list[str]:
     """The levels that a table shows: the highest that the first arm and half of the others reach,
-    and the highest that the first reaches with any other.
+    and the highest that the first one reaches.
     """
     first, *others = setting["arms"].values()
-    counts = [
-        (str(level), sum(arm["reached"][str(level)][0] is not None for arm in others))
+    counts = {
+        str(level): sum(arm["reached"][str(level)][0] is not None for arm in others)
         for level in LEVELS
         if first["reached"][str(level)][0] is not None
-    ]
-    half = [level for level, n in counts if 2 * n >= len(others)]
-    some = [level for level, n in counts if n]
-    return sorted({*half[-1:], *some[-1:]})
+    }
+    half = [level for level, n in counts.items() if 2 * n >= len(others)]
+    return sorted({*half[-1:], *[*counts][-1:]})
 
 
 def _credit(setting: Mapping[str, Any]) -> Table:
