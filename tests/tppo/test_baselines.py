@@ -4,22 +4,44 @@ import json
 import shutil
 
 import pytest
-from test_run import config, finished  # noqa: F401  # fixtures
 
 from tppo.cli import _names, main
 from tppo.evaluation.table import reached_line
 from tppo.stages.artifacts import BASELINES
+from tppo.stages.registry import before
+
+TINY = {
+    "sessions": {"train_users": 64, "heldout_users": 8, "test_users": 12, "transfer_users": 0},
+    "scratch": {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 400, "heads": 2},
+    "sft": {"max_steps": 4, "eval_every": 2},
+    "generate": {"samples": 48, "max_new_tokens": 16},
+    "reward_model": {"epochs": 1},
+    "ppo": {"steps": 2, "batch_size": 8, "minibatch_size": 8, "eval_every": 1, "min_format": 0.0,
+            "max_kl": 100.0, "without_signal": True},
+    "eval": {"temperatures": [1.0], "continued": False},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def compared(finished, tmp_path_factory):  # noqa: F811
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(json.dumps(TINY))
+    flags = ["--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")]
+    for stage in [*before("eval"), "eval"]:
+        if stage != "baselines":
+            main([stage, *flags])
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def compared(finished, tmp_path_factory):
     out = shutil.copytree(finished, tmp_path_factory.mktemp("baselines") / "out")
     for stage in ("baselines", "eval"):
         main([stage, "--out", str(out)])
     return out
 
 
-def test_baselines_take_as_many_steps_and_stand_in_the_table(compared, finished):  # noqa: F811
+def test_baselines_take_as_many_steps_and_stand_in_the_table(compared, finished):
     result = json.loads((compared / "result.json").read_text())
     before = json.loads((finished / "result.json").read_text())
     for name in BASELINES:
@@ -34,7 +56,7 @@ def test_baselines_take_as_many_steps_and_stand_in_the_table(compared, finished)
 
 def test_baselines_of_other_settings_are_left_out(compared, capsys, tmp_path):
     out = shutil.copytree(compared, tmp_path / "out")
-    main(["eval", "--out", str(out), "--ppo.kl-coef", "0.3", "--eval.no-continued"])
+    main(["eval", "--out", str(out), "--ppo.kl-coef", "0.3"])
     assert not set(BASELINES) & json.loads((out / "result.json").read_text()).keys()
     assert "paid_at_end was trained with other files or settings" in capsys.readouterr().err
 

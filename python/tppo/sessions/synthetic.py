@@ -69,6 +69,17 @@ POPULAR = tuple(
     }.items()
     for rest in rests
 )  # fmt: skip
+# Longer lists of next queries draw from more of both, or few of them could be without a repetition.
+MORE_EXTRAS = EXTRAS + (
+    "size", "weight", "colour", "delivery", "rental", "insurance", "discount", "comparison",
+    "assembly", "cleaning", "storage", "accessories", "video", "forum", "test", "guide", "outlet",
+    "returns",
+)  # fmt: skip
+MORE_POPULAR = tuple(
+    f"{first} {query.partition(' ')[2]}"
+    for first in ("today", "free", "where")
+    for query in POPULAR
+)
 EARLY_FORMS = ("{early} {topic}", "{topic} {early} tips", "{need} {early}", "{early} {need} help")
 LATE_FORMS = (
     "{brand} {topic} {need} {style}",
@@ -157,8 +168,9 @@ def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Ses
 
     of_three = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
     n_intent = max(1, round(of_three * queries / TARGETS))
-    targets = _late_queries(rng, n_intent, words)
-    targets += rng.sample(POPULAR, queries - n_intent)
+    extras, popular = (EXTRAS, POPULAR) if queries <= TARGETS else (MORE_EXTRAS, MORE_POPULAR)
+    targets = _late_queries(rng, n_intent, words, extras)
+    targets += rng.sample(popular, queries - n_intent)
     rng.shuffle(targets)
     return Session(
         id=user, user=user, source="generated", profile=(habit,),
@@ -166,17 +178,19 @@ def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Ses
     )  # fmt: skip
 
 
-def _late_queries(rng: random.Random, n: int, words: dict[str, str]) -> list[str]:
+def _late_queries(
+    rng: random.Random, n: int, words: dict[str, str], extras: Sequence[str]
+) -> list[str]:
     """Reformulations of an intent, none of which has the words of another in some order."""
     if n > TARGETS:  # so many are seldom distinct when they are drawn at once
         found: list[str] = []
         while len(found) < n:
-            query = rng.choice(LATE_FORMS).format(extra=rng.choice(EXTRAS), **words)
+            query = rng.choice(LATE_FORMS).format(extra=rng.choice(extras), **words)
             if not any(repeats([*found, query])):
                 found.append(query)
         return found
     while True:
         forms = rng.sample(LATE_FORMS, n)
-        queries = [form.format(extra=rng.choice(EXTRAS), **words) for form in forms]
+        queries = [form.format(extra=rng.choice(extras), **words) for form in forms]
         if not any(repeats(queries)):
             return queries
