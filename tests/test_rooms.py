@@ -21,7 +21,7 @@ Broken = set[tuple[str, str]]  # (file, what it imports)
 # and when two queries say the same, is the matter of those who judge answers, and sessions count
 # words and find duplicates by it; a labeller is given texts and knows no log.
 BASE = {"errors", "progress", "console", "environment", "stopping", "settings",
-        "plain_text"}  # single files
+        "plain_text", "flags"}  # single files
 STORE = BASE | {"store"}
 LABELS = STORE | {"labels"}
 SESSIONS = LABELS | {"sessions"}
@@ -31,11 +31,12 @@ METHODS = BASE | {"models", "rewards", "methods"}  # batches in, a better model 
 EVALUATION = SESSIONS | REWARDS | METHODS | {"evaluation"}
 CONFIG = EVALUATION | {"config"}
 STAGES = CONFIG | {"stages"}
-CLI = STAGES | {"options", "cli"}
+CLI = STAGES | {"options", "help", "commands", "cli"}
 TRAINER = {
     **dict.fromkeys(BASE, BASE), "store": STORE, "labels": LABELS, "sessions": SESSIONS,
     "models": MODELS, "rewards": REWARDS, "methods": METHODS, "evaluation": EVALUATION,
-    "config": CONFIG, "stages": STAGES, "options": CONFIG | {"options"}, "cli": CLI,
+    "config": CONFIG, "stages": STAGES, "options": CONFIG | {"options"},
+    "help": STAGES | {"options", "help"}, "commands": CLI - {"cli"}, "cli": CLI,
     "__main__": CLI, "__init__": CLI,
 }  # fmt: skip
 WITHOUT_TORCH = {"labels", "sessions"}

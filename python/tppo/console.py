@@ -7,12 +7,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:  # loaded where something is drawn: `tppo --help` draws nothing
+    from rich.console import Console
+    from rich.table import Table
 
 _PLAIN = {
     "±": "+/-", "−": "-", "–": "-", "·": "|", "…": "...", "⁺": "+", "⁻": "-", "∎": "$",
@@ -61,6 +60,9 @@ def print_rows(
     Where the terminal is too narrow for it, each cell gets a line of its own, so that no figure is
     cut.
     """
+    from rich.measure import Measurement
+    from rich.text import Text
+
     for i, (name, cells) in enumerate(rows):
         table.add_row(Text(name), *cells, end_section=total and i == len(rows) - 2)
     wide = console.options.update(max_width=10_000)

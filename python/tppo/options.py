@@ -22,7 +22,7 @@ def _device(name: str) -> str:
 
 @section
 class Options:
-    """Flags of every command; a single stage starts from the settings its run folder has."""
+    """Flags of every command; a single stage starts from its run folder's settings."""
 
     data: FilePath | None = None
     """Log file, in any format of --format; by default sessions are generated."""
@@ -31,9 +31,8 @@ class Options:
     seed: Seed = 0
     """Decides everything random."""
     model: FilePath | None = None
-    """A causal LM with its tokenizer: a local folder, a .gguf file, or an id of the Hugging Face
-    hub (owner/name); by default a small Llama from scratch. Any of its EOS ids ends an answer; code
-    that comes with it is never executed."""
+    """A causal LM: a local folder, a .gguf file, or an id of the Hugging Face hub (owner/name); by
+    default a small Llama from scratch. Code that comes with it is never executed."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tppo.cli import _names, main
+from tppo.cli import main
+from tppo.commands import _names
 from tppo.evaluation.table import reached_line
 from tppo.stages.artifacts import BASELINES
 from tppo.stages.registry import before

@@ -128,7 +128,7 @@ def test_a_gradient_is_that_of_ppo_s_first_update(run_folder):
     """Of the clipped objective at the policy that sampled, times its tokens over the answers."""
     from pathlib import Path
 
-    from tppo.cli import _read
+    from tppo.commands import _read
     from tppo.config import fill_defaults
     from tppo.methods.critic_fit import sampled
     from tppo.methods.gradient_noise import policy_gradient

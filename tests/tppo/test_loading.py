@@ -144,7 +144,7 @@ def test_a_run_keeps_the_id_and_its_commit(cache, log, tmp_path):
     assert "24 generated sessions" in card.text and '"max_steps": 1' in card.text
     again = (out / "sft" / "manifest.json").read_text()
     flags = ["--config", str(out / "run.yaml"), "--out", str(out)]
-    from tppo.cli import _defaults
+    from tppo.commands import _defaults
     from tppo.config import fill_defaults
     from tppo.stages.run import Run
 

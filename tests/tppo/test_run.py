@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tppo.cli import _parse, main
+from tppo.cli import main
+from tppo.commands import _parse
 from tppo.config import fill_defaults
 from tppo.labels.queries import parse_answer, repeats
 from tppo.models.parallel import ALONE

@@ -21,12 +21,15 @@ class SFTConfig:
     """Supervised fine-tuning on the true next queries, to the early stop."""
 
     max_steps: Count = 1_500
+    """Optimiser steps at most; the early stop usually comes before."""
     max_passes: Positive = 50.0
     """At most this many passes over the sessions: a small file gets fewer steps."""
     decay_steps: Count = 700
     """The learning rate falls linearly to `final_lr_share` of it over this many steps."""
     final_lr_share: Share = 0.1
+    """The part of the learning rate that is left after `decay_steps`."""
     batch_size: Count = 32
+    """Sessions an optimiser step."""
     max_tokens: Count = MAX_TOKENS
     """Tokens of prompts and answers that the model reads at once: less takes less memory."""
     lr: Positive | None = None
@@ -40,6 +43,7 @@ class SFTConfig:
     prompt_loss: bool | None = None
     """Train on prompt tokens too; by default only where the model starts from scratch."""
     grad_norm: Positive = 1.0
+    """Gradients with a larger norm are scaled down to it."""
 
 
 @section
@@ -52,7 +56,9 @@ class RewardModelConfig:
     revision: Text | None = None
     """Branch, tag or commit of that model where it is an id of a hub."""
     epochs: Count = 3
+    """Passes over the labelled answers."""
     batch_size: Count = 32
+    """Labelled answers an optimiser step."""
     max_tokens: Count = MAX_TOKENS
     """Tokens of prompts and answers that the model reads at once: less takes less memory, and
     answers of a batch that exceeds it are read twice."""
@@ -63,7 +69,9 @@ class RewardModelConfig:
     repeated_share: Share = 1.0
     """Share of the labelled answers that are trained on a second time, with one query repeated."""
     local_weight: NonNegative = 0.4
+    """Weight of the local loss, the classification of each token."""
     global_weight: NonNegative = 0.6
+    """Weight of the global loss, the classification of whole answers."""
     balance: Positive = 3.0
     """Kept ratio of the larger to the smaller of classes 1 and 2."""
     min_auc: Share = 0.8
@@ -71,6 +79,7 @@ class RewardModelConfig:
     min_auc_sessions: Natural = 1_000
     """With fewer labelled sessions the AUC means little: a low one warns instead of stopping."""
     grad_norm: Positive = 1.0
+    """Gradients with a larger norm are scaled down to it."""
 
     def __post_init__(self) -> None:
         if self.local_weight == self.global_weight == 0:
@@ -85,6 +94,7 @@ class PPOConfig:
     """Token-level PPO (Ouyang et al., EMNLP 2025)."""
 
     steps: Count = 40
+    """PPO steps: each samples answers, judges them, and trains on them."""
     max_passes: Positive | None = None
     """At most this many passes over the prompts: a small file gets fewer steps. By default 2 in a
     run of stages; with --reward as many as the steps take."""
@@ -97,6 +107,7 @@ class PPOConfig:
     max_tokens: Count = MAX_TOKENS
     """Tokens of prompts and responses that a model reads at once: less takes less memory."""
     epochs: Count = 2
+    """Passes of a step over its own responses."""
     lr: Positive | None = None
     """By default 3e-4 from scratch, 5e-6 with --model (the paper)."""
     critic_lr: Positive | None = None
@@ -121,9 +132,13 @@ class PPOConfig:
     lam, critic_lr, value_clip and bootstrap_truncated.  With remax the last response of each prompt
     is the greedy one, which the others are compared with."""
     gamma: Share = 1.0
+    """Discount of the reward of later tokens; 1: they count in full."""
     lam: Share = 0.95
+    """Lambda of GAE: 1 trusts the rewards that came alone, 0 the critic alone."""
     clip: Positive = 0.2
+    """A token's probability ratio counts no further than 1 - clip and 1 + clip."""
     value_clip: Positive | None = None
+    """The same for the critic: how far a step may move a value; None: as far as it goes."""
     kl_coef: NonNegative = 0.2
     """What a nat of KL to the reference costs of the reward; with `adaptive_kl` the first one."""
     adaptive_kl: Positive | None = None
@@ -153,6 +168,7 @@ class PPOConfig:
     """Whiten the advantages (gae), or divide them by the deviation within their prompt's responses
     (grpo); rloo and remax do neither."""
     grad_norm: Positive = 1.0
+    """Gradients with a larger norm are scaled down to it."""
     verify_prefix: bool = False
     """Before the first update, compare the shared prefix with dense prompts on one minibatch."""
     eval_every: Count = 5

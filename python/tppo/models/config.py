@@ -21,9 +21,13 @@ class ScratchConfig:
     """The small Llama that is trained from scratch when no --model is given."""
 
     hidden_size: Count = 64
+    """Width of its states; a multiple of twice the heads."""
     intermediate_size: Count = 160
+    """Width inside each layer's feed-forward part."""
     layers: Count = 2
+    """Number of layers."""
     heads: Count = 4
+    """Number of attention heads in each layer."""
     vocab_size: Annotated[Count, Field(ge=259)] = 1024
     """At most this many tokens in the byte-level BPE trained on the data: 256 bytes, 3 special."""
     max_length: Count = 384
@@ -55,15 +59,15 @@ class ModelConfig:
 
 @section
 class AdapterConfig:
-    """LoRA: policy, critic and reward model train adapters over one frozen base in memory."""
+    """LoRA: policy, critic and reward model are adapters over one frozen base."""
 
     rank: Natural = 0
     """Of each adapter; 0 trains all weights instead. 16 is usual; needs the package peft."""
     alpha: Positive | None = None
     """An adapter's output is scaled by alpha / rank; by default twice the rank."""
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] = (ALL_LINEAR,)
-    """Names of the linear layers that get one, such as q_proj v_proj; all-linear: every one but the
-    head (experts of a mixture, which are one tensor, get none)."""
+    """Names of the linear layers that get one, such as q_proj v_proj; all-linear: all but the head
+    and the experts of a mixture."""
 
     def __post_init__(self) -> None:
         names = self.target_modules
@@ -84,7 +88,7 @@ class AdapterConfig:
 
 @section
 class GenerateConfig:
-    """Sampling: the one temperature of rollouts and of old, new and reference log-probs."""
+    """Sampling, at the one temperature of rollouts and of all log-probs."""
 
     samples: Count = 4_000
     """Answers of the SFT model to be labelled."""
@@ -93,4 +97,6 @@ class GenerateConfig:
     max_new_tokens: Natural = 0
     """Cap of an answer in tokens; 0: 1.25 times the 99th percentile of the true answers."""
     temperature: Positive = 1.0
+    """Of sampling; a lower one keeps closer to the likeliest tokens."""
     batch_size: Count = 256
+    """Answers that are sampled at once: fewer take less memory."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from tppo.console import is_unicode
+from tppo.flags import parse
 from tppo.labels.words import count_words
 from tppo.progress import say, track, warn
 from tppo.sessions.duplicates import exact_key, near_key, normalize
@@ -48,12 +49,8 @@ class Options:
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `tppo data inspect`."""
     try:
-        options = tyro.cli(
-            Options,
-            prog="tppo data inspect",
-            description="What a log holds: lengths, duplicates, leaks of targets, examples.",
-            args=list(arguments),
-        )
+        about = "What a log holds: lengths, duplicates, leaks of targets, examples."
+        options = parse(Options, "tppo data inspect", about, arguments)
         figures = inspect_log(options.file, options.read, options.examples, options.seed)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"tppo data inspect: {error}")

@@ -7,7 +7,6 @@ loads no torch, so that `tppo plan --help` is there at once.
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +15,7 @@ import tyro
 from pydantic import AfterValidator
 
 from tppo.errors import DataError
+from tppo.flags import parse
 from tppo.sessions.config import ReadConfig
 from tppo.settings import Count, FilePath, section
 from tppo.stages.needs import (
@@ -82,14 +82,11 @@ class PlanOptions:
 
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo plan`."""
-    try:
-        options = tyro.cli(PlanOptions, prog="tppo plan", args=arguments,
-                           description="What each stage would take of a GPU's memory.")  # fmt: skip
-        print("\n".join(_lines(options)))
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"tppo plan: {error}")
+    about = "What each stage would take of a GPU's memory; nothing is loaded or trained."
+    own = (PlanOptions, Work, ReadConfig)
+    options = parse(PlanOptions, "tppo plan", about, arguments,
+                    first=lambda flag: flag.section in own)  # fmt: skip
+    print("\n".join(_lines(options)))
 
 
 def _lines(options: PlanOptions) -> list[str]:

@@ -12,14 +12,15 @@ from typing import Annotated
 import tyro
 
 from tppo.errors import DataError
+from tppo.flags import parse
 from tppo.progress import say
 from tppo.settings import Count, FilePath, from_dict, section
 from tppo.stages.study.config import ANY_MODEL, Noise, StudyConfig
 from tppo.stages.study.presets import PRESETS
 
-HELP = (
-    "arms trained at equal cost and compared: what labels of words buy, and rewards at tokens; "
-    "or: study write"
+ABOUT = (
+    "Arms are trained at equal cost and compared: what labels of words buy, and rewards at tokens. "
+    "tppo study write puts the figures into a page."
 )
 NAMES = ", ".join(PRESETS)
 
@@ -39,7 +40,7 @@ class StudyOptions:
     workers: Count = 2
     """Processes of one thread that train at once."""
     noise: str | None = None
-    """Label noise beside clean labels in place of the study's own: words=.088,sentences=.19"""
+    """Label noise beside clean labels in place of the study's own (words=.088,sentences=.19)."""
 
 
 @section
@@ -56,12 +57,13 @@ class WriteOptions:
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo study`."""
     if arguments[:1] == ["write"]:
-        given = tyro.cli(WriteOptions, prog="tppo study write", args=arguments[1:])
+        about = "Write the figures of a study into a page of Markdown."
+        given = parse(WriteOptions, "tppo study write", about, arguments[1:])
         from tppo.stages.study.summary import write_into
 
         write_into(given.study, given.into)
         return
-    options = tyro.cli(StudyOptions, prog="tppo study", args=arguments, description=HELP)
+    options = parse(StudyOptions, "tppo study", ABOUT, arguments)
     study = read_study(options.study)
     if options.noise is not None:
         study = study.with_noise(read_noise(options.noise))
