@@ -7,6 +7,7 @@ import pytest
 
 from tppo.stages.study.statistics import (
     correlations,
+    explained_by_lines,
     interval,
     means,
     monotone,
@@ -85,3 +86,17 @@ def test_the_correlation_of_a_draw_is_that_of_the_answers_drawn():
 def test_an_interval_may_end_at_what_was_never_reached():
     found = interval(8.0, np.array([4.0] * 50 + [math.inf] * 50))
     assert found.low == 4 and math.isinf(found.high)
+
+
+def test_lines_through_what_was_paid_explain_as_much_as_they_can():
+    rng = np.random.default_rng(1)
+    x, noise = rng.normal(size=(2, 4000, 4))
+    slopes = np.array([2.0, -2.0, 2.0, 0.0])
+    y = 3 * np.arange(4) + slopes * x + noise
+    known = np.arange(4) < rng.integers(2, 4, size=4000)[:, None]  # nobody has the last column
+    found = explained_by_lines(x, y, known, 3000)
+    assert found == pytest.approx(1 - 1 / y[3000:][known[3000:]].var(), abs=0.01)
+    assert 0.5 < found < 0.95
+    flat = explained_by_lines(np.zeros_like(x), y, known, 3000)  # by the position alone
+    assert flat == pytest.approx(1 - 5 / y[3000:][known[3000:]].var(), abs=0.02)
+    assert math.isnan(explained_by_lines(x, y, known, 5))  # too few for a line

@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from tppo.evaluation.judge import RuleJudge, judge_answers
 from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.best_of_n import best_of_n, kl_bound
 from tppo.methods.config import PPOConfig
-from tppo.methods.critic_fit import fit_critic
+from tppo.methods.critic_fit import Answered, fit_critic
 from tppo.methods.ppo import PPO
+from tppo.models.batch import Batch
 from tppo.models.rollout import HFRollout, RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
+from tppo.rewards.terminal import TerminalReward
 from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
 from tppo.stages.ppo import answered, policy_and_ref, questions_of
@@ -29,6 +32,7 @@ from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import dpo_policy, reward_of, scores
+from tppo.stages.study.statistics import explained_by_lines
 from tppo.store.jsonl import read_object, write_json
 
 KEPT = ("words", "distinct_queries", "format", "kl", "length")
@@ -53,7 +57,27 @@ def fitted(material: Material, trainer: PPO, answers: int) -> dict[str, Any]:
     None of them is new, and none needs a label: the reward rates them.
     """
     chosen = [answer for answer, _ in material.labelled[:answers]]
-    return fit_critic(trainer, *answered(chosen, material.train))._asdict()
+    existing = answered(chosen, material.train)
+    fit = fit_critic(trainer, *existing)
+    return {**fit._asdict(), "explained_by_paid": explained_by_paid(trainer, existing)}
+
+
+@torch.no_grad()
+def explained_by_paid(trainer: PPO, existing: Answered) -> float:
+    """What of the rewards to come is explained by a line, one a position, through what the tokens
+    before have earned: about the most that a critic can know, for what is still to be written is
+    not known.  A tenth of the answers is asked about, the others give the lines.
+    """
+    reward, rollout = trainer.reward, existing.rollout
+    at_end = isinstance(reward, TerminalReward)
+    paid_by = reward.reward if isinstance(reward, TerminalReward) else reward
+    device = trainer.models.policy.device
+    batch = Batch(rollout.prompt_ids, rollout.response_ids, trainer.pad_id, device, trainer.prefix)
+    rewards = paid_by(batch, trainer.answers(existing.questions, rollout)).rewards.double()
+    total, before = rewards.sum(1, keepdim=True), rewards.cumsum(1) - rewards  # [B, 1], [B, T]
+    to_come = total.expand_as(before) if at_end else total - before
+    columns = (x.cpu().numpy() for x in (before, to_come, batch.mask))
+    return round(explained_by_lines(*columns, fitted=len(rewards) * 9 // 10), 4)
 
 
 def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 DRAWS = 2000
+FEW_ROWS = 20
 
 
 class Interval(NamedTuple):
@@ -131,3 +132,23 @@ def correlations(figures: Array, users: npt.NDArray[np.intp]) -> Array:
     order.
     """
     return np.stack([_pearson(a[users], b[users]) for a, b in figures], 1)
+
+
+def explained_by_lines(x: Array, y: Array, known: npt.NDArray[np.bool_], fitted: int) -> float:
+    """1 - Var(y - a_t - b_t x) / Var(y) of the rows from `fitted` on, where known; all [n, T].
+
+    The lines, one a column t, are those of least squares through the rows before.  Of columns with
+    fewer than `FEW_ROWS` of them no line is known, and they are left out.
+    """
+    errors, wanted = [np.zeros(0)], [np.zeros(0)]
+    for t in range(y.shape[1]):
+        here, there = known[:fitted, t], known[fitted:, t]
+        if here.sum() < FEW_ROWS:
+            continue
+        a, b = x[:fitted, t][here], y[:fitted, t][here]
+        spread = a.var()
+        slope = ((a - a.mean()) * (b - b.mean())).mean() / spread if spread > 0 else 0.0
+        wanted.append(y[fitted:, t][there])
+        errors.append(wanted[-1] - b.mean() - slope * (x[fitted:, t][there] - a.mean()))
+    off, every = np.concatenate(errors), np.concatenate(wanted)
+    return float(1 - off.var() / every.var()) if len(every) and every.var() > 0 else math.nan

@@ -152,7 +152,7 @@ def _credit(setting: Mapping[str, Any]) -> Table:
     for level in levels:
         head += [f"answers to {float(level):g}", f"{first} / arm"]
     head += ["relevance at the end", "KL", "format", "distinct queries",
-             "explained variance: fit, first, last"]  # fmt: skip
+             "explained variance: known, fit, first, last"]  # fmt: skip
     rows = []
     for name, arm in setting["arms"].items():
         row = [name]
@@ -161,11 +161,12 @@ def _credit(setting: Mapping[str, Any]) -> Table:
             row += [_reached(arm["reached"][level]), "" if ratio is None else share(ratio)]
         last = arm["rows"][-1]
         variance = [r["explained_variance"] for r in arm["rows"] if "explained_variance" in r]
-        fit = setting["critic_fits"].get(name, {}).get("explained_variance_after")
+        fit = setting["critic_fits"].get(name, {})
+        known = [fit.get(key) for key in ("explained_by_paid", "explained_variance_after")]
         row += [
             share(arm["relevance"][-1]), f"{last['kl']:.1f}", number(last["format"]),
             f"{last['distinct_queries']:.2f}",
-            ", ".join(map(number, (fit, variance[0], variance[-1]))) if variance else "",
+            ", ".join(map(number, (*known, variance[0], variance[-1]))) if variance else "",
         ]  # fmt: skip
         rows.append(row)
     start = setting["arms"][first]["rows"][0]
@@ -176,9 +177,10 @@ def _credit(setting: Mapping[str, Any]) -> Table:
         f"The SFT model that all start from: relevance "
         f"{share(setting['arms'][first]['relevance'][0])}, format {number(start['format'])}, "
         f"{start['distinct_queries']:.2f} distinct queries. Explained variance of the rewards to "
-        "come: of a fitted critic on held-out answers after its fit, of every critic over the "
-        "first and the last answers of PPO. 95 % intervals: paired bootstrap over seeds and "
-        "users.",
+        "come: of a fitted critic on held-out answers what can be known (a line, one a position, "
+        "through what the tokens before have earned) and what it explains after its fit; of every "
+        "critic over the first and the last answers of PPO. 95 % intervals: paired bootstrap over "
+        "seeds and users.",
         head,
         rows,
     )
