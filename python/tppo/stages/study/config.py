@@ -62,6 +62,9 @@ class Arm:
     method: Literal["ppo", "dpo", "best-of-n"] = "ppo"
     """dpo: the policy that DPO makes of the pairs, without PPO.  best-of-n: of so many samples as
     `responses_per_prompt` says the one that is paid best, without any training."""
+    mode: Literal["probability", "score"] = "probability"
+    """Of a model of whole answers: what is paid, P - 1/2, or the score,
+    log(P / (1 - P)), which still grows where P is close to 1."""
 
     def __post_init__(self) -> None:
         if self.labels == "sentences" and self.paid == "token":
@@ -174,7 +177,7 @@ class StudyConfig:
     """Answers that no reward model is trained on, for the rank correlation."""
     users: Count = 160
     """Fresh users whose answers are judged: test users, whom no stage before has read."""
-    reward_updates: Count = 100
+    reward_updates: Count = 25
     """A reward model with few answers passes over them until it has made so many updates."""
     model: Text | None = None
     """The name of what --model gives, for arms that begin with a model of the user; any: of any."""

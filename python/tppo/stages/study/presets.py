@@ -15,8 +15,8 @@ from tppo.sessions.config import SessionsConfig
 from tppo.stages.study.config import ANY_MODEL, PAPER, Arm, Noise, Part, Pooling, StudyConfig
 
 WORDS = Arm("words")
-SENTENCES = Arm("sentences", labels="sentences", pooling="mean", paid="end", scale=64.0,
-                fit_critic=1600)  # fmt: skip
+SENTENCES = Arm("sentences", labels="sentences", pooling="mean", mode="score", paid="end",
+                scale=6.0, fit_critic=800)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
 
 TOKEN = Arm("token")
@@ -35,14 +35,17 @@ CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, GRPO_END, RLOO, REMAX, RTO
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 BOTH = (Noise(), PAPER)
+SIZES = (25, 50, 100, 200, 400, 800, 1600)  # labelled answers
+STEPS = 24  # of PPO
 
 # Less than the trainer's defaults, for two cores: fewer steps of SFT, fewer answers.
 SMALL = Config(
     sessions=SessionsConfig(heldout_users=128, test_users=200, transfer_users=1),
     sft=SFTConfig(max_steps=800, decay_steps=600),
     generate=GenerateConfig(samples=2000),
-    reward_model=RewardModelConfig(lr=3e-4),
-    ppo=PPOConfig(format_cost=3.0),
+    # What a repeated query costs is paid by `format_cost`: no answers with one need be made.
+    reward_model=RewardModelConfig(repeated_share=0.0),
+    ppo=PPOConfig(reward="expected", format_cost=3.0),
 )
 LARGE = replace(
     SMALL,
@@ -55,8 +58,8 @@ LARGE = replace(
 def labels(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
     """Question A: 25 to 3,200 labelled answers, clean and with the paper's noise."""
     sizes = (25, 50, 100, 200, 400, 800, 1600, 3200)
-    part = Part("labels", LABELS, sizes, BOTH, seeds=seeds, steps=40)
-    return StudyConfig((part,), users=400, settings=LARGE)
+    parts = tuple(Part("labels", LABELS, sizes, BOTH, seeds=seeds, steps=n) for n in (0, STEPS))
+    return StudyConfig(parts, users=400, settings=LARGE)
 
 
 def credit(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
@@ -78,10 +81,10 @@ def small() -> StudyConfig:
 
     def three(seed: int) -> list[Part]:
         return [
-            Part("labels", LABELS, (100, 1600), BOTH, seeds=(seed,)),
+            Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
+            Part("labels", LABELS, SIZES[::2], BOTH, seeds=(seed,), steps=STEPS),
             Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,), steps=30,
                  step_answers=16, eval_every=3),
-            Part("labels", LABELS, (25, 400), BOTH, seeds=(seed,)),
         ]  # fmt: skip
 
     def ten(seed: int) -> Part:
@@ -100,15 +103,15 @@ def tuning() -> StudyConfig:
     """
     arms = [
         Arm(f"words x{scale:g} lam {lam:g} fit {fit}", scale=scale, lam=lam, fit_critic=fit)
-        for scale, lam, fit in product((1.0, 2.0), (0.95, 1.0), (0, 1600))
+        for scale, lam, fit in product((1.0, 2.0), (0.95, 1.0), (0, 800))
     ]
     poolings: tuple[Pooling, ...] = ("last", "mean")
     arms += [
         Arm(f"sentences {pooling} x{scale:g} lam {lam:g} fit {fit}", "sentences", pooling, "end",
-            scale, lam=lam, fit_critic=fit)
-        for pooling, scale, lam, fit in product(poolings, (32.0, 64.0), (0.95, 1.0), (0, 1600))
+            scale, lam=lam, fit_critic=fit, mode="score")
+        for pooling, scale, lam, fit in product(poolings, (2.0, 6.0), (0.95, 1.0), (0, 800))
     ]  # fmt: skip
-    part = Part("labels", tuple(arms), (400,), seeds=TUNING_SEEDS)
+    part = Part("labels", tuple(arms), (200,), seeds=TUNING_SEEDS, steps=STEPS)
     return StudyConfig((part,), users=200, settings=SMALL)
 
 

@@ -177,7 +177,9 @@ def _model_reward(material: Material, cell: Cell, sft: PreTrainedModel) -> Model
         else:
             model = _sentence_model(material, cell)
             model.load_state_dict(load_file(folder / WEIGHTS))
-        return SentenceModelReward(model, scale=arm.scale, max_tokens=config.max_tokens)
+        return SentenceModelReward(
+            model, mode=arm.mode, scale=arm.scale, max_tokens=config.max_tokens
+        )
     return TokenModelReward(
         word_model(sft, arm.layer, load_head(folder)) if arm.layer else load_frozen(
             folder, run.tokenizer, run.device, run.eos_ids, run.config.model.dtype
