@@ -29,7 +29,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study test test-full test-versions lint bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study test test-full test-versions lint docs wheel docker bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -63,6 +63,16 @@ lint: .venv/dev
 	@echo "== ruff and mypy"
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+docs: .venv/dev  ## the documentation as a web site in build/docs, with the reference from docstrings
+	$(BIN)/python -m zensical build --strict --clean
+
+wheel: docker .venv/dev  ## manylinux wheels of Python 3.10 to 3.14 into dist/, by cibuildwheel in docker
+	$(PIP) "cibuildwheel>=3.2"
+	$(BIN)/python -m cibuildwheel --platform linux --output-dir dist
+
+docker:
+	@docker info >/dev/null 2>&1 || { echo "make wheel: manylinux wheels are built in a container, and no docker daemon answers here: install docker and start it, or take \`python -m build\`, whose wheel fits this machine alone"; exit 2; }
 
 bench: .venv/dev  ## the operators against eager and compiled PyTorch on this machine
 	$(BIN)/python -m pytest bench
@@ -108,7 +118,7 @@ clean:  ## remove the environment and what was built
 
 .venv/dev: .venv/torch $(SOURCES)
 	@echo "== installing tppo-kernels for development, with compiled operators where a compiler is"
-	$(PIP) --editable ".[train,label,data,dev]"
+	$(PIP) --editable ".[train,label,data,dev,docs]"
 	@touch $@ .venv/train
 
 .venv-versions/ready: $(SOURCES)

@@ -4,11 +4,16 @@ import ast
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
+import tppo
 import tppo_kernels as tk
 from tppo_kernels._core import record as records
 from tppo_kernels._core.op import OPS
@@ -120,6 +125,50 @@ def test_a_readme_stands_with_an_operator_and_is_short():
     for path in READMES:
         lines = path.read_text().splitlines()
         assert lines[0] == f"# {path.parent.name}" and len(lines) <= 200
+
+
+def site_map():
+    """(the pages of the site's table of contents, the names that the reference documents)"""
+    def pages(entry):
+        if isinstance(entry, str):
+            yield entry
+        for inner in entry.values() if isinstance(entry, dict) else ():
+            yield from [inner] if isinstance(inner, str) else [p for x in inner for p in pages(x)]
+
+    listed = [p for x in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for p in pages(x)]
+    text = "".join(p.read_text() for p in (ROOT / "docs/api").glob("*.md"))
+    return listed, re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+
+
+def test_every_page_and_every_public_name_is_on_the_site():
+    """A page is listed in `nav` of mkdocs.yml, a name has a line `::: package.name` in docs/api."""
+    pages, names = site_map()
+    there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages) == sorted(there)
+    public = {f"{package.__name__}.{name}" for package in (tk, tppo) for name in package.__all__}
+    assert sorted(names) == sorted(public | {"tppo_kernels"})
+
+
+def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
+    pytest.importorskip("zensical", reason="zensical is not installed: pip install '.[docs]'")
+    for name in ("tppo_kernels", "python"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    build = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "build/docs"
+    text = (site / "api/operators.html").read_text()
+    for part in ("A_t     = delta_t + gamma lam A_{t+1}", "cu_seqlens", 'id="tppo_kernels.gae"'):
+        assert part in re.sub(r"<(?!h2)[^>]*>", "", text)
+    assert 'id="tppo.PPOTrainer"' in (site / "api/trainer.html").read_text()
+    for page in site.rglob("*.html"):
+        assert not re.search(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=.?(?:https?:)?//",
+                             page.read_text()), page.name
+    (tmp_path / "docs/index.md").write_text("[a page that is not there](nowhere.md)")
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode, done.stdout  # the check can fail
 
 
 RECORDS = sorted(records._INNER, key=lambda record: record.__name__)  # that raw ops take

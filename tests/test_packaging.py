@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tppo_kernels
+
 ROOT = Path(__file__).parent.parent
 TYPED = {"tppo/py.typed", "tppo_kernels/py.typed"}
 
@@ -80,6 +82,25 @@ def test_the_sdist_holds_every_source_and_nothing_else(sdist):
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
     assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith("tests")]
     assert TYPED <= names | {n.removeprefix("python/") for n in names}
+
+
+def test_wheels_without_docker_are_one_sentence(tmp_path):
+    """Before anything is installed: the first thing that `make wheel` does is to ask for docker."""
+    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["make", "wheel"], cwd=ROOT, env={**os.environ, "PATH": path},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no docker daemon answers here: install docker" in done.stdout
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    yaml = pytest.importorskip("yaml")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == tppo_kernels.__version__ and cited["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    (paper,) = cited["references"]
+    assert paper["year"] == 2025 and paper["authors"][0]["family-names"] == "Ouyang"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here: g++ is not installed")

@@ -27,8 +27,8 @@ ROOMS = {  # of the kernel library, beside its operators
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
-       "CHANGELOG.md", ".gitignore", ".ci", "tppo_kernels", "csrc", "python", "tests", "bench",
-       "docs", "examples"}
+       "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "mkdocs.yml", ".gitignore", ".ci",
+       "tppo_kernels", "csrc", "python", "tests", "bench", "docs", "examples"}
 SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.py",
                 "_matrix.py", "_processes.py", "_weights.py", "test_tree.py", "test_op.py",
                 "test_check.py", "test_compile.py", "test_packaging.py", "test_align.py",
