@@ -16,7 +16,7 @@ from tppo.stages.study.config import ANY_MODEL, PAPER, Arm, Noise, Part, Pooling
 
 WORDS = Arm("words")
 SENTENCES = Arm("sentences", labels="sentences", pooling="mean", mode="score", paid="end",
-                scale=6.0, fit_critic=800)  # fmt: skip
+                scale=12.0, fit_critic=800)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
 
 TOKEN = Arm("token")
@@ -82,7 +82,7 @@ def small() -> StudyConfig:
     def three(seed: int) -> list[Part]:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
-            Part("labels", LABELS, SIZES[::2], BOTH, seeds=(seed,), steps=STEPS),
+            Part("labels", LABELS, SIZES[::3], BOTH, seeds=(seed,), steps=STEPS),
             Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,), steps=30,
                  step_answers=16, eval_every=3),
         ]  # fmt: skip
