@@ -31,6 +31,7 @@ RTO = Arm("RTO", labels="pairs")
 DPO = Arm("DPO", method="dpo", labels="pairs")
 BEST_OF_8 = Arm("best of 8", method="best-of-n", responses_per_prompt=8)
 CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, GRPO_END, RLOO, REMAX, RTO, DPO, BEST_OF_8)
+SOME = (TOKEN, END, END_FITTED, GRPO, REMAX, DPO, BEST_OF_8)
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
@@ -83,8 +84,7 @@ def small() -> StudyConfig:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
             Part("labels", LABELS, SIZES[::3], BOTH, seeds=(seed,), steps=STEPS),
-            Part("credit", (TOKEN, END, END_FITTED, GRPO), (1600,), seeds=(seed,), steps=30,
-                 step_answers=16, eval_every=3),
+            Part("credit", SOME, (1600,), seeds=(seed,), steps=40, step_answers=16, eval_every=4),
         ]  # fmt: skip
 
     def ten(seed: int) -> Part:
