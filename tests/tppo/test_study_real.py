@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     return path
 
 
-def reduced(name):
+def reduced(name, seeds=(3, 4)):
     """The preset with all its arms, a layer that the tiny model has, and as little as possible."""
     study = PRESETS[name]()
     settings = replace(
@@ -47,7 +47,7 @@ def reduced(name):
     def shrunk(part):
         arms = tuple(replace(arm, layer=1, fit_critic=min(arm.fit_critic, 8)) for arm in part.arms)
         # Nothing that the tiny model says is relevant: flipped labels are something to learn.
-        return replace(part, arms=arms, answers=(8, 16)[: len(part.answers)], seeds=(3, 4),
+        return replace(part, arms=arms, answers=(8, 16)[: len(part.answers)], seeds=seeds,
                        noise=(Noise(0.3, 0.3),), steps=min(part.steps, 1), step_answers=4,
                        eval_every=0)  # fmt: skip
 
@@ -93,6 +93,23 @@ def test_a_real_model_is_trained_by_every_arm_of_the_preset(place, outcomes):
     assert "relevance" not in alone["arms"]["by word"] and "correlation" in alone["needed"]
     shown = markdown(tables(figures | {"label_cost": None}))
     assert "critic fitted" in shown and "rank correlation" in shown
+
+
+def test_the_study_for_a_gpu_is_that_of_two_cores_with_more_of_everything(model, tmp_path):
+    small, large = PRESETS["real"](), PRESETS["gpu"]()
+    for part, more in zip((small.parts[0], small.parts[1], small.parts[-1]), large.parts,
+                          strict=True):  # fmt: skip
+        assert part.question == more.question
+        assert [arm.name for arm in part.arms] == [arm.name for arm in more.arms]
+        assert more.steps >= part.steps and max(more.answers) > max(part.answers)
+    assert large.material_seed is None and large.users > small.users
+    study = with_model(reduced("gpu", seeds=(5,)), model)
+    cells = [cell for cell in study.cells() if cell.steps or cell.answers == 8]
+    place = Place(study, tmp_path, model)
+    found = [perform(job, place) for job in _jobs(study, cells)]
+    trained = [row for row in found if row is not None and row["curve"]]
+    assert len(trained) == sum(1 for cell in cells if cell.steps) >= 4
+    assert (tmp_path / "material/3-queries-seed-5/sft/adapter").exists()
 
 
 def test_ppo_is_paid_by_the_head_that_was_fitted_on_the_kept_states(place, outcomes):
@@ -170,7 +187,7 @@ def test_labels_of_one_class_give_a_head_that_is_finite():
 
 
 def test_what_a_study_of_a_real_model_needs(model):
-    for name in ("real",):
+    for name in ("real", "gpu"):
         with pytest.raises(DataError, match="--model was None, expected the path of a model"):
             with_model(PRESETS[name](), None)
     with pytest.raises(DataError, match="expected the path of 'other.gguf'"):

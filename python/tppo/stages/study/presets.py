@@ -168,7 +168,29 @@ def real() -> StudyConfig:
                        material_seed=0)  # fmt: skip
 
 
+def gpu() -> StudyConfig:
+    """Both questions with a real model, for one GPU: the parts of `real` with more of everything,
+    and an SFT model a seed.
+    """
+    seeds, sizes = SEEDS[:3], (25, 50, 100, 200, 400, 800, 1600, 3200)
+    parts = (
+        Part("labels", (BY_WORD, AS_A_WHOLE), sizes, BOTH, seeds=seeds, steps=0),
+        Part("credit", (BY_WORD, BY_WORD_END, replace(BY_WORD_FITTED, fit_critic=1600)), (1600,),
+             seeds=seeds, steps=40, step_answers=64, eval_every=5),
+        Part("labels", (BY_WORD, replace(AS_A_WHOLE, fit_critic=1600)), (100, 1600), seeds=seeds,
+             steps=40, step_answers=64),
+    )  # fmt: skip
+    settings = replace(
+        REAL,
+        sessions=SessionsConfig(6000, 128, 400, 0),
+        sft=replace(REAL.sft, max_steps=200, batch_size=32, decay_steps=200, eval_every=50),
+        generate=GenerateConfig(samples=4000, samples_per_session=1, batch_size=512),
+        ppo=replace(REAL.ppo, minibatch_size=16),
+    )
+    return StudyConfig(parts, users=400, settings=settings, model=ANY_MODEL)
+
+
 PRESETS = {
     "labels": labels, "credit": credit, "small": small, "tuning": tuning, "real": real,
-    "seconds": seconds,
+    "gpu": gpu, "seconds": seconds,
 }  # fmt: skip
