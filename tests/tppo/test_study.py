@@ -1,6 +1,7 @@
 """`tppo study`: what it compares is equal, what it is given is checked; a kill costs one arm."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
 from tppo.stages.registry import REGISTRY, TEST_SESSIONS, before
+from tppo.stages.study import work
 from tppo.stages.study.command import read_noise, read_study
 from tppo.stages.study.config import PAPER, Arm, Noise, Part, StudyConfig
 from tppo.stages.study.curves import Line, chart
@@ -267,3 +269,26 @@ def test_help_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ)  # fmt: skip
     assert done.returncode == 0 and "--workers" in done.stdout
+
+
+def sleeps(job, place):
+    """A job that does not end by itself."""
+    time.sleep(600)
+
+
+def test_a_study_that_is_stopped_ends_the_processes_that_train(tmp_path, monkeypatch):
+    """It must not wait until the arms under way are trained, which may take an hour."""
+
+    def stopped(running, return_when):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "perform", sleeps)
+    monkeypatch.setattr(work, "wait", stopped)
+    before = set(multiprocessing.active_children())
+    study = PRESETS["seconds"]()
+    with pytest.raises(KeyboardInterrupt):
+        next(work._outcomes(work.Place(study, tmp_path, None), study.cells(), 1))
+    (process,) = set(multiprocessing.active_children()) - before or {None}
+    if process is not None:
+        process.join(60)
+        assert process.exitcode is not None

@@ -134,11 +134,11 @@ def seconds() -> StudyConfig:
 
 
 LAYER = 20
-BY_WORD = Arm("by word", layer=LAYER)
-BY_WORD_END = Arm("by word, paid at the end", paid="end", layer=LAYER)
-BY_WORD_FITTED = replace(BY_WORD_END, name="by word, at the end, critic fitted", fit_critic=96)
+BY_WORD = Arm("by word", responses_per_prompt=4, layer=LAYER)
+BY_WORD_END = replace(BY_WORD, name="by word, paid at the end", paid="end")
+BY_WORD_FITTED = replace(BY_WORD_END, name="by word, at the end, critic fitted", fit_critic=48)
 AS_A_WHOLE = Arm("as a whole, critic fitted", "sentences", "mean", "end", 8.0,
-                 fit_critic=96, layer=LAYER)  # fmt: skip
+                 responses_per_prompt=4, fit_critic=48, layer=LAYER)  # fmt: skip
 
 # Two CPU cores and 135M parameters: policy and critic are adapters, reward models are heads.
 REAL = Config(
@@ -147,7 +147,7 @@ REAL = Config(
     sft=SFTConfig(max_steps=48, batch_size=8, lr=1e-3, decay_steps=48, eval_every=16),
     generate=GenerateConfig(samples=600, samples_per_session=1, batch_size=64),
     reward_model=RewardModelConfig(repeated_share=0.0),
-    ppo=PPOConfig(minibatch_size=4, epochs=1, lr=2e-4, critic_lr=5e-4, kl_coef=0.1,
+    ppo=PPOConfig(minibatch_size=4, epochs=1, lr=4e-4, critic_lr=1e-3, kl_coef=0.1,
                   reward="expected", format_cost=1.0),
 )  # fmt: skip
 
@@ -160,11 +160,11 @@ def real() -> StudyConfig:
     seeds = SEEDS[:3]
     parts = [
         Part("labels", (BY_WORD, AS_A_WHOLE), (25, 50, 100, 200, 400), BOTH, seeds=seeds, steps=0),
-        *(Part("credit", (BY_WORD, BY_WORD_END, BY_WORD_FITTED), (100,), seeds=(seed,), steps=8,
+        *(Part("credit", (BY_WORD, BY_WORD_END, BY_WORD_FITTED), (100,), seeds=(seed,), steps=6,
                step_answers=16) for seed in seeds),
-        Part("labels", (BY_WORD, AS_A_WHOLE), (100,), seeds=seeds, steps=8, step_answers=16),
+        Part("labels", (BY_WORD, AS_A_WHOLE), (100,), seeds=seeds, steps=6, step_answers=16),
     ]  # fmt: skip
-    return StudyConfig(tuple(parts), fresh_answers=200, users=48, settings=REAL, model=ANY_MODEL,
+    return StudyConfig(tuple(parts), fresh_answers=200, users=32, settings=REAL, model=ANY_MODEL,
                        material_seed=0)  # fmt: skip
 
 

@@ -192,8 +192,9 @@ def _outcomes(place: Place, cells: Sequence[Cell], workers: int) -> Iterator[Out
                 if found is not None:
                     yield Outcome(job.cell, found)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
+        processes = list((getattr(pool, "_processes", None) or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)  # which forgets its processes
+        for process in processes:
             process.terminate()
 
 
