@@ -28,7 +28,7 @@ from tppo.stages.study.figures import all_figures
 from tppo.stages.study.label_cost import label_costs
 from tppo.stages.study.material import LAST_STAGE, with_noise
 from tppo.stages.study.presets import PRESETS, TUNING_SEEDS
-from tppo.stages.study.summary import BEGIN, END, write_into
+from tppo.stages.study.summary import write_into
 from tppo.stages.study.tables import markdown, tables
 from tppo.stages.study.work import Outcome, read_outcomes
 
@@ -248,10 +248,12 @@ def test_a_killed_study_goes_on_behind_its_last_outcome(tmp_path):
     body = page[page.index("<body>") : page.index("</body>") + len("</body>")]
     ET.fromstring(body)
     readme = tmp_path / "evidence.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_into(out / "study.json", readme)
+    both = "".join(f"<!-- {m} -->\nold {m}\n<!-- /{m} -->\n" for m in ("study", "real"))
+    readme.write_text(f"before\n{both}after\n")
+    write_into(out / "study.json", readme, "real")
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "old study" in text and "old real" not in text
     assert "| labelled answers |" in text
     with pytest.raises(DataError, match="expected a line"):
         write_into(out / "study.json", _without_marks(tmp_path))

@@ -14,7 +14,7 @@ import tyro
 from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say
-from tppo.settings import Count, FilePath, from_dict, section
+from tppo.settings import Count, FilePath, Text, from_dict, section
 from tppo.stages.study.config import ANY_MODEL, Noise, StudyConfig
 from tppo.stages.study.presets import PRESETS
 
@@ -52,6 +52,8 @@ class WriteOptions:
     into: Annotated[FilePath, tyro.conf.arg(name="into")] = Path("docs/evidence.md")
     """A Markdown file with the lines <!-- study --> and <!-- /study -->: what stands between them
     is replaced."""
+    mark: Text = "study"
+    """The word of those lines, where a file holds several studies."""
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> None:
         given = parse(WriteOptions, "tppo study write", about, arguments[1:])
         from tppo.stages.study.summary import write_into
 
-        write_into(given.study, given.into)
+        write_into(given.study, given.into, given.mark)
         return
     options = parse(StudyOptions, "tppo study", ABOUT, arguments)
     study = read_study(options.study)

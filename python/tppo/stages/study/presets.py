@@ -147,7 +147,7 @@ REAL = Config(
     sft=SFTConfig(max_steps=48, batch_size=8, lr=1e-3, decay_steps=48, eval_every=16),
     generate=GenerateConfig(samples=600, samples_per_session=1, batch_size=64),
     reward_model=RewardModelConfig(repeated_share=0.0),
-    ppo=PPOConfig(minibatch_size=4, epochs=1, lr=4e-4, critic_lr=1e-3, kl_coef=0.1,
+    ppo=PPOConfig(minibatch_size=4, epochs=1, lr=3e-4, critic_lr=1e-3, kl_coef=0.1,
                   reward="expected", format_cost=1.0),
 )  # fmt: skip
 
@@ -160,9 +160,9 @@ def real() -> StudyConfig:
     seeds = SEEDS[:3]
     parts = [
         Part("labels", (BY_WORD, AS_A_WHOLE), (25, 50, 100, 200, 400), BOTH, seeds=seeds, steps=0),
-        *(Part("credit", (BY_WORD, BY_WORD_END, BY_WORD_FITTED), (100,), seeds=(seed,), steps=6,
+        *(Part("credit", (BY_WORD, BY_WORD_END, BY_WORD_FITTED), (100,), seeds=(seed,), steps=5,
                step_answers=16) for seed in seeds),
-        Part("labels", (BY_WORD, AS_A_WHOLE), (100,), seeds=seeds, steps=6, step_answers=16),
+        Part("labels", (BY_WORD, AS_A_WHOLE), (100,), seeds=seeds, steps=5, step_answers=16),
     ]  # fmt: skip
     return StudyConfig(tuple(parts), fresh_answers=200, users=32, settings=REAL, model=ANY_MODEL,
                        material_seed=0)  # fmt: skip

@@ -16,7 +16,7 @@ from tppo.stages.study.work import Outcome, versions
 from tppo.store.jsonl import plain, read_object, write_json, write_text
 
 EVERY_S = 120.0
-BEGIN, END = "<!-- study -->", "<!-- /study -->"
+MARK = "study"  # of the lines between which figures stand
 
 
 class Summary:
@@ -53,11 +53,13 @@ class Summary:
         return read_object(found[0]) if found else None
 
 
-def write_into(study: Path, target: Path) -> None:
+def write_into(study: Path, target: Path, mark: str = MARK) -> None:
     """Replace what stands between the marks of a Markdown file by the tables of a study.json.
 
+    mark: of the lines <!-- mark --> and <!-- /mark -->, so that a file can hold several studies.
     Errors: DataError where the study is none, or the file has not each mark once, in order.
     """
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     found = read_object(study)
     if found is None or "figures" not in found:
         raise DataError(f"{study}: not a study.json; `tppo study` writes one")
@@ -65,9 +67,9 @@ def write_into(study: Path, target: Path) -> None:
         text = target.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{target}: cannot be read: {error.strerror}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise DataError(f"{target}: expected a line {BEGIN} and behind it a line {END}, each once")
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last or begin in rest or end in after:
+        raise DataError(f"{target}: expected a line {begin} and behind it a line {end}, each once")
     body = markdown(tables(found["figures"]))
-    write_text(target, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    write_text(target, f"{before}{begin}\n\n{body}\n\n{end}{after}")
