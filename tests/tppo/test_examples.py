@@ -1,6 +1,7 @@
 """The scripts in examples/ run, in a reduced form."""
 
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from test_loading import small, write_gguf
 
+from tppo.labels.label import read_labels
 from tppo.models.tokenizer import train_tokenizer
 from tppo.sessions.synthetic import POPULAR
 
@@ -45,6 +47,46 @@ def test_by_words_pays_what_it_says():
     paid = [(text[start:end], value) for start, end, value in spans]
     assert paid == [("red", 0.5), ("shoes", 0.5), ("shoes", -0.5), ("red", -0.5), ("blue", -0.5),
                     ("boots", 0.5), ("red", -0.5)]  # fmt: skip
+
+
+def test_own_loop_learns(capsys):
+    """30 steps of a real run: what an answer is worth rises from chance to most of its tokens."""
+    script = example("own_loop")
+    assert len(inspect.getsource(script.train).splitlines()) <= 40  # as docs/index.md has it
+    curve = script.main(["--steps", "30"])
+    assert curve[0] < 0.5 and sum(curve[-5:]) / 5 > 5
+    assert capsys.readouterr().out.rstrip().endswith(f"of at most {script.LONGEST}")
+
+
+def test_label_with_endpoint(tmp_path, monkeypatch, capsys):
+    """Against an HTTP server on this machine, which judges by the true queries."""
+    pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
+    from test_label_openai import KEY, judge, serving
+
+    script = example("label_with_endpoint")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    rows = tmp_path / "answers.jsonl"
+    given = {"history": ["boots"], "targets": ["red shoes"], "answer": "red shoes\nblue hat"}
+    rows.write_text(json.dumps(given))
+    with serving(lambda request, number: judge(request)) as server:
+        flags = ["--base-url", server.url, "--model", "judge-1", "--out", str(tmp_path / "o")]
+        tent, desk = script.main(flags)
+        said = capsys.readouterr().out
+        assert "  relevant: lightweight+ tent+ review+ altara+ tent+ warranty-" in said
+        assert tent.words[-1] == ("live", 0)
+        assert desk.words == (("adjustable", 1), ("desk", 1), ("adjustable", 0), ("desk", 0))
+        assert read_labels(tmp_path / "o/labels.jsonl") == [tent, desk]
+        script.main(flags)
+        assert len(server.requests) == 2  # the second run asks nothing
+        (found,) = script.main([*flags, "--data", str(rows), "--no-key"])
+        assert [good for _, good in found.words] == [1, 1, 0, 0]
+        assert server.keys[-1] != f"Bearer {KEY}"
+        rows.write_text(json.dumps(given | {"targets": "red shoes"}))
+        with pytest.raises(SystemExit, match="line 1: field 'targets': was 'red shoes', expected"):
+            script.main([*flags, "--data", str(rows)])
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(SystemExit, match="environment variable OPENAI_API_KEY was empty"):
+        script.main([*flags[:-1], str(tmp_path / "new")])
 
 
 CHATML = (
