@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 
 
-def two_processes(worker, timeout):
+# Against a hang only: on a machine with other work a start alone has taken two minutes.
+HANG = 600  # seconds
+
+
+def two_processes(worker):
     """{rank: results} of `worker(rank, meeting, queue)` in two processes, none of which is left.
 
     meeting: the init_method of the process group, a file, because a free port may be taken before
-    it is used. timeout: seconds to wait for all results; a process that fails ends the wait.
+    it is used. A process that fails ends the wait.
     """
     context = mp.get_context("spawn")
     queue = context.Queue()
@@ -22,9 +26,9 @@ def two_processes(worker, timeout):
         for process in processes:
             process.start()
         try:
-            results = _results(queue, processes, time.monotonic() + timeout)
+            results = _results(queue, processes, time.monotonic() + HANG)
             for process in processes:
-                process.join(timeout=20)
+                process.join(timeout=HANG)
         finally:
             for process in processes:
                 if process.is_alive():

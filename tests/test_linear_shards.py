@@ -57,7 +57,7 @@ def worker(rank, meeting, queue):
 @pytest.fixture(scope="module")
 def shards():
     """What two real processes over gloo get."""
-    return two_processes(worker, timeout=120)
+    return two_processes(worker)
 
 
 @pytest.mark.parametrize("name, backend", list(itertools.product(SHARDS, BACKENDS)))

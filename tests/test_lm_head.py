@@ -261,7 +261,7 @@ def sharded_worker(rank, meeting, queue):
 
 @pytest.fixture(scope="module")
 def both_ranks():
-    return two_processes(sharded_worker, timeout=200)
+    return two_processes(sharded_worker)
 
 
 @pytest.mark.parametrize("name", SHARDINGS)

@@ -36,7 +36,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     import os
 
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True,
-                          text=True, env={**os.environ, **env}, timeout=120)
+                          text=True, env={**os.environ, **env}, timeout=600)
 
 
 def test_explain_names_the_backend_and_runs_nothing(inputs, monkeypatch):

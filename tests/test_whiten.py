@@ -313,7 +313,7 @@ def worker(rank, meeting, queue):
 @pytest.fixture(scope="module")
 def processes():
     """What two real processes over gloo get."""
-    return two_processes(worker, timeout=200)
+    return two_processes(worker)
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -222,7 +222,7 @@ def test_a_log_of_which_nothing_is_kept_is_a_warning_in_red_and_no_page_of_zeros
         stderr=terminal, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"},
     )  # fmt: skip
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     os.close(terminal)
     shown = os.read(main_end, 1 << 16).decode()
     os.close(main_end)

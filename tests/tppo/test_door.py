@@ -219,7 +219,7 @@ def train_through_a_kill(folder, monkeypatch, module, model, config, *more):
              "--model", str(model), "--generate.max-new-tokens", "6", *more]  # fmt: skip
     for name in GIVEN:
         flags += [f"--ppo.{name.replace('_', '-')}", str(getattr(config, name))]
-    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=folder, timeout=120,
+    killed = subprocess.run([sys.executable, "-m", "tppo", *flags], cwd=folder, timeout=600,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert killed.returncode == -signal.SIGKILL
     assert (folder / "o/train.tmp/checkpoints/step-2").is_dir()

@@ -204,7 +204,7 @@ def browse(chromium, page, *flags):
     command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", *flags]
     profile = page.parent / "profile"
     command += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

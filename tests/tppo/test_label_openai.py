@@ -638,7 +638,7 @@ def test_an_interrupted_run_ends_at_once_and_keeps_what_came(tmp_path):
         while len(cache.read_bytes().splitlines()) < 5:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=600)[1]
         release.set()
     assert process.returncode != 0 and said.rstrip().endswith("KeyboardInterrupt"), said
     assert "labelling: 5 replies" in said and "never retrieved" not in said

@@ -155,7 +155,7 @@ def worker(rank, meeting, queue):
 
 
 def test_two_processes_take_the_step_of_one():
-    results = two_processes(worker, timeout=120)
+    results = two_processes(worker)
     for first, second in zip(results[0][:4], results[1][:4], strict=True):
         assert first[0] == second[0], "the processes log different figures"
         for a, b in zip(first[1], second[1], strict=True):
