@@ -6,7 +6,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 # Against a hang only: on a machine with other work a start alone has taken two minutes.
 HANG = 600  # seconds
 
