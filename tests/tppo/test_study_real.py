@@ -13,6 +13,7 @@ from tppo.models.batch import Batch
 from tppo.models.tokenizer import train_tokenizer
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import POPULAR
+from tppo.stages.study.arms import WRITTEN
 from tppo.stages.study.command import with_model
 from tppo.stages.study.config import Arm, Cell, Noise, Part
 from tppo.stages.study.figures import all_figures
@@ -47,7 +48,8 @@ def reduced(name, seeds=(3, 4)):
     def shrunk(part):
         arms = tuple(replace(arm, layer=1, fit_critic=min(arm.fit_critic, 8)) for arm in part.arms)
         # Nothing that the tiny model says is relevant: flipped labels are something to learn.
-        return replace(part, arms=arms, answers=(8, 16)[: len(part.answers)], seeds=seeds,
+        return replace(part, arms=arms, answers=(8, 16)[: len(part.answers)],
+                       seeds=seeds[:1] if part.steps else seeds,
                        noise=(Noise(0.3, 0.3),), steps=min(part.steps, 1), step_answers=4,
                        eval_every=0)  # fmt: skip
 
@@ -83,6 +85,7 @@ def test_a_real_model_is_trained_by_every_arm_of_the_preset(place, outcomes):
     trained = [o for o in outcomes if o.cell.steps]
     assert {o.cell.arm.name for o in trained} == {arm.name for p in study.parts for arm in p.arms}
     assert all(len(o.found["curve"]) == 2 and len(o.found["sampled"]) == 1 for o in trained)
+    assert all(len(row["written"]) == WRITTEN for o in trained for row in o.found["curve"])
     assert all(o.found["critic_fit"] for o in trained if o.cell.arm.fit_critic)
     assert not any(o.found["curve"] for o in outcomes if not o.cell.steps)
     assert all(len(set(o.found["scores"])) > 4 for o in outcomes)

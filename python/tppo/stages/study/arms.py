@@ -36,6 +36,7 @@ from tppo.stages.study.statistics import explained_by_lines
 from tppo.store.jsonl import read_object, write_json
 
 KEPT = ("words", "distinct_queries", "format", "kl", "length")
+WRITTEN = 6  # answers of an outcome that can be read: figures do not say how they sound
 
 
 def ppo_config(config: PPOConfig, cell: Cell) -> PPOConfig:
@@ -76,8 +77,8 @@ def explained_by_paid(trainer: PPO, existing: Answered) -> float:
     rewards = paid_by(batch, trainer.answers(existing.questions, rollout)).rewards.double()
     total, before = rewards.sum(1, keepdim=True), rewards.cumsum(1) - rewards  # [B, 1], [B, T]
     to_come = total.expand_as(before) if at_end else total - before
-    columns = (x.cpu().numpy() for x in (before, to_come, batch.mask))
-    return round(explained_by_lines(*columns, fitted=len(rewards) * 9 // 10), 4)
+    paid, left, mask = (x.cpu().numpy() for x in (before, to_come, batch.mask))
+    return round(explained_by_lines(paid, left, mask, fitted=len(rewards) * 9 // 10), 4)
 
 
 def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def _row(judge: RuleJudge, answers: Answers, beside: Mapping[str, float]) -> dic
     verdicts = judge(answers)
     figures = {**{name: sum(x) / len(x) for name, x in verdicts.items()}, **beside}
     relevant = "".join(str(value) for value in verdicts["relevance"])
-    return {"relevant": relevant, **{name: round(figures[name], 4) for name in KEPT}}
+    return {"relevant": relevant, **{name: round(figures[name], 4) for name in KEPT},
+            "written": answers.texts[:WRITTEN]}  # fmt: skip
 
 
 def start_of(material: Material) -> dict[str, Any]:
