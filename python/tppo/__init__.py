@@ -5,6 +5,7 @@ stage by stage (`tppo run`).
     trainer = tppo.PPOTrainer("path/or/hub-id", reward=my_reward, prompts=prompts)
     trainer.train()
     trainer.save("out")
+    print(tppo.load("out").answer("red running shoes"))
 
 `import tppo` loads nothing else; each name below loads what it needs when it is first used.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tppo.rewards.function import FunctionReward
     from tppo.rewards.terminal import TerminalReward
     from tppo.rewards.token_model import TokenModelReward
+    from tppo.stages.answering.answerer import Answerer, load
     from tppo.stages.artifacts import Artifact
     from tppo.stages.registry import Stage, register
     from tppo.stages.trainer import PPOTrainer
@@ -35,6 +37,7 @@ _HOMES = {
     "tppo.rewards.function": ("FunctionReward",),
     "tppo.rewards.terminal": ("TerminalReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
+    "tppo.stages.answering.answerer": ("Answerer", "load"),
     "tppo.stages.artifacts": ("Artifact",),
     "tppo.stages.registry": ("Stage", "register"),
     "tppo.stages.trainer": ("PPOTrainer",),
@@ -46,6 +49,7 @@ __all__ = [
     "RLOO",
     "AdapterConfig",
     "Advantage",
+    "Answerer",
     "Answers",
     "Artifact",
     "CallableJudge",
@@ -63,6 +67,7 @@ __all__ = [
     "TokenAdvantages",
     "TokenModelReward",
     "TokenReward",
+    "load",
     "register",
 ]
 

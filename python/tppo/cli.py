@@ -20,6 +20,10 @@ from tppo.stopping import Stopped, listening
 # Commands beside the stages: what each does, and the function that takes its flags, which is
 # imported when it runs.
 OTHERS = {
+    "answer": ("the next queries after a history of yours, by the model that a run has trained",
+               "tppo.stages.answering.command:answer"),
+    "serve": ("the same behind an OpenAI-compatible endpoint, with a page to try it",
+              "tppo.stages.answering.command:serve"),
     "plan": ("what each stage would take of a GPU's memory, before anything is trained",
              "tppo.stages.plan:main"),
     "study": ("arms trained at equal cost and compared: what labels of words and rewards of "

@@ -5,6 +5,7 @@ This file loads no torch, so that `--help` is there at once.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -259,6 +260,23 @@ def _run_stages(run: Any, command: str, names: list[str]) -> None:
         except Stopped as stop:
             lost = stop.lost or REGISTRY[name].lost
             raise Stopped(stop.signum, f"{name}: {lost}, earlier stages are kept") from None
+    if command == "run":
+        say("\n".join(_next_commands(run)))
+
+
+def _next_commands(run: Any) -> list[str]:
+    """What one can do with a finished run, for those who do not know it yet."""
+    out = shlex.quote(str(run.out))
+    from tppo.stages.artifacts import HEAT_MAP
+
+    pages = [run.out / "report.html", run.path(HEAT_MAP)]
+    page = next((page for page in pages if page.exists()), None)
+    return [
+        "The run is finished. With its model:",
+        f'  tppo answer --out {out} "red shoes" "click: trail shoes"   next queries for a history',
+        f"  tppo serve --out {out}   the same in a browser, and as an OpenAI-compatible endpoint",
+        *([] if page is None else [f"  {page}   what the model does, token by token"]),
+    ]
 
 
 def _run_unless_done(run: Any, name: str, place: str) -> None:

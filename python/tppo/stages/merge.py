@@ -7,6 +7,7 @@ from tppo.models.adapters import is_adapter
 from tppo.models.folder import save_model, save_weights
 from tppo.models.load import load_policy, load_reward_model
 from tppo.progress import say
+from tppo.stages.answering.recipe import copy_recipe
 from tppo.stages.registry import MERGED_POLICY, MERGED_REWARD_MODEL, POLICY, REWARD_MODEL
 from tppo.stages.run import Run
 
@@ -19,6 +20,7 @@ def merge(run: Run) -> None:
     with run.stage("merge") as out:
         model = load_policy(policy, run.device, run.config.model.dtype)
         save_model(model, run.tokenizer, out / MERGED_POLICY.name)
+        copy_recipe(policy, out / MERGED_POLICY.name)
         if is_adapter(reward):
             classifier = load_reward_model(reward, run.device, run.config.model.dtype)
             save_weights(classifier, out / MERGED_REWARD_MODEL.name)

@@ -24,10 +24,12 @@ from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
+from tppo.stages.answering.recipe import Recipe, paid_by, recipe_of, write_recipe
 from tppo.stages.answers import Answer
 from tppo.stages.loop import Held, Loop, Watch, response_figures
 from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.registry import (
+    POLICY,
     QUERY_LENGTHS,
     REWARD_MODEL,
     REWARD_REPORT,
@@ -53,6 +55,15 @@ def train(run: Run) -> None:
         check_signal(report, run.config.ppo.without_signal)
         check_auc(report, run.config.reward_model)
         new_loop(run, out, world).run_all()
+        if first:
+            write_recipe(out / POLICY.name, recipe(run))
+
+
+def recipe(run: Run) -> Recipe:
+    """How the policy was asked and paid, for those who ask it later."""
+    config = run.config
+    paid = paid_by(config.ppo, read_json(run.path(QUERY_LENGTHS))["median_query_tokens"])
+    return recipe_of(run.sessions("train"), run.max_new_tokens, config.generate.temperature, paid)
 
 
 def new_loop(run: Run, out: Path, world: World) -> Loop:

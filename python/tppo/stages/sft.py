@@ -29,6 +29,7 @@ from tppo.models.vocabulary import check_embeddings
 from tppo.progress import say
 from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.session import Session
+from tppo.stages.answering.recipe import recipe_of, write_recipe
 from tppo.stages.free_memory import check_memory
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
@@ -67,6 +68,7 @@ def sft(run: Run) -> None:
             save_adapter(model, out / "adapter")
             model = merged(model)
         save_model(model, tokenizer, out / SFT_MODEL.name)
+        write_recipe(out / SFT_MODEL.name, recipe_of(train, cap, run.config.generate.temperature))
         log = "generated sessions" if run.data is None else f"sessions of {run.data.name!r}"
         write_card(
             out / SFT_MODEL.name,

@@ -33,6 +33,8 @@ from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Questions, Reward
+from tppo.stages.answering.recipe import Recipe, write_recipe
+from tppo.stages.artifacts import POLICY
 from tppo.stages.given import (
     RewardJudge,
     as_judge,
@@ -194,6 +196,8 @@ class PPOTrainer:
             )
             loop = self._loop(out, world)
             loop.run_all()
+            if world.rank == 0:
+                write_recipe(out / POLICY.name, self._recipe())
             report = world.of_first(loop.report() if world.rank == 0 else None)
         self.metrics, self.report, self._card = loop.metrics, report, loop.card()
         return report
@@ -253,8 +257,13 @@ class PPOTrainer:
         if from_environment().rank == 0:
             whole = merge and self.lora.on
             save_model(merged(self.model) if whole else self.model, self.tokenizer, folder)
+            write_recipe(folder, self._recipe())
             if self._card is not None:
                 write_card(folder, **self._card | ({"adapter": False} if whole else {}))
+
+    def _recipe(self) -> Recipe:
+        return Recipe(prompt="as given", max_new_tokens=self.sampling.max_new_tokens,
+                      temperature=self.sampling.temperature)  # fmt: skip
 
     def _start(self) -> None:
         """The policy as it begins; with LoRA an adapter over `base`, which others share."""

@@ -1,0 +1,1 @@
+"""A trained model in use: histories in, queries out, by Python, the command line and HTTP."""
