@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from base64 import b64decode
@@ -14,6 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The protocol's pipes are descriptors 3 and 4 of the browser.
+_AS_3_AND_4 = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(given), fcntl.F_DUPFD, 10) for given in sys.argv[1:3]]
+for place, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 WAIT_S = 60.0  # for anything, in a machine that has other work
 
 
@@ -136,8 +145,7 @@ def browser(program: str, folder: Path) -> Iterator[Browser]:
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-background-networking", "--remote-debugging-pipe",
              f"--user-data-dir={folder / 'profile'}", "about:blank"]  # fmt: skip
-    # The protocol's pipes are descriptors 3 and 4 of the browser.
-    command = ["sh", "-c", f'exec "$@" 3<&{to_it} 4>&{its_end}', "sh", program, *flags]
+    command = [sys.executable, "-c", _AS_3_AND_4, str(to_it), str(its_end), program, *flags]
     process = subprocess.Popen(command, pass_fds=(to_it, its_end), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)  # fmt: skip
     os.close(to_it)

@@ -22,9 +22,10 @@ from tppo.rewards import Reward
 from tppo.rewards.format import FormatReward
 from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
 from tppo.rewards.terminal import TerminalReward
-from tppo.stages.artifacts import BASELINES, SFT_MODEL
+from tppo.stages.answering.recipe import write_recipe
+from tppo.stages.artifacts import BASELINES, POLICY, SFT_MODEL
 from tppo.stages.models import new_ppo
-from tppo.stages.ppo import loop_of, policy_and_ref, run_reward
+from tppo.stages.ppo import loop_of, policy_and_ref, recipe, run_reward
 from tppo.stages.reward_rows import policy_rows, policy_twins
 from tppo.stages.run import Run
 from tppo.stages.study.presets import SENTENCES
@@ -45,6 +46,7 @@ def baselines(run: Run) -> None:
             folder = out / name
             folder.mkdir()
             loop_of(run, folder, trainer).run_all()
+            write_recipe(folder / POLICY.name, recipe(run))
 
 
 def paid_at_end(run: Run, ref: PreTrainedModel) -> Reward:

@@ -39,6 +39,7 @@ from tppo.store.hashes import MANIFEST
 class Token:
     """A token of an answer."""
 
+    id: int
     text: str
     """"" for one without characters, such as the EOS."""
     logprob: float
@@ -283,11 +284,13 @@ def _tokens(
 ) -> tuple[Token, ...]:
     text = answers.texts[b]
     found = []
-    for t, (start, end) in enumerate(answers.offsets[b]):
+    for t, (token, (start, end)) in enumerate(
+        zip(answers.response_ids[b], answers.offsets[b], strict=True)
+    ):
         reward = category = None
         if paid is not None and paid.category is not None:
             reward, category = float(paid.rewards[b, t]), int(paid.category[b, t])
-        found.append(Token(text[start:end], float(logprobs[b, t]), reward, category))
+        found.append(Token(token, text[start:end], float(logprobs[b, t]), reward, category))
     return tuple(found)
 
 

@@ -150,8 +150,11 @@ POLICY = (
 )
 
 
-def answer_page(name: str, recipe: Recipe) -> str:
-    """The page for a model of this name, asked as the recipe says."""
+def answer_page(name: str, recipe: Recipe, paid: bool) -> str:
+    """The page for a model of this name, asked as the recipe says.
+
+    paid: whether a reward model says what each token is worth.
+    """
     fields = _prompt_fields() if recipe.prompt == "as given" else _history_fields(recipe)
     return f"""<!doctype html>
 <html lang="en">
@@ -166,7 +169,7 @@ def answer_page(name: str, recipe: Recipe) -> str:
 <body data-prompt="{escape(recipe.prompt)}">
 <header>
 <h1>{escape(name)}</h1>
-<p>{_explained(recipe)}</p>
+<p>{_explained(recipe, paid)}</p>
 </header>
 <main>
 <form id="ask">
@@ -181,14 +184,15 @@ def answer_page(name: str, recipe: Recipe) -> str:
 """
 
 
-def _explained(recipe: Recipe) -> str:
-    paid = (
-        "Tokens that the reward model pays are blue, those that it charges for orange; without a "
-        "reward model the stronger orange is the less likely token."
+def _explained(recipe: Recipe, paid: bool) -> str:
+    colours = (
+        "A blue token is one that the reward model pays for, an orange one costs."
+        if paid
+        else "The less likely a token was to the model, the stronger its orange."
     )
     if recipe.prompt == "as given":
-        return f"Write a prompt; the model answers it. {paid}"
-    return f"Search, and the model says what you may search for next. {paid}"
+        return f"Write a prompt, and the model answers it. {colours}"
+    return f"Search, and the model says what you may search for next. {colours}"
 
 
 def _options(kind: str) -> str:

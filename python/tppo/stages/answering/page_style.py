@@ -32,6 +32,8 @@ ol, ul { list-style: none; margin: 0; padding: 0; }
   padding: .15rem .25rem .15rem .7rem;
   border: 1px solid var(--line); border-radius: 999px; overflow-wrap: anywhere;
 }
+.event small { flex: none; }
+@media (max-width: 30rem) { #text { flex-basis: 100%; order: -1; } }
 small { color: var(--soft); font-size: .75rem; }
 #empty { margin: 0; color: var(--soft); font-size: .9375rem; }
 input, select, textarea, button {

@@ -45,15 +45,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, model: Answerer, port: int, name: str) -> None:
+        # torch counts threads for each thread that calls it.
+        threads = torch.get_num_threads()
+        self.worker = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
             raise DataError(f"--port was {port}, which cannot be had ({error.strerror}), expected "
                             "a free one; 0 takes any") from None  # fmt: skip
         self.model, self.name, self.port = model, name, self.server_address[1]
-        # torch counts threads for each thread that calls it.
-        threads = torch.get_num_threads()
-        self.worker = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
         self.asked = 0
 
     def answer(self, request: Request) -> list[list[Answer]]:
@@ -128,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> None:
         path = urlsplit(self.path).path
         if path == "/":
-            page = answer_page(self.server.name, self.server.model.recipe)
+            model = self.server.model
+            page = answer_page(self.server.name, model.recipe, model.reward is not None)
             self._send(200, page.encode(), "text/html; charset=utf-8")
         elif path == "/v1/models":
             self._send_json(200, {"object": "list", "data": [self._model()]})
