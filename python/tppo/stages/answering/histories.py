@@ -131,7 +131,8 @@ def _message(message: Any, i: int) -> tuple[str, str]:
         content = message.get("content")
         if isinstance(content, list):  # parts, as newer clients send them
             parts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
-            content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else None
         if isinstance(content, str):
             return message["role"], content
     raise DataError(f"messages[{i}] was {short(message)}, expected {{'role': a text, 'content': a "
