@@ -26,6 +26,8 @@ OTHERS = {
               "tppo.stages.answering.command:serve"),
     "plan": ("what each stage would take of a GPU's memory, before anything is trained",
              "tppo.stages.plan:main"),
+    "report": ("report.html of a run folder, finished or under way: result, curves, answers",
+               "tppo.stages.report.command:main"),
     "study": ("arms trained at equal cost and compared: what labels of words and rewards of "
               "tokens buy", "tppo.stages.study.command:main"),
 }  # fmt: skip

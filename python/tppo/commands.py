@@ -29,6 +29,7 @@ from tppo.options import LabelOptions, Options, RunOptions, TrainOptions
 from tppo.progress import say, status
 from tppo.settings import from_dict
 from tppo.stages.registry import REGISTRY
+from tppo.stages.report.command import kept_fresh
 from tppo.stopping import Stopped
 from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
@@ -147,7 +148,11 @@ def _run(
     if label_task is not None and label_task[0] == "agreement":  # it only reads
         _label_task(run, *label_task)
         return
-    with run.folder.lock() if world.rank == 0 else nullcontext():
+    first = world.rank == 0
+    with (
+        kept_fresh(options.out) if first else nullcontext(),  # the last page is not of a run
+        run.folder.lock() if first else nullcontext(),
+    ):
         if world.rank == 0:
             if command != "run":
                 run.check_stages_before(command)

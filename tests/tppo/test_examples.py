@@ -129,7 +129,7 @@ def test_real_model(installed, tmp_path, capsys):
     assert asked["prompt_ids"][0] == 1 and asked["prompt_ids"].count(2) == 1  # through the template
     adapter = json.loads((out / "train/model/adapter_config.json").read_text())
     assert adapter["r"] == 16
-    assert (out / "heat/heat.html").exists()
+    assert (out / "heat/tokens.jsonl").exists() and (out / "report.html").exists()
 
 
 def test_real_model_holds_out_few_users_of_a_log(tmp_path):

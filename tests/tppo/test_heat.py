@@ -1,19 +1,14 @@
 """The heat map: what stands in the page, and that a real browser shows it."""
 
-import html
-import json
 import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from pages import DARK, HOSTILE, RGB, Page, browse, contrast, find_chromium, loads_and_runs_nothing
+from pages import probed as probed_page
 from rich.console import Console
 
-from tppo.evaluation.heat import HeatRow, heat_html, print_heat, write_heat
-
-HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
+from tppo.evaluation.heat import HeatRow, heat_html, print_heat
 
 ROWS = [
     HeatRow(
@@ -24,6 +19,9 @@ ROWS = [
         [2, 2, 0, 1, 1, 0],
         [1.0, -2.0, 0.5, -0.25, 0.0, 0.125],
         ["red shoes", "socks"],
+        "sft",
+        [0.5, 0.0, -0.75, 0.25, 0.25, 0.0],
+        {"relevance": 0, "words": 0.5},
     ),
     HeatRow(
         HOSTILE,
@@ -33,53 +31,21 @@ ROWS = [
         [1, 2, 0, 0, 0, 2, 1, 0],
         None,
         [HOSTILE],
+        HOSTILE,
     ),
 ]
-
-
-class Page(HTMLParser):
-    """The elements of a page: (tag, attributes), what they hold, and whether they close."""
-
-    VOID = {"meta", "input", "link", "img", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.texts = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append((tuple(self.open), data))
-
-    def all(self, tag, **wanted):
-        return [
-            attributes
-            for name, attributes in self.elements
-            if name == tag and wanted.items() <= attributes.items()
-        ]
-
-    def held_by(self, tag):
-        return [data for path, data in self.texts if path and path[-1] == tag]
 
 
 def test_every_token_says_what_it_is():
     page = Page(heat_html(ROWS, "A title"))
     titles = [attributes["title"] for attributes in page.all("li") if "title" in attributes]
     assert titles[:6] == [
-        "token 1: red, reward +0.50, relevant, advantage +1.00",
-        "token 2:  shoes, reward +0.25, relevant, advantage −2.00",
-        "token 3: ⏎, reward 0.00, none, advantage +0.50",
-        "token 4:  h, reward −0.50, irrelevant, advantage −0.25",
-        "token 5: at, reward −0.50, irrelevant, advantage 0.00",
-        "token 6: ∎, reward 0.00, none, advantage +0.12",
+        "token 1: red, reward +0.50, relevant, value +0.50, advantage +1.00",
+        "token 2:  shoes, reward +0.25, relevant, value 0.00, advantage −2.00",
+        "token 3: ⏎, reward 0.00, none, value −0.75, advantage +0.50",
+        "token 4:  h, reward −0.50, irrelevant, value +0.25, advantage −0.25",
+        "token 5: at, reward −0.50, irrelevant, value +0.25, advantage 0.00",
+        "token 6: ∎, reward 0.00, none, value 0.00, advantage +0.12",
     ]
     assert titles[6] == f"token 1: {HOSTILE}, reward −0.10, irrelevant"
     assert titles[8:11] == [
@@ -96,59 +62,57 @@ def test_colour_strength_and_sign_follow_the_values():
     page = Page(heat_html(ROWS[:1]))
     tokens = [attributes for attributes in page.all("li") if "title" in attributes]
     assert [token["class"] for token in tokens] == [
-        "t r1 a1",
-        "t r1 a-1",
-        "t r0 a1",
-        "t r-1 a-1",
-        "t r-1 a0",
-        "t r0 a1",
+        "t r1 v1 a1",
+        "t word r1 v0 a-1",  # a gap stands before it, and its text in the middle of its box
+        "t r0 v-1 a1",
+        "t word r-1 v1 a-1",
+        "t r-1 v1 a0",
+        "t r0 v0 a1",
     ]
-    assert tokens[0]["style"] == "--r:1.00;--a:0.50"
-    assert tokens[1]["style"] == "--r:0.50;--a:1.00"
+    assert tokens[0]["style"] == "--r:1.00;--v:0.67;--a:0.50"
+    assert tokens[1]["style"] == "--r:0.50;--v:0.00;--a:1.00"
     assert len(page.all("ol", **{"class": "tokens"})) == 2  # a line for each query
 
 
 def test_the_page_loads_nothing_and_runs_nothing():
     text = heat_html(ROWS, f"T {HOSTILE}")
-    page = Page(text)
-    assert not page.all("script") and not page.all("img") and not page.all("link")
-    addresses = [a.get("src", a.get("href", "#")) for _, a in page.elements]
-    assert all(address.startswith("#") for address in addresses)
-    assert not any(name.startswith("on") for _, a in page.elements for name in a)
-    assert "url(" not in text and "@import" not in text and "http" not in text.split("<style>")[1]
-    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
-    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    page = loads_and_runs_nothing(text)
     assert page.held_by("h1") == [f"T {HOSTILE}"]
     assert HOSTILE in "".join(page.held_by("pre"))
     assert "\u202e" not in text and "\x00" not in text
 
 
-def test_the_summary_counts():
-    page = Page(heat_html(ROWS))
-    cells = page.held_by("td")
-    # mean reward (.5 + .25 - 1) / 6, two of four labelled tokens relevant, mean advantage -.625 / 6
-    assert cells[:4] == ["6", "−0.04", "50 %", "−0.10"]
-    assert cells[4:8] == ["8", "+0.03", "50 %", "–"]
-    assert cells[8:12] == ["14", "0.00", "50 %", "−0.10"]
-    for attributes in page.all("a"):
-        assert page.all("article", id=attributes["href"].removeprefix("#"))
+def row(name, tokens, rewards, categories):
+    return HeatRow("u1", "p", tokens, rewards, categories, None, ["a"], name)
+
+
+def test_the_summary_compares_those_that_answered():
+    rows = [
+        row("SFT", ["a", "b"], [0.5, -0.5], [2, 1]),
+        row("TPPO", ["a", "b", ""], [0.5, 0.25, 0.0], [2, 2, 0]),
+        row("SFT", ["c"], [-0.5], [1]),
+        row("TPPO", ["c"], [0.5], [2]),
+    ]
+    page = Page(heat_html(rows))
+    # SFT: -.5 over three tokens and two answers, one of three is relevant
+    assert page.held_by("td") == [
+        "3", "−0.17", "−0.25", "33 %", "4", "+0.31", "+0.62", "100 %",
+        "+1", "+0.48", "+0.88", "+67 points",
+    ]  # fmt: skip
+    assert page.held_by("th")[-3:] == ["SFT", "TPPO", "TPPO less SFT"]
+    assert len(page.all("article")) == 1  # four answers to one question stand side by side
 
 
 def test_no_switch_without_advantages_and_no_rows_at_all():
     assert not Page(heat_html(ROWS[1:])).all("input")
-    assert len(Page(heat_html(ROWS)).all("input")) == 2
+    assert [x["id"] for x in Page(heat_html(ROWS)).all("input")] == [
+        "show-reward", "show-value", "show-advantage"]  # fmt: skip
     assert Page(heat_html([])).held_by("td") == ["0", "–", "–", "–"]
-
-
-def test_write_is_whole(tmp_path):
-    write_heat(tmp_path / "heat.html", ROWS)
-    assert os.listdir(tmp_path) == ["heat.html"]
-    assert (tmp_path / "heat.html").read_text(encoding="utf-8") == heat_html(ROWS)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rewards", [0.0]), ("categories", [0]), ("advantages", [1.0, 2.0])],
+    [("rewards", [0.0]), ("categories", [0]), ("advantages", [1.0, 2.0]), ("values", [])],
 )
 def test_lengths_that_differ_are_named(field, value):
     fields = {**vars(ROWS[0]), field: value}
@@ -159,95 +123,65 @@ def test_lengths_that_differ_are_named(field, value):
 
 
 def test_the_terminal_shows_signs_without_colours():
-    console = Console(width=100, no_color=True, record=True, file=open(os.devnull, "w"))
+    console = Console(width=160, no_color=True, record=True, file=open(os.devnull, "w"))
     with console.file:
         print_heat(ROWS, console)
         text = console.export_text()
     assert "  red⁺ shoes⁺\n   h⁻at⁻∎\n" in text
-    assert "red shoes · socks" in text
+    assert "red shoes · socks" in text and "u1/0 sft" in text
     assert HOSTILE in text and "\u202e" not in text and "\x1b" not in text
-    assert re.search(r"all +│ +14 │ +0.00 │ +50 % │ +−0.10", text)
+    assert re.search(r"all sft +│ +6 │ +−0.04 │ +−0.25 │ +50 % ", text)
+
+
+LOOK = """
+function look() {
+  return Array.from(document.querySelectorAll(".t"), token => {
+    const text = document.createRange(); text.selectNodeContents(token.querySelector("bdi"));
+    const box = token.getBoundingClientRect(), inner = text.getBoundingClientRect();
+    return {title: token.title, back: rgb(getComputedStyle(token).backgroundColor),
+      ink: rgb(getComputedStyle(token).color), shown: token.innerText.split(/\\s*\\n\\s*/),
+      off: (inner.left + inner.right - box.left - box.right) / 2,
+      inside: token.scrollWidth <= token.clientWidth};
+  });
+}
+const found = {title: document.title, page: rgb(getComputedStyle(document.body).backgroundColor),
+  reward: look(), images: document.images.length};
+document.querySelector("label[for=show-value]").click();
+found.value = look();
+document.querySelector("label[for=show-advantage]").click();
+found.advantage = look();
+found.wide = document.documentElement.scrollWidth > innerWidth;
+"""
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A Chromium that starts; some systems have only a stub that asks to install one."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None or subprocess.run([path, "--version"], capture_output=True).returncode:
-        pytest.skip("no chromium is installed to open the page in")
-    return path
-
-
-PROBE = """<script>
-const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-function rgb(color) {
-  context.clearRect(0, 0, 1, 1); context.fillStyle = color; context.fillRect(0, 0, 1, 1);
-  return Array.from(context.getImageData(0, 0, 1, 1).data.slice(0, 3));
-}
-function look() {
-  return Array.from(document.querySelectorAll(".t"), token => ({
-    title: token.title, back: rgb(getComputedStyle(token).backgroundColor),
-    ink: rgb(getComputedStyle(token).color), shown: token.innerText.split(/\\s*\\n\\s*/),
-    inside: token.scrollWidth <= token.clientWidth}));
-}
-const found = {title: document.title, page: rgb(getComputedStyle(document.body).backgroundColor),
-  reward: look(), images: document.images.length};
-document.querySelector("label[for=show-advantage]").click();
-found.advantage = look();
-found.wide = document.documentElement.scrollWidth > innerWidth;
-document.body.textContent = JSON.stringify(found);
-</script>"""
-
-
-def browse(chromium, page, *flags):
-    """What a headless Chromium makes of a page: its DOM after everything has run."""
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", *flags]
-    profile = page.parent / "profile"
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def contrast(a, b):
-    """WCAG 2's contrast ratio of two sRGB colours."""
-
-    def luminance(color):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance([c / 255 for c in a]), luminance([c / 255 for c in b])))[::-1]
-    return (high + 0.05) / (low + 0.05)
+    return find_chromium()
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_a_browser_shows_it(chromium, tmp_path, mode):
-    page = tmp_path / "heat.html"
-    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', heat_html(ROWS)).group()
-    probed = heat_html(ROWS, "A title").replace(policy, "").replace("</body>", PROBE + "</body>")
-    page.write_text(probed, encoding="utf-8")
-    flags = ["--window-size=480,900"]
-    flags += ["--blink-settings=preferredColorScheme=0"] if mode == "dark" else []
-    dom = browse(chromium, page, *flags)
-    body = re.search(r"<body>(.*)</body>", dom, re.DOTALL).group(1)
-    found = json.loads(html.unescape(body))
+    flags = ["--window-size=480,900", *([DARK] if mode == "dark" else [])]
+    found = probed_page(chromium, tmp_path, heat_html(ROWS, "A title"), RGB + LOOK, *flags)
     assert found["title"] == "A title" and found["images"] == 0 and not found["wide"]
     assert (sum(found["page"]) < 200) == (mode == "dark")
     assert len(found["reward"]) == 14
     assert found["reward"][0]["shown"] == ["red", "✓", "+0.50"]
-    assert found["advantage"][1]["shown"] == [" shoes", "✓", "−2.00"]
-    for token in found["reward"] + found["advantage"]:
+    assert found["value"][2]["shown"] == ["⏎", "−0.75"]
+    assert found["advantage"][1]["shown"] == ["shoes", "✓", "−2.00"]
+    for token in found["reward"] + found["value"] + found["advantage"]:
         assert contrast(token["back"], token["ink"]) >= 4.5, token
-        assert token["inside"], token
+        assert token["inside"] and abs(token["off"]) < 1, token  # in the middle of its box
     red, shoes, line, hat = (found["reward"][i]["back"] for i in (0, 1, 2, 3))
     assert red[2] > red[0] and hat[0] > hat[2]  # blue pays, orange costs
     assert line[2] - line[0] < shoes[2] - shoes[0] < red[2] - red[0]  # half the reward, less blue
     assert found["advantage"][1]["back"][0] > found["advantage"][1]["back"][2]
+    assert found["value"][2]["back"][0] > found["value"][2]["back"][2]
 
 
 def test_hostile_text_does_nothing_in_a_browser(chromium, tmp_path):
     page = tmp_path / "heat.html"
-    write_heat(page, ROWS, "A title")
+    page.write_text(heat_html(ROWS, "A title"), encoding="utf-8")
     dom = browse(chromium, page)
     assert "<title>A title</title>" in dom
     assert "<img" not in dom and "<script" not in dom

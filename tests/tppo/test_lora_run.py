@@ -76,7 +76,7 @@ def test_label_to_the_closing_table_with_adapters(finished):
     out, _, _ = finished
     result = json.loads((out / "result.json").read_text())
     assert {"sft", "sft_continued", "tppo"} <= result.keys() and result["tppo"]["kl"] > 0
-    assert "test-0 tppo" in (out / "heat/heat.html").read_text()
+    assert '"name": "tppo"' in (out / "heat/tokens.jsonl").read_text()
     for folder in (out / "train/model", out / "train-rm/model"):
         assert not (folder / "model.safetensors").exists()
         settings = json.loads((folder / "adapter_config.json").read_text())

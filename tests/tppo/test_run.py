@@ -227,7 +227,7 @@ def test_every_stage_leaves_its_files_and_the_table_is_complete(finished):
     assert len(answers) == 24 and answers[0]["prompt"].endswith("next 3:\n")
     for name in ("sft", "sft_t0.5", "sft_continued", "tppo"):
         assert answers[0][name] == result[name]["example"]
-    assert "<html" in (finished / "heat" / "heat.html").read_text()
+    assert len(rows(finished / "heat" / "tokens.jsonl")) == 4
 
 
 def test_the_metrics_have_a_row_a_step_with_trls_names(finished):
@@ -237,6 +237,24 @@ def test_the_metrics_have_a_row_a_step_with_trls_names(finished):
         assert {"objective/kl", "objective/rlhf_reward", "val/ratio", "reward/rule"} <= set(row)
         assert 0 <= row["response/format"] <= 1 and row["response/length"] >= 1
     assert "heldout/relevance" in metrics[1] and "heldout/relevance" not in metrics[0]
+    low, high = metrics[1]["heldout/relevance_interval"]
+    assert low <= metrics[1]["heldout/relevance"] <= high
+    tokens = [row["num_tokens"] for row in metrics]
+    assert tokens == sorted(tokens) and tokens[0] > 16 * 2
+    sft = rows(finished / "sft" / "metrics.jsonl")
+    assert 0 < sft[0]["num_tokens"] < sft[-1]["num_tokens"]
+    assert rows(finished / "train-rm" / "metrics.jsonl")[0]["num_tokens"] > 0
+
+
+def test_answers_are_kept_at_every_evaluation(finished):
+    samples = rows(finished / "train" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 8 + [2] * 8 + [4] * 8
+    heldout = read_sessions(finished / "data" / "heldout.jsonl")[:8]
+    for step in range(3):
+        for row, session in zip(samples[8 * step :], heldout, strict=False):
+            assert row["id"] == session.id and row["prompt"] == prompt_text(session)
+            assert row["targets"] == [*session.targets] and row["finish"] in ("eos", "length")
+            assert set(row["figures"]) > {"relevance", "words", "format"}
 
 
 def test_categories_line_up_with_the_sampled_tokens(finished):
@@ -431,7 +449,7 @@ def test_a_killed_ppo_resumes_bit_identically(finished, tmp_path, capsys):
         load_file(path / "train" / "model" / "model.safetensors") for path in (finished, folder)
     )
     assert kept.keys() == again.keys() and all(torch.equal(kept[k], again[k]) for k in kept)
-    for name in ("metrics.jsonl", "model/generation_config.json"):
+    for name in ("metrics.jsonl", "samples.jsonl", "model/generation_config.json"):
         assert (folder / "train" / name).read_bytes() == (finished / "train" / name).read_bytes()
 
 
@@ -690,7 +708,7 @@ def test_a_stage_refuses_another_seed_and_says_other_settings(finished, tmp_path
     said = capsys.readouterr().err
     assert "settings.eval.heat_users was 2, is 1; settings.sft.lr was None, is 0.001" in said
     assert "WARNING: heat builds on files of sft, which would now be others" in said
-    assert "config.sft.lr was 0.005, is 0.001" in said and said.count("WARNING") == 1
+    assert "config.sft.lr was 0.005, is 0.001" in said and said.count("WARNING") == 2  # eval too
 
 
 def test_one_command_works_in_a_folder_and_readers_may(finished, tmp_path, capsys):

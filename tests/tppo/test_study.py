@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tppo.errors import DataError
+from tppo.evaluation.chart import Line, chart
 from tppo.labels.endpoint.prompt import LabelItem
 from tppo.labels.rule import label_by_rule
 from tppo.sessions.config import SessionsConfig
@@ -23,7 +24,6 @@ from tppo.stages.registry import REGISTRY, TEST_SESSIONS, before
 from tppo.stages.study import work
 from tppo.stages.study.command import read_noise, read_study
 from tppo.stages.study.config import PAPER, Arm, Noise, Part, StudyConfig
-from tppo.stages.study.curves import Line, chart
 from tppo.stages.study.figures import all_figures
 from tppo.stages.study.label_cost import label_costs
 from tppo.stages.study.material import LAST_STAGE, with_noise

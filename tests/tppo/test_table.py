@@ -148,7 +148,7 @@ def test_the_heat_map_at_40_columns():
     console = Console(width=40, file=io.StringIO(), no_color=True)
     print_heat(HEAT, console)
     text = console.file.getvalue()
-    assert "…" not in text and "  Mean reward     +0.12" in text
+    assert "…" not in text and "  Reward a token    +0.12" in text
     assert max(map(len, text.splitlines())) <= 40
 
 

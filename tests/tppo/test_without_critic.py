@@ -19,7 +19,7 @@ TINY = {
     "ppo": {"steps": 3, "batch_size": 6, "minibatch_size": 6, "eval_every": 3, "min_format": 0.0,
             "checkpoint_every": 1, "max_kl": 100.0, "responses_per_prompt": 3,
             "advantage": "grpo", "reward": "expected", "without_signal": True},
-    "eval": {"heat_users": 2},
+    "eval": {"heat_users": 2, "temperatures": [1.0], "continued": False},
 }  # fmt: skip
 
 
@@ -51,8 +51,9 @@ def test_a_run_without_a_critic_has_none_anywhere(tmp_path, monkeypatch, capsys)
     once = hashlib.sha256(model.read_bytes()).hexdigest()
     sft = hashlib.sha256((out / "sft/model/model.safetensors").read_bytes()).hexdigest()
     assert once != sft
+    main(["eval", *config])
     main(["heat", *config])
-    assert "Advantage" in (out / "heat/heat.html").read_text()
+    assert "Advantage" in (out / "report.html").read_text()
     monkeypatch.undo()
     with pytest.raises(SystemExit) as caught:
         main(["heat", *config, "--ppo.advantage", "gae"])

@@ -117,17 +117,29 @@ def judge_answers(judge: Judge, answers: Answers) -> dict[str, Any]:
 
     Errors: DataError naming the judge and the figure that is not one finite number an answer.
     """
-    n = len(answers.response_ids)
-    result: dict[str, Any] = {"users": n}
-    figures = judge(answers)
+    return averaged(each_figure(judge, answers), len(answers.response_ids))
+
+
+def each_figure(judge: Judge, answers: Answers) -> dict[str, list[float]]:
+    """The judge's figures, a finite number an answer each.
+
+    Errors: DataError naming the judge and the figure that is not one finite number an answer.
+    """
+    n, figures = len(answers.response_ids), judge(answers)
     if not isinstance(figures, Mapping) or not figures:
         raise DataError(f"judge {judge.name!r} gave {short(figures)}, expected at least one figure "
                         "by its name: {'score': [a number an answer]}")  # fmt: skip
     if taken := TAKEN.intersection(figures):
         raise DataError(f"judge {judge.name!r} gave a figure {min(taken)!r}, expected another "
                         f"name than {', '.join(sorted(TAKEN))}: every judge has these")  # fmt: skip
-    for i, (name, given) in enumerate(figures.items()):
-        values = _numbers(f"figure {name!r} of judge {judge.name!r}", given, n)
+    return {name: _numbers(f"figure {name!r} of judge {judge.name!r}", given, n)
+            for name, given in figures.items()}  # fmt: skip
+
+
+def averaged(figures: Mapping[str, Sequence[float]], n: int) -> dict[str, Any]:
+    """What `judge_answers` gives, of the figures of n answers."""
+    result: dict[str, Any] = {"users": n}
+    for i, (name, values) in enumerate(figures.items()):
         mean = result[name] = sum(values) / n if n else 0.0
         if i == 0:
             binary = set(values) <= {0, 1}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.evaluation.intent import intent_figures
-from tppo.evaluation.judge import Judge, judge_answers
+from tppo.evaluation.judge import Judge, averaged, each_figure
 from tppo.evaluation.overlap import bleu, rouge_l, self_bleu
 from tppo.evaluation.ranking import rank_figures
 from tppo.labels.queries import answer_text, parse_answer, query_text
@@ -26,6 +26,16 @@ from tppo.sessions.session import Session
 SEARCH = "search"  # type of the events whose text is a query
 
 
+class Evaluated(NamedTuple):
+    """What `evaluate_policy` finds."""
+
+    figures: dict[str, Any]
+    """Means over the answers, as `judge_answers` gives them, with `kl` and `length`."""
+    answers: Answers
+    each: dict[str, list[float]]
+    """The judge's figures of each answer."""
+
+
 def evaluate_policy(
     model: PreTrainedModel,
     ref: PreTrainedModel,
@@ -36,8 +46,8 @@ def evaluate_policy(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     prefix: Prefix = "shared",
-) -> tuple[dict[str, Any], Answers]:
-    """Sample one answer a question and judge them; the figures, and the answers.
+) -> Evaluated:
+    """Sample one answer a question and judge them.
 
     The figures are those of `judge_answers`, with `kl` against `ref` at temperature 1 in nats a
     response and the mean `length` in tokens.
@@ -51,7 +61,8 @@ def evaluate_policy(
         questions.prompts, rollout.response_ids, questions.columns, tokenizer, eos_ids,
         range(len(questions)),
     )  # fmt: skip
-    figures = judge_answers(judge, answers)
+    each = each_figure(judge, answers)
+    figures = averaged(each, len(questions))
     batches = (
         Batch(
             rollout.prompt_ids[i : i + batch_size],
@@ -65,7 +76,7 @@ def evaluate_policy(
     apart = model is not ref or sampling.temperature != 1.0  # else it is 0, and need not be read
     kl = _kl(model, ref, batches, sampling.temperature) / len(questions) if apart else 0.0
     length = _mean([len(ids) for ids in rollout.response_ids])
-    return figures | {"kl": kl, "length": length}, answers
+    return Evaluated(figures | {"kl": kl, "length": length}, answers, each)
 
 
 @torch.no_grad()

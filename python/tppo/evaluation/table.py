@@ -32,11 +32,8 @@ def print_table(result: dict[str, Any], title: str) -> None:
         console.print(finding, markup=False, highlight=False, style="bold")
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("answers by", no_wrap=True)
-    shown = {name: row for name, row in result.items() if is_row(row)}
-    figure = next(map(first_figure, shown.values()), None) or "relevance"
-    columns = {figure: f"{figure} 95 %"} | {k: v for k, v in COLUMNS.items() if _has(shown, k)}
-    if "intent" in columns:  # which says more, and both do not fit 80 columns
-        columns.pop("chrf", None)
+    shown, columns = rows_of(result), columns_of(result)
+    figure = next(iter(columns))
     for header in columns.values():
         table.add_column(header, justify="right", no_wrap=True)
     print_rows(
@@ -55,8 +52,25 @@ def is_row(value: Any) -> bool:
     return isinstance(value, dict) and first_figure(value) is not None
 
 
-def _has(rows: dict[str, dict[str, Any]], figure: str) -> bool:
-    return any(figure in row for row in rows.values())
+def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of the table by their names."""
+    return {name: row for name, row in result.items() if is_row(row)}
+
+
+def columns_of(result: dict[str, Any]) -> dict[str, str]:
+    """The figures that the table shows, each with its header; the judge's first one leads."""
+    rows = rows_of(result).values()
+    figure = next(map(first_figure, rows), None) or "relevance"
+    columns = {figure: f"{figure} 95 %"}
+    columns |= {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)}
+    if "intent" in columns:  # which says more, and both do not fit 80 columns
+        columns.pop("chrf", None)
+    return columns
+
+
+def digits_of(key: str) -> int:
+    """Digits behind the point that a figure is shown with."""
+    return 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
 
 
 def pair_line(pair: str, found: dict[str, Any]) -> str:
@@ -108,8 +122,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key == first_figure(row):
         low, high = (_bound(bound) for bound in row[f"{key}_interval"])
         return f"{value:.3f} {low}-{high}"
-    digits = 1 if key in ("chrf", "length", "kl") else 2 if "queries" in key else 3
-    return f"{value:.{digits}f}"
+    return f"{value:.{digits_of(key)}f}"
 
 
 def _bound(value: float) -> str:
@@ -118,13 +131,12 @@ def _bound(value: float) -> str:
 
 def findings(result: dict[str, Any]) -> list[str]:
     """Sentences for a reader who would not see it in the figures: PPO that did not help, and why;
-    answers that repeat themselves.
+    answers that repeat themselves.  None where SFT was not sampled at temperature 1.
     """
+    if "sft" not in result:
+        return []
     found, sft, tppo = [], result["sft"], result["tppo"]
-    figure = first_figure(tppo) or "relevance"
-    gain, low, _ = difference_of(
-        *((row[figure], *row[f"{figure}_interval"]) for row in (tppo, sft))
-    )
+    figure, gain, (low, _) = gain_of(result).values()
     figures = f"{figure} {tppo[figure]:.3f} against {sft[figure]:.3f} of SFT"
     if gain < 0:
         found.append(f"PPO made the answers worse ({figures}). {_cause(result)}")
@@ -139,6 +151,17 @@ def findings(result: dict[str, Any]) -> list[str]:
             "--ppo.steps or a larger --ppo.kl-coef keeps more of SFT's variety"
         )
     return found
+
+
+def gain_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What TPPO's answers have more than SFT's of the judge's first `figure`: the `difference` and
+    its 95 % `interval`, of two samples that are independent.
+    """
+    figure = first_figure(result["tppo"]) or "relevance"
+    gain, low, high = difference_of(
+        *((row[figure], *row[f"{figure}_interval"]) for row in (result["tppo"], result["sft"]))
+    )
+    return {"figure": figure, "difference": gain, "interval": [low, high]}
 
 
 def _cause(result: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,8 +69,11 @@ def train_reward_model(
     config: RewardModelConfig,
     *,
     seed: int,
+    each: Callable[[list[dict[str, float]]], None] = lambda history: None,
 ) -> list[dict[str, float]]:
     """Train on local and global loss; returns one row of losses an epoch.
+
+    each: called with the rows so far behind each epoch.
 
     Errors: GuardError if the trunk is frozen or no gradient reaches its embeddings in the first
     step, or if loss, gradients or weights are not finite in any.
@@ -80,7 +83,8 @@ def train_reward_model(
     check_weights("before train-rm step 1", {"reward model": model})
     optimizer = AdamW(trainable(model), lr=config.lr)
     per_epoch = math.ceil(len(train) / config.batch_size)
-    step, history = 0, []
+    step, history = 0, list[dict[str, float]]()
+    tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in train)
     with status("reward model", config.epochs * per_epoch) as bar:
         for epoch in range(1, config.epochs + 1):
             order = rng.sample(range(len(train)), len(train))
@@ -100,7 +104,9 @@ def train_reward_model(
                 bar.advance()
             mean = torch.stack(losses).mean(0).tolist()
             names = ("loss", "local_loss", "global_loss")
-            history.append({"epoch": epoch, **dict(zip(names, mean, strict=True))})
+            losses_of = dict(zip(names, mean, strict=True))
+            history.append({"epoch": epoch, **losses_of, "num_tokens": epoch * tokens})
+            each(history)
             bar.note(f"loss {mean[0]:.3f}")
     check_weights(f"after train-rm step {step}", {"reward model": model})
     return history
@@ -155,24 +161,55 @@ def _losses(
 def evaluate_reward_model(
     reader: Reader, data: Sequence[LabelledAnswer], config: RewardModelConfig
 ) -> dict[str, Any]:
-    """Accuracy over all of its own tokens, and AUC of relevant against irrelevant ones."""
-    scores, labels, hits, count = [], [], 0, 0
+    """Over all of its own tokens accuracy and how often a token of each class (row) is taken for
+    each class (column); of the labelled ones the AUC of relevant against irrelevant, and how far
+    P(relevant | relevant or irrelevant) is the share that is relevant (`calibration`): their mean
+    distance over the tokens is the expected calibration error (Guo et al. 2017).
+    """
+    scores, labels = [], []
+    confusion = torch.zeros(3, 3, dtype=torch.long)
     for i in range(0, len(data), config.batch_size):
         rows = data[i : i + config.batch_size]
         logits, mask = _read_in_parts(reader, rows, _parts(reader, rows, config))
         label = _labels(rows, mask)
-        hits += int((logits.argmax(-1) == label)[mask].sum())
-        count += int(mask.sum())
+        pairs = 3 * label[mask] + logits.argmax(-1)[mask]
+        confusion += pairs.bincount(minlength=9).view(3, 3).cpu()
         judged = mask & (label > 0)
         scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
         labels.append(label[judged].cpu() == RELEVANT)
     score, relevant = torch.cat([*scores, torch.zeros(0)]), torch.cat([*labels, _NO_LABEL])
+    bins = calibration(score.double().sigmoid(), relevant)
     return {
         "auc": area_under_curve(score, relevant),
-        "accuracy": hits / max(count, 1),
+        "accuracy": int(confusion.trace()) / max(int(confusion.sum()), 1),
         "relevant_tokens": int(relevant.sum()),
         "irrelevant_tokens": int((~relevant).sum()),
+        "confusion": confusion.tolist(),
+        "calibration": bins,
+        "calibration_error": sum(
+            part["tokens"] * abs(part["predicted"] - part["relevant"]) for part in bins
+        ) / max(len(score), 1),
     }
+
+
+def calibration(probability: Tensor, positive: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """How often what has a probability comes true: for each of `bins` equal parts of 0 to 1 that
+    is not empty its ends, how many tokens are in it, their mean probability and the share of them
+    that is positive.
+
+    probability, positive: [N], of which the second is bool.
+    """
+    found = []
+    place = (probability * bins).long().clamp(max=bins - 1)
+    for k in range(bins):
+        chosen = place == k
+        if n := int(chosen.sum()):
+            found.append({
+                "low": k / bins, "high": (k + 1) / bins, "tokens": n,
+                "predicted": probability[chosen].mean().item(),
+                "relevant": int(positive[chosen].sum()) / n,
+            })  # fmt: skip
+    return found
 
 
 def area_under_curve(score: Tensor, positive: Tensor) -> float | None:

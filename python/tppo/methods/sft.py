@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ class SFTResult(NamedTuple):
     best_step: int
     heldout_loss: float
     seconds: float
+    tokens: int
+    """Tokens of prompts and answers that were trained on, each as often as it was read."""
     history: list[dict[str, Any]]
 
 
@@ -57,8 +59,11 @@ def train_sft(
     pad_id: int,
     seed: int,
     prefix: Prefix = "shared",
+    each: Callable[[list[dict[str, Any]]], None] = lambda history: None,
 ) -> SFTResult:
     """Train until the held-out loss has stopped falling; keep the best weights.
+
+    each: called with the history so far behind each evaluation.
 
     Answers of one prompt share it where they meet in a batch and the prompt is not trained on.
     """
@@ -68,27 +73,33 @@ def train_sft(
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = AdamW(trainable(model), lr=config.lr)
     batches = _batches(train, config, pad_id, model.device, seed, prefix)
-    best_loss, best_step, history = math.inf, 0, []
+    best_loss, best_step, tokens = math.inf, 0, 0
+    history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     with status("sft") as bar:
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _decay(step, config)
-            loss = sft_step(model, next(batches), optimizer, config, step)
+            batch = next(batches)
+            loss = sft_step(model, batch, optimizer, config, step)
+            tokens += sum(map(len, (*batch.prompt_ids, *batch.response_ids)))
             bar.advance()
             if step % eval_every == 0 or step == steps:
                 heldout_loss = answer_loss(model, heldout, config, pad_id, prefix)
                 if not math.isfinite(heldout_loss):
                     check_weights(f"after sft step {step}", {"model": model})
                     raise GuardError(f"sft step {step}: the held-out loss is {heldout_loss}")
-                history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss})
+                history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss,
+                                "num_tokens": tokens})  # fmt: skip
+                each(history)
                 if heldout_loss < best_loss - config.min_delta:
                     best_loss, best_step, best = heldout_loss, step, snapshot(model, best)
                 bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
                 if step - best_step >= config.patience * eval_every:
                     break
     load_trained(model, best)
-    return SFTResult(step, best_step, best_loss, time.monotonic() - start, history)
+    seconds = time.monotonic() - start
+    return SFTResult(step, best_step, best_loss, seconds, tokens, history)
 
 
 def schedule(sessions: int, config: SFTConfig) -> tuple[int, int]:

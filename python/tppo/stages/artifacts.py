@@ -64,7 +64,7 @@ OF_BASELINES = tuple(artifact for found in BASELINES.values() for artifact in fo
 TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answered, a row a "
                         "test session")  # fmt: skip
 RESULT = Artifact("eval/result.json", "the closing table; also in the run folder itself")
-HEAT_MAP = Artifact("heat/heat.html", "the token heat map")
+HEAT_ROWS = Artifact("heat/tokens.jsonl", "answers of SFT and TPPO token by token, a row each")
 NOISE = Artifact("noise/noise.json", "how noisy the policy's gradient is, by where rewards are "
                  "paid")  # fmt: skip
 MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")

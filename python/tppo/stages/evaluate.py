@@ -1,4 +1,4 @@
-"""The closing stages: the table, and the token heat map."""
+"""The closing table."""
 
 from __future__ import annotations
 
@@ -6,36 +6,28 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-from tppo.errors import DataError
 from tppo.evaluation.compare import PAIR, compare, personal_gap
-from tppo.evaluation.heat import HeatRow, print_heat, write_heat
 from tppo.evaluation.judge import SESSION, judge_answers, written
-from tppo.evaluation.metrics import evaluate_policy, repeat_last_query, text_figures
-from tppo.evaluation.table import findings, print_table
+from tppo.evaluation.metrics import (
+    Evaluated,
+    evaluate_policy,
+    repeat_last_query,
+    text_figures,
+)
+from tppo.evaluation.table import findings, gain_of, print_table
 from tppo.methods.sft import Examples, continue_sft
-from tppo.models.policy import load_trained
 from tppo.models.recompute import recompute_layers
-from tppo.models.tokenizer import token_offsets
 from tppo.progress import say
-from tppo.rewards import Answers
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.artifacts import BASELINES
 from tppo.stages.models import adapted, sft_origin
-from tppo.stages.ppo import new_trainer, questions_of
 from tppo.stages.registry import (
-    CRITIC,
-    HEAT_MAP,
     POLICY,
     RESULT,
-    SFT_MODEL,
     TEST_ANSWERS,
     TRAINING,
     TRANSFER_SESSIONS,
-    Artifact,
 )
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json, write_json, write_jsonl
@@ -44,29 +36,35 @@ from tppo.store.jsonl import read_json, write_json, write_jsonl
 def evaluate(run: Run) -> None:
     """Every row of the closing table on the test users, and `result.json` in the run folder."""
     with run.stage("eval") as out:
-        result, answers = rows(run)
+        result, found = rows(run)
         write_json(out / RESULT.name, result)
-        write_jsonl(out / TEST_ANSWERS.name, side_by_side(run.sessions("test"), answers))
+        write_jsonl(out / TEST_ANSWERS.name, side_by_side(run.sessions("test"), found))
     write_json(run.beside(RESULT.name), result)
     print_table(result, f"{result['test']['users']} held-out users, seed {run.seed}")
 
 
 def side_by_side(
-    sessions: Sequence[Session], answers: Mapping[str, Answers]
+    sessions: Sequence[Session], found: Mapping[str, Evaluated]
 ) -> Iterator[dict[str, Any]]:
-    """A row a session: its prompt, its true next queries, and each model's answer by name."""
+    """A row a session: its prompt, its true next queries, and by the name of each model its answer,
+    in `figures` the judge's figures of it, in `ids` its tokens.
+    """
     for i, session in enumerate(sessions):
         given = {"id": session.id, "prompt": prompt_text(session), "targets": [*session.targets]}
-        yield given | {name: found.texts[i] for name, found in answers.items()}
+        given |= {name: model.answers.texts[i] for name, model in found.items()}
+        figures = {name: {figure: values[i] for figure, values in model.each.items()}
+                   for name, model in found.items()}  # fmt: skip
+        ids = {name: model.answers.response_ids[i] for name, model in found.items()}
+        yield given | {"figures": figures, "ids": ids}
 
 
-def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
+def rows(run: Run) -> tuple[dict[str, Any], dict[str, Evaluated]]:
     """Repeat the last query, SFT at each temperature, SFT continued, TPPO, baselines if they were
     trained; then unseen intents.
 
-    Also what each model answered to the test sessions, by the name of its row.
+    Also what was found of each model on the test sessions, by the name of its row.
     """
-    answers: dict[str, Answers] = {}
+    found: dict[str, Evaluated] = {}
     ref = run.sft_model()
     test = run.sessions("test")
     threshold = run.config.label.sentence_threshold
@@ -78,29 +76,30 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
     }
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
-        result[name], answers[name] = _judge(run, ref, ref, test, temperature)
+        result[name], found[name] = _judge(run, ref, ref, test, temperature)
     tppo = run.load_policy(POLICY, over=ref if run.config.lora.on else None)
     training = read_json(run.path(TRAINING))
     steps = training["optimizer_steps"]
     if run.config.eval.continued:
         model, seconds = _continued(run, ref, steps)
-        figures, answers["sft_continued"] = _judge(run, model, ref, test, 1.0)
+        figures, found["sft_continued"] = _judge(run, model, ref, test, 1.0)
         result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
-    figures, answers["tppo"] = _judge(run, tppo, ref, test, 1.0)
+    figures, found["tppo"] = _judge(run, tppo, ref, test, 1.0)
     result["tppo"] = figures | {"seconds": training["seconds"], "optimizer_steps": steps}
     for name, (policy, report) in BASELINES.items():
         if run.path(policy).exists() and _of_these_settings(run, name):
             model = run.load_policy(policy, over=ref if run.config.lora.on else None)
-            figures, answers[name] = _judge(run, model, ref, test, 1.0)
+            figures, found[name] = _judge(run, model, ref, test, 1.0)
             result[name] = figures | {"training": read_json(run.path(report))}
     if run.path(TRANSFER_SESSIONS).exists():
         transfer = run.sessions("transfer")
         result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
         result["tppo_transfer"], _ = _judge(run, tppo, ref, transfer, 1.0)
-    if "sft" in answers:
+    if "sft" in found:
         for name in ("sft", "tppo"):
-            result[name] |= personal_gap(run.judge, answers[name], run.seed)
-        result["pairs"] = {PAIR: compare(run.judge, answers["tppo"], answers["sft"])}
+            result[name] |= personal_gap(run.judge, found[name].answers, run.seed)
+        result["gain"] = gain_of(result)
+        result["pairs"] = {PAIR: compare(run.judge, found["tppo"].answers, found["sft"].answers)}
     result["test"] = {
         "users": len({session.user for session in test}),
         "sessions": len(test),
@@ -112,7 +111,7 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, Answers]]:
     }
     result["training"] = training
     result["findings"] = findings(result)
-    return result, answers
+    return result, found
 
 
 def _of_these_settings(run: Run, name: str) -> bool:
@@ -126,9 +125,9 @@ def _of_these_settings(run: Run, name: str) -> bool:
 
 def _judge(
     run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
-) -> tuple[dict[str, Any], Answers]:
-    """The figures of a model's answers, and the answers."""
-    figures, answers = evaluate_policy(
+) -> tuple[dict[str, Any], Evaluated]:
+    """The figures of a model's answers, and what was found of them."""
+    found = evaluate_policy(
         model,
         ref,
         run.questions(sessions, model),
@@ -138,8 +137,8 @@ def _judge(
         batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,
     )
-    texts = answers.texts
-    return figures | text_figures(sessions, texts) | {"example": texts[0]}, answers
+    texts = found.answers.texts
+    return found.figures | text_figures(sessions, texts) | {"example": texts[0]}, found
 
 
 def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
@@ -168,61 +167,3 @@ def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
 def _mean_length(run: Run, sessions: Sequence[Session]) -> float:
     lengths = [len(encode_answer(run.tokenizer, session.targets)) for session in sessions]
     return sum(lengths) / len(lengths)
-
-
-def heat(run: Run) -> None:
-    """Token heat map of answers of SFT and TPPO to the same test users."""
-    with run.stage("heat") as out:
-        sessions = run.sessions("test")[: run.config.eval.heat_users]
-        shown = [
-            row
-            for name, model in (("sft", SFT_MODEL), ("tppo", POLICY))
-            for row in _heat_rows(run, name, model, sessions)
-        ]
-        shown.sort(key=lambda row: row.id)
-        write_heat(out / HEAT_MAP.name, shown, "Token rewards of test answers")
-    print_heat(shown[:4])
-    say(f"heat map: {run.path(HEAT_MAP)}")
-
-
-@torch.no_grad()
-def _heat_rows(
-    run: Run, name: str, model: Artifact, sessions: Sequence[Session]
-) -> list[HeatRow]:
-    """The first of the answers to each session: as many are sampled as in training, because an
-    advantage may compare them.
-    """
-    trainer = new_trainer(run, start=model)
-    policy = trainer.models.policy
-    size = run.config.ppo.responses_per_prompt
-    if trainer.models.critic is not None:
-        critic = run.path(CRITIC)
-        if not critic.exists():
-            raise DataError(
-                f"{critic}: no such file, because training needed no critic; give the "
-                "--ppo.advantage of the training here too"
-            )
-        load_trained(trainer.models.critic, load_file(critic))
-    several = [session for session in sessions for _ in range(size)]
-    questions = questions_of(run, several, policy)
-    rollout = trainer.rollout.generate(questions.ids, run.sampling(seed=run.seed))
-    experience, _ = trainer.score(rollout, trainer.answers(questions, rollout))
-    assert experience.category is not None  # the reward is the token reward model
-    result = []
-    for b, session in enumerate(several):
-        if b % size:
-            continue
-        n = len(rollout.response_ids[b])
-        text, offsets = token_offsets(run.tokenizer, rollout.response_ids[b], run.eos_ids)
-        result.append(
-            HeatRow(
-                id=f"{session.id} {name}",
-                prompt=prompt_text(session),
-                tokens=[text[a:b] for a, b in offsets],
-                rewards=experience.rewards[b, :n].tolist(),
-                categories=experience.category[b, :n].tolist(),
-                advantages=experience.advantages[b, :n].tolist(),
-                targets=list(session.targets),
-            )
-        )
-    return result

@@ -8,7 +8,7 @@ from tppo.models.rollout import HFRollout
 from tppo.models.tokenizer import decode
 from tppo.stages.registry import ANSWERS
 from tppo.stages.run import Run
-from tppo.store.jsonl import write_jsonl
+from tppo.store.jsonl import write_json, write_jsonl
 
 
 def generate(run: Run) -> None:
@@ -44,3 +44,6 @@ def generate(run: Run) -> None:
                 for i, session in enumerate(chosen)
             ),
         )
+        read, written = (sum(map(len, ids)) for ids in rollout[:2])
+        write_json(out / "report.json", {"answers": n, "prompt_tokens": read,
+                                         "answer_tokens": written})  # fmt: skip

@@ -4,7 +4,8 @@ It knows questions and judges, but no run, no session and no label: the PPO stag
 it, a script with a reward function of its own another.
 
 Files in the folder that it is given: `checkpoints/` while it runs, `metrics.jsonl` with a row a
-step, and at the end `model/`, `critic.safetensors` where there is a critic, and `report.json`.
+step, `samples.jsonl` with some answers of each evaluation, and at the end `model/`,
+`critic.safetensors` where there is a critic, and `report.json`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from tppo.models.guards import GuardError
 from tppo.models.policy import load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
+from tppo.stages.journal import Journal, sample_rows
 from tppo.store.checkpoint import load_latest, save_checkpoint
-from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.jsonl import write_json
 from tppo.store.run_folder import KEPT
 
 REACHED = (0.8, 0.9)  # levels of the judge's first figure
@@ -104,6 +106,8 @@ class Loop:
         trainer.schedules.check_length()
         self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
         self.metrics: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.journal = Journal(out)
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_score: float | None = None
         self.best_step, self.seconds = 0, 0.0
@@ -175,26 +179,29 @@ class Loop:
             stands_still(self.config.without_signal)
         answers = self.trainer.answers(questions, rollout).rows(self.trainer.counted(rollout))
         row = {"step": step, **metrics, **self.watch.figures(answers)}
+        read = sum(map(len, (*rollout.prompt_ids, *rollout.response_ids)))
+        row["num_tokens"] = read + (self.metrics[-1]["num_tokens"] if self.metrics else 0)
         last = step == self.steps
         if self.held is not None and (step % self.config.eval_every == 0 or last):
             row |= self.evaluate_heldout(step, self.held)
         self.metrics.append(row)
         self.seconds += time.monotonic() - start
         if self.world.rank == 0:
-            write_jsonl(self.out / "metrics.jsonl", self.metrics)
+            self.journal.write(self.metrics, self.samples)
             if step % self.config.checkpoint_every == 0 and not last:
                 self.save(step)
         return row
 
-    def judged(self, policy: PreTrainedModel, held: Held) -> dict[str, Any]:
-        """Figures of held-out answers, the same questions and draws every time.
+    def judged(self, policy: PreTrainedModel, held: Held, step: int) -> dict[str, Any]:
+        """Figures of held-out answers after a step, the same questions and draws every time; some
+        of the answers are kept.
 
         The first process judges for all: another answer of the judge to another process would have
         them keep other weights.
         """
         trainer, figures = self.trainer, None
         if self.world.rank == 0:
-            figures, _ = evaluate_policy(
+            found = evaluate_policy(
                 policy,
                 trainer.models.ref,
                 held.questions,
@@ -204,6 +211,10 @@ class Loop:
                 batch_size=held.batch_size,
                 prefix=trainer.prefix,
             )
+            figures = found.figures
+            if all(row["step"] != step for row in self.samples):  # a resumed run asks SFT again
+                self.samples += sample_rows(step, found)
+                self.samples.sort(key=lambda row: row["step"])
         return self.world.of_first(figures)
 
     @cached_property
@@ -214,11 +225,11 @@ class Loop:
         have the format could otherwise keep nothing.
         """
         assert self.held is not None
-        return self.config.min_format * self.judged(self.trainer.models.ref, self.held)[FORMAT]
+        return self.config.min_format * self.judged(self.trainer.models.ref, self.held, 0)[FORMAT]
 
     def evaluate_heldout(self, step: int, held: Held) -> dict[str, float]:
         """Judge held-out answers; keep the weights if they are the best that qualify."""
-        figures = self.judged(self.trainer.models.policy, held)
+        figures = self.judged(self.trainer.models.policy, held, step)
         figure = first_figure(figures)
         assert figure is not None
         qualifies = figures["kl"] <= self.config.max_kl
@@ -228,7 +239,7 @@ class Loop:
             self.best_score, self.best_step = figures[figure], step
             for name, model in self.trainer.models.trained.items():
                 self.best[name] = snapshot(model, self.best.get(name))
-        names = dict.fromkeys((figure, FORMAT, "kl"))  # in order, once each
+        names = dict.fromkeys((figure, f"{figure}_interval", FORMAT, "kl"))  # in order, once each
         return {f"heldout/{name}": figures[name] for name in names if name in figures}
 
     def save(self, step: int) -> None:
@@ -239,6 +250,7 @@ class Loop:
         weights |= {f"best_{name}": tensors for name, tensors in self.best.items()}
         state = {
             "metrics": self.metrics,
+            "samples": self.samples,
             "best_score": self.best_score,
             "best_step": self.best_step,
             "seconds": self.seconds,
@@ -266,6 +278,9 @@ class Loop:
         }
         self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
         self.best_step, self.seconds = found.state["best_step"], found.state["seconds"]
+        self.samples = found.state["samples"]
+        if self.world.rank == 0:  # only the checkpoints were left
+            self.journal.write(self.metrics, self.samples)
         say(f"ppo: resumes after step {found.step} of {self.steps}")
 
     def export(self) -> None:

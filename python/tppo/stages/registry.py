@@ -25,7 +25,7 @@ from tppo.stages.artifacts import (
     ANSWERS,
     CATEGORIES,
     CRITIC,
-    HEAT_MAP,
+    HEAT_ROWS,
     HELDOUT_SESSIONS,
     LABELS,
     MERGED_POLICY,
@@ -56,7 +56,7 @@ from tppo.stages.stage import (
 )
 
 __all__ = [
-    "ANSWERS", "CATEGORIES", "CRITIC", "HEAT_MAP", "HELDOUT_SESSIONS", "LABELS", "MERGED_POLICY",
+    "ANSWERS", "CATEGORIES", "CRITIC", "HEAT_ROWS", "HELDOUT_SESSIONS", "LABELS", "MERGED_POLICY",
     "MERGED_REWARD_MODEL", "NOISE", "OF_BASELINES", "POLICY", "QUERY_LENGTHS", "REGISTRY",
     "RESULT", "REWARD_MODEL", "REWARD_REPORT", "RUN", "SFT_MODEL", "TEST_ANSWERS",
     "TEST_SESSIONS", "TRAINING", "TRAIN_SESSIONS", "TRANSFER_SESSIONS", "Artifact", "Given",
@@ -210,12 +210,13 @@ register(Stage(
     in_run=True,
 ))  # fmt: skip
 register(Stage(
-    "heat", "tppo.stages.evaluate:heat",
-    "token heat map, as HTML and in the terminal",
+    "heat", "tppo.stages.heat:heat",
+    "answers of the closing table token by token, in the terminal and in report.html",
     inputs=(
         TRAIN_SESSIONS, TEST_SESSIONS, SFT_MODEL, QUERY_LENGTHS, REWARD_MODEL, POLICY, CRITIC,
+        TEST_ANSWERS,
     ),
-    outputs=(HEAT_MAP,),
+    outputs=(HEAT_ROWS,),
     settings=(
         "generate.temperature", *_SAMPLING, "ppo.reward", "ppo.reward_values",
         "ppo.length_alpha", "ppo.format_cost", "ppo.train_on_unlabelled", "ppo.bootstrap_truncated",

@@ -20,11 +20,12 @@ from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
+from tppo.stages.journal import Journal
 from tppo.stages.models import sft_origin
 from tppo.stages.registry import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
-from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.jsonl import write_json
 
 
 def train_rm(run: Run) -> None:
@@ -60,7 +61,8 @@ def train_rm(run: Run) -> None:
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
         repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
-        history = train_reward_model(reader, train + repeated, config, seed=run.seed)
+        train_reward_model(reader, train + repeated, config, seed=run.seed,
+                           each=Journal(out).write)  # fmt: skip
         report = evaluate_reward_model(reader, heldout, config)
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
@@ -73,7 +75,6 @@ def train_rm(run: Run) -> None:
         else:  # the folder of the user may be gone when the reward model is read
             save_weights(merged(model) if lora.on else model, out / REWARD_MODEL.name)
         tokenizer.save_pretrained(out / REWARD_MODEL.name)
-        write_jsonl(out / "metrics.jsonl", history)
         write_json(out / REWARD_REPORT.name, report)
         auc, of_repeated = (
             "unknown" if report[name] is None else f"{report[name]:.3f}"

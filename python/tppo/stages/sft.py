@@ -31,10 +31,11 @@ from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prom
 from tppo.sessions.session import Session
 from tppo.stages.answering.recipe import recipe_of, write_recipe
 from tppo.stages.free_memory import check_memory
+from tppo.stages.journal import Journal
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.run import Run
-from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.jsonl import write_json
 
 
 def sft(run: Run) -> None:
@@ -62,6 +63,7 @@ def sft(run: Run) -> None:
             pad_id=tokenizer.pad_token_id,
             seed=run.seed,
             prefix=run.config.prefix,
+            each=Journal(out).write,
         )
         adapter = adapter_settings(model)
         if adapter:
@@ -78,7 +80,6 @@ def sft(run: Run) -> None:
             settings={"seed": run.seed} | chosen(run.config.sft, SFTConfig) | adapter,
             figures={"loss, nats a token": result.heldout_loss},
         )
-        write_jsonl(out / "metrics.jsonl", result.history)
         report = {name: value for name, value in result._asdict().items() if name != "history"}
         write_json(out / "report.json", report)
         say(

@@ -93,3 +93,22 @@ class FolderLock:
             return "another process"  # it has the lock and has not written its name yet
         where = "" if found["host"] == socket.gethostname() else f" on {found['host']}"
         return f"process {found['pid']}{where} (`{found['command']}`, since {found['since']})"
+
+
+def holder(root: Path) -> dict[str, str] | None:
+    """What the process that holds the lock of a folder says of itself: `command`, `since`; None
+    where no process of this machine does.
+    """
+    found = read_object(root / LOCK) or {}
+    if not isinstance(found.get("pid"), int) or found.get("host") != socket.gethostname():
+        return None
+    if not Path(f"/proc/{found['pid']}").exists():
+        return None
+    with open(root / LOCK, "rb") as file:  # another process may have got the number since
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return found
+        except OSError:
+            return None
+    return None

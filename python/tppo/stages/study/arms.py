@@ -85,7 +85,7 @@ def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) ->
     """Figures of the fresh users' answers, and for each user whether the answer is relevant."""
     run, users = material.run, material.judges
     judge = RuleJudge(run.config.label.sentence_threshold)
-    figures, answers = evaluate_policy(
+    figures, answers, _ = evaluate_policy(
         policy, ref, run.questions(users, policy), judge, run.sampling(seed=run.seed),
         tokenizer=run.tokenizer, batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,

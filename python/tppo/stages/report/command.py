@@ -1,0 +1,80 @@
+"""`tppo report`, and the thread that keeps report.html fresh while a command works in the folder.
+
+This file loads no torch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tyro
+
+from tppo.errors import DataError
+from tppo.progress import say, say_once
+from tppo.settings import FilePath, section
+from tppo.stages.report.found import sources
+from tppo.stages.report.page import write_report
+
+HELP = "report.html of a run folder: result, curves, answers, settings; while a run goes on, too"
+EVERY_S = 5.0  # between two looks whether a file has changed
+
+
+@section
+class ReportOptions:
+    """Flags of `tppo report`."""
+
+    out: FilePath = Path("runs/default")
+    """The run folder; report.html is written into it."""
+    watch: bool = False
+    """Write the page again whenever a file of the run changes, until Ctrl-C; a page of a run that
+    goes on loads itself again in the browser."""
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of `tppo report`."""
+    options = tyro.cli(ReportOptions, prog="tppo report", args=arguments, description=HELP)
+    print(write_report(options.out))
+    seen = sources(options.out)
+    while options.watch:
+        time.sleep(EVERY_S)
+        if (now := sources(options.out)) != seen:
+            seen = now
+            say(f"report: {write_report(options.out)}")
+
+
+@contextmanager
+def kept_fresh(out: Path) -> Iterator[None]:
+    """Write report.html of a run folder whenever one of its files has changed while the block runs,
+    and once more behind it, however it ends.
+
+    A page that cannot be written is one line, and never ends the run.
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(out, ended, sources(out)), daemon=True, name="report")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _try(out)
+
+
+def _follow(out: Path, ended: threading.Event, seen: object) -> None:
+    while not ended.wait(EVERY_S):
+        if (now := sources(out)) != seen:
+            seen = now
+            _try(out)
+
+
+def _try(out: Path) -> None:
+    if not sources(out):  # no stage has begun
+        return
+    try:
+        write_report(out)
+    except (DataError, OSError, KeyError, TypeError) as error:
+        say_once(f"WARNING: {out}: report.html could not be written: {error!r}")

@@ -1,0 +1,135 @@
+"""What lies in a run folder, finished or not, as the report reads it.
+
+Nothing here is needed for a result, so that what is not there yet is left out of the page, and no
+stage declares it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tppo.errors import DataError
+from tppo.stages.artifacts import HEAT_ROWS
+from tppo.stages.journal import METRICS, SAMPLES
+from tppo.stages.registry import REGISTRY
+from tppo.store.folder_lock import holder
+from tppo.store.hashes import MANIFEST
+from tppo.store.jsonl import read_jsonl, read_object
+
+REPORT = "report.html"
+UNDER_WAY = ".tmp"  # behind the name of a stage: its folder until it has finished
+
+
+@dataclass(frozen=True)
+class StageFound:
+    """The folder of one stage."""
+
+    name: str
+    """With its round, where that is not the first: `train-2`."""
+    folder: str
+    """In the run folder; another than the name while the stage has not finished."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of metrics.jsonl."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The name without the round."""
+        return re.sub(r"-\d+$", "", self.name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has left its result."""
+        return not self.folder.endswith(UNDER_WAY)
+
+    def file(self, name: str) -> str:
+        """A file of the stage, in the run folder."""
+        return f"{self.folder}/{name}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run folder."""
+
+    out: Path
+    stages: list[StageFound]
+    result_file: str
+    result: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
+    """The flags of run.yaml; empty for a training by the Python door."""
+    process: Mapping[str, str] | None
+    """Who works in the folder now."""
+
+    def of(self, kind: str) -> list[StageFound]:
+        """The stage in each of its rounds, and behind a finished one what replaces it."""
+        return [stage for stage in self.stages if stage.kind == kind]
+
+    def rows(self, stage: StageFound, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file of a stage; none where it is not there or has none."""
+        return _rows(self.out / stage.file(name))
+
+
+def read_folder(out: Path) -> Found:
+    """What a run folder holds.
+
+    Errors: DataError where it is no run folder, or a file of it is damaged.
+    """
+    if not out.is_dir():
+        raise DataError(f"{out}: no such folder, expected a run folder (`tppo run` makes one)")
+    stages = [_stage(out, folder) for folder in _folders(out)]
+    if not stages:
+        raise DataError(f"{out}: holds no stage, expected a run folder (`tppo run` makes one)")
+    results = sorted(out.glob("result*.json"), key=lambda p: (len(p.name), p.name))
+    settings: Any = {}
+    if (out / "run.yaml").exists():
+        from tppo.store.yaml_file import read_yaml
+
+        settings = read_yaml(out / "run.yaml")[0]
+    return Found(
+        out, stages, results[-1].name if results else "result.json",
+        read_object(results[-1]) if results else None,
+        settings if isinstance(settings, dict) else {}, holder(out),
+    )  # fmt: skip
+
+
+def sources(out: Path) -> list[tuple[str, int]]:
+    """What the page is made of: files and when each was written, to see whether one has changed."""
+    found = []
+    for folder in _folders(out):
+        for name in (MANIFEST, METRICS, SAMPLES, "report.json", Path(HEAT_ROWS.path).name):
+            found.append(out / folder / name)
+    found += [out / "run.yaml", *out.glob("result*.json")]
+    return sorted((str(path), path.stat().st_mtime_ns) for path in found if path.exists())
+
+
+def _folders(out: Path) -> list[str]:
+    """The folders of stages, in the order of the stages, rounds and folders under way last."""
+    order = {name: i for i, name in enumerate(REGISTRY)}
+
+    def place(folder: str) -> tuple[int, str, int, bool]:
+        name = folder.removesuffix(UNDER_WAY)
+        later = re.fullmatch(r"(.+)-(\d+)", name)
+        kind, round = (later[1], int(later[2])) if later else (name, 1)
+        return order.get(kind, len(order)), kind, round, folder != name
+
+    found = [path.parent.name for path in out.glob(f"*/{MANIFEST}")]
+    return sorted((f for f in found if not f.endswith(".old")), key=place)
+
+
+def _stage(out: Path, folder: str) -> StageFound:
+    path = out / folder
+    return StageFound(
+        folder.removesuffix(UNDER_WAY), folder, read_object(path / MANIFEST) or {},
+        _rows(path / METRICS), read_object(path / "report.json") or {},
+    )  # fmt: skip
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists() or not path.stat().st_size:
+        return []
+    return [line.values for line in read_jsonl(path)]
