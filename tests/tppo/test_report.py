@@ -47,7 +47,9 @@ def copied(finished, tmp_path):
 
 def read(path: Path):
     text = path.read_text()
-    return [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
 
 
 def standing_at(out: Path, source: str):
@@ -86,8 +88,10 @@ def test_every_figure_of_the_report_stands_in_its_file(finished):
         assert abs(read_ - value) <= half, (attributes, shown)
         files.add(attributes["data-source"].partition("#")[0])
     assert len(page.data) > 100
-    assert files >= {"result.json", "heat/tokens.jsonl", "train/samples.jsonl", "sft/manifest.json",
-                     "train-rm/report.json", "train/metrics.jsonl", "generate/report.json"}  # fmt: skip
+    assert files >= {
+        "result.json", "heat/tokens.jsonl", "train/samples.jsonl", "sft/manifest.json",
+        "train-rm/report.json", "train/metrics.jsonl", "generate/report.json",
+    }  # fmt: skip
     result = read(finished / "result.json")
     for name in ("sft", "sft_t0.5", "sft_continued", "tppo", "tppo_transfer", "repeat_last"):
         shown = [s for a, s in page.data if a["data-source"] == f"result.json#/{name}/relevance"]
@@ -130,7 +134,8 @@ def test_every_curve_of_the_report_goes_through_the_figures_of_its_file(finished
         "train/metrics.jsonl#episode,objective/scores", "train/metrics.jsonl#episode,objective/kl",
         "train/metrics.jsonl#episode,response/length",
         "train/metrics.jsonl#episode,val/explained_variance", "sft/metrics.jsonl#step,heldout_loss",
-        "train-rm/metrics.jsonl#epoch,local_loss", "train-rm/report.json#calibration/predicted,relevant",
+        "train-rm/metrics.jsonl#epoch,local_loss",
+        "train-rm/report.json#calibration/predicted,relevant",
     }  # fmt: skip
 
 
@@ -180,7 +185,8 @@ def test_hostile_texts_stay_texts(copied, tmp_path, chromium):
         lines = values if isinstance(values, list) else [values]
         (copied / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = (copied / "run.yaml").read_text()
-    (copied / "run.yaml").write_text(settings.replace("judge: rule", f"judge: {json.dumps(HOSTILE)}"))
+    settings = settings.replace("judge: rule", f"judge: {json.dumps(HOSTILE)}")
+    (copied / "run.yaml").write_text(settings)
     odd = copied.rename(tmp_path / "<b>&amp;")
     text = write_report(odd).read_text()
     page = loads_and_runs_nothing(text)
@@ -231,7 +237,7 @@ def test_the_page_fits_a_phone_and_a_wall_and_asks_for_nothing(
 
 
 def test_a_run_under_way_has_a_page_too(copied):
-    """A stage that has not finished lies in `train.tmp`; the page says so and loads itself again."""
+    """A stage that has not finished lies in `train.tmp`; the page says so and loads again."""
     for name in ("eval", "heat"):
         shutil.rmtree(copied / name)
     (copied / "result.json").unlink()
@@ -305,7 +311,7 @@ def test_a_long_curve_is_thinned_and_a_negative_one_stays_in_the_frame():
     long = chart([Line("a", range(n), [math.sin(i / 100) - 5 for i in range(n)])], "x", "y")
     ((_, points, dots, (dx, dy)),) = drawn(long)
     assert len(points) == MOST_POINTS and dots == []  # no room for dots
-    assert points[0][0] == pytest.approx(0, abs=dx) and points[-1][0] == pytest.approx(n - 1, abs=dx)
+    assert [points[0][0], points[-1][0]] == pytest.approx([0, n - 1], abs=dx)
     for x, y in points:
         assert y == pytest.approx(math.sin(round(x) / 100) - 5, abs=dy + 5 * dx / 100)
     assert chart([Line("none", [], [])], "x", "y") == ""

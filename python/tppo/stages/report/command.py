@@ -54,7 +54,8 @@ def kept_fresh(out: Path) -> Iterator[None]:
     A page that cannot be written is one line, and never ends the run.
     """
     ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(out, ended, sources(out)), daemon=True, name="report")
+    arguments = out, ended, sources(out)
+    thread = threading.Thread(target=_follow, args=arguments, daemon=True, name="report")
     thread.start()
     try:
         yield
