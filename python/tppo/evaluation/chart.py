@@ -73,7 +73,7 @@ def _thinned(line: Line) -> Line:
         return line
     rows = sorted({round(k * (n - 1) / (MOST_POINTS - 1)) for k in range(MOST_POINTS)})
     x, y, low, high = ([column[i] for i in rows] if len(column) else [] for column in line[1:5])
-    return Line(line.name, x, y, low, high, line.source)  # type: ignore[index]
+    return Line(line.name, x, y, low, high, line.source)
 
 
 def _ends(lines: Sequence[Line]) -> tuple[float, float]:
