@@ -18,10 +18,11 @@ from tppo.sessions.inspect import Options as InspectOptions
 from tppo.settings import section
 from tppo.stages.plan import PlanOptions
 from tppo.stages.registry import REGISTRY
+from tppo.stages.report.command import ReportOptions
 from tppo.stages.study.command import StudyOptions, WriteOptions
 
 KINDS = [Options, LabelOptions, RunOptions, TrainOptions, PlanOptions, InspectOptions, StudyOptions,
-         WriteOptions]  # fmt: skip
+         WriteOptions, ReportOptions]  # fmt: skip
 COMMANDS = [["run"], *([name] for name in REGISTRY), *([name] for name in OTHERS),
             ["data", "inspect"], ["study", "write"]]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -169,3 +169,22 @@ def check_gradients(trained: Mapping[str, nn.Module], data: Experience) -> None:
             raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")
         if not all(bool(g.isfinite().all()) for g in gradients):
             raise GuardError(f"step 0: a gradient of the {name} is not finite")
+
+
+def stands_still(allowed: bool) -> None:
+    """Stop after a first step that left the policy as it was.
+
+    Errors: GuardError unless `allowed`.
+    """
+    problem = (
+        "there is nothing to learn from: the first step left the policy as it was (every advantage "
+        "is zero, or the learning rate is too small for a weight to change)"
+    )
+    if not allowed:
+        raise GuardError(f"{problem}. --ppo.without-signal goes on all the same")
+    say(f"WARNING: {problem}")
+
+
+def sums(weights: Sequence[Tensor]) -> list[float]:
+    """A number a tensor that changes where the tensor does, but for a coincidence."""
+    return torch.stack([w.detach().sum(dtype=torch.float64) for w in weights]).tolist()

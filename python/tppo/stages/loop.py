@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,11 +28,11 @@ from tppo.evaluation.judge import FORMAT, Judge, finish, first_figure, spoken
 from tppo.evaluation.metrics import evaluate_policy
 from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic, sampled
+from tppo.methods.guards import stands_still, sums
 from tppo.methods.ppo import PPO
 from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
-from tppo.models.guards import GuardError
 from tppo.models.policy import load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
@@ -172,10 +171,10 @@ class Loop:
         chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         first = step == self.config.critic_warmup_steps + 1  # that trains the policy
-        before = _sums(weights) if first else None
+        before = sums(weights) if first else None
         questions = self.train.rows(rows)
         metrics, rollout = self.trainer.step(questions)
-        if first and before == _sums(weights):
+        if first and before == sums(weights):
             stands_still(self.config.without_signal)
         answers = self.trainer.answers(questions, rollout).rows(self.trainer.counted(rollout))
         row = {"step": step, **metrics, **self.watch.figures(answers)}
@@ -364,25 +363,6 @@ class Loop:
             f"WARNING: no step had held-out {form}KL <= {self.config.max_kl:g}; the last one is "
             "kept"
         )
-
-
-def stands_still(allowed: bool) -> None:
-    """Stop after a first step that left the policy as it was.
-
-    Errors: GuardError unless `allowed`.
-    """
-    problem = (
-        "there is nothing to learn from: the first step left the policy as it was (every advantage "
-        "is zero, or the learning rate is too small for a weight to change)"
-    )
-    if not allowed:
-        raise GuardError(f"{problem}. --ppo.without-signal goes on all the same")
-    say(f"WARNING: {problem}")
-
-
-def _sums(weights: Sequence[Tensor]) -> list[float]:
-    """A number a tensor that changes where the tensor does, but for a coincidence."""
-    return torch.stack([w.detach().sum(dtype=torch.float64) for w in weights]).tolist()
 
 
 def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:

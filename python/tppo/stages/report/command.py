@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import tyro
-
 from tppo.errors import DataError
+from tppo.flags import parse
 from tppo.progress import say, say_once
 from tppo.settings import FilePath, section
 from tppo.stages.report.found import sources
 from tppo.stages.report.page import write_report
 
-HELP = "report.html of a run folder: result, curves, answers, settings; while a run goes on, too"
+ABOUT = ("Write report.html into a run folder, finished or under way: the result, curves of every "
+         "stage, answers of SFT and TPPO token by token, settings, versions, time and files. "
+         "A command that works in a run folder writes it by itself.")  # fmt: skip
 EVERY_S = 5.0  # between two looks whether a file has changed
 
 
@@ -36,7 +37,7 @@ class ReportOptions:
 
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo report`."""
-    options = tyro.cli(ReportOptions, prog="tppo report", args=arguments, description=HELP)
+    options = parse(ReportOptions, "tppo report", ABOUT, arguments)
     print(write_report(options.out))
     seen = sources(options.out)
     while options.watch:

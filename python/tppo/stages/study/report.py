@@ -41,8 +41,8 @@ def _line(name: str, x: list[float], points: list[list[float | None]]) -> Line:
         for at, (value, low, high) in zip(x, points, strict=True)
         if value is not None
     ]
-    columns = [[float(row[i]) for row in kept] for i in range(4)]
-    return Line(name, *columns)
+    at, y, low, high = ([float(row[i]) for row in kept] for i in range(4))
+    return Line(name, at, y, low, high)
 
 
 def _label_charts(figures: Mapping[str, Any]) -> list[str]:
@@ -75,7 +75,6 @@ def _credit_charts(figures: Mapping[str, Any]) -> list[str]:
             known = [(x, row["explained_variance"])
                      for x, row in zip(arm["answers"], arm["rows"], strict=True)
                      if "explained_variance" in row]  # fmt: skip
-            explained.append(Line(name, *map(list, zip(*known, strict=True))) if known
-                             else Line(name, [], []))  # fmt: skip
+            explained.append(Line(name, [at for at, _ in known], [y for _, y in known]))
         found.append(chart(explained, "sampled answers", "explained variance of the critic"))
     return found
