@@ -272,15 +272,11 @@ def _run_stages(run: Any, command: str, names: list[str]) -> None:
 def _next_commands(run: Any) -> list[str]:
     """What one can do with a finished run, for those who do not know it yet."""
     out = shlex.quote(str(run.out))
-    from tppo.stages.artifacts import HEAT_MAP
-
-    pages = [run.out / "report.html", run.path(HEAT_MAP)]
-    page = next((page for page in pages if page.exists()), None)
     return [
         "The run is finished. With its model:",
         f'  tppo answer --out {out} "red shoes" "click: trail shoes"   next queries for a history',
         f"  tppo serve --out {out}   the same in a browser, and as an OpenAI-compatible endpoint",
-        *([] if page is None else [f"  {page}   what the model does, token by token"]),
+        f"  {run.out / 'report.html'}   what came of the run, on one page",
     ]
 
 
