@@ -69,15 +69,17 @@ def test_the_first_example_of_the_readme_runs():
     assert names["logits"].grad.abs().sum() > 0 and names["values"].grad.abs().sum() > 0
 
 
-def test_the_second_example_of_the_readme_is_each_answer_alone():
+def test_the_second_example_of_the_readme_is_each_answer_alone(tmp_path, monkeypatch):
+    """As it is pasted, in a folder where a model lies at the path that it names."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2)).eval()
-    prompt, answers = [5, 6, 7, 8], [[9, 10], [11], [12, 13, 14]]
-    names = {"torch": torch, "tk": tk, "model": model, "prompt": prompt, "answers": answers}
-    _, second = examples()
-    exec(second, names)
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )).save_pretrained(tmp_path / "path/or/hub-id")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(examples()[1], names)
+    model, prompt, answers = names["model"], names["prompt"], names["answers"]
     for answer, logprobs in zip(answers, names["logprobs"], strict=True):
         every = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[3:-1]
         alone = every.gather(1, torch.tensor(answer)[:, None])[:, 0]

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_loading import small, write_gguf
 
 from tppo.labels.label import read_labels
 from tppo.models.tokenizer import train_tokenizer
+from tppo.sessions.session import read_sessions
 from tppo.sessions.synthetic import POPULAR
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,6 +49,33 @@ def test_by_words_pays_what_it_says():
     paid = [(text[start:end], value) for start, end, value in spans]
     assert paid == [("red", 0.5), ("shoes", 0.5), ("shoes", -0.5), ("red", -0.5), ("blue", -0.5),
                     ("boots", 0.5), ("red", -0.5)]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/reward-functions.md"])
+def test_a_trainer_in_a_document_trains_as_it_is_pasted(document, tmp_path, monkeypatch):
+    """In a folder where a model lies at the path that it names, and for two steps."""
+    text = (EXAMPLES.parent / document).read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "PPOTrainer(" in b]
+    tokenizer = train_tokenizer(["Describe the sea. very"] * 9, 280)  # "very" is a token
+    model = small(tokenizer, max_position_embeddings=64)  # answers of 32 tokens
+    model.save_pretrained(tmp_path / "path/or/hub-id")
+    tokenizer.save_pretrained(tmp_path / "path/or/hub-id")
+    short, count = re.subn(r"steps=\d+", "steps=2", block)
+    assert count == 1
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(short, document, "exec"), names)
+    assert names["no_filler"](["very, very good"]) == [[(0, 4, -1.0), (6, 10, -1.0)]]
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert len((tmp_path / "runs/ppo/train/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_session_of_the_docs_is_read(tmp_path):
+    text = (EXAMPLES.parent / "docs/trainer.md").read_text()
+    (block,) = [b for b in re.findall(r"```\n(.*?)```", text, re.S) if '"targets"' in b]
+    (tmp_path / "log.jsonl").write_text(json.dumps(json.loads(block)))
+    (session,) = read_sessions(tmp_path / "log.jsonl")
+    assert session.profile == ("buys for the long run",) and session.history[1].clicks == 2
 
 
 def test_own_loop_learns(capsys):

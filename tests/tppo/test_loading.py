@@ -40,10 +40,10 @@ def tokenizer():
 def small(tokenizer, **options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+             "num_attention_heads": 2, "num_key_value_heads": 1,
+             "max_position_embeddings": 512}  # fmt: skip
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512,
-                         **sizes | ids | options)  # fmt: skip
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes | ids | options)
     return enlarged(LlamaForCausalLM(config))
 
 
