@@ -69,17 +69,6 @@ POPULAR = tuple(
     }.items()
     for rest in rests
 )  # fmt: skip
-# Longer lists of next queries draw from more of both, or few of them could be without a repetition.
-MORE_EXTRAS = EXTRAS + (
-    "size", "weight", "colour", "delivery", "rental", "insurance", "discount", "comparison",
-    "assembly", "cleaning", "storage", "accessories", "video", "forum", "test", "guide", "outlet",
-    "returns",
-)  # fmt: skip
-MORE_POPULAR = tuple(
-    f"{first} {query.partition(' ')[2]}"
-    for first in ("today", "free", "where")
-    for query in POPULAR
-)
 EARLY_FORMS = ("{early} {topic}", "{topic} {early} tips", "{need} {early}", "{early} {need} help")
 LATE_FORMS = (
     "{brand} {topic} {need} {style}",
@@ -91,12 +80,36 @@ LATE_FORMS = (
     "{style} {topic} {need} {brand}",
     "{style} {brand} {topic} {extra}",
 )
+# Longer lists draw from more of everything: of the 13 reformulations and 15 popular queries above
+# that are distinct as sets of words, few lists of ten could be drawn without a repetition.
+MORE_EXTRAS = EXTRAS + (
+    "size", "weight", "colour", "delivery", "rental", "insurance", "discount", "comparison",
+    "assembly", "cleaning", "storage", "accessories", "video", "forum", "test", "guide", "outlet",
+    "returns",
+)  # fmt: skip
+MORE_FORMS = (
+    "{brand} {topic} {need} {extra}",
+    "{need} {brand} {topic} {extra}",
+    "{brand} {need} {style} {extra}",
+    "{topic} {brand} {style} {extra}",
+    "{style} {brand} {topic} {extra}",
+    "{need} {style} {topic} {extra}",
+    "{topic} {need} {style} {extra}",
+    "{style} {topic} {need} {extra}",
+)
+MORE_POPULAR = tuple(
+    f"{first} {query.partition(' ')[2]}"
+    for first in ("today", "free", "where", "open", "new", "local")
+    for query in POPULAR
+)
 LIBRARY_SEED = 20241100  # the library is one and the same for every run seed
 INTENTS = 96
 HELD_OUT_INTENTS = 16
 TARGETS = 3
 INTENT_TARGETS = (1, 2, 3)  # how many of three targets follow the intent ...
 INTENT_TARGETS_WEIGHTS = (0.60, 0.30, 0.10)  # ... and how often: half of the targets are popular
+SHORT = LATE_FORMS, EXTRAS, POPULAR
+LONG = MORE_FORMS, MORE_EXTRAS, MORE_POPULAR
 
 
 class Intent(NamedTuple):
@@ -168,8 +181,8 @@ def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Ses
 
     of_three = rng.choices(INTENT_TARGETS, INTENT_TARGETS_WEIGHTS)[0]
     n_intent = max(1, round(of_three * queries / TARGETS))
-    extras, popular = (EXTRAS, POPULAR) if queries <= TARGETS else (MORE_EXTRAS, MORE_POPULAR)
-    targets = _late_queries(rng, n_intent, words, extras)
+    forms, extras, popular = SHORT if queries <= TARGETS else LONG
+    targets = _late_queries(rng, n_intent, words, forms, extras)
     targets += rng.sample(popular, queries - n_intent)
     rng.shuffle(targets)
     return Session(
@@ -179,18 +192,22 @@ def _session(user: str, rng: random.Random, intent: Intent, queries: int) -> Ses
 
 
 def _late_queries(
-    rng: random.Random, n: int, words: dict[str, str], extras: Sequence[str]
+    rng: random.Random,
+    n: int,
+    words: dict[str, str],
+    known: Sequence[str],
+    extras: Sequence[str],
 ) -> list[str]:
     """Reformulations of an intent, none of which has the words of another in some order."""
     if n > TARGETS:  # so many are seldom distinct when they are drawn at once
         found: list[str] = []
         while len(found) < n:
-            query = rng.choice(LATE_FORMS).format(extra=rng.choice(extras), **words)
+            query = rng.choice(known).format(extra=rng.choice(extras), **words)
             if not any(repeats([*found, query])):
                 found.append(query)
         return found
     while True:
-        forms = rng.sample(LATE_FORMS, n)
+        forms = rng.sample(known, n)
         queries = [form.format(extra=rng.choice(extras), **words) for form in forms]
         if not any(repeats(queries)):
             return queries
