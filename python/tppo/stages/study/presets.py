@@ -31,7 +31,7 @@ RTO = Arm("RTO", labels="pairs")
 DPO = Arm("DPO", method="dpo", labels="pairs")
 BEST_OF_8 = Arm("best of 8", method="best-of-n", responses_per_prompt=8)
 CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, GRPO_END, RLOO, REMAX, RTO, DPO, BEST_OF_8)
-SOME = (TOKEN, END, END_FITTED, GRPO, REMAX, DPO, BEST_OF_8)
+SOME = (TOKEN, END, END_FITTED, GRPO, REMAX, BEST_OF_8, DPO)
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)

@@ -53,7 +53,7 @@ from tppo.stages.study.frozen import (
 from tppo.stages.study.material import Material, labelled_rows
 
 ModelReward = TokenModelReward | SentenceModelReward | ImplicitReward
-DPO_BETA, DPO_LR = 0.1, 1e-3
+DPO_BETA, DPO_LR = 0.1, 1e-4
 AT_ONCE = 256  # answers that a reward model rates at once
 WEIGHTS = "model.safetensors"
 
