@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tppo.evaluation.judge import CallableJudge, Judge, RuleJudge
     from tppo.methods.advantages import GAE, GRPO, RLOO, Advantage, Masks, TokenAdvantages
-    from tppo.methods.config import PPOConfig
+    from tppo.methods.config import PPOConfig, RewardModelConfig, SERConfig
     from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.function import FunctionReward
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from tppo.stages.answering.answerer import Answerer, load
     from tppo.stages.artifacts import Artifact
     from tppo.stages.registry import Stage, register
+    from tppo.stages.ser import ser
     from tppo.stages.trainer import PPOTrainer
 
 _HOMES = {
     "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
     "tppo.methods.advantages": ("GAE", "GRPO", "RLOO", "Advantage", "Masks", "TokenAdvantages"),
-    "tppo.methods.config": ("PPOConfig",),
+    "tppo.methods.config": ("PPOConfig", "RewardModelConfig", "SERConfig"),
     "tppo.models.config": ("AdapterConfig", "GenerateConfig", "ModelConfig"),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.function": ("FunctionReward",),
@@ -40,6 +41,7 @@ _HOMES = {
     "tppo.stages.answering.answerer": ("Answerer", "load"),
     "tppo.stages.artifacts": ("Artifact",),
     "tppo.stages.registry": ("Stage", "register"),
+    "tppo.stages.ser": ("ser",),
     "tppo.stages.trainer": ("PPOTrainer",),
 }
 
@@ -61,7 +63,9 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "Reward",
+    "RewardModelConfig",
     "RuleJudge",
+    "SERConfig",
     "Stage",
     "TerminalReward",
     "TokenAdvantages",
@@ -69,6 +73,7 @@ __all__ = [
     "TokenReward",
     "load",
     "register",
+    "ser",
 ]
 
 

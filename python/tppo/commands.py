@@ -25,7 +25,7 @@ from tppo.labels.endpoint.config import (
     check_key,
     need_libraries,
 )
-from tppo.options import LabelOptions, Options, RunOptions, TrainOptions
+from tppo.options import LabelOptions, Options, PairOptions, RunOptions, TrainOptions
 from tppo.progress import say, status
 from tppo.settings import from_dict
 from tppo.stages.registry import REGISTRY
@@ -35,9 +35,10 @@ from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
 
 PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
-         "--import-batch", "--heldout")  # fmt: skip
+         "--import-batch", "--heldout", "--pairs", "--unlabelled")  # fmt: skip
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
-KINDS: dict[str, type] = {"label": LabelOptions, "run": RunOptions, "train": TrainOptions}
+KINDS: dict[str, type] = {"label": LabelOptions, "run": RunOptions, "ser": PairOptions,
+                          "train": TrainOptions}  # fmt: skip
 
 
 def perform(command: str, rest: list[str]) -> None:
@@ -49,13 +50,16 @@ def perform(command: str, rest: list[str]) -> None:
     if isinstance(extra, TrainOptions) and (extra.reward or extra.heldout or extra.judge):
         _train_by_function(extra)
         return
+    if isinstance(extra, PairOptions) and (extra.pairs or extra.heldout or extra.unlabelled):
+        _on_pairs(extra)
+        return
     names = _names(command, isinstance(extra, RunOptions) and extra.baselines)
     _run(command, names, options, extra.task() if isinstance(extra, LabelOptions) else None)
 
 
 def _parse(
     command: str, rest: list[str]
-) -> tuple[Options, LabelOptions | RunOptions | TrainOptions]:
+) -> tuple[Options, LabelOptions | PairOptions | RunOptions | TrainOptions]:
     for flag in PATHS:
         if _flag(rest, flag) == "":
             sys.exit(f"tppo {command}: {flag} was '', expected a path")
@@ -188,6 +192,22 @@ def _train_by_function(extra: TrainOptions) -> None:
     train_by_function(
         extra.reward, extra.judge, options.model, options.data, extra.heldout, options.settings,
         out=options.out, seed=options.seed, device=options.device,
+    )  # fmt: skip
+
+
+def _on_pairs(extra: PairOptions) -> None:
+    """SER on a file of preferences: no run of stages is read or written."""
+    options = extra.options
+    with status("loading torch and transformers"):
+        torch = _libraries()
+        from tppo.stages.ser import ser_on_files
+    environment.check_backend()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    say(f"tppo ser: folder {options.out}, seed {options.seed}, pairs {extra.pairs}")
+    ser_on_files(
+        extra.pairs, extra.heldout, extra.unlabelled, options.model, options.settings,
+        skip_bad=extra.skip_bad, out=options.out, seed=options.seed, device=options.device,
     )  # fmt: skip
 
 

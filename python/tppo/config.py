@@ -9,7 +9,7 @@ from dataclasses import field, replace
 
 from tppo.evaluation.config import EvalConfig
 from tppo.labels.config import LabelConfig
-from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
+from tppo.methods.config import PPOConfig, RewardModelConfig, SERConfig, SFTConfig
 from tppo.models.config import (
     AdapterConfig,
     GenerateConfig,
@@ -37,6 +37,7 @@ class Config:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ser: SERConfig = field(default_factory=SERConfig)
 
 
 def fill_defaults(config: Config, pretrained: bool) -> Config:

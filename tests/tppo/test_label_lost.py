@@ -12,7 +12,8 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli
-from tppo.stages.registry import LABELS, REGISTRY  # noqa: E402
+from tppo.stages.artifacts import LABELS  # noqa: E402
+from tppo.stages.registry import REGISTRY  # noqa: E402
 from tppo.store.run_folder import RunFolder  # noqa: E402
 
 COUNT = 40

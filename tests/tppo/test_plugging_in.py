@@ -12,7 +12,8 @@ import tppo
 from tppo.cli import main
 from tppo.config import Config
 from tppo.sessions.config import SessionsConfig
-from tppo.stages.registry import REGISTRY, TRAIN_SESSIONS
+from tppo.stages.artifacts import TRAIN_SESSIONS
+from tppo.stages.registry import REGISTRY
 from tppo.stages.run import Run
 
 

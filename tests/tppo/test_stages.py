@@ -22,15 +22,8 @@ from tppo.evaluation.judge import CallableJudge
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
 from tppo.models.config import GenerateConfig, ScratchConfig
 from tppo.sessions.config import SessionsConfig
-from tppo.stages.registry import (
-    ANSWERS,
-    LABELS,
-    REGISTRY,
-    TRAIN_SESSIONS,
-    Artifact,
-    Stage,
-    register,
-)
+from tppo.stages.artifacts import ANSWERS, LABELS, TRAIN_SESSIONS, Artifact
+from tppo.stages.registry import REGISTRY, Stage, register
 from tppo.stages.run import Run
 from tppo.store.jsonl import plain, read_json, write_json
 from tppo.store.yaml_file import write_yaml

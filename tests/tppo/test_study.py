@@ -20,7 +20,8 @@ from tppo.labels.rule import label_by_rule
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
-from tppo.stages.registry import REGISTRY, TEST_SESSIONS, before
+from tppo.stages.artifacts import TEST_SESSIONS
+from tppo.stages.registry import REGISTRY, before
 from tppo.stages.study import work
 from tppo.stages.study.command import read_noise, read_study
 from tppo.stages.study.config import PAPER, Arm, Noise, Part, StudyConfig

@@ -7,7 +7,9 @@ This file loads no torch, so that `tppo --help` can list the settings at once.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
 
@@ -206,3 +208,42 @@ class PPOConfig:
                 f"adaptive_kl_horizon was {self.adaptive_kl_horizon:g}, expected at least the "
                 f"{responses} responses of a step (--ppo.adaptive-kl-horizon)"
             )
+
+
+@section
+class SERConfig:
+    """Self-evolved reward learning (Huang et al., ICLR 2025)."""
+
+    labels: Literal["pairs", "words"] = "pairs"
+    """pairs: a model of whole answers, from pairs of answers to one history. words: a token reward
+    model, from labels of words."""
+    pooling: Literal["last", "mean"] = "last"
+    """pairs: the model reads the state of an answer's last token, or the mean of all of them."""
+    seed_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """Share of the labelled sessions, or prompts, whose labels are used. The labels of the others
+    are hidden, and say only how right the model was."""
+    heldout_share: Part = 0.1
+    """Share of them that is kept for figures, and never trained on."""
+    rounds: Natural = 3
+    filter: Literal["status", "any"] = "status"
+    """Pairs that are kept. status: easy ones, or hard ones where those are too few (the paper).
+    any: those that are either (the authors' code)."""
+    tau_high: Share = 0.55
+    """An easy pair has one answer with a probability above this, ..."""
+    tau_low: Share = 0.45
+    """... and the other one below this."""
+    tau_delta: Share = 0.3
+    """The probabilities of a hard pair are further apart than this."""
+    tau_token: Share = 0.9
+    """words: a token is labelled whose likeliest class has at least this probability."""
+    min_share: Share = 0.05
+    """The rounds end where fewer are kept than this share of those without a label."""
+    all_labels: bool = True
+    """Train on all labels too, where they are known, to compare in the report."""
+    scale: Positive = 1.0
+    """pairs: what an answer is paid in PPO is this times its probability less one half."""
+
+    def __post_init__(self) -> None:
+        if self.tau_low > self.tau_high:
+            raise ValueError(f"tau_low, tau_high were {self.tau_low:g}, {self.tau_high:g}, "
+                             "expected tau_low to be the smaller one")  # fmt: skip

@@ -24,6 +24,7 @@ from tppo.progress import say, status
 
 RM_REMEDY = "usually a smaller --reward-model.lr helps"
 IRRELEVANT, RELEVANT = 1, 2  # classes of a token; 0 is a token of no labelled word
+NOT_LABELLED = -1  # in place of a class: nobody knows it, and the token is left out of the loss
 
 
 class LabelledAnswer(NamedTuple):
@@ -31,7 +32,7 @@ class LabelledAnswer(NamedTuple):
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    categories: Sequence[int]  # 0, 1 or 2 a response token
+    categories: Sequence[int]  # 0, 1 or 2 a response token, or NOT_LABELLED
     sentence: int  # 1 irrelevant, 2 relevant
 
 
@@ -144,10 +145,11 @@ def _losses(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, local and global loss of a batch with these class logits [B, T, 3]."""
+    labels = _labels(rows, mask)
     result = tk.token_reward_loss(
         logits,
-        _labels(rows, mask),
-        mask,
+        labels.clamp(min=0),
+        mask & (labels != NOT_LABELLED),
         torch.tensor([float(row.sentence) for row in rows], device=mask.device),  # [B]
         local_weight=config.local_weight,
         global_weight=config.global_weight,
@@ -170,7 +172,7 @@ def evaluate_reward_model(
     confusion = torch.zeros(3, 3, dtype=torch.long)
     for i in range(0, len(data), config.batch_size):
         rows = data[i : i + config.batch_size]
-        logits, mask = _read_in_parts(reader, rows, _parts(reader, rows, config))
+        logits, mask = class_logits_of(reader, rows, config)
         label = _labels(rows, mask)
         pairs = 3 * label[mask] + logits.argmax(-1)[mask]
         confusion += pairs.bincount(minlength=9).view(3, 3).cpu()
@@ -301,6 +303,13 @@ def _parts(
     """The answers by number, in parts of at most `max_tokens` tokens."""
     prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     return Batch(prompts, responses, 0, prefix=reader.prefix).parts(config.max_tokens)[0]
+
+
+def class_logits_of(
+    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig
+) -> tuple[Tensor, Tensor]:
+    """Class logits [B, T, 3] and mask [B, T] of answers, read in parts, without a graph."""
+    return _read_in_parts(reader, rows, _parts(reader, rows, config))
 
 
 @torch.no_grad()

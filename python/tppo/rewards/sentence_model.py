@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
+from tppo.models.adapters import add_adapter, has_adapter, merged
 from tppo.models.batch import Batch
-from tppo.models.config import DType
+from tppo.models.config import AdapterConfig, DType
+from tppo.models.folder import save_model
 from tppo.models.load import load_policy
+from tppo.models.recompute import recompute_layers
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Answers, TokenReward
+from tppo.store.jsonl import read_object, write_json
 
 Pooling = Literal["last", "mean"]
 HEAD_STD = 0.02  # as transformers starts the heads of its classifiers
+HEAD, POOLING = "sentence_head.safetensors", "sentence_model.json"  # beside a causal LM's files
 
 
 class SentenceModel(nn.Module):
@@ -31,6 +39,7 @@ class SentenceModel(nn.Module):
     def __init__(self, trunk: nn.Module, size: int, pooling: Pooling = "last"):
         super().__init__()
         self.trunk, self.pooling = trunk, pooling
+        self.whole: tuple[PreTrainedModel, ...] = ()  # in a tuple: its head is not trained
         self.head = nn.Linear(size, 1)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
@@ -43,13 +52,53 @@ class SentenceModel(nn.Module):
         pooling: Pooling = "last",
         dtype: DType = "auto",
         seed: int = 0,
+        *,
+        lora: AdapterConfig | None = None,
+        pickles: bool = False,
+        recompute: bool = False,
     ) -> SentenceModel:
-        """The one whose trunk is that of the causal LM in `path`; its head is in float32."""
-        policy = load_policy(path, device, dtype)
+        """The one whose trunk is that of the causal LM in `path`; its head is in float32.
+
+        lora: trains adapters in the trunk, and the head whole.  recompute: layers are computed
+        again in backward.
+        """
+        policy = load_policy(path, device, dtype, pickles=pickles)
+        if lora is not None and lora.on:
+            add_adapter(policy, lora, seed=seed)
+        if recompute:
+            recompute_layers(policy)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(policy.base_model, state_size(policy.config), pooling)
+        model.whole = (policy,)
         return model.to(device).eval()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: torch.device, dtype: DType = "auto"
+    ) -> SentenceModel:
+        """The one that `save` has written into a folder.
+
+        Errors: ValueError where the folder holds none.
+        """
+        found = read_object(Path(path) / POOLING)
+        if found is None or found.get("pooling") not in ("last", "mean"):
+            raise ValueError(f"{path}: has no {POOLING} that says how answers are pooled, expected "
+                             "the folder of a reward model of whole answers")  # fmt: skip
+        model = cls.from_policy(path, device, found["pooling"], dtype)
+        model.head.load_state_dict(load_file(Path(path) / HEAD))
+        return model
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the trunk as the plain causal LM that it came from, adapters added to it, and the
+        head beside it.
+        """
+        (policy,) = self.whole
+        plain: PreTrainedModel = merged(policy) if has_adapter(policy) else policy
+        save_model(plain, tokenizer, folder)
+        head = {name: x.detach().cpu().clone() for name, x in self.head.state_dict().items()}
+        save_file(head, Path(folder) / HEAD)
+        write_json(Path(folder) / POOLING, {"pooling": self.pooling})
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores of the responses, [B]."""
@@ -82,6 +131,13 @@ class SentenceModelReward(nn.Module):
     ):
         super().__init__()
         self.model, self.mode, self.scale, self.max_tokens = model, mode, scale, max_tokens
+
+    def extra_repr(self) -> str:
+        """With a mark of the weights: a training that resumes must not go on with other ones."""
+        mark = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            mark.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return f"mode={self.mode}, scale={self.scale:g}, weights={mark.hexdigest()[:12]}"
 
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:

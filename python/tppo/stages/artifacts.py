@@ -70,6 +70,11 @@ NOISE = Artifact("noise/noise.json", "how noisy the policy's gradient is, by whe
 MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
 MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
                                optional=True)  # fmt: skip
+SER_MODEL = Artifact("ser/model", "the reward model that has labelled for itself, of whole answers "
+                     "or of tokens, and its tokenizer")  # fmt: skip
+SER_REPORT = Artifact("ser/report.json", "what each round kept, how right it was, and the accuracy "
+                      "on held-out answers")  # fmt: skip
+SER_POLICY = Artifact("ser-train/model", "the policy after PPO with that reward model")
 
 SPLITS = {
     "train": TRAIN_SESSIONS, "heldout": HELDOUT_SESSIONS, "test": TEST_SESSIONS,

@@ -20,15 +20,15 @@ from tppo.models.recompute import recompute_layers
 from tppo.progress import say
 from tppo.sessions.prompts import encode_answer, prompt_text
 from tppo.sessions.session import Session
-from tppo.stages.artifacts import BASELINES
-from tppo.stages.models import adapted, sft_origin
-from tppo.stages.registry import (
+from tppo.stages.artifacts import (
+    BASELINES,
     POLICY,
     RESULT,
     TEST_ANSWERS,
     TRAINING,
     TRANSFER_SESSIONS,
 )
+from tppo.stages.models import adapted, sft_origin
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json, write_json, write_jsonl
 

@@ -6,7 +6,7 @@ import random
 
 from tppo.models.rollout import HFRollout
 from tppo.models.tokenizer import decode
-from tppo.stages.registry import ANSWERS
+from tppo.stages.artifacts import ANSWERS
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_json, write_jsonl
 

@@ -19,7 +19,7 @@ from tppo.progress import say, track
 from tppo.sessions.prompts import history_lines
 from tppo.sessions.session import Session, session_of
 from tppo.stages.answers import Answer
-from tppo.stages.registry import ANSWERS, LABELS, TRAIN_SESSIONS
+from tppo.stages.artifacts import ANSWERS, LABELS, TRAIN_SESSIONS
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_lines
 from tppo.store.line_index import LineIndex

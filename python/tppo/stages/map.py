@@ -13,7 +13,7 @@ from tppo.labels.words import map_labels
 from tppo.models.tokenizer import token_offsets
 from tppo.progress import track
 from tppo.stages.answers import Answer, answer_of
-from tppo.stages.registry import ANSWERS, CATEGORIES, LABELS, QUERY_LENGTHS
+from tppo.stages.artifacts import ANSWERS, CATEGORIES, LABELS, QUERY_LENGTHS
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.line_index import LineIndex

@@ -8,7 +8,7 @@ from tppo.models.folder import save_model, save_weights
 from tppo.models.load import load_policy, load_reward_model
 from tppo.progress import say
 from tppo.stages.answering.recipe import copy_recipe
-from tppo.stages.registry import MERGED_POLICY, MERGED_REWARD_MODEL, POLICY, REWARD_MODEL
+from tppo.stages.artifacts import MERGED_POLICY, MERGED_REWARD_MODEL, POLICY, REWARD_MODEL
 from tppo.stages.run import Run
 
 

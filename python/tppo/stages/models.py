@@ -23,7 +23,7 @@ from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Reward
-from tppo.stages.registry import SFT_MODEL
+from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.run import Run
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -26,9 +27,7 @@ from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.session import Session
 from tppo.stages.answering.recipe import Recipe, paid_by, recipe_of, write_recipe
 from tppo.stages.answers import Answer
-from tppo.stages.loop import Held, Loop, Watch, response_figures
-from tppo.stages.models import adapted, new_ppo, sft_origin
-from tppo.stages.registry import (
+from tppo.stages.artifacts import (
     POLICY,
     QUERY_LENGTHS,
     REWARD_MODEL,
@@ -36,6 +35,8 @@ from tppo.stages.registry import (
     SFT_MODEL,
     Artifact,
 )
+from tppo.stages.loop import Held, Loop, Watch, response_figures
+from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json
 
@@ -71,11 +72,16 @@ def new_loop(run: Run, out: Path, world: World) -> Loop:
     return loop_of(run, out, new_trainer(run, world))
 
 
-def loop_of(run: Run, out: Path, trainer: PPO) -> Loop:
-    """The same with a trainer of one's own."""
+def loop_of(run: Run, out: Path, trainer: PPO, about: Mapping[str, Any] | None = None) -> Loop:
+    """The same with a trainer of one's own.
+
+    about: what the report says of the reward; by default how good the token reward model is.
+    """
     policy, heldout = trainer.models.policy, run.sessions("heldout")
     questions = questions_of(run, run.sessions("train"), policy)
-    report = read_json(run.path(REWARD_REPORT))
+    if about is None:
+        report = read_json(run.path(REWARD_REPORT))
+        about = {key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")}
     return Loop(
         trainer,
         questions,
@@ -86,7 +92,7 @@ def loop_of(run: Run, out: Path, trainer: PPO) -> Loop:
             partial(answer_figures, RuleJudge(run.config.label.sentence_threshold)),
             {"relevance": "reward/rule"},
         ),
-        about={key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")},
+        about=about,
         existing=partial(generated_answers, run, questions, trainer.config.fit_critic),
     )
 
@@ -139,12 +145,14 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
     return new_ppo(run, config, policy, ref, run_reward(run, policy, ref), world)
 
 
-def run_reward(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Reward:
-    """What pays in a run of stages: the frozen token reward model, and the form where it costs."""
+def run_reward(
+    run: Run, policy: PreTrainedModel, ref: PreTrainedModel, model: Artifact = REWARD_MODEL
+) -> Reward:
+    """What pays in a run of stages: a frozen token reward model, and the form where it costs."""
     config = run.config.ppo
     eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
     reward: Reward = TokenModelReward(
-        load_frozen(run.path(REWARD_MODEL), run.tokenizer, run.device, eos_ids, dtype, base=ref),
+        load_frozen(run.path(model), run.tokenizer, run.device, eos_ids, dtype, base=ref),
         mode=config.reward,
         values=config.reward_values,
         length_alpha=config.length_alpha,

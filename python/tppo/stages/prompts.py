@@ -79,7 +79,7 @@ def _rows(rows: Sequence[Any], place: Callable[[int], str]) -> Prompts:
         columns = _columns(rows, place)
         prompts = columns.pop(PROMPT)
     for i, prompt in enumerate(prompts):
-        problem = _problem(prompt)
+        problem = prompt_problem(prompt)
         if problem is None and isinstance(prompt, str) != isinstance(prompts[0], str):
             problem = f"expected {'a text' if isinstance(prompts[0], str) else 'a chat'}, as the " \
                       "first is"  # fmt: skip
@@ -110,7 +110,7 @@ def _columns(rows: Sequence[Any], place: Callable[[int], str]) -> dict[str, list
     return {name: [row[name] for row in rows] for name in names}
 
 
-def _problem(prompt: Any) -> str | None:
+def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, None if nothing is."""
     if isinstance(prompt, str):
         return None if prompt else f"expected {_EXPECTED}"
@@ -135,7 +135,7 @@ def questions(
     Errors: DataError naming the first prompt with more than `max_tokens` tokens, or with none;
     where the tokenizer has no chat template or it refuses a chat.
     """
-    ids = [_encode(tokenizer, prompt, given.place(i)) for i, prompt in enumerate(given.prompts)]
+    ids = [encode_given(tokenizer, p, given.place(i)) for i, p in enumerate(given.prompts)]
     for i, row in enumerate(ids):
         if not row:
             raise DataError(f"{given.place(i)}: prompt {short(given.prompts[i])} has no token")
@@ -150,7 +150,8 @@ def questions(
     return Questions(ids, given.prompts, given.columns)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, place: str) -> list[int]:
+def encode_given(tokenizer: PreTrainedTokenizerBase, prompt: Any, place: str) -> list[int]:
+    """Token ids of one prompt, as `questions` says; `place` is what errors call it."""
     if isinstance(prompt, str):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + tokenizer.encode(prompt, add_special_tokens=False)

@@ -37,6 +37,9 @@ from tppo.stages.artifacts import (
     RESULT,
     REWARD_MODEL,
     REWARD_REPORT,
+    SER_MODEL,
+    SER_POLICY,
+    SER_REPORT,
     SFT_MODEL,
     TEST_ANSWERS,
     TEST_SESSIONS,
@@ -244,4 +247,30 @@ register(Stage(
     inputs=(SFT_MODEL, REWARD_MODEL, POLICY),
     outputs=(MERGED_POLICY, MERGED_REWARD_MODEL),
     settings=(_HELD,),
+))  # fmt: skip
+register(Stage(
+    "ser", "tppo.stages.ser:ser_stage",
+    "a reward model that labels for itself, from a share of the labels; or: ser --pairs FILE",
+    inputs=(
+        SFT_MODEL, ANSWERS, ANSWERS.of_every_round(), LABELS, LABELS.of_every_round(), CATEGORIES,
+    ),
+    outputs=(SER_MODEL, SER_REPORT),
+    settings=(
+        "ser", "-ser.scale", "lora", "reward_model", "-reward_model.model",
+        "-reward_model.revision", "-reward_model.min_auc",
+        "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix", _HELD,
+    ),
+    lost="no round that has ended is lost",
+    flags=("--model",),
+))  # fmt: skip
+register(Stage(
+    "ser-train", "tppo.stages.ser_train:train_by_ser",
+    "PPO with the reward model of ser; resumes from its newest checkpoint",
+    inputs=(
+        TRAIN_SESSIONS, HELDOUT_SESSIONS, SFT_MODEL, ANSWERS, QUERY_LENGTHS, SER_MODEL, SER_REPORT,
+    ),
+    outputs=(SER_POLICY,),
+    settings=lambda given: (*_of_train(given), "ser.scale"),
+    lost="no step of this process is lost",
+    processes=True,
 ))  # fmt: skip

@@ -20,9 +20,9 @@ from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
+from tppo.stages.artifacts import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.journal import Journal
 from tppo.stages.models import sft_origin
-from tppo.stages.registry import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_json

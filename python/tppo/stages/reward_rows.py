@@ -17,7 +17,7 @@ from tppo.models.own_tokens import OwnTokens
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.sessions.prompts import encode_answer
 from tppo.stages.answers import Answer
-from tppo.stages.registry import CATEGORIES, LABELS
+from tppo.stages.artifacts import CATEGORIES, LABELS
 from tppo.stages.run import Run
 from tppo.store.jsonl import is_text, read_jsonl
 

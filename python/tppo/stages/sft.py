@@ -30,10 +30,10 @@ from tppo.progress import say
 from tppo.sessions.prompts import check_ends, encode_answer, encode_prompt, prompt_text
 from tppo.sessions.session import Session
 from tppo.stages.answering.recipe import recipe_of, write_recipe
+from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.free_memory import check_memory
 from tppo.stages.journal import Journal
 from tppo.stages.lengths import answer_cap, fit_prompts
-from tppo.stages.registry import SFT_MODEL
 from tppo.stages.run import Run
 from tppo.store.jsonl import write_json
 

@@ -25,10 +25,10 @@ from tppo.models.batch import Batch
 from tppo.models.rollout import HFRollout, RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.terminal import TerminalReward
+from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
 from tppo.stages.ppo import answered, policy_and_ref, questions_of
-from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import dpo_policy, reward_of, scores

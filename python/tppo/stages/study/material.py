@@ -24,9 +24,10 @@ from tppo.rewards import Questions
 from tppo.sessions.prompts import encode_answer
 from tppo.sessions.session import Session
 from tppo.stages.answers import Answer
+from tppo.stages.artifacts import LABELS
 from tppo.stages.label import label_item
 from tppo.stages.ppo import questions_of
-from tppo.stages.registry import LABELS, before
+from tppo.stages.registry import before
 from tppo.stages.run import Run
 from tppo.stages.study.config import Labels, Noise, StudyConfig
 from tppo.stages.study.label_cost import (

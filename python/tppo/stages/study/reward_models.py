@@ -39,7 +39,7 @@ from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
 from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.token_model import TokenModelReward
 from tppo.sessions.prompts import encode_answer
-from tppo.stages.registry import SFT_MODEL
+from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.frozen import (
     fit_head,
