@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tppo.evaluation.judge import CallableJudge, Judge, RuleJudge
     from tppo.methods.advantages import GAE, GRPO, RLOO, Advantage, Masks, TokenAdvantages
-    from tppo.methods.config import PPOConfig, RewardModelConfig, SERConfig
+    from tppo.methods.config import (
+        PITConfig,
+        PPOConfig,
+        RewardModelConfig,
+        SERConfig,
+        SFTConfig,
+    )
     from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.function import FunctionReward
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     from tppo.rewards.token_model import TokenModelReward
     from tppo.stages.answering.answerer import Answerer, load
     from tppo.stages.artifacts import Artifact
+    from tppo.stages.pit import pit
     from tppo.stages.registry import Stage, register
     from tppo.stages.ser import ser
     from tppo.stages.trainer import PPOTrainer
@@ -32,7 +39,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
     "tppo.methods.advantages": ("GAE", "GRPO", "RLOO", "Advantage", "Masks", "TokenAdvantages"),
-    "tppo.methods.config": ("PPOConfig", "RewardModelConfig", "SERConfig"),
+    "tppo.methods.config": (
+        "PITConfig", "PPOConfig", "RewardModelConfig", "SERConfig", "SFTConfig",
+    ),
     "tppo.models.config": ("AdapterConfig", "GenerateConfig", "ModelConfig"),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.function": ("FunctionReward",),
@@ -40,6 +49,7 @@ _HOMES = {
     "tppo.rewards.token_model": ("TokenModelReward",),
     "tppo.stages.answering.answerer": ("Answerer", "load"),
     "tppo.stages.artifacts": ("Artifact",),
+    "tppo.stages.pit": ("pit",),
     "tppo.stages.registry": ("Stage", "register"),
     "tppo.stages.ser": ("ser",),
     "tppo.stages.trainer": ("PPOTrainer",),
@@ -60,18 +70,21 @@ __all__ = [
     "Judge",
     "Masks",
     "ModelConfig",
+    "PITConfig",
     "PPOConfig",
     "PPOTrainer",
     "Reward",
     "RewardModelConfig",
     "RuleJudge",
     "SERConfig",
+    "SFTConfig",
     "Stage",
     "TerminalReward",
     "TokenAdvantages",
     "TokenModelReward",
     "TokenReward",
     "load",
+    "pit",
     "register",
     "ser",
 ]

@@ -37,8 +37,8 @@ from tppo.store.run_folder import differences
 PATHS = ("--data", "--out", "--model", "--config", "--agreement", "--export-batch",
          "--import-batch", "--heldout", "--pairs", "--unlabelled")  # fmt: skip
 SETTINGS = "run.yaml"  # in the run folder: the flags of the newest command that changed it
-KINDS: dict[str, type] = {"label": LabelOptions, "run": RunOptions, "ser": PairOptions,
-                          "train": TrainOptions}  # fmt: skip
+KINDS: dict[str, type] = {"label": LabelOptions, "pit": PairOptions, "run": RunOptions,
+                          "ser": PairOptions, "train": TrainOptions}  # fmt: skip
 
 
 def perform(command: str, rest: list[str]) -> None:
@@ -51,7 +51,7 @@ def perform(command: str, rest: list[str]) -> None:
         _train_by_function(extra)
         return
     if isinstance(extra, PairOptions) and (extra.pairs or extra.heldout or extra.unlabelled):
-        _on_pairs(extra)
+        _on_pairs(command, extra)
         return
     names = _names(command, isinstance(extra, RunOptions) and extra.baselines)
     _run(command, names, options, extra.task() if isinstance(extra, LabelOptions) else None)
@@ -195,20 +195,27 @@ def _train_by_function(extra: TrainOptions) -> None:
     )  # fmt: skip
 
 
-def _on_pairs(extra: PairOptions) -> None:
-    """SER on a file of preferences: no run of stages is read or written."""
+def _on_pairs(command: str, extra: PairOptions) -> None:
+    """SER or PIT on a file of preferences: no run of stages is read or written."""
     options = extra.options
+    if command == "pit" and (extra.heldout or extra.unlabelled):
+        raise ValueError("--heldout or --unlabelled was given, expected --pairs alone: PIT learns "
+                         "from labelled pairs, and holds a share of them out")  # fmt: skip
     with status("loading torch and transformers"):
         torch = _libraries()
+        from tppo.stages.pit import pit_on_files
         from tppo.stages.ser import ser_on_files
     environment.check_backend()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    say(f"tppo ser: folder {options.out}, seed {options.seed}, pairs {extra.pairs}")
-    ser_on_files(
-        extra.pairs, extra.heldout, extra.unlabelled, options.model, options.settings,
-        skip_bad=extra.skip_bad, out=options.out, seed=options.seed, device=options.device,
-    )  # fmt: skip
+    say(f"tppo {command}: folder {options.out}, seed {options.seed}, pairs {extra.pairs}")
+    common = {"skip_bad": extra.skip_bad, "out": options.out, "seed": options.seed,
+              "device": options.device}  # fmt: skip
+    if command == "pit":
+        pit_on_files(extra.pairs, options.model, options.settings, **common)
+    else:
+        ser_on_files(extra.pairs, extra.heldout, extra.unlabelled, options.model,
+                     options.settings, **common)  # fmt: skip
 
 
 def _check_early(

@@ -9,7 +9,7 @@ from dataclasses import field, replace
 
 from tppo.evaluation.config import EvalConfig
 from tppo.labels.config import LabelConfig
-from tppo.methods.config import PPOConfig, RewardModelConfig, SERConfig, SFTConfig
+from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SERConfig, SFTConfig
 from tppo.models.config import (
     AdapterConfig,
     GenerateConfig,
@@ -38,6 +38,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ser: SERConfig = field(default_factory=SERConfig)
+    pit: PITConfig = field(default_factory=PITConfig)
 
 
 def fill_defaults(config: Config, pretrained: bool) -> Config:

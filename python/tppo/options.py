@@ -93,16 +93,16 @@ class TrainOptions:
 
 @section
 class PairOptions:
-    """Flags of `tppo ser`: with --pairs it needs no run of stages."""
+    """Flags of `tppo ser` and `tppo pit`: with --pairs they need no run of stages."""
 
     pairs: FilePath | None = None
     """Labelled pairs instead of the run's own answers: a JSONL file of {"prompt", "chosen",
     "rejected"}, texts or chats, or of "chosen" and "rejected" alone in HH-RLHF's layout. Trains
-    --model; `help(tppo.ser)` says more."""
+    --model; `help(tppo.ser)` and `help(tppo.pit)` say more."""
     heldout: FilePath | None = None
-    """With --pairs: more of them, for the figures; by default a share of the pairs."""
+    """With ser --pairs: more of them, for the figures; by default a share of the pairs."""
     unlabelled: FilePath | None = None
-    """With --pairs: pairs that nobody has labelled, {"prompt", "answers": [one, another]}."""
+    """With ser --pairs: pairs that nobody has labelled, {"prompt", "answers": [one, another]}."""
     skip_bad: bool = False
     """With --pairs: leave pairs out that are wrong, instead of stopping at the first."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)

@@ -240,7 +240,7 @@ def test_with_lora_adapters_are_trained_and_a_plain_model_is_written(model, tmp_
     lora = tppo.AdapterConfig(rank=4)
     result = tppo.ser(model, texts(60, 4), config=OPEN, training=replace(FAST, lr=0.03), lora=lora,
                       out=tmp_path)  # fmt: skip
-    assert len(result.report["rounds"]) == 3 and result.report["rounds"][-1]["accuracy"] > 0.8
+    assert len(result.report["rounds"]) > 1 and result.report["rounds"][-1]["accuracy"] > 0.8
     before, after = load_file(model / "model.safetensors"), load_file(
         result.model / "model.safetensors")  # fmt: skip
     assert before.keys() == after.keys()
@@ -249,9 +249,10 @@ def test_with_lora_adapters_are_trained_and_a_plain_model_is_written(model, tmp_
 
 
 KILL = """
-import os, signal, sys
-import tppo.methods.sentence_model as trained
+import importlib, os, signal, sys
 from tppo.cli import main
+
+trained = importlib.import_module(sys.argv.pop(1))
 
 steps, check = 0, trained.check_step
 
@@ -267,10 +268,12 @@ main(sys.argv[2:])
 """
 
 
-def killed(step, flags, folder):
-    """The command in a process that is killed inside of an optimiser step, counted from 1."""
-    done = subprocess.run([sys.executable, "-c", KILL, str(step), *flags], cwd=folder, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+def killed(step, flags, folder, module="tppo.methods.sentence_model"):
+    """The command in a process that is killed inside of an optimiser step, counted from 1, of the
+    trainings of a module.
+    """
+    done = subprocess.run([sys.executable, "-c", KILL, module, str(step), *flags], cwd=folder,
+                          timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == -signal.SIGKILL
 
 

@@ -247,3 +247,23 @@ class SERConfig:
         if self.tau_low > self.tau_high:
             raise ValueError(f"tau_low, tau_high were {self.tau_low:g}, {self.tau_high:g}, "
                              "expected tau_low to be the smaller one")  # fmt: skip
+
+
+@section
+class PITConfig:
+    """Implicit self-improvement (Wang et al., ICLR 2024)."""
+
+    stage_0: Natural = 20
+    """PPO steps with references of the data; 0 leaves the stage out."""
+    stage_1: Natural = 20
+    """PPO steps with references that the policy of the moment writes; 0 leaves the stage out."""
+    reward: Literal["answer", "token"] = "answer"
+    """The gap is paid at the end of an answer, or each token's part of it at the token."""
+    scale: Positive = 1.0
+    """What is paid is this times the gap."""
+    fifth_term: bool = False
+    """Train the gap model on g_wl above g_lw too, which follows from the other four terms."""
+    heldout_share: Part = 0.1
+    """Share of the pairs that stops SFT and the gap model, and gives figures of the latter."""
+    improve_steps: Count = 3
+    """Times that `tppo improve` has each answer bettered."""

@@ -59,6 +59,14 @@ class SentenceReader:
         device = next(self.model.parameters()).device
         return Batch(prompts, responses, self.pad_id, device, self.prefix)
 
+    def loss(self, rows: Sequence[Example]) -> Callable[[Tensor], Tensor]:
+        """The loss of these rows as a function of the scores that `scores` gives of them."""
+        answers = [row for row in rows if isinstance(row, LabelledAnswer)]
+        if answers and len(answers) < len(rows):
+            raise ValueError(f"{len(answers)} of {len(rows)} rows were labelled answers, the "
+                             "others pairs; expected all of one kind")  # fmt: skip
+        return bernoulli_loss(answers) if answers else pair_loss
+
     @torch.no_grad()
     def scores(self, rows: Sequence[Example], size: int = 256) -> Tensor:
         """The score of each answer, [N]; of pairs [2 N]."""
@@ -132,7 +140,7 @@ def train_sentence_model(
         for i in range(0, len(order), config.batch_size):
             rows = [train[j] for j in order[i : i + config.batch_size]]
             optimizer.zero_grad()
-            loss = reader.backward(reader.batch(rows), _loss(rows))
+            loss = reader.backward(reader.batch(rows), reader.loss(rows))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
             step += 1
             check_step(f"{name} step {step}", {name: model}, {"loss": loss},
@@ -142,7 +150,7 @@ def train_sentence_model(
         losses.append(total / len(train))
 
     if heldout:
-        held = train_to_best(model, config.epochs, epoch, lambda: _loss(heldout)(
+        held = train_to_best(model, config.epochs, epoch, lambda: reader.loss(heldout)(
             reader.scores(heldout)).item())  # fmt: skip
     else:
         for number in range(1, config.epochs + 1):
@@ -155,14 +163,6 @@ def train_sentence_model(
     return [row | {"heldout_loss": x} for row, x in zip(history, held, strict=True)]
 
 
-def _loss(rows: Sequence[Example]) -> Callable[[Tensor], Tensor]:
-    answers = [row for row in rows if isinstance(row, LabelledAnswer)]
-    if answers and len(answers) < len(rows):
-        raise ValueError(f"{len(answers)} of {len(rows)} rows were labelled answers, the others "
-                         "pairs; expected all of one kind")  # fmt: skip
-    return bernoulli_loss(answers) if answers else pair_loss
-
-
 def evaluate_sentence_model(
     reader: SentenceReader, data: Sequence[Example]
 ) -> dict[str, float | None]:
@@ -170,7 +170,7 @@ def evaluate_sentence_model(
     ordered rightly.
     """
     scores = reader.scores(data)
-    figures: dict[str, float | None] = {"loss": _loss(data)(scores).item()}
+    figures: dict[str, float | None] = {"loss": reader.loss(data)(scores).item()}
     if isinstance(data[0], Pair):
         gaps = (scores[::2] - scores[1::2]).sign()
         return figures | {"accuracy": ((gaps + 1) / 2).mean().item()}

@@ -243,15 +243,20 @@ def base_path(folder: str | Path, *, pickles: bool = False) -> Path:
                          "the base lies now") from error  # fmt: skip
 
 
-def load_adapter(model: M, folder: str | Path) -> M:
+def load_adapter(model: M, folder: str | Path, *, trained: bool = False) -> M:
     """The model, frozen, with the adapter that `save_adapter` has written into `folder`.
 
+    trained: the adapter itself is not frozen, and is trained on.
     Errors: ValueError where the folder holds another kind of adapter, or does not fit the model.
     """
     config = need_peft().PeftConfig.from_pretrained(str(folder))
     _inject(model, config)
     given = load_file(Path(folder) / WEIGHTS)
     _fill(model, {_own_name(name): tensor for name, tensor in given.items()}, folder)
+    if trained:
+        for name, parameter in model.named_parameters():
+            if name.endswith(_MARK):
+                parameter.requires_grad_()
     return model
 
 

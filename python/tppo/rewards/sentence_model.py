@@ -111,6 +111,15 @@ class SentenceModel(nn.Module):
             pooled = (kept.float().sum(1) / lengths[:, None]).to(states.dtype)  # [B, D]
         return tk.token_head(pooled, self.head.weight, self.head.bias)
 
+    def of_tokens(self, batch: Batch) -> Tensor:
+        """What each token adds to the score of its response, [B, T], with pooling "mean":
+
+            s = sum_t s_t,  s_t = (w . h_t + b) / T
+        """
+        (states,) = batch.states(self.trunk, "reward")  # [B, T, D]
+        found = tk.token_head(states, self.head.weight, self.head.bias, batch.mask)  # [B, T]
+        return torch.where(batch.mask, found, 0.0) / batch.mask.sum(1, keepdim=True)
+
 
 class SentenceModelReward(nn.Module):
     """The score of a `SentenceModel`, paid at the last token of each response.
@@ -134,10 +143,7 @@ class SentenceModelReward(nn.Module):
 
     def extra_repr(self) -> str:
         """With a mark of the weights: a training that resumes must not go on with other ones."""
-        mark = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
-            mark.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return f"mode={self.mode}, scale={self.scale:g}, weights={mark.hexdigest()[:12]}"
+        return f"mode={self.mode}, scale={self.scale:g}, weights={weights_mark(self.model)}"
 
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
@@ -147,3 +153,12 @@ class SentenceModelReward(nn.Module):
         # An infinite score has a finite probability: it must stop the training all the same.
         terminal = (self.scale * paid).masked_fill(~scores.isfinite(), torch.nan)
         return TokenReward(tk.place_rewards(batch.mask, terminal=terminal).rewards)
+
+
+def weights_mark(model: nn.Module) -> str:
+    """Changes where a weight does."""
+    mark = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        mark.update(flat.view(torch.uint8).numpy().tobytes())
+    return mark.hexdigest()[:12]

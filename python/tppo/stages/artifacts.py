@@ -75,6 +75,10 @@ SER_MODEL = Artifact("ser/model", "the reward model that has labelled for itself
 SER_REPORT = Artifact("ser/report.json", "what each round kept, how right it was, and the accuracy "
                       "on held-out answers")  # fmt: skip
 SER_POLICY = Artifact("ser-train/model", "the policy after PPO with that reward model")
+PIT_POLICY = Artifact("pit/model", "the policy that betters answers, as a plain model")
+PIT_GAP = Artifact("pit/gap", "the gap model of PIT: by how much an answer betters another")
+PIT_REPORT = Artifact("pit/report.json", "figures of SFT, of the gap model and of both stages")
+IMPROVED = Artifact("improve/steps.json", "figures of test users' answers, bettered k times")
 
 SPLITS = {
     "train": TRAIN_SESSIONS, "heldout": HELDOUT_SESSIONS, "test": TEST_SESSIONS,

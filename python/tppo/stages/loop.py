@@ -164,6 +164,10 @@ class Loop:
         self.world.of_first(None)  # where one ends before the first has saved, torchrun ends it too
         raise stopping.Stopped(signum, f"it is saved after step {step} of {self.steps}")
 
+    def asked(self, step: int, rows: Sequence[int]) -> Questions:
+        """What a step asks: some rows of the training questions."""
+        return self.train.rows(rows)
+
     def step(self, step: int) -> dict[str, Any]:
         """One PPO step; looks at held-out questions and writes a checkpoint when it is time."""
         start = time.monotonic()
@@ -172,7 +176,7 @@ class Loop:
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         first = step == self.config.critic_warmup_steps + 1  # that trains the policy
         before = sums(weights) if first else None
-        questions = self.train.rows(rows)
+        questions = self.asked(step, rows)
         metrics, rollout = self.trainer.step(questions)
         if first and before == sums(weights):
             stands_still(self.config.without_signal)

@@ -27,11 +27,15 @@ from tppo.stages.artifacts import (
     CRITIC,
     HEAT_ROWS,
     HELDOUT_SESSIONS,
+    IMPROVED,
     LABELS,
     MERGED_POLICY,
     MERGED_REWARD_MODEL,
     NOISE,
     OF_BASELINES,
+    PIT_GAP,
+    PIT_POLICY,
+    PIT_REPORT,
     POLICY,
     QUERY_LENGTHS,
     RESULT,
@@ -273,4 +277,25 @@ register(Stage(
     settings=lambda given: (*_of_train(given), "ser.scale"),
     lost="no step of this process is lost",
     processes=True,
+))  # fmt: skip
+register(Stage(
+    "pit", "tppo.stages.pit:pit_stage",
+    "a policy that betters answers: SFT, gap model, two stages of PPO; or: pit --pairs FILE",
+    inputs=(TRAIN_SESSIONS, SFT_MODEL, ANSWERS),
+    outputs=(PIT_POLICY, PIT_GAP, PIT_REPORT),
+    settings=lambda given: (
+        *_of_train(given), *_OF_REWARD_MODEL, "sft", "pit", "-pit.improve_steps",
+    ),
+    lost="no part that has ended and no step of PPO is lost",
+    flags=("--model",),
+))  # fmt: skip
+register(Stage(
+    "improve", "tppo.stages.pit:improve_stage",
+    "test users' answers, bettered k times by the policy of pit, each step judged",
+    inputs=(TRAIN_SESSIONS, TEST_SESSIONS, SFT_MODEL, PIT_POLICY, PIT_GAP),
+    outputs=(IMPROVED,),
+    settings=(
+        "generate.temperature", *_SAMPLING, "label.sentence_threshold", "pit.improve_steps",
+        "reward_model.max_tokens", "rule", "judge",
+    ),
 ))  # fmt: skip

@@ -225,7 +225,8 @@ class StudyConfig:
     def mark(self) -> str:
         """Changes where a setting does that all outcomes depend on."""
         shared = {name: value for name, value in plain(self).items() if name != "parts"}
-        del shared["settings"]["ser"]  # which no arm reads
+        for name in ("ser", "pit"):  # which no arm reads
+            del shared["settings"][name]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
     def with_noise(self, noise: Noise) -> StudyConfig:
