@@ -40,7 +40,7 @@ from tppo.methods.sentence_model import (
 )
 from tppo.progress import say
 
-Item = TypeVar("Item")  # what is not labelled
+Item = TypeVar("Item", contravariant=True)  # what is not labelled
 Label = TypeVar("Label")  # what the model says of it
 
 

@@ -55,10 +55,16 @@ CRITIC = Artifact("train/critic.safetensors", "weights of the critic, where ther
                   optional=True)  # fmt: skip
 TRAINING = Artifact("train/report.json", "steps, rewards and the weights kept of PPO")
 BASELINES = {
-    name: (Artifact(f"baselines/{name}/model", f"the policy {how}", optional=True),
-           Artifact(f"baselines/{name}/report.json", "as that of `train`", optional=True))
-    for name, how in {"sentence_labels": "paid at the end by a model of whole answers",
-                      "paid_at_end": "paid the total of its token rewards at the end"}.items()
+    "sentence_labels": (
+        Artifact("baselines/sentence_labels/model",
+                 "the policy paid at the end by a model of whole answers", optional=True),
+        Artifact("baselines/sentence_labels/report.json", "as that of `train`", optional=True),
+    ),
+    "paid_at_end": (
+        Artifact("baselines/paid_at_end/model",
+                 "the policy paid the total of its token rewards at the end", optional=True),
+        Artifact("baselines/paid_at_end/report.json", "as that of `train`", optional=True),
+    ),
 }  # fmt: skip
 OF_BASELINES = tuple(artifact for found in BASELINES.values() for artifact in found)
 TEST_ANSWERS = Artifact("eval/answers.jsonl", "what each model of the table answered, a row a "

@@ -116,13 +116,12 @@ def pit(
     loading, lora = loading or ModelConfig(), lora or AdapterConfig()
     if lora.on:
         need_peft()
-    filled = fill_defaults(
-        Config(sft=sft or SFTConfig(), reward_model=gap or RewardModelConfig(),
-               ppo=ppo or PPOConfig(), lora=lora, generate=generate or GenerateConfig(),
-               pit=config or PITConfig()),
-        pretrained=True,
-    )  # fmt: skip
-    of_ppo = replace(filled.ppo, max_passes=ppo and ppo.max_passes)  # as many as the steps take
+    given = Config(sft=sft or SFTConfig(), reward_model=gap or RewardModelConfig(),
+                   ppo=ppo or PPOConfig(), generate=generate or GenerateConfig(),
+                   pit=config or PITConfig(), lora=lora)  # fmt: skip
+    filled = fill_defaults(given, pretrained=True)
+    passes = None if ppo is None else ppo.max_passes  # by default as many as the steps take
+    of_ppo = replace(filled.ppo, max_passes=passes)
     items = _better(pairs, skip_bad)
     path = locate(model, loading.revision, flag="model", pickles=loading.allow_pickle)
     tokenizer = load_tokenizer(path)

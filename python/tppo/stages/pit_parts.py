@@ -164,15 +164,15 @@ def _sft(
         add_adapter(model, training.lora, seed=training.seed)
     if training.loading.gradient_checkpointing:
         recompute_layers(model)
-    examples = [
+    examples, unseen = (
         Examples(
             [training.encode(pair.prompt, pair.worse) for pair in part],
             [answer_ids(training.tokenizer, pair.better)[: training.cap] for pair in part],
         )
         for part in (train, heldout)
-    ]
-    result = train_sft(model, *examples, training.sft, pad_id=training.tokenizer.pad_token_id,
-                       seed=training.seed, prefix=training.prefix)  # fmt: skip
+    )
+    result = train_sft(model, examples, unseen, training.sft, seed=training.seed,
+                       pad_id=training.tokenizer.pad_token_id, prefix=training.prefix)  # fmt: skip
     save_model(merged(model) if training.lora.on else model, training.tokenizer, out / MODEL)
     write_json(out / "report.json", {"steps": result.steps, "best_step": result.best_step,
                                      "heldout_loss": result.heldout_loss})  # fmt: skip
@@ -192,8 +192,8 @@ def _gap(
                        training.gap.max_tokens)  # fmt: skip
     reader.fifth = training.pit.fifth_term
     rows, unseen = ([gap_pair(training, pair) for pair in part] for part in (train, heldout))
-    history = train_sentence_model(reader, rows, unseen, training.gap, seed=training.seed,  # type: ignore[arg-type]
-                                   name="gap model")  # fmt: skip
+    history = train_sentence_model(reader, rows, unseen, training.gap,  # type: ignore[arg-type]
+                                   seed=training.seed, name="gap model")  # fmt: skip
     report = evaluate_gap(reader, unseen)
     model.save(out / MODEL, training.tokenizer)
     write_jsonl(out / "metrics.jsonl", history)

@@ -95,10 +95,7 @@ def preference_of(row: Any, place: str) -> Preference:
         if not isinstance(given, list | tuple) or len(given) != 2 or "prompt" not in row:
             raise DataError(f"{place}: answers was {short(given)}, expected two of them, and "
                             "'prompt'")  # fmt: skip
-    if "prompt" in row:
-        prompt, ends = row["prompt"], given
-    else:
-        prompt, *ends = _split(given[0], given[1], place)
+    prompt, *ends = (row["prompt"], *given) if "prompt" in row else _split(*given, place)
     problem = prompt_problem(prompt)
     if problem is not None:
         raise DataError(f"{place}: prompt was {short(prompt)}, {problem}")
