@@ -15,7 +15,7 @@ from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import POPULAR
 from tppo.stages.study.arms import WRITTEN
 from tppo.stages.study.command import with_model
-from tppo.stages.study.config import Arm, Cell, Noise, Part
+from tppo.stages.study.config import Arm, Cell, Noise, Part, StudyConfig
 from tppo.stages.study.figures import all_figures
 from tppo.stages.study.frozen import RIDGES, first_layers, fit_linear, head_scores, states_of
 from tppo.stages.study.material import Material
@@ -133,6 +133,29 @@ def test_ppo_is_paid_by_the_head_that_was_fitted_on_the_kept_states(place, outco
         chance = found.softmax(-1) * batch.mask[..., None]
         share = chance[..., 2].sum(1) / chance[..., 1:].sum((1, 2))
         assert share.tolist() == pytest.approx(kept, abs=1e-4)
+
+
+def test_an_arm_changes_settings_for_itself_alone(place, outcomes):
+    material = material_of(place, 3)
+    cell = next(o.cell for o in outcomes if o.cell.steps and o.cell.arm.name == "by word")
+    arm = replace(cell.arm, changes=("ppo.reward_values=[0, 1, 2]", "ppo.reward=argmax",
+                                     "reward_model.balance=9"))  # fmt: skip
+    own = material.for_arm(arm)
+    assert own.run.config.reward_model.balance == 9 == own.seeded.config.reward_model.balance
+    assert material.for_arm(cell.arm) is material and material.run.config.ppo.reward == "expected"
+    assert replace(cell, arm=arm).reward_model == cell.reward_model.replace(
+        "layer-1", "layer-1-balance=9"
+    )
+    reward = reward_of(own, cell, material.run.sft_model()).reward  # within what its form costs
+    assert (reward.values, reward.mode) == ([0, 1, 2], "argmax")
+
+
+def test_settings_that_an_arm_cannot_change():
+    for change in ("sft.lr=1", "ppo.lamda=1", "ppo.lam", "ppo.lam="):
+        with pytest.raises(DataError, match=f"changes had {change!r}, expected reward_model.NAME"):
+            StudyConfig((Part(arms=(Arm(changes=(change,)),)),))
+    with pytest.raises(DataError, match="field 'ppo.reward': was 'most'"):
+        StudyConfig((Part(arms=(Arm(changes=("ppo.reward=most",)),)),))
 
 
 def test_states_are_those_of_the_layer_and_are_read_once(place, outcomes, monkeypatch):

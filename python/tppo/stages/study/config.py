@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
 from typing import Literal
 
 from tppo.config import Config
-from tppo.settings import Count, Natural, Positive, Seed, Share, Text, section
+from tppo.errors import DataError
+from tppo.settings import Count, Natural, Positive, Seed, Share, Text, from_dict, section
 from tppo.store.jsonl import plain
 
 Labels = Literal["words", "sentences", "pairs"]
@@ -59,6 +60,8 @@ class Arm:
     layer: Natural = 0
     """The reward model is a linear head over the states behind so many layers of the SFT model,
     whose weights it leaves as they are; 0: it has weights of its own, all of them trained."""
+    changes: tuple[Text, ...] = ()
+    """Settings of the reward model and of PPO for this arm alone: ppo.reward=argmax."""
     method: Literal["ppo", "dpo", "best-of-n"] = "ppo"
     """dpo: the policy that DPO makes of the pairs, without PPO.  best-of-n: of so many samples as
     `responses_per_prompt` says the one that is paid best, without any training."""
@@ -85,6 +88,26 @@ class Arm:
         if self.advantage != "gae" and self.responses_per_prompt < 2:
             raise ValueError(f"responses_per_prompt was 1 in arm {self.name!r}, expected at least "
                              f"2 with advantage {self.advantage}")  # fmt: skip
+
+
+def changed(config: Config, changes: Sequence[str]) -> Config:
+    """The settings with some of them changed, each given as section.name=value, as JSON or a word.
+
+    Errors: DataError where it is none of the reward model's or PPO's: an SFT model and its answers
+    are shared by the arms.
+    """
+    values = plain(config)
+    for change in changes:
+        name, _, text = change.partition("=")
+        part, _, key = name.partition(".")
+        if part not in ("reward_model", "ppo") or key not in values[part] or not text:
+            raise DataError(f"changes had {change!r}, expected reward_model.NAME=VALUE or "
+                            "ppo.NAME=VALUE with the name of a setting")  # fmt: skip
+        try:
+            values[part][key] = json.loads(text)
+        except ValueError:
+            values[part][key] = text
+    return from_dict(Config, values, "changes")
 
 
 @section
@@ -122,6 +145,8 @@ class Cell:
         arm, noise = self.arm, self.noise
         kind = f"sentences-{arm.pooling}" if arm.labels == "sentences" else arm.labels
         kind += f"-layer-{arm.layer}" if arm.layer else ""
+        own = [change for change in arm.changes if change.startswith("reward_model.")]
+        kind += "".join(f"-{change.partition('.')[2]}" for change in own)
         return f"{kind}-{self.answers}-{noise.words:g}-{noise.sentences:g}"
 
 
@@ -132,9 +157,10 @@ class Part:
     Parts are trained in their order, and within a part seed after seed.
     """
 
-    question: Literal["labels", "credit"] = "labels"
+    question: Literal["labels", "credit", "settings"] = "labels"
     """labels: figures at the last step over the numbers of labelled answers.  credit: the steps
-    that arms with one reward model take to a relevance."""
+    that arms with one reward model take to a relevance.  settings: the same of arms that differ in
+    `changes`."""
     arms: tuple[Arm, ...] = (Arm(),)
     answers: tuple[Count, ...] = (1600,)
     noise: tuple[Noise, ...] = (Noise(),)
@@ -201,6 +227,8 @@ class StudyConfig:
                 f"settings.sessions.train_users was {self.settings.sessions.train_users}, expected "
                 f"at least {needed}: an answer is labelled for each of as many users"
             )
+        for arm in (arm for part in self.parts for arm in part.arms):
+            changed(self.settings, arm.changes)
         if self.settings.lora.on and any(not a.layer for part in self.parts for a in part.arms):
             raise ValueError(
                 f"layer was 0 of an arm and settings.lora.rank {self.settings.lora.rank}, expected "

@@ -248,7 +248,7 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
     """The closing figures, as JSON holds them: an interval is [figure, low, high], and what was
     not reached is null.
     """
-    of_question: dict[str, list[Part]] = {"labels": [], "credit": []}
+    of_question: dict[str, list[Part]] = {"labels": [], "credit": [], "settings": []}
     for part in study.parts:
         of_question[part.question].append(part)
     by_cell = {outcome.cell: outcome for outcome in outcomes}
@@ -257,7 +257,8 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
         cells = dict.fromkeys(cell for part in of_question[question] for cell in part.cells())
         return [by_cell[cell] for cell in cells if cell in by_cell]
 
-    labels, credit = chosen("labels"), chosen("credit")
+    labels = chosen("labels")
+    over_time = {question: chosen(question) for question in ("credit", "settings")}
     return {
         "labels": [
             _labels(labels, *setting)
@@ -266,8 +267,10 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
             )
         ],
         "credit": [
-            _credit([o for o in credit if o.cell.queries == queries], queries)
-            for queries in dict.fromkeys(o.cell.queries for o in credit)
+            {"question": question}
+            | _credit([o for o in found if o.cell.queries == queries], queries)
+            for question, found in over_time.items()
+            for queries in dict.fromkeys(o.cell.queries for o in found)
         ],
     }
 

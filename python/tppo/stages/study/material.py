@@ -6,6 +6,7 @@ again.  A test user is read by `arms` alone, after everything is trained.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from tppo.stages.label import label_item
 from tppo.stages.ppo import questions_of
 from tppo.stages.registry import before
 from tppo.stages.run import Run
-from tppo.stages.study.config import Labels, Noise, StudyConfig
+from tppo.stages.study.config import Arm, Labels, Noise, StudyConfig, changed
 from tppo.stages.study.label_cost import (
     LabelCost,
     costs_as_json,
@@ -60,6 +61,15 @@ class Material:
     def seeded(self) -> Run:
         """The run folder as what trains finds it: with the seed of the arms."""
         return replace(self.run, seed=self.seed)
+
+    def for_arm(self, arm: Arm) -> Material:
+        """The same as an arm sees it that changes settings of the reward model or of PPO."""
+        if not arm.changes:
+            return self
+        own = copy.copy(self)
+        own.run = replace(self.run, config=changed(self.run.config, arm.changes))
+        vars(own).pop("seeded", None)
+        return own
 
     def make(self) -> None:
         """Run the stages that have not finished."""

@@ -133,6 +133,27 @@ def seconds() -> StudyConfig:
     return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
 
 
+WEIGHTS = (0.0, 0.2, 0.6, 0.8, 1.0)  # of words; 0.4 is shipped
+ABLATIONS = (
+    Arm("as shipped"),
+    *(Arm(f"words weigh {w:g}, the whole {1 - w:.2g}",
+          changes=(f"reward_model.local_weight={w:g}", f"reward_model.global_weight={1 - w:.2g}"))
+      for w in WEIGHTS),
+    Arm("classes as they come", changes=("reward_model.balance=1e9",)),
+    Arm("no length penalty", changes=("ppo.length_alpha=null",)),
+    Arm("reward of the likeliest class", changes=("ppo.reward=argmax",)),
+    Arm("rewards 0, 1, 2", changes=("ppo.reward_values=[0, 1, 2]",)),
+    Arm("tokens of class 0 not trained", changes=("ppo.train_on_unlabelled=false",)),
+)  # fmt: skip
+
+
+def ablations() -> StudyConfig:
+    """What the paper's own settings do, each changed by itself."""
+    part = Part("settings", ABLATIONS, (400,), seeds=SEEDS[:3], steps=40, step_answers=16,
+                eval_every=5)  # fmt: skip
+    return StudyConfig((part,), users=200, settings=SMALL)
+
+
 LAYER = 20
 BY_WORD = Arm("by word", responses_per_prompt=4, layer=LAYER)
 BY_WORD_END = replace(BY_WORD, name="by word, paid at the end", paid="end")
@@ -191,6 +212,6 @@ def gpu() -> StudyConfig:
 
 
 PRESETS = {
-    "labels": labels, "credit": credit, "small": small, "tuning": tuning, "real": real,
-    "gpu": gpu, "seconds": seconds,
+    "labels": labels, "credit": credit, "small": small, "tuning": tuning,
+    "ablations": ablations, "real": real, "gpu": gpu, "seconds": seconds,
 }  # fmt: skip

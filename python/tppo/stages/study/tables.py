@@ -170,9 +170,12 @@ def _credit(setting: Mapping[str, Any]) -> Table:
         ]  # fmt: skip
         rows.append(row)
     start = setting["arms"][first]["rows"][0]
+    title, models = ("What settings do", "Each arm's token reward model")
+    if setting["question"] == "credit":
+        title, models = "Where the same rewards are paid", "One token reward model"
     return Table(
-        f"Where the same rewards are paid: {named(setting)}",
-        f"One token reward model, {setting['arms'][first]['answers'][-1]:,.0f} answers sampled; "
+        f"{title}: {named(setting)}",
+        f"{models}, {setting['arms'][first]['answers'][-1]:,.0f} answers sampled; "
         "answers until the mean relevance of fresh users, made nondecreasing, reaches a level. "
         f"The SFT model that all start from: relevance "
         f"{share(setting['arms'][first]['relevance'][0])}, format {number(start['format'])}, "

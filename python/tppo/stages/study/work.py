@@ -245,9 +245,10 @@ def perform(job: Job, place: Place) -> dict[str, Any] | None:
     from tppo.stages.study.arms import train_arm
     from tppo.stages.study.reward_models import make_reward_model
 
-    material = _material(place, job.cell.queries, job.cell.seed)
+    shared = _material(place, job.cell.queries, job.cell.seed)
+    material = shared.for_arm(job.cell.arm)
     if job.kind == "material":
-        material.make()
+        shared.make()
     elif job.kind == "reward model":
         make_reward_model(material, job.cell)
     else:
