@@ -1,5 +1,7 @@
 """The scripts in examples/ run, in a reduced form."""
 
+import ast
+import html
 import importlib.util
 import inspect
 import json
@@ -141,9 +143,39 @@ def installed(tmp_path, monkeypatch):
     return folder
 
 
-def test_real_model(installed, tmp_path, capsys):
-    """`make demo-real` with a tiny model in the place of the real one."""
-    out = tmp_path / "out"
+def cells_run(notebook):
+    """(names, values of last expressions) of a notebook's cells, run one after another here."""
+    names, values = {}, []
+    found = json.loads((EXAMPLES / notebook).read_text(encoding="utf-8"))
+    assert found["nbformat"] == 4 and len({cell["id"] for cell in found["cells"]}) > 4
+    for cell in found["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, notebook, "exec"), names)
+            if last is not None:
+                values.append(eval(compile(ast.Expression(last.value), notebook, "eval"), names))
+    return names, values
+
+
+def heat_map_in_a_notebook():
+    """The notebook on a finished run, in the folder that it is opened in."""
+    pytest.importorskip("IPython", reason="IPython is not installed: pip install ipython")
+    names, (queries, frame, worst) = cells_run("heat_map.ipynb")
+    assert len(queries) == 2 and [row.name for row in names["rows"]] == ["SFT", "TPPO"] * 2
+    page = html.unescape(frame._repr_html_().split('srcdoc="')[1].split('" style=')[0])
+    for row in names["rows"]:
+        answer = names["answers"][row.name][("camping", "desk").index(row.id)][0]
+        assert row.rewards == [token.reward for token in answer.tokens]
+        assert len(set(row.rewards)) > 1  # the reward model tells tokens apart
+    assert "altara lightweight tent" in page and "://" not in page
+    assert worst[0][0] == min(r for row in names["rows"] if row.name == "TPPO" for r in row.rewards)
+
+
+def test_real_model(installed, tmp_path, capsys, monkeypatch):
+    """`make demo-real` with a tiny model in the place of the real one; its run in a notebook."""
+    out = tmp_path / "runs/demo"
     script = example("real_model")
     result = script.main(["--out", str(out), "--seed", "3", *REDUCED])
     rows = [json.loads(line) for line in (out / "eval/answers.jsonl").read_text().splitlines()]
@@ -159,6 +191,8 @@ def test_real_model(installed, tmp_path, capsys):
     adapter = json.loads((out / "train/model/adapter_config.json").read_text())
     assert adapter["r"] == 16
     assert (out / "heat/tokens.jsonl").exists() and (out / "report.html").exists()
+    monkeypatch.chdir(tmp_path)
+    heat_map_in_a_notebook()
 
 
 def test_real_model_holds_out_few_users_of_a_log(tmp_path):
