@@ -159,6 +159,21 @@ def test_closing_figures_of_outcomes_whose_answer_is_known():
     assert "| 1,600 |" in shown and "2 seeds" in shown and "not reached" in shown
 
 
+def test_a_relevance_beside_which_a_limit_is_broken_is_marked_and_what_more_labels_add_is_told():
+    arms = tuple(Arm(name) for name in ("fine", "far", "loose", "repeats"))
+    study = StudyConfig((Part("labels", arms, (25, 400), seeds=(0, 1)),))
+    found = [outcome(cell, 0.5 + 0.2 * (cell.answers > 25), True) for cell in study.cells()]
+    broken = {"far": {"kl": 10.5}, "loose": {"format": 0.85}, "repeats": {"distinct_queries": 2.8}}
+    for one in found:
+        one.found["curve"][-1].update(broken.get(one.cell.arm.name, {}))
+    (setting,) = all_figures(study, found)["labels"]
+    table, more, *_ = tables({"labels": [setting], "credit": []})
+    row = dict(zip(table.head[1::5], table.rows[0][2::5], strict=True))
+    assert {name.split(":")[0] for name, cell in row.items() if cell.endswith("*")} == set(broken)
+    assert more.head[1:] == [arm.name for arm in arms] and len(more.rows) == 1
+    assert all(cell.startswith(".20 (") for cell in more.rows[0][1:])
+
+
 def test_arms_that_begin_above_a_level_have_no_ratio_there():
     arms = (Arm("token"), Arm("end", paid="end"), Arm("late", paid="end"))
     study = StudyConfig((Part("credit", arms),))

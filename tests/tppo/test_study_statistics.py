@@ -50,8 +50,10 @@ def test_the_ratio_at_an_equal_level_finds_a_shift_of_the_curve(factor):
     a = [0.1 * math.log(n * factor) for n in N]
     b = [0.1 * math.log(n) for n in N]
     for at in (400, 1600):
-        assert ratio_at_level(N, a, b, at) == pytest.approx(max(1 / factor, N[0] / at))
-    assert math.isinf(ratio_at_level(N, [0, 0, 0, 0.1], b, 1600))
+        assert ratio_at_level((N, a), (N, b), at) == pytest.approx(max(1 / factor, N[0] / at))
+        assert ratio_at_level((N[:3], a[:3]), (N[2:], b[2:]), at) == pytest.approx(
+            max(1 / factor, N[0] / at))  # fmt: skip
+    assert math.isinf(ratio_at_level((N, [0, 0, 0, 0.1]), (N, b), 1600))
 
 
 def test_intervals_of_means_are_as_wide_as_sampling_makes_them():

@@ -43,11 +43,6 @@ class Curve(NamedTuple):
         """The figure itself at each x."""
         return [point.value for point in self.y]
 
-    def at(self, x: Sequence[float]) -> Curve:
-        """The curve at some of its x alone."""
-        index = [self.x.index(value) for value in x]
-        return Curve([*x], [self.y[i] for i in index], self.draws[:, index])
-
 
 Group = dict[tuple[str, float], dict[int, Outcome]]  # (arm, x) -> seed -> outcome
 
@@ -114,7 +109,19 @@ def over_answers(
             for figure, (value, draws) in figures.items()
         }
         arms[name]["beside"] = [_beside_answers(last[keys[i]]) for i in index]
+        arms[name]["more"] = {
+            figure: _more([float(value[i]) for i in index], draws[:, index])
+            for figure, (value, draws) in figures.items()
+        }
     return {"seeds": seeds, "arms": arms}
+
+
+def _more(values: Sequence[float], draws: Array) -> list[Interval]:
+    """What the most labelled answers add to each number of them, [answers]; draws [draws, answers].
+    """
+    return [
+        interval(values[-1] - value, draws[:, -1] - draws[:, i]) for i, value in enumerate(values)
+    ]
 
 
 def _beside_answers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,7 +130,10 @@ def _beside_answers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not all(one["curve"] for one in found):
         return by_seed
     last = [one["curve"][-1] for one in found]
-    return {**_beside(last), "by_seed": [_relevant(row).mean() for row in last], **by_seed}
+    beside = _beside(last)
+    first = _beside([one["curve"][0] for one in found])
+    beside["distinct_share"] = beside["distinct_queries"] / max(first["distinct_queries"], 1e-9)
+    return {**beside, "by_seed": [_relevant(row).mean() for row in last], **by_seed}
 
 
 def _beside(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -135,16 +145,13 @@ def labels_needed(words: Curve, sentences: Curve) -> list[dict[str, Any]]:
     """For each number of answers labelled as a whole: how many labelled by word do the same.
 
     `ratio` is the answers labelled by word over those labelled as a whole, at the level that the
-    curve of the latter has; it is at most that where `words` begin above the level already.  Only
-    the numbers of answers count that both have.
+    curve of the latter has; it is at most that where `words` begin above the level already.
     """
-    common = [x for x in words.x if x in sentences.x]
-    words, sentences = words.at(common), sentences.at(common)
     rows = []
     for at, level in zip(sentences.x, sentences.values, strict=True):
-        ratio = ratio_at_level(words.x, words.values, sentences.values, at)
+        ratio = ratio_at_level((words.x, words.values), (sentences.x, sentences.values), at)
         draws = np.array([
-            ratio_at_level(words.x, a, b, at)
+            ratio_at_level((words.x, a), (sentences.x, b), at)
             for a, b in zip(words.draws, sentences.draws, strict=True)
         ])  # fmt: skip
         rows.append({
@@ -285,7 +292,7 @@ def _labels(
     for name, arm in found["arms"].items():
         result["arms"][name] = {
             "answers": arm["correlation"].x, "beside": arm["beside"],
-            **{name: arm[name].y for name in known},
+            "more": arm["more"], **{name: arm[name].y for name in known},
         }  # fmt: skip
     kinds = {o.cell.arm.labels: o.cell.arm.name for o in reversed(outcomes)}
     if {"words", "sentences"} <= kinds.keys() and kinds["words"] in found["arms"]:

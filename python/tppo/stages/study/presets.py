@@ -83,7 +83,8 @@ def small() -> StudyConfig:
     def three(seed: int) -> list[Part]:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
-            Part("labels", LABELS, SIZES[::3], BOTH, seeds=(seed,), steps=STEPS),
+            Part("labels", (WORDS,), SIZES[::3], BOTH, seeds=(seed,), steps=STEPS),
+            Part("labels", (SENTENCES,), SIZES[3::3], BOTH, seeds=(seed,), steps=STEPS),
             Part("credit", SOME, (1600,), seeds=(seed,), steps=40, step_answers=16, eval_every=4),
         ]  # fmt: skip
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Points = tuple[Sequence[float], Sequence[float]]  # x, y of a curve, x increasing
 DRAWS = 2000
 FEW_ROWS = 20
 
@@ -77,17 +78,15 @@ def reached(level: float, x: Sequence[float], y: Sequence[float], *, log: bool =
     return float((1 - share) * x[k - 1] + share * x[k])
 
 
-def ratio_at_level(
-    x: Sequence[float], a: Sequence[float], b: Sequence[float], at: float
-) -> float:  # fmt: skip
+def ratio_at_level(a: Points, b: Points, at: float) -> float:
     """x of curve a over x of curve b where both have the level that b has at x = `at`.
 
     The curves are linear in log x; the level is that of b made nondecreasing.  Where a begins
-    above it the ratio is at most x[0] / at, which is what is returned; infinite where a never
-    reaches it.
+    above it the ratio is at most a's smallest x over b's, which is what is returned; infinite where
+    a never reaches it.
     """
-    level = float(np.interp(math.log(at), np.log(np.asarray(x)), monotone(b)))
-    return reached(level, x, a, log=True) / reached(level, x, b, log=True)
+    level = float(np.interp(math.log(at), np.log(np.asarray(b[0])), monotone(b[1])))
+    return reached(level, *a, log=True) / reached(level, *b, log=True)
 
 
 def interval(value: float, draws: Array) -> Interval:

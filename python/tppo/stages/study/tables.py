@@ -9,6 +9,9 @@ from tppo.stages.study.figures import LEVELS
 
 Point = Sequence[float | None]  # figure, low, high
 AFTER = "; relevance after PPO of equal steps, fresh users, by the rule"
+MIN_FORMAT, MAX_KL, MIN_DISTINCT = 0.9, 10.0, 0.95  # outside of them a relevance is no gain
+LIMITS = (f" Distinct queries as a share of SFT's. *: format below {MIN_FORMAT:g}, KL above "
+          f"{MAX_KL:g} or distinct queries below {MIN_DISTINCT:.0%}.")  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -25,7 +28,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     found: list[Table] = []
     for setting in figures["labels"]:
         if setting["seeds"]:
-            found += [_labels(setting), *_needed(setting, figures.get("label_cost"))]
+            found += [_labels(setting), _more(setting),
+                      *_needed(setting, figures.get("label_cost"))]  # fmt: skip
     if figures.get("label_cost"):
         found.append(_cost(figures["label_cost"]))
     for setting in figures["credit"]:
@@ -65,16 +69,39 @@ def _labels(setting: Mapping[str, Any]) -> Table:
             if not after:
                 row.append(share(arm["correlation"][k]))
                 continue
-            row += [share(arm["correlation"][k]), share(arm["relevance"][k]),
+            row += [share(arm["correlation"][k]),
+                    share(arm["relevance"][k]) + ("" if within_limits(beside) else " *"),
                     f"{beside['kl']:.1f}", number(beside["format"]),
-                    f"{beside['distinct_queries']:.2f}"]  # fmt: skip
+                    f"{beside['distinct_share']:.0%}"]  # fmt: skip
         rows.append(row)
     return Table(
         f"What labels of words buy: {named(setting)}",
         "Rank correlation (Spearman) of the reward model's score with the true share of relevant "
-        f"words, fresh answers{after * AFTER}. "
+        f"words, fresh answers{after * AFTER}.{after * LIMITS} "
         "95 % intervals: paired bootstrap over seeds and users.",
         head,
+        rows,
+    )
+
+
+def within_limits(beside: Mapping[str, float]) -> bool:
+    """Whether a relevance was not had at the cost of KL, of the form, or by repeating a query."""
+    return (beside["format"] >= MIN_FORMAT and beside["kl"] <= MAX_KL
+            and beside["distinct_share"] >= MIN_DISTINCT)  # fmt: skip
+
+
+def _more(setting: Mapping[str, Any]) -> Table:
+    figure, arms = "relevance" if setting["steps"] else "correlation", setting["arms"]
+    sizes = sorted({n for arm in arms.values() for n in arm["answers"]})
+    rows = [
+        [f"{n:,.0f}", *(share(arm["more"][figure][arm["answers"].index(n)])
+                        if n in arm["answers"][:-1] else "" for arm in arms.values())]
+        for n in sizes[:-1]
+    ]  # fmt: skip
+    return Table(
+        f"What more labelled answers add: {named(setting)}",
+        f"The {figure} with the most labelled answers less that with so many.",
+        ["labelled answers", *arms],
         rows,
     )
 
