@@ -18,6 +18,8 @@ WORDS = Arm("words")
 SENTENCES = Arm("sentences", labels="sentences", pooling="mean", mode="score", paid="end",
                 scale=12.0, fit_critic=800)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
+FEW = 400  # with more labels the scores of whole answers lie further apart
+OF_MANY = replace(SENTENCES, scale=6.0)
 
 TOKEN = Arm("token")
 END = Arm("end", paid="end")
@@ -59,8 +61,22 @@ LARGE = replace(
 def labels(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
     """Question A: 25 to 3,200 labelled answers, clean and with the paper's noise."""
     sizes = (25, 50, 100, 200, 400, 800, 1600, 3200)
-    parts = tuple(Part("labels", LABELS, sizes, BOTH, seeds=seeds, steps=n) for n in (0, STEPS))
+    reward_models = Part("labels", LABELS, sizes, BOTH, seeds=seeds, steps=0)
+    parts = (reward_models, *_policies(sizes, sizes, seeds))
     return StudyConfig(parts, users=400, settings=LARGE)
+
+
+def _policies(
+    words: tuple[int, ...], sentences: tuple[int, ...], seeds: tuple[int, ...]
+) -> list[Part]:
+    """PPO of question A at these numbers of answers labelled by word and as a whole."""
+    sizes = {
+        WORDS: words,
+        SENTENCES: tuple(n for n in sentences if n <= FEW),
+        OF_MANY: tuple(n for n in sentences if n > FEW),
+    }
+    return [Part("labels", (arm,), answers, BOTH, seeds=seeds, steps=STEPS)
+            for arm, answers in sizes.items()]  # fmt: skip
 
 
 def credit(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
@@ -83,8 +99,7 @@ def small() -> StudyConfig:
     def three(seed: int) -> list[Part]:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
-            Part("labels", (WORDS,), SIZES[::3], BOTH, seeds=(seed,), steps=STEPS),
-            Part("labels", (SENTENCES,), SIZES[3::3], BOTH, seeds=(seed,), steps=STEPS),
+            *_policies(SIZES[::3], SIZES[3::3], (seed,)),
             Part("credit", SOME, (1600,), seeds=(seed,), steps=40, step_answers=16, eval_every=4),
         ]  # fmt: skip
 
