@@ -98,26 +98,31 @@ def _lines(options: PlanOptions) -> list[str]:
         return one_model(shape_config(options.shape), options.shape, options)
     if options.model is None:
         return table(options)
-    config, folder = _configuration(options)
+    config, folder = configuration(
+        options.model, options.work.model.revision, whole=options.data is not None
+    )
     if options.data is not None:
         options = replace(options, work=measured(options, config, folder))
     return one_model(config, str(options.model), options)
 
 
-def _configuration(options: PlanOptions) -> tuple[PretrainedConfig, Path]:
-    """The configuration of --model, and where it lies; of a hub id it alone is fetched."""
+def configuration(
+    path: Path, revision: str | None = None, *, whole: bool = False
+) -> tuple[PretrainedConfig, Path]:
+    """The configuration of a model, and where it lies; of a hub id it alone is fetched.
+
+    whole: fetch all that the model has, for its tokenizer.
+    """
     from huggingface_hub import errors, hf_hub_download
     from transformers import AutoConfig
 
     from tppo.models.hub import locate
     from tppo.models.load import load_from
 
-    assert options.model is not None
-    path, revision = options.model, options.work.model.revision
     if path.exists() or len(path.parts) != 2:
         path = locate(path, revision)
-    elif options.data is not None:
-        path = locate(path, revision)  # for its tokenizer, with all that it has
+    elif whole:
+        path = locate(path, revision)
     else:
         try:
             path = Path(hf_hub_download(str(path), "config.json", revision=revision)).parent

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,32 @@ def write_yaml(path: str | os.PathLike[str], value: Any) -> None:
     stream = io.StringIO()
     _yaml().dump(value, stream)
     write_text(path, stream.getvalue())
+
+
+def commented_yaml(
+    value: Mapping[str, Any], comment: Callable[[str], str], place: str = "", width: int = 96
+) -> list[str]:
+    """Lines of YAML that `read_yaml` reads, with a comment above each value.
+
+    value: mappings, lists and scalars, in their order.  comment: of the value at a place, such
+    as "settings.ppo.lr"; "" for none.
+    """
+    lines: list[str] = []
+    for key, item in value.items():
+        at = f"{place}.{key}".lstrip(".")
+        if text := comment(at):
+            lines += [f"# {line}" for line in textwrap.wrap(text, width)]
+        if isinstance(item, Mapping):
+            inner = commented_yaml(item, comment, at, width - 2)
+            lines += [f"{key}:", *(f"  {line}".rstrip() for line in inner)]
+        else:
+            stream, yaml = io.StringIO(), _yaml()
+            yaml.width = 2**20  # a path with spaces stays on its line
+            yaml.dump({key: item}, stream)
+            lines += stream.getvalue().rstrip("\n").split("\n")
+        if not place or not isinstance(item, Mapping):
+            lines.append("")
+    return lines if place else lines[:-1]
 
 
 class _Representer(SafeRepresenter):

@@ -1,0 +1,174 @@
+"""`tppo doctor`: what this machine can train, what is missing, and a self-test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tppo.flags import parse
+from tppo.progress import status
+from tppo.settings import FilePath, section
+from tppo.stages.needs import GB, LEVELS, STAGES, Work, flags, need, turned
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from tppo.models.meta import Holding
+
+ABOUT = (
+    "What this machine can do: its memory, which stages of which models fit it, which packages are "
+    "missing and how to get them, the backends of every operator, and a self-test of each. The "
+    "exit status is 1 where the self-test fails."
+)
+# Extras of the package: the module that shows it is there, and what it is for.
+EXTRAS = {
+    "data": ("pyarrow", "logs in parquet files (AmazonQAC)"),
+    "label": ("openai", "labels and judges at an endpoint"),
+    "gguf": ("gguf", "a --model that is a GGUF file"),
+    "lora": ("peft", "--lora.rank, adapters in place of all weights"),
+    "study": ("bpe_openai", "what a label costs, in `tppo study`"),
+    "triton": ("triton", "fused operators on an NVIDIA GPU"),
+    "flash-attn": ("flash_attn", "the fastest shared prompts on an NVIDIA GPU"),
+}
+OF_A_GPU = ("triton", "flash-attn")
+
+
+@section
+class DoctorOptions:
+    """Flags of `tppo doctor`."""
+
+    model: FilePath | None = None
+    """A causal LM to plan for (a local folder, or an id of the Hugging Face hub, of which
+    config.json alone is read); by default four shapes, from 0.5B to 14B parameters."""
+    plan: Literal["yes", "no"] = "yes"
+    """Whether to compute what fits, which takes most of the time."""
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of `tppo doctor`."""
+    options = parse(DoctorOptions, "tppo doctor", ABOUT, arguments)
+    with status("loading torch and transformers"):
+        import torch
+
+        from tppo.models.load import resolve_device
+    device = resolve_device("auto")
+    print("\n".join([*machine_lines(device), "", *missing_lines(device.type == "cuda")]))
+    if options.plan == "yes":
+        print("\n".join(["", *fit_lines(shapes(options.model), device, free_memory(device))]))
+    print()
+    from tppo_kernels.__main__ import main as kernels
+
+    del torch
+    sys.exit(kernels([]))
+
+
+def machine_lines(device: torch.device) -> list[str]:
+    """Cores, memory and disk, what is free of them."""
+    import torch
+
+    from tppo.stages.free_memory import free_nbytes
+
+    disk = shutil.disk_usage(".")
+    host = free_nbytes(torch.device("cpu"))
+    lines = [
+        f"CPU           {len(os.sched_getaffinity(0))} cores, {host / GB:.1f} GB of memory free",
+        f"disk          {disk.free / GB:.0f} GB free in {Path.cwd()}",
+    ]
+    if device.type != "cuda":
+        return [*lines, "GPU           none that torch can use: every stage runs on the CPU"]
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        lines.append(f"GPU {i}         {torch.cuda.get_device_name(i)}, {free / GB:.1f} of "
+                     f"{total / GB:.1f} GB free")  # fmt: skip
+    return lines
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a training could take of the device."""
+    from tppo.stages.free_memory import free_nbytes
+
+    return free_nbytes(device)
+
+
+def missing_lines(gpu: bool) -> list[str]:
+    """A line for each optional package that is not there; those of a GPU only beside one."""
+    found = []
+    for extra, (module, what) in EXTRAS.items():
+        if find_spec(module) is None and (gpu or extra not in OF_A_GPU):
+            found.append(f"  {what}: pip install 'tppo-kernels[{extra}]'")
+    return ["missing packages", *found] if found else ["no optional package is missing"]
+
+
+def shapes(model: Path | None) -> dict[str, PretrainedConfig]:
+    """The configurations to plan for, by name."""
+    from tppo.stages.plan import SHAPES, configuration, shape_config
+
+    if model is not None:
+        return {str(model): configuration(model)[0]}
+    return {name: shape_config(name) for name in SHAPES}
+
+
+def fit_lines(
+    configs: dict[str, PretrainedConfig], device: torch.device, free: int
+) -> list[str]:
+    """A table: for each model, all weights or adapters trained, which stages fit `free` bytes."""
+    work, used = Work(), set[int]()
+    rows = [("model", "trained", *STAGES)]
+    too_large = False
+    for name, config in configs.items():
+        for lora in (None, 16):
+            how = holding(device, lora)
+            if too_large:  # than one that fits in no way: nor does this
+                levels: list[int | None] = [None] * len(STAGES)
+            else:
+                with status(f"planning {name}"):
+                    levels = [first_level(stage, config, how, work, free) for stage in STAGES]
+            used |= {level for level in levels if level}
+            cells = ["no" if one is None else f"({one})" if one else "yes" for one in levels]
+            rows.append((name, "LoRA 16" if lora else "all", *cells))
+        too_large = too_large or all(level is None for level in levels)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+             for row in rows]  # fmt: skip
+    notes = [f"({level}): with {_flags(level)}" for level in sorted(used)]
+    where = "GPU" if device.type == "cuda" else "CPU"
+    head = (f"what fits the {free / GB:.1f} GB that are free for the {where}, with prompts of "
+            f"{work.prompt_tokens} tokens (`tppo plan` says more)")  # fmt: skip
+    return [head, *table, *notes]
+
+
+def holding(device: torch.device, lora: int | None) -> Holding:
+    """How a run would hold a model of 16-bit weights on the device."""
+    import torch
+
+    from tppo.models.load import compute_dtype
+    from tppo.models.meta import Holding
+
+    nbytes = None
+    if device.type == "cuda":
+        nbytes = torch.cuda.get_device_properties(device).total_memory
+    return Holding(compute_dtype("auto", torch.bfloat16, device), lora, False, nbytes)
+
+
+def first_level(
+    stage: str, config: PretrainedConfig, how: Holding, work: Work, free: int
+) -> int | None:
+    """The first of LEVELS with which a stage fits; None where none does."""
+    for number, level in enumerate(LEVELS):
+        used, chosen = turned(level, how, work)
+        found = need(stage, config, used, chosen)
+        # On a CPU the best weights wait in the same memory.
+        if found.total + (0 if how.gpu_nbytes else found.host) <= free:
+            return number
+    return None
+
+
+def _flags(level: int) -> str:
+    """What to type for every stage to have the settings of a level."""
+    each = " ".join(flags(level, stage) for stage in STAGES).split("--")
+    return " ".join(dict.fromkeys(f"--{flag.strip()}" for flag in each if flag.strip()))
