@@ -118,7 +118,7 @@ def fit_lines(
 ) -> list[str]:
     """A table: for each model, all weights or adapters trained, which stages fit `free` bytes."""
     work, used = Work(), set[int]()
-    rows = [("model", "trained", *STAGES)]
+    rows: list[tuple[str, ...]] = [("model", "trained", *STAGES)]
     too_large = False
     for name, config in configs.items():
         for lora in (None, 16):

@@ -208,10 +208,11 @@ def file_lines(answers: Answered) -> list[str]:
     name = "generated" if answers.data is None else answers.data.name.partition(".")[0] or "log"
     values = {"data": answers.data, "out": Path("runs") / name, "seed": 0, "model": answers.model,
               "device": "auto"}  # fmt: skip
-    places = OF_NONE if answers.data is None else OF_LOG
-    if answers.read.format == "aol":
-        places += OF_AOL
-    places += SETTINGS + (OF_ENDPOINT if answers.label.labeller == "endpoint" else ()) + LAST
+    places = [*(OF_NONE if answers.data is None else OF_LOG)]
+    places += OF_AOL if answers.read.format == "aol" else ()
+    places += SETTINGS
+    places += OF_ENDPOINT if answers.label.labeller == "endpoint" else ()
+    places += LAST
     tree: dict[str, Any] = plain({place: values[place] for place in ALWAYS})
     for place in places:
         *parents, last = ("settings", *place.split("."))
