@@ -215,9 +215,9 @@ def file_lines(answers: Answered) -> list[str]:
     places += LAST
     tree: dict[str, Any] = plain({place: values[place] for place in ALWAYS})
     for place in places:
-        *parents, last = ("settings", *place.split("."))
+        parents, _, last = f"settings.{place}".rpartition(".")
         branch = tree
-        for parent in parents:
+        for parent in parents.split("."):
             branch = branch.setdefault(parent, {})
         branch[last] = plain(attrgetter(place)(config))
     about = "".join(c if c.isprintable() else "?" for c in answers.about)
