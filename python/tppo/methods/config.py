@@ -225,6 +225,7 @@ class SERConfig:
     heldout_share: Part = 0.1
     """Share of them that is kept for figures, and never trained on."""
     rounds: Natural = 3
+    """Rounds of labelling for itself, at most; 0: the seed's labels alone."""
     filter: Literal["status", "any"] = "status"
     """Pairs that are kept. status: easy ones, or hard ones where those are too few (the paper).
     any: those that are either (the authors' code)."""
