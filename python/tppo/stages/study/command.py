@@ -22,7 +22,8 @@ ABOUT = (
     "Arms are trained at equal cost and compared: what labels of words buy, and rewards at tokens. "
     "tppo study write puts the figures into a page."
 )
-NAMES = ", ".join(PRESETS)
+OF_SYSTEMS = ("ser", "pit")
+NAMES = ", ".join((*PRESETS, *OF_SYSTEMS))
 
 
 @section
@@ -30,8 +31,9 @@ class StudyOptions:
     """Flags of `tppo study`."""
 
     study: tyro.conf.Positional[str] = "small"
-    """A preset (labels, credit, small, tuning, ablations, seconds; real and gpu with --model), or a
-    YAML file of parts, arms and settings; `study.yaml` in the folder of a study is one."""
+    """A preset (labels, credit, small, tuning, ablations, seconds; real and gpu with --model; ser
+    and pit, of those two systems), or a YAML file of parts, arms and settings; `study.yaml` in the
+    folder of a study is one."""
     out: FilePath = Path("runs/study")
     """The study's folder; a study that was stopped goes on from it."""
     model: FilePath | None = None
@@ -66,10 +68,31 @@ def main(arguments: list[str]) -> None:
         write_into(given.study, given.into, given.mark)
         return
     options = parse(StudyOptions, "tppo study", ABOUT, arguments)
+    if options.study in OF_SYSTEMS:
+        _of_a_system(options)
+        return
     study = read_study(options.study)
     if options.noise is not None:
         study = study.with_noise(read_noise(options.noise))
     run(with_model(study, options.model), options.out, options.workers, options.model)
+
+
+def _of_a_system(options: StudyOptions) -> None:
+    """Errors: DataError for a flag that such a study has no use for."""
+    if options.model is not None or options.noise is not None:
+        raise DataError(f"--model or --noise was given, expected neither with study "
+                        f"{options.study}, which trains a small model from scratch")  # fmt: skip
+    import torch
+    import transformers
+
+    from tppo.stages.study.systems import SYSTEMS, run_system
+    from tppo.store.folder_lock import FolderLock
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with FolderLock(options.out).held():
+        run_system(SYSTEMS[options.study](), options.out)
 
 
 def with_model(study: StudyConfig, model: Path | None) -> StudyConfig:

@@ -1,0 +1,244 @@
+"""`tppo study ser` and `tppo study pit`: the orderings of two papers on generated sessions.
+
+ser   the seed model, each round, and the model of all labels: held-out accuracy, with labels of
+      pairs and of words
+pit   stage 0 alone, stage 1 alone and both, with as many steps of PPO each, paid per answer and per
+      token: relevance of test users' answers after 0 .. k improvements
+
+Each seed lies in a folder of its own, made by the stages themselves; what a seed has found is in
+`outcomes.jsonl` before the next begins, and a study that was stopped goes on behind the last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, replace
+from html import escape
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from tppo.config import Config, fill_defaults
+from tppo.evaluation.chart import Line, chart
+from tppo.evaluation.page import page, table
+from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SERConfig, SFTConfig
+from tppo.models.config import GenerateConfig
+from tppo.progress import say
+from tppo.sessions.config import SessionsConfig
+from tppo.settings import Count, Seed, section
+from tppo.stages.run import Run
+from tppo.store.jsonl import plain, read_json, write_json, write_text
+
+Row = Mapping[str, Any]  # arm, x, figures
+MATERIAL = ("data", "sft", "generate", "label", "map")
+
+
+@section
+class SystemStudy:
+    """A study of one system."""
+
+    system: Literal["ser", "pit"] = "ser"
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    steps: Count = 16
+    """Of pit: PPO steps of each arm, those of its stages together."""
+    settings: Config = field(default_factory=Config)
+
+
+SMALL = Config(
+    sessions=SessionsConfig(800, 48, 120, 1),
+    sft=SFTConfig(max_steps=300, decay_steps=300),
+    generate=GenerateConfig(samples=1600),
+    reward_model=RewardModelConfig(repeated_share=0.0),
+    ppo=PPOConfig(batch_size=16, minibatch_size=16),
+    ser=SERConfig(pooling="mean"),
+    pit=PITConfig(scale=4.0),
+)
+
+
+def ser() -> SystemStudy:
+    """Two answers to each of 800 histories; 15 % of the labels."""
+    return SystemStudy("ser", settings=SMALL)
+
+
+def pit() -> SystemStudy:
+    """One answer to each of 800 histories, and the true next queries as the better one."""
+    generate = replace(SMALL.generate, samples=800)
+    return SystemStudy("pit", settings=replace(SMALL, generate=generate))
+
+
+def seconds(system: Literal["ser", "pit"]) -> SystemStudy:
+    """With a model that has learnt next to nothing: whether everything runs."""
+    settings = replace(
+        SMALL,
+        sessions=SessionsConfig(80, 8, 8, 1),
+        scratch=replace(Config().scratch, hidden_size=32, intermediate_size=32, vocab_size=400),
+        sft=SFTConfig(max_steps=40, eval_every=40),
+        generate=GenerateConfig(samples=160, max_new_tokens=24),
+        ppo=PPOConfig(batch_size=8, minibatch_size=8, without_signal=True),
+        ser=SERConfig(seed_share=0.4, rounds=1),
+        pit=PITConfig(improve_steps=1),
+    )
+    return SystemStudy(system, seeds=(0,), steps=2, settings=settings)
+
+
+SYSTEMS: dict[str, Callable[[], SystemStudy]] = {"ser": ser, "pit": pit}
+
+
+def run_system(study: SystemStudy, out: Path) -> None:
+    """Every seed that has no outcome yet, then study.json and report.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, found = out / "outcomes.jsonl", list[dict[str, Any]]()
+    mark = json.dumps(plain(study), sort_keys=True)
+    if path.exists():
+        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+        if cut:  # by a kill
+            write_text(path, f"{whole}\n" if whole else "")
+        found = [row for row in map(json.loads, whole.splitlines()) if row["study"] == mark]
+    for seed in study.seeds:
+        if any(row["seed"] == seed for row in found):
+            continue
+        start = time.monotonic()
+        rows = (ser_rows if study.system == "ser" else pit_rows)(study, out, seed)
+        found.append({"seed": seed, "study": mark, "rows": plain(rows),
+                      "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        say(f"study {study.system}: seed {seed}, {found[-1]['seconds']:.0f} s")
+    chosen = [row for row in found if row["seed"] in study.seeds]
+    points, gains = summed_up(chosen), compared(study.system, chosen)
+    write_json(out / "study.json", {"study": plain(study), "points": points, "gains": gains,
+                                    "outcomes": chosen})  # fmt: skip
+    write_text(out / "report.html", report(study.system, points, gains))
+    for name, gain in gains.items():
+        say(f"study {study.system}: {name}: {shown(gain)}")
+    say(f"study: {out / 'study.json'}, {out / 'report.html'}")
+
+
+def _run(study: SystemStudy, out: Path, seed: int, **changes: Any) -> Run:
+    config = fill_defaults(replace(study.settings, **changes), pretrained=False)
+    run = Run(out=out / "material" / f"seed-{seed}", config=config, seed=seed)
+    for name in MATERIAL:
+        if not run.done(name):
+            run.perform(name)
+    return run
+
+
+def ser_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
+    """Held-out accuracy (words: AUC too) of every round, and of all labels behind the last."""
+    rows = []
+    for labels in ("pairs", "words"):
+        run = _run(study, out, seed, ser=replace(study.settings.ser, labels=labels))
+        run.perform("ser")
+        report = read_json(run.out / "ser/report.json")
+        for row in report["rounds"]:
+            figures = {name: row.get(name) for name in ("accuracy", "auc", "kept", "kept_accuracy")}
+            rows.append({"arm": labels, "x": row["round"], **figures})
+        last, all_labels = report["rounds"][-1], report["all_labels"]
+        rows.append({"arm": f"{labels}: last round", "x": 0, "accuracy": last["accuracy"],
+                     "auc": last.get("auc")})  # fmt: skip
+        rows.append({"arm": f"{labels}: all labels", "x": 0, "accuracy": all_labels["accuracy"],
+                     "auc": all_labels.get("auc")})  # fmt: skip
+    return rows
+
+
+def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
+    """Relevance of test users' answers after each improvement, of every arm."""
+    rows, n = [], study.steps
+    for reward in ("answer", "token"):
+        for arm, (first, second) in {"stage 0": (n, 0), "stage 1": (0, n),
+                                     "both": (n // 2, n - n // 2)}.items():  # fmt: skip
+            config = replace(study.settings.pit, reward=reward, stage_0=first, stage_1=second)
+            run = _run(study, out, seed, pit=config)
+            for name in ("pit", "improve"):
+                run.perform(name)
+            for row in json.loads((run.out / "improve/steps.json").read_text()):
+                names = ("relevance", "words", "format", "distinct_queries", "gap", "length")
+                rows.append({"arm": f"{arm}, paid per {reward}", "x": row["step"],
+                             **{name: row[name] for name in names}})  # fmt: skip
+    return rows
+
+
+def summed_up(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each arm and x the mean of each figure over the seeds, with its standard error."""
+    by_point: dict[tuple[str, float], list[Row]] = {}
+    for outcome in outcomes:
+        for row in outcome["rows"]:
+            by_point.setdefault((row["arm"], row["x"]), []).append(row)
+    points = []
+    for (arm, x), rows in by_point.items():
+        figures = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows if row.get(name) is not None]
+            if name not in ("arm", "x") and values:
+                figures[name] = mean_and_error(values)
+        points.append({"arm": arm, "x": x, "seeds": len(rows), "figures": figures})
+    return points
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error over the seeds; None with one alone."""
+    n = len(values)
+    return fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def compared(
+    system: str, outcomes: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[float, float | None]]:
+    """The orderings of the paper as paired differences over the seeds."""
+    found = [{(row["arm"], row["x"]): row for row in outcome["rows"]} for outcome in outcomes]
+    if system == "ser":
+        pairs = {f"{labels}: {text}": ((f"{labels}: last round", 0), other, figure)
+                 for labels, figure in (("pairs", "accuracy"), ("words", "auc"))
+                 for text, other in (("last round less seed", (labels, 0)),
+                                     ("last round less all labels",
+                                      (f"{labels}: all labels", 0)))}  # fmt: skip
+    else:
+        pairs = {f"paid per {reward}: both less {arm}, one improvement":
+                 ((f"both, paid per {reward}", 1), (f"{arm}, paid per {reward}", 1), "relevance")
+                 for reward in ("answer", "token") for arm in ("stage 0", "stage 1")}  # fmt: skip
+        pairs |= {f"{arm}, paid per {reward}: one improvement less none":
+                  ((f"{arm}, paid per {reward}", 1), (f"{arm}, paid per {reward}", 0), "relevance")
+                  for reward in ("answer", "token")
+                  for arm in ("stage 0", "stage 1", "both")}  # fmt: skip
+    return {name: mean_and_error([by[one][figure] - by[other][figure] for by in found])
+            for name, (one, other, figure) in pairs.items()}  # fmt: skip
+
+
+def shown(point: Sequence[float | None]) -> str:
+    """A mean with its standard error."""
+    mean, error = point
+    return f"{mean:.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+
+def report(system: str, points: Sequence[Mapping[str, Any]], gains: Mapping[str, Any]) -> str:
+    """The page: a chart a figure, a table of all points, and the orderings."""
+    names = list(dict.fromkeys(name for point in points for name in point["figures"]))
+    x_name = "round" if system == "ser" else "improvements"
+    charts = []
+    for name in names[:2]:
+        by_arm: dict[str, list[tuple[float, float, float]]] = {}
+        for point in points:
+            if name in point["figures"]:
+                mean, error = point["figures"][name]
+                by_arm.setdefault(point["arm"], []).append((point["x"], mean, 2 * (error or 0.0)))
+        lines = [Line(arm, [x for x, _, _ in at], [y for _, y, _ in at],
+                      [y - e for _, y, e in at], [y + e for _, y, e in at])
+                 for arm, at in by_arm.items()]  # fmt: skip
+        charts.append(chart(lines, x_name, f"{name}, with 2 standard errors"))
+    rows = [[escape(point["arm"]), f"{point['x']}", *(
+        shown(point["figures"][name]) if name in point["figures"] else "" for name in names
+    )] for point in points]  # fmt: skip
+    orderings = [[escape(name), shown(gain)] for name, gain in gains.items()]
+    title = f"The study of {system.upper()}"
+    body = f"""<h1>{title}</h1>
+<p>Means over seeds with their standard errors; every outcome is in study.json.</p>
+<div class="charts">{"".join(charts)}</div>
+<h2>Every point</h2>{table(["arm", x_name, *names], rows, "points")}
+<h2>Orderings, paired by seed</h2>{table(["difference", "mean"], orderings, "orderings")}"""
+    return page(title, "", body)

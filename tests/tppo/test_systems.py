@@ -1,0 +1,71 @@
+"""The studies of SER and PIT: what is computed of their outcomes, and that a seed is kept."""
+
+import json
+import math
+
+import pytest
+
+from tppo.cli import main
+from tppo.stages.study import systems
+from tppo.stages.study.systems import (
+    SYSTEMS,
+    SystemStudy,
+    compared,
+    run_system,
+    seconds,
+    summed_up,
+)
+
+ACCURACY = {0: (0.6, 0.7), 1: (0.8, 0.7)}  # seed -> the seed model's and the last round's
+
+
+def rows(study, out, seed):
+    first, last = ACCURACY[seed]
+    return [
+        {"arm": f"{labels}{arm}", "x": 0, "accuracy": value, "auc": value}
+        for labels in ("pairs", "words")
+        for arm, value in (("", first), (": last round", last), (": all labels", 0.9))
+    ]
+
+
+def test_means_and_paired_differences_have_errors_over_the_seeds(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(systems, "ser_rows", rows)
+    run_system(SystemStudy("ser", seeds=(0, 1)), tmp_path)
+    found = json.loads((tmp_path / "study.json").read_text())
+    points = {(p["arm"], p["x"]): p["figures"]["accuracy"] for p in found["points"]}
+    assert points["pairs", 0] == pytest.approx([0.7, 0.1])
+    assert points["pairs: all labels", 0] == pytest.approx([0.9, 0.0])
+    assert found["gains"]["pairs: last round less seed"] == pytest.approx([0.0, 0.1])
+    assert found["gains"]["words: last round less all labels"] == pytest.approx([-0.2, 0.0])
+    page = (tmp_path / "report.html").read_text()
+    assert "0.700 +- 0.100" in page and "<svg" in page
+    assert "pairs: last round less all labels: -0.150 +- 0.050" in capfd.readouterr().err
+
+
+def test_a_seed_that_has_an_outcome_is_not_trained_again(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(systems, "ser_rows", lambda study, out, seed: trained.append(seed) or
+                        rows(study, out, seed))  # fmt: skip
+    run_system(SystemStudy("ser", seeds=(0,)), tmp_path)
+    with open(tmp_path / "outcomes.jsonl", "a") as file:
+        file.write('{"seed": 1, "stu')  # a kill while it was written
+    run_system(SystemStudy("ser", seeds=(0,)), tmp_path)
+    assert trained == [0]
+    other = SystemStudy("ser", seeds=(0,), steps=3)
+    run_system(other, tmp_path / "other")
+    assert trained == [0, 0]
+
+
+def test_one_seed_alone_has_no_error():
+    outcomes = [{"rows": rows(None, None, 0)}]
+    assert summed_up(outcomes)[0]["figures"]["accuracy"] == (0.6, None)
+    mean, error = compared("ser", outcomes)["pairs: last round less seed"]
+    assert math.isclose(mean, 0.1) and error is None
+
+
+def test_the_presets_are_three_seeds_and_refuse_flags_of_other_studies(tmp_path):
+    assert {name: make().system for name, make in SYSTEMS.items()} == {"ser": "ser", "pit": "pit"}
+    assert all(len(make().seeds) == 3 for make in SYSTEMS.values())
+    assert seconds("pit").seeds == (0,)
+    with pytest.raises(SystemExit, match="--model or --noise was given, expected neither"):
+        main(["study", "ser", "--out", str(tmp_path / "o"), "--noise", "words=.1"])
