@@ -39,7 +39,7 @@ def test_means_and_paired_differences_have_errors_over_the_seeds(tmp_path, monke
     assert found["gains"]["words: last round less all labels"] == pytest.approx([-0.2, 0.0])
     page = (tmp_path / "report.html").read_text()
     assert "0.700 +- 0.100" in page and "<svg" in page
-    assert "pairs: last round less all labels: -0.150 +- 0.050" in capfd.readouterr().err
+    assert "pairs: last round less all labels: -0.200 +- 0.000" in capfd.readouterr().err
 
 
 def test_a_seed_that_has_an_outcome_is_not_trained_again(tmp_path, monkeypatch):
