@@ -21,11 +21,13 @@ if TYPE_CHECKING:
         PITConfig,
         PPOConfig,
         RewardModelConfig,
+        RLGFConfig,
         SERConfig,
         SFTConfig,
     )
-    from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig
+    from tppo.models.config import AdapterConfig, GenerateConfig, GuideConfig, ModelConfig
     from tppo.rewards import Answers, Reward, TokenReward
+    from tppo.rewards.dense import ABC, RED, RTO
     from tppo.rewards.function import FunctionReward
     from tppo.rewards.terminal import TerminalReward
     from tppo.rewards.token_model import TokenModelReward
@@ -40,10 +42,11 @@ _HOMES = {
     "tppo.evaluation.judge": ("CallableJudge", "Judge", "RuleJudge"),
     "tppo.methods.advantages": ("GAE", "GRPO", "RLOO", "Advantage", "Masks", "TokenAdvantages"),
     "tppo.methods.config": (
-        "PITConfig", "PPOConfig", "RewardModelConfig", "SERConfig", "SFTConfig",
+        "PITConfig", "PPOConfig", "RLGFConfig", "RewardModelConfig", "SERConfig", "SFTConfig",
     ),
-    "tppo.models.config": ("AdapterConfig", "GenerateConfig", "ModelConfig"),
+    "tppo.models.config": ("AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig"),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
+    "tppo.rewards.dense": ("ABC", "RED", "RTO"),
     "tppo.rewards.function": ("FunctionReward",),
     "tppo.rewards.terminal": ("TerminalReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
@@ -56,9 +59,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "ABC",
     "GAE",
     "GRPO",
+    "RED",
     "RLOO",
+    "RTO",
     "AdapterConfig",
     "Advantage",
     "Answerer",
@@ -67,12 +73,14 @@ __all__ = [
     "CallableJudge",
     "FunctionReward",
     "GenerateConfig",
+    "GuideConfig",
     "Judge",
     "Masks",
     "ModelConfig",
     "PITConfig",
     "PPOConfig",
     "PPOTrainer",
+    "RLGFConfig",
     "Reward",
     "RewardModelConfig",
     "RuleJudge",

@@ -235,6 +235,10 @@ def _check_early(
         from tppo.models.adapters import need_peft
 
         need_peft()
+    if command in ("run", "train") and run.config.algorithm != "ppo":
+        from tppo.stages.guides import check_guide
+
+        check_guide(run.config.guide)
     if command in ("run", "train", "eval"):
         run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label

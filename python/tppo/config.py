@@ -6,19 +6,30 @@ A section is defined in the `config.py` of the folder that uses it.
 from __future__ import annotations
 
 from dataclasses import field, replace
+from typing import Any
 
 from tppo.evaluation.config import EvalConfig
 from tppo.labels.config import LabelConfig
-from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SERConfig, SFTConfig
+from tppo.methods.config import (
+    Algorithm,
+    PITConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RLGFConfig,
+    SERConfig,
+    SFTConfig,
+)
 from tppo.models.config import (
     AdapterConfig,
     GenerateConfig,
+    GuideConfig,
     ModelConfig,
     Prefix,
     ScratchConfig,
 )
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import section
+from tppo.store.jsonl import plain
 
 
 @section
@@ -27,6 +38,9 @@ class Config:
 
     prefix: Prefix = "shared"
     """shared computes a prompt once for all its responses; dense repeats it, to compare."""
+    algorithm: Algorithm = "ppo"
+    """Of the stage train: ppo, or one of those in which a guide writes a part of the answers (see
+    --rlgf and --guide): ppo++, aggrevated, lols, d2lols."""
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -36,9 +50,47 @@ class Config:
     label: LabelConfig = field(default_factory=LabelConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    rlgf: RLGFConfig = field(default_factory=RLGFConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ser: SERConfig = field(default_factory=SERConfig)
     pit: PITConfig = field(default_factory=PITConfig)
+
+    def __post_init__(self) -> None:
+        if self.algorithm == "ppo":
+            for name in ("rlgf", "guide"):
+                given = getattr(self, name)
+                if given != type(given)():
+                    raise ValueError(f"{name} was {given}, expected the defaults with algorithm "
+                                     "ppo, which has no guide: --algorithm ppo++")  # fmt: skip
+            return
+        with_guide = f"with algorithm {self.algorithm}"
+        if self.ppo.advantage != "gae":
+            raise ValueError(f"ppo.advantage was {self.ppo.advantage!r}, expected 'gae' "
+                             f"{with_guide}, which needs a critic")  # fmt: skip
+        if self.algorithm in ("aggrevated", "d2lols") and self.ppo.fit_critic:
+            raise ValueError(f"ppo.fit_critic was {self.ppo.fit_critic}, expected 0 {with_guide}: "
+                             "its critic begins with the guide's values, and the answers for the "
+                             "fit are the learner's")  # fmt: skip
+        if self.algorithm != "ppo++" and not self.rlgf.beta_aggrevated:
+            raise ValueError(f"rlgf.beta_aggrevated was 0, expected more {with_guide}: the learner "
+                             "would write nothing, and learn nothing")  # fmt: skip
+        if self.ppo.adaptive_kl is not None and not self.rlgf.kl_in_reward:
+            raise ValueError("ppo.adaptive_kl was given and rlgf.kl_in_reward False, expected "
+                             "True: it moves what KL costs of the reward")  # fmt: skip
+
+
+def guided_settings(config: Config) -> dict[str, Any]:
+    """What the weights depend on of an algorithm with a guide, but for the guide's own weights;
+    nothing of plain PPO, whose manifests know no guide.
+    """
+    if config.algorithm == "ppo":
+        return {}
+    rlgf, guide = plain(config.rlgf), plain(config.guide)
+    del rlgf["max_skipped"]
+    kept = ("temperature", "top_p", "name", "system")
+    return {"algorithm": config.algorithm, "rlgf": rlgf,
+            "guide": {name: guide[name] for name in kept}}  # fmt: skip
 
 
 def fill_defaults(config: Config, pretrained: bool) -> Config:

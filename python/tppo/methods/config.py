@@ -14,6 +14,7 @@ from pydantic import Field
 from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Text, section
 
 MAX_TOKENS = 65_536  # that a model reads at once
+Algorithm = Literal["ppo", "ppo++", "aggrevated", "lols", "d2lols"]
 # Settings of PPO that the weights do not depend on.
 WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")
 
@@ -268,3 +269,28 @@ class PITConfig:
     """Share of the pairs that stops SFT and the gap model, and gives figures of the latter."""
     improve_steps: Count = 3
     """Times that `tppo improve` has each answer bettered."""
+
+
+@section
+class RLGFConfig:
+    """Reinforcement learning with guided feedback (Chang et al. 2023): how learner and guide share
+    an answer."""
+
+    beta: Share = 0.8
+    """ppo++: probability that an answer begins with a part of the guide's; 0 is plain PPO."""
+    beta_aggrevated: Share = 0.8
+    """aggrevated: probability that an answer begins with a part of the learner's; the guide writes
+    all of the others, which train the critic alone."""
+    tau: Share = 0.8
+    """lols: probability that a step is one of ppo++, else it is one of aggrevated."""
+    switch_step: Natural | None = None
+    """d2lols: the last step of aggrevated, those behind it are of ppo++; by default a fifth of the
+    steps."""
+    kl_in_reward: bool = True
+    """Take kl_coef times KL off the reward, as PPO does; False: KL is a figure alone, as in the
+    authors' code for the algorithms with a guide."""
+    target_nll: NonNegative = 0.0
+    """Weight of the negative log-likelihood of the true answer in the policy's loss (0.1 in the
+    authors' code); with --reward the prompts need a column "target" with that answer."""
+    max_skipped: Count = 3
+    """Steps in a row that are skipped, because the guide gives no answer, before the run stops."""

@@ -67,13 +67,14 @@ class Experience(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What a part of a minibatch adds to its figures; the last two are None without a critic."""
+    """What a part of a minibatch adds to its figures; None is what its training does not have."""
 
     policy: Tensor  # []
     policy_metrics: Any  # of tk.ppo_loss
     squared_log_ratio: Tensor  # [], summed over the tokens trained
     value: Tensor | None = None  # []
     value_metrics: Any = None  # of tk.value_loss
+    target: Tensor | None = None  # [], the true answers' negative log-likelihood a token
 
 
 def minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
@@ -90,6 +91,8 @@ def minibatch_metrics(losses: Sequence[Losses]) -> dict[str, float]:
         "loss/policy_avg": sum(part.policy.item() for part in losses),
         "val/ratio": policy.ratio_mean.item(),
     }
+    if losses[0].target is not None:
+        figures["loss/target_nll"] = sum(x.target.item() for x in losses if x.target is not None)
     if value is None:
         return figures
     return figures | {

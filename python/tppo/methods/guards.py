@@ -157,13 +157,20 @@ def check_shared_prefix(models: Models, reward: Reward, batch: Batch, temperatur
 def check_gradients(trained: Mapping[str, nn.Module], data: Experience) -> None:
     """Before the first update what is trained has gradients: the policy, the critic's head.
 
+    A model that nothing pulls has none: no advantage at the tokens that the policy is trained on,
+    or values that are their targets already where the critic is.
     Errors: GuardError naming the model whose gradients are all zero or not finite.  Where the
     reward model rates all tokens alike there is nothing to learn from: only a warning.
     """
     if not data.advantages.any():
         say("WARNING: step 0: every advantage is zero, the reward rates all tokens alike")
         return
+    pulls = {"policy": data.advantages[data.masks.policy]}
+    if data.returns is not None and data.values is not None:
+        pulls["critic"] = (data.returns - data.values)[data.masks.critic]
     for name, model in trained.items():
+        if name in pulls and not pulls[name].any():
+            continue
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not any(bool(g.any()) for g in gradients):
             raise GuardError(f"step 0: every gradient of the {name} is zero: is it frozen?")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tppo.settings import Count, Natural, Positive, Text, section
+from tppo.settings import Count, Natural, NonNegative, Positive, Text, section
 
 Prefix = Literal["shared", "dense"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -100,3 +100,44 @@ class GenerateConfig:
     """Of sampling; a lower one keeps closer to the likeliest tokens."""
     batch_size: Count = 256
     """Answers that are sampled at once: fewer take less memory."""
+
+
+@section
+class GuideConfig:
+    """The guide of --algorithm ppo++, aggrevated, lols and d2lols: by default the model that PPO
+    starts from, with a sampling of its own; else another model, or one at an endpoint."""
+
+    model: Text | None = None
+    """Local folder or id on the hub of a causal LM with its tokenizer, whichever that is."""
+    revision: Text | None = None
+    """Branch, tag or commit of that model where it is an id of a hub."""
+    temperature: NonNegative = 1.0
+    """Of the guide's sampling; 0 takes its likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.92
+    """The guide samples from the likeliest tokens with so much of the probability (the paper)."""
+    base_url: str = ""
+    """An OpenAI-compatible endpoint that is asked for the guide's text, such as
+    http://127.0.0.1:8000/v1; it must not spend its tokens on thoughts."""
+    name: str = ""
+    """The guide's name at the endpoint."""
+    system: Text | None = None
+    """System message to the endpoint; in a run of stages by default one that asks for queries."""
+    api_key_env: Text | None = "OPENAI_API_KEY"
+    """Environment variable that holds the key; None for a server that asks for none."""
+    concurrency: Count = 8
+    """Requests in flight."""
+    max_retries: Natural = 5
+    """Further tries of a request after 429, 5xx or a time-out, ever longer apart."""
+    timeout_s: Positive = 120.0
+    """Limit of one try, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.base_url:
+            raise ValueError(f"model and base_url were {self.model!r} and {self.base_url!r}, "
+                             "expected one of them")  # fmt: skip
+        if bool(self.base_url) != bool(self.name.strip()):
+            raise ValueError(f"base_url and name were {self.base_url!r} and {self.name!r}, "
+                             "expected both: the endpoint, and the model's name there")  # fmt: skip
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"revision was {self.revision!r} and model None, expected the id on "
+                             "the hub that it is a revision of")  # fmt: skip

@@ -25,6 +25,7 @@ from tppo.models.guards import GuardError, check_weights
 from tppo.models.vocabulary import phantoms
 from tppo.progress import say_once, track
 
+LOST = "lost"  # a response that a guide did not give: the step cannot be taken
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
 CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
 _COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied to its rows
@@ -32,7 +33,7 @@ _COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: always the whole distribution (top_p 1, top_k 0).
+    """How to sample: the policy that is trained always from the whole distribution (top_p 1).
 
     At temperature 0 the likeliest token is taken each time.
     """
@@ -40,11 +41,15 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    top_p: float = 1.0
+    """Of a guide alone: the likeliest tokens with at least this much of the probability."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < inf:
             raise ValueError(f"temperature was {self.temperature}, expected a finite one of at "
                              "least 0, at which the likeliest token is taken")  # fmt: skip
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p was {self.top_p}, expected a share above 0, at most 1")
 
 
 class RolloutBatch(NamedTuple):
@@ -53,7 +58,7 @@ class RolloutBatch(NamedTuple):
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
     logprobs: list[list[float]] | None
-    finish: list[str]  # "eos", or "length" where the response was cut
+    finish: list[str]  # "eos", "length" where the response was cut, LOST where a guide gave none
     author: list[list[bool]] | None = None
     """True at response tokens that the learner wrote, False at those that were forced; None: it
     wrote all of them."""
@@ -173,9 +178,10 @@ class HFRollout:
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
         warm = sampling.temperature > 0
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(
             do_sample=warm,
-            **({"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0} if warm else {}),
+            **(drawn if warm else {}),
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,

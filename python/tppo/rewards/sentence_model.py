@@ -108,7 +108,8 @@ class SentenceModel(nn.Module):
             pooled = states[torch.arange(len(lengths), device=states.device), lengths - 1]  # [B, D]
         else:
             kept = torch.where(batch.mask[..., None], states, 0.0)  # [B, T, D]
-            pooled = (kept.float().sum(1) / lengths[:, None]).to(states.dtype)  # [B, D]
+            sums = kept.sum(1, dtype=torch.promote_types(kept.dtype, torch.float32))  # [B, D]
+            pooled = (sums / lengths[:, None]).to(states.dtype)
         return tk.token_head(pooled, self.head.weight, self.head.bias)
 
     def of_tokens(self, batch: Batch) -> Tensor:
@@ -119,6 +120,18 @@ class SentenceModel(nn.Module):
         (states,) = batch.states(self.trunk, "reward")  # [B, T, D]
         found = tk.token_head(states, self.head.weight, self.head.bias, batch.mask)  # [B, T]
         return torch.where(batch.mask, found, 0.0) / batch.mask.sum(1, keepdim=True)
+
+    def prefixes(self, batch: Batch) -> Tensor:
+        """Scores of all beginnings of the responses, [B, T], of a trunk that sees no later token:
+        from one reading.
+        """
+        (states,) = batch.states(self.trunk, "reward")  # [B, T, D]
+        if self.pooling == "mean":
+            places = torch.arange(1, states.shape[1] + 1, device=states.device)  # [T]
+            kept = torch.where(batch.mask[..., None], states, 0.0)
+            sums = kept.cumsum(1, dtype=torch.promote_types(kept.dtype, torch.float32))
+            states = (sums / places[:, None]).to(states.dtype)
+        return tk.token_head(states, self.head.weight, self.head.bias, batch.mask)
 
 
 class SentenceModelReward(nn.Module):

@@ -7,17 +7,21 @@ import operator
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
+from tppo.config import Config
 from tppo.errors import DataError, short
 from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import GRPO, RLOO
-from tppo.methods.config import PPOConfig
-from tppo.models.config import Prefix
+from tppo.methods.config import PPOConfig, RLGFConfig
+from tppo.methods.rlgf import TARGET
+from tppo.models.config import GuideConfig, Prefix
 from tppo.rewards import Answers, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.user_function import named_with_source
+from tppo.stages.guides import check_guide, guide_folder
 
 _JUDGE = "a function f(prompts, completions, **columns) -> list of numbers, or a tppo.Judge"
 
@@ -128,6 +132,43 @@ def function_of(reward: Reward) -> FunctionReward | None:
     while isinstance(reward, TerminalReward):
         reward = reward.reward
     return reward if isinstance(reward, FunctionReward) else None
+
+
+def as_guide(given: Any) -> Any:
+    """The guide of `given`: a `GuideConfig`, checked as far as it is before a model is loaded, or a
+    `Rollout` of the user.
+
+    Errors: DataError where it is neither, and no place of a model; ValueError for an endpoint.
+    """
+    if given is None or isinstance(given, str | os.PathLike):
+        given = GuideConfig(model=None if given is None else str(given))
+    if isinstance(given, GuideConfig):
+        check_guide(given)
+    elif isinstance(given, type) or not callable(getattr(given, "generate", None)):
+        raise DataError(f"guide was {short(given)}, a {type(given).__name__}, expected the place "
+                        "of a model, a tppo.GuideConfig, or an object with the method generate of "
+                        "a Rollout")  # fmt: skip
+    return given
+
+
+def guide_files(settings: Config, pickles: bool) -> list[Path]:
+    """The folder of another model that guides.  Errors: DataError where there is none."""
+    found = guide_folder(settings.guide, pickles)
+    return [] if found is None else [found]
+
+
+def guide_identity(settings: Config, guide: Any) -> dict[str, str]:
+    """What tells a guide of the user's from another one, where there is a guide."""
+    if settings.algorithm == "ppo":
+        return {}
+    return {} if isinstance(guide, GuideConfig) else {"guide of the user": described(guide)}
+
+
+def check_targets(rlgf: RLGFConfig, columns: Sequence[str]) -> None:
+    """Errors: DataError where the loss wants true answers and the prompts have none."""
+    if rlgf.target_nll and TARGET not in columns:
+        raise DataError(f"rlgf.target_nll was {rlgf.target_nll:g} and the prompts have no column "
+                        f"{TARGET!r}, expected one with the true answer to each")  # fmt: skip
 
 
 def check_columns(reward: Reward, *of: Sequence[str] | None) -> None:

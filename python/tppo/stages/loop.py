@@ -30,6 +30,7 @@ from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.guards import stands_still, sums
 from tppo.methods.ppo import PPO
+from tppo.methods.rlgf import SKIPPED, in_brackets, learners
 from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
@@ -37,6 +38,7 @@ from tppo.models.policy import load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
+from tppo.stages.skipped import skip
 from tppo.store.checkpoint import load_latest, save_checkpoint
 from tppo.store.jsonl import write_json
 from tppo.store.run_folder import KEPT
@@ -125,17 +127,21 @@ class Loop:
             for step in range(first, self.steps + 1):
                 row = self.step(step)
                 bar.advance()
-                shown = [f"{text} {row[name]:.2f}" for text, name in self.watch.shown.items()]
-                shown += [
-                    f"reward {row['objective/scores']:.2f}", f"KL {row['objective/kl']:.1f}",
-                    f"length {row['response/length']:.1f}",
-                ]  # fmt: skip
-                bar.note(", ".join(shown))
+                if not row.get(SKIPPED):
+                    bar.note(self.noted(row))
                 if step < self.steps:
                     self.stop_if_asked(step)
         if self.world.rank == 0:
             self.export()
         self.world.of_first(None)
+
+    def noted(self, row: Mapping[str, Any]) -> str:
+        """What the progress line says of a step."""
+        shown = {**self.watch.shown, "reward": "objective/scores", "KL": "objective/kl",
+                 "length": "response/length"}  # fmt: skip
+        digits = {"KL": 1, "length": 1}
+        return ", ".join(f"{text} {row[name]:.{digits.get(text, 2)}f}"
+                         for text, name in shown.items())  # fmt: skip
 
     def fit_critic(self, answers: int) -> None:
         """Fit the critic before the first step; a run that resumes has it fitted."""
@@ -178,10 +184,15 @@ class Loop:
         before = sums(weights) if first else None
         questions = self.asked(step, rows)
         metrics, rollout = self.trainer.step(questions)
-        if first and before == sums(weights):
+        skipped = bool(metrics.get(SKIPPED))
+        if skipped:
+            skip(self, step)
+        if first and not skipped and before == sums(weights):
             stands_still(self.config.without_signal)
-        answers = self.trainer.answers(questions, rollout).rows(self.trainer.counted(rollout))
-        row = {"step": step, **metrics, **self.watch.figures(answers)}
+        row = {"step": step, **metrics}
+        if not skipped:
+            answers = self.trainer.answers(questions, rollout)
+            row |= self.watch.figures(answers.rows(self.trainer.counted(rollout)))
         read = sum(map(len, (*rollout.prompt_ids, *rollout.response_ids)))
         row["num_tokens"] = read + (self.metrics[-1]["num_tokens"] if self.metrics else 0)
         last = step == self.steps
@@ -191,7 +202,7 @@ class Loop:
         self.seconds += time.monotonic() - start
         if self.world.rank == 0:
             self.journal.write(self.metrics, self.samples)
-            if step % self.config.checkpoint_every == 0 and not last:
+            if step % self.config.checkpoint_every == 0 and not last and not skipped:
                 self.save(step)
         return row
 
@@ -304,7 +315,7 @@ class Loop:
         save_model(self.trainer.models.policy, self.tokenizer, self.out / "model")
         write_card(self.out / "model", **self.card())
         if "critic" in models:
-            weights = trained_state(models["critic"]).items()
+            weights = trained_state(learners(models["critic"])).items()
             critic = {name: tensor.detach().cpu().clone() for name, tensor in weights}
             save_file(critic, self.out / "critic.safetensors")
         write_json(self.out / "report.json", self.report())
@@ -313,7 +324,8 @@ class Loop:
         """What `write_card` says of the weights kept."""
         return {
             "base": base_of(self.trainer.models.policy.name_or_path),
-            "method": f"token-level PPO, {self.best_step} of {self.steps} steps",
+            "method": f"token-level PPO{in_brackets(self.trainer)}, {self.best_step} of "
+            f"{self.steps} steps",
             "data": f"answers to {len(self.train)} prompts",
             "settings": {"seed": self.trainer.seed}
             | chosen(self.config, PPOConfig, without=WITHOUT_EFFECT)
@@ -330,13 +342,15 @@ class Loop:
 
     def report(self) -> dict[str, Any]:
         """What the closing table needs to know of the training."""
+        taken = [row for row in self.metrics if not row.get(SKIPPED)]
         return {
             "steps": self.steps,
             "optimizer_steps": sum(row["policy/updates"] for row in self.metrics),
             "kept_step": self.best_step,
             "qualified": bool(self.best),
-            "first_reward": self.metrics[0]["objective/scores"],
-            "last_reward": self.metrics[-1]["objective/scores"],
+            "first_reward": taken[0]["objective/scores"],
+            "last_reward": taken[-1]["objective/scores"],
+            **({"skipped_steps": missed} if (missed := self.steps - len(taken)) else {}),
             "reached": self.reached(),
             **({"critic_fit": self.critic_fit} if self.critic_fit else {}),
             **self.about,

@@ -6,6 +6,7 @@ And PPO over those of a run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from tppo.methods.advantages import ADVANTAGES
 from tppo.methods.config import PPOConfig
 from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
+from tppo.methods.rlgf import TwoCritics
 from tppo.models.adapters import Origin, add_adapter, shared_copy
 from tppo.models.config import AdapterConfig, ModelConfig
 from tppo.models.folder import model_eos_ids
@@ -24,6 +26,7 @@ from tppo.models.rollout import HFRollout
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Reward
 from tppo.stages.artifacts import SFT_MODEL
+from tppo.stages.guides import UNGUIDED, Guided
 from tppo.stages.run import Run
 
 
@@ -35,26 +38,28 @@ def ppo_models(
     config: ModelConfig,
     lora: AdapterConfig,
     *,
-    with_critic: bool,
+    critics: int,
     seed: int,
 ) -> Models:
-    """`policy` with its reference and, where it is needed, a critic from the folder `path`, held
-    as `config` says.
+    """`policy` with its reference and, where they are needed, one or two critics from the folder
+    `path`, held as `config` says.
 
-    With LoRA the policy shares the weights of the reference, and so does the critic.  Else both are
-    loaded alike.  seed: of the critic's adapter.
+    With LoRA the policy shares the weights of the reference, and so does a critic.  Else all are
+    loaded alike.  seed: of the critics' adapters.
     """
-    critic = None
-    if with_critic and lora.on:
-        trunk = add_adapter(shared_copy(ref.base_model), lora, seed=seed + 1)
-        critic = Critic(trunk, state_size(ref.config)).to(device).eval()
-    elif with_critic:
-        critic = Critic.from_policy(path, device, config.dtype)
-    models = Models(policy=policy, ref=ref, critic=critic)
+
+    def new_critic(number: int) -> Critic:
+        if not lora.on:
+            return Critic.from_policy(path, device, config.dtype)
+        trunk = add_adapter(shared_copy(ref.base_model), lora, seed=seed + number)
+        return Critic(trunk, state_size(ref.config)).to(device).eval()
+
+    found = [new_critic(number) for number in range(1, critics + 1)]
     if config.gradient_checkpointing:
-        for trained in models.trained.values():
+        for trained in (policy, *found):
             recompute_layers(trained)
-    return models
+    critic: Any = TwoCritics(*found) if critics == 2 else found[0] if found else None
+    return Models(policy=policy, ref=ref, critic=critic)
 
 
 def new_ppo(
@@ -64,15 +69,16 @@ def new_ppo(
     ref: PreTrainedModel,
     reward: Reward,
     world: World = ALONE,
+    guided: Guided = UNGUIDED,
 ) -> PPO:
     """PPO over `policy` by `config`, with a critic from SFT where the advantage needs one."""
     advantage = ADVANTAGES[config.advantage](config)
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
     batch_size, prefix = run.config.generate.batch_size, run.config.prefix
     models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
-                        run.config.lora, with_critic=advantage.needs_critic,
+                        run.config.lora, critics=guided.critics(advantage),
                         seed=run.seed)  # fmt: skip
-    return PPO(
+    return guided.trainer(
         models,
         HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
         config,

@@ -23,8 +23,8 @@ def train_by_function(
     """What `PPOTrainer(...).train()` does, to the same weights.
 
     reward, judge: `module:function`.  data, heldout: JSONL files of prompts.  settings: those of
-    `ppo`, `generate`, `model`, `lora` and `prefix` are used.  options: the trainer's others, by
-    name.
+    `ppo`, `generate`, `model`, `lora`, `algorithm`, `rlgf`, `guide` and `prefix` are used.
+    options: the trainer's others, by name.
     Errors: DataError naming what is not given.
     """
     for name, value, expected in (
@@ -45,6 +45,9 @@ def train_by_function(
         generate=settings.generate,
         loading=settings.model,
         lora=settings.lora,
+        algorithm=settings.algorithm,
+        rlgf=settings.rlgf,
+        guide=settings.guide,
         prefix=settings.prefix,
         **options,
     ).train()

@@ -262,7 +262,7 @@ def stage_loop(
     config = replace(training.ppo, steps=steps)
     advantage = ADVANTAGES[config.advantage](config)
     models = ppo_models(policy, ref, sft, training.device, loading, lora,
-                        with_critic=advantage.needs_critic, seed=training.seed)  # fmt: skip
+                        critics=int(advantage.needs_critic), seed=training.seed)  # fmt: skip
     gap = SentenceModel.load(parts / "gap" / MODEL, training.device, loading.dtype)
     reward = GapReward(gap, tokens=training.pit.reward == "token", scale=training.pit.scale,
                        max_tokens=config.max_tokens)  # fmt: skip

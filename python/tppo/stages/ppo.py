@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from tppo import stopping
 from tppo.evaluation.judge import SESSION, RuleJudge, judge_answers
-from tppo.labels.queries import parse_answer, query_key
+from tppo.labels.queries import answer_text, parse_answer, query_key
 from tppo.methods.critic_fit import Answered
 from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import check_auc, check_signal
+from tppo.methods.rlgf import TARGET
 from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen
 from tppo.models.parallel import ALONE, World, joined
@@ -24,6 +26,7 @@ from tppo.models.rollout import RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
+from tppo.sessions.prompts import encode_prompt
 from tppo.sessions.session import Session
 from tppo.stages.answering.recipe import Recipe, paid_by, recipe_of, write_recipe
 from tppo.stages.answers import Answer
@@ -35,6 +38,8 @@ from tppo.stages.artifacts import (
     SFT_MODEL,
     Artifact,
 )
+from tppo.stages.guides import QUERIES as ASK_QUERIES
+from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
 from tppo.stages.loop import Held, Loop, Watch, response_figures
 from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.run import Run
@@ -69,7 +74,10 @@ def recipe(run: Run) -> Recipe:
 
 def new_loop(run: Run, out: Path, world: World) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
-    return loop_of(run, out, new_trainer(run, world))
+    policy, ref = policy_and_ref(run, SFT_MODEL)
+    reward, guided = run_reward(run, policy, ref), guided_by(run, policy, ref)
+    trainer = new_ppo(run, run.config.ppo, policy, ref, reward, world, guided)
+    return loop_of(run, out, trainer)
 
 
 def loop_of(run: Run, out: Path, trainer: PPO, about: Mapping[str, Any] | None = None) -> Loop:
@@ -161,6 +169,21 @@ def run_reward(
     return FormatReward(reward, config.format_cost) if config.format_cost else reward
 
 
+def guided_by(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Guided:
+    """The algorithm of `--algorithm` with the guide that the run names."""
+    config, guide = run.config, run.config.guide
+    if config.algorithm == "ppo":
+        return UNGUIDED
+    if guide.base_url and guide.system is None:
+        guide = replace(guide, system=ASK_QUERIES)
+    learner = Learner(
+        ref, run.tokenizer, model_eos_ids(run.tokenizer, ref), config.generate.batch_size,
+        config.prefix, questions_of(run, run.sessions("train"), policy), encode_prompt,
+    )  # fmt: skip
+    rollout = new_guide(guide, learner, run.device, config.model)
+    return Guided(config.algorithm, rollout, config.rlgf, guide)
+
+
 def policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The policy in `start` and the SFT model, whose weights it shares with LoRA."""
     ref, lora = run.sft_model(), run.config.lora
@@ -171,9 +194,10 @@ def policy_and_ref(run: Run, start: Artifact) -> tuple[PreTrainedModel, PreTrain
 
 def questions_of(run: Run, sessions: Sequence[Session], policy: PreTrainedModel) -> Questions:
     """The sessions as a reward sees them."""
-    columns: dict[str, Sequence[float]] = {
+    columns: dict[str, Sequence[Any]] = {
         SUGGESTED_LENGTH: suggested_lengths(run, sessions),
         QUERIES: [len(session.targets) for session in sessions],
+        TARGET: [answer_text(session.targets) for session in sessions],
     }
     return run.questions(sessions, policy, **columns)
 

@@ -21,6 +21,9 @@ This file loads no torch.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from tppo.stages.artifacts import (
     ANSWERS,
     CATEGORIES,
@@ -61,6 +64,9 @@ from tppo.stages.stage import (
     load_stage,
     register,
 )
+
+if TYPE_CHECKING:
+    from tppo.stages.run import Run
 
 __all__ = [
     "ANSWERS", "CATEGORIES", "CRITIC", "HEAT_ROWS", "HELDOUT_SESSIONS", "LABELS", "MERGED_POLICY",
@@ -112,6 +118,12 @@ def _of_train(given: Given) -> tuple[str, ...]:
         "generate.temperature", *_SAMPLING, "label.sentence_threshold", "ppo",
         *(f"-ppo.{name}" for name in WITHOUT_EFFECT), "rule", "judge", "lora",
     )  # fmt: skip
+
+
+def _guide(run: Run) -> Path | None:
+    from tppo.stages.guides import guide_of_run  # not where only --help is wanted
+
+    return guide_of_run(run)
 
 
 register(Stage(
@@ -184,9 +196,10 @@ register(Stage(
         REWARD_REPORT,
     ),
     outputs=(POLICY, CRITIC, TRAINING),
-    settings=_of_train,
+    settings=lambda given: (*_of_train(given), "guided"),
+    outside=_guide,
     banner="The policy is trained by token-level PPO from the SFT model.",
-    flags=("reward_model.min_auc", "reward_model.min_auc_sessions"),
+    flags=("reward_model.min_auc", "reward_model.min_auc_sessions", "algorithm", "rlgf", "guide"),
     lost="no step of this process is lost",
     in_run=True,
     processes=True,

@@ -43,9 +43,10 @@ class Stage:
 
     settings: names of those that change its result: `ppo.lr` is one, `ppo` a section, `-ppo.lr` the
     section without it, "rule" the edition of the rule's verdicts, "judge" the name of a judge in
-    place of the rule, if there is one, "lora" the adapters, if some are trained.  A setting that
-    decides how fast, how often or whether at all something happens, but not what comes of it, is
-    not among them: changing it repeats no stage.
+    place of the rule, if there is one, "lora" the adapters, if some are trained, "guided" the
+    algorithm with its guide, if it is not plain PPO.  A setting that decides how fast, how often or
+    whether at all something happens, but not what comes of it, is not among them: changing it
+    repeats no stage.
     An own output among the inputs is of rounds before; the first round has none.
     """
 
@@ -149,7 +150,8 @@ def _resolved(function: Any) -> Any:
 
 
 def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
-    from tppo.labels.rule import RULE  # not where only --help is wanted
+    from tppo.config import guided_settings  # not where only --help is wanted
+    from tppo.labels.rule import RULE
     from tppo.store.jsonl import plain
 
     found: dict[str, Any] = {}
@@ -160,6 +162,8 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
         elif name == "judge":
             judge = given.judge()
             found |= {} if judge is None else {name: judge}
+        elif name == "guided":
+            found |= guided_settings(given.config)
         elif name == "lora":
             found |= {name: plain(given.config.lora)} if given.config.lora.on else {}
         else:

@@ -9,20 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo import stopping
-from tppo.config import Config, fill_defaults
-from tppo.errors import DataError
+from tppo.config import Config, fill_defaults, guided_settings
+from tppo.errors import DataError, short
 from tppo.methods.advantages import ADVANTAGES, Advantage
-from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
-from tppo.methods.ppo import PPO
+from tppo.methods.config import WITHOUT_EFFECT, Algorithm, PPOConfig, RLGFConfig
 from tppo.models.adapters import merged, need_peft, origin_of
 from tppo.models.card import write_card
-from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig, Prefix
+from tppo.models.config import (
+    AdapterConfig,
+    GenerateConfig,
+    GuideConfig,
+    ModelConfig,
+    Prefix,
+)
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
@@ -37,6 +43,7 @@ from tppo.stages.answering.recipe import Recipe, write_recipe
 from tppo.stages.artifacts import POLICY
 from tppo.stages.given import (
     RewardJudge,
+    as_guide,
     as_judge,
     as_reward,
     check_advantage_given,
@@ -44,14 +51,18 @@ from tppo.stages.given import (
     check_model,
     check_place,
     check_sections,
+    check_targets,
     checked_seed,
     described,
     function_of,
+    guide_files,
+    guide_identity,
 )
+from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
 from tppo.stages.lengths import positions_of
 from tppo.stages.loop import Held, Loop
 from tppo.stages.models import adapted, ppo_models
-from tppo.stages.prompts import Prompts, questions, read_prompts
+from tppo.stages.prompts import Prompts, encode_given, questions, read_prompts
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
 
@@ -90,6 +101,10 @@ class PPOTrainer:
     loading: how the models are loaded and held in memory.
     lora: `tppo.AdapterConfig(rank=16)` trains adapters over one frozen copy of the model instead of
         all weights; `save` then writes the adapter.
+    algorithm: "ppo++", "aggrevated", "lols" or "d2lols" have a guide write a part of each answer
+        (docs/rlgf.md).  guide: None, the model itself before training, with the sampling of a
+        `tppo.GuideConfig()`; the folder or hub id of another model; a `tppo.GuideConfig`, also of
+        an endpoint; or any `Rollout` of one's own.  rlgf: their settings.
     out: folder that gets `train/model`, `train/metrics.jsonl` (a row a step, TRL's names),
         `train/report.json`, and checkpoints while it runs.
     seed: decides everything random.  device: auto, cpu, cuda, cuda:1.
@@ -114,6 +129,9 @@ class PPOTrainer:
         generate: GenerateConfig | None = None,
         loading: ModelConfig | None = None,
         lora: AdapterConfig | None = None,
+        algorithm: Algorithm = "ppo",
+        guide: Any = None,
+        rlgf: RLGFConfig | None = None,
         out: str | Path = "runs/ppo",
         seed: int = 0,
         device: str = "auto",
@@ -121,7 +139,8 @@ class PPOTrainer:
     ) -> None:
         check_model(model)
         check_sections(config=(config, PPOConfig), generate=(generate, GenerateConfig),
-                       loading=(loading, ModelConfig), lora=(lora, AdapterConfig))  # fmt: skip
+                       loading=(loading, ModelConfig), lora=(lora, AdapterConfig),
+                       rlgf=(rlgf, RLGFConfig))  # fmt: skip
         check_place(device, prefix)
         self.out, self.seed, self.prefix = Path(out), checked_seed(seed), prefix
         self.device = resolve_device(str(device))
@@ -133,23 +152,21 @@ class PPOTrainer:
         given = config or PPOConfig()
         self.advantage = ADVANTAGES[given.advantage](given) if advantage is None else advantage
         check_advantage_given(self.advantage, given)
-        self.config = _own_config(given, self.reward, self.lora)
+        self.guide = as_guide(guide)
+        self.settings = _own_settings(given, self.reward, self.lora, algorithm, rlgf, self.guide)
+        self.config = self.settings.ppo
         self.prompts = read_prompts(prompts)
         self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
         held_columns = None if self.heldout is None else list(self.heldout.columns)
         check_columns(self.reward, list(self.prompts.columns), held_columns)
+        check_targets(self.settings.rlgf, list(self.prompts.columns))
         self.judge = as_judge(judge, self.reward, held_columns)
         self.identity = self._identity()
         pickles = self.loading.allow_pickle
         self.path = locate(model, self.loading.revision, flag="model", pickles=pickles)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
+        self.inputs = [self.path, *guide_files(self.settings, pickles)]
         self.origin = origin_of(model, self.path)
-        self._start()
-        self.eos_ids = model_eos_ids(self.tokenizer, self.model)
-        self.positions = positions_of(self.model.config)
-        longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
-        self.sampling = Sampling(longest, self.generate.temperature, seed)
-        self._train = self._questions(self.prompts)
+        self._load_all()
         preflight(self.model, self.tokenizer, self._train.ids[0], where=str(model),
                   prefix=self.prefix)  # fmt: skip
         self._held = None if self.heldout is None else self._questions(self.heldout)
@@ -157,6 +174,16 @@ class PPOTrainer:
         self.used = False
         self.report: dict[str, Any] | None = None
         self._card: dict[str, Any] | None = None
+
+    def _load_all(self) -> None:
+        """Tokenizer and model, and what they make of the prompts."""
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
+        self._start()
+        self.eos_ids = model_eos_ids(self.tokenizer, self.model)
+        self.positions = positions_of(self.model.config)
+        longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
+        self.sampling = Sampling(longest, self.generate.temperature, self.seed)
+        self._train = self._questions(self.prompts)
 
     def train(self) -> dict[str, Any]:
         """Every step that is still to do; returns the report, also in `report.json`.
@@ -181,7 +208,7 @@ class PPOTrainer:
             raise DataError(f"{self.out}: holds a run of stages (run.yaml), expected another "
                             "folder for the training with a reward of one's own")  # fmt: skip
         if from_environment().rank == 0 and folder.manifest(STAGE) is not None:
-            changes = folder.changes(STAGE, [self.path], self.identity, self.seed)
+            changes = folder.changes(STAGE, self.inputs, self.identity, self.seed)
             say(f"WARNING: {self.out / STAGE} holds a finished training, which is replaced when "
                 f"this one ends (another `out` keeps it): {'; '.join(changes) or 'the same'}")
         with joined(self.device) as world, ExitStack() as stack:
@@ -189,7 +216,7 @@ class PPOTrainer:
             stack.enter_context(stopping.deferrable())  # ends after the folder has its name
             out = world.of_first(
                 stack.enter_context(
-                    folder.stage(STAGE, [self.path], self.identity, self.seed, resume=True)
+                    folder.stage(STAGE, self.inputs, self.identity, self.seed, resume=True)
                 )
                 if world.rank == 0
                 else None
@@ -207,9 +234,10 @@ class PPOTrainer:
             self._start()
         self.used = True
         ref = self.base or self._load()
+        guided = self._guided(ref)
         models = ppo_models(self.model, ref, self.path, self.device, self.loading, self.lora,
-                            with_critic=self.advantage.needs_critic, seed=self.seed)  # fmt: skip
-        trainer = PPO(
+                            critics=guided.critics(self.advantage), seed=self.seed)  # fmt: skip
+        trainer = guided.trainer(
             models,
             self._engine(),
             self.config,
@@ -231,6 +259,16 @@ class PPOTrainer:
                     about={"reward": described(self.reward)})  # fmt: skip
         self._say_what_runs()
         return loop
+
+    def _guided(self, ref: PreTrainedModel) -> Guided:
+        settings, given = self.settings, self.guide
+        if settings.algorithm == "ppo":
+            return UNGUIDED
+        learner = Learner(ref, self.tokenizer, self.eos_ids, self.generate.batch_size, self.prefix,
+                          self._train, partial(encode_given, place="guide"))  # fmt: skip
+        if isinstance(given, GuideConfig):
+            given = new_guide(given, learner, self.device, self.loading)
+        return Guided(settings.algorithm, given, settings.rlgf, settings.guide)
 
     def _say_what_runs(self) -> None:
         if not self.generate.max_new_tokens:
@@ -310,10 +348,19 @@ class PPOTrainer:
             "generate": sampling,
             "prefix": self.prefix,
             **({"lora": plain(self.lora)} if self.lora.on else {}),
+            **guided_settings(self.settings),
+            **guide_identity(self.settings, self.guide),
         }
 
 
-def _own_config(config: PPOConfig, reward: Reward, lora: AdapterConfig) -> PPOConfig:
+def _own_settings(
+    config: PPOConfig,
+    reward: Reward,
+    lora: AdapterConfig,
+    algorithm: Algorithm,
+    rlgf: RLGFConfig | None,
+    guide: Any,
+) -> Config:
     """The settings with defaults filled for a model that is not from scratch."""
     if function_of(reward) is not None:
         default = PPOConfig()
@@ -323,5 +370,13 @@ def _own_config(config: PPOConfig, reward: Reward, lora: AdapterConfig) -> PPOCo
                     f"config.{name} was {getattr(config, name)!r}, expected the default: it "
                     "belongs to the token reward model, and the reward is a function"
                 )
-    filled = fill_defaults(Config(ppo=config, lora=lora), pretrained=True).ppo
-    return replace(filled, max_passes=config.max_passes)  # as many as the steps take
+    if algorithm == "ppo" and guide != GuideConfig():
+        raise DataError(f"guide was {short(guide)}, expected None with algorithm ppo, which has "
+                        "no guide: algorithm='ppo++'")  # fmt: skip
+    given = Config(
+        ppo=config, lora=lora, algorithm=algorithm, rlgf=rlgf or RLGFConfig(),
+        guide=guide if isinstance(guide, GuideConfig) else GuideConfig(),
+    )  # fmt: skip
+    filled = fill_defaults(given, pretrained=True)
+    # as many as the steps take
+    return replace(filled, ppo=replace(filled.ppo, max_passes=config.max_passes))

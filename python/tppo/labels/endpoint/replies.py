@@ -75,6 +75,23 @@ def outcome(
     return _trouble(_form(reply.status, error or {}, schema), reply, config, error or {})
 
 
+def completion_text(reply: Reply, config: EndpointConfig) -> tuple[str, str] | Trouble:
+    """The text of a chat completion and why it ended, or why there is none.
+
+    The text of a model that wrote nothing is empty; one that was refused is a trouble.
+    """
+    if reply.failure:
+        return _trouble(FORM[reply.failure], reply, config)
+    error = _error(reply.body)
+    choice = _choice(reply.body) if reply.status == 200 and error is None else None
+    if choice is None:
+        return _trouble(_form(reply.status, error or {}, False), reply, config, error or {})
+    text = _text(choice) or ""
+    if not text and (form := _form_without_text(choice)).name == "moderated":
+        return _trouble(form, reply, config)
+    return text, str(choice.get("finish_reason"))
+
+
 def _read(
     text: str, choice: dict[str, Any], config: EndpointConfig, response: str
 ) -> Judgement | Trouble:

@@ -30,6 +30,7 @@ from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
 from tppo.stages.ppo import answered, policy_and_ref, questions_of
 from tppo.stages.study.config import Cell
+from tppo.stages.study.guides import guided_by
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import dpo_policy, reward_of, scores
 from tppo.stages.study.statistics import explained_by_lines
@@ -159,7 +160,8 @@ def trained(
     """PPO of a cell: the curve of figures of fresh users, and of the answers of each step."""
     run = material.seeded
     config = ppo_config(run.config.ppo, cell)
-    trainer = new_ppo(run, config, policy, ref, reward)
+    trainer = new_ppo(run, config, policy, ref, reward,
+                      guided=guided_by(material, cell, ref, reward))  # fmt: skip
     fit = fitted(material, trainer, cell.arm.fit_critic) if cell.arm.fit_critic else {}
     size = cell.arm.responses_per_prompt
     order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from tppo.config import Config
 from tppo.errors import DataError
+from tppo.methods.config import Algorithm
 from tppo.settings import Count, Natural, Positive, Seed, Share, Text, from_dict, section
 from tppo.store.jsonl import plain
 
@@ -68,6 +69,11 @@ class Arm:
     mode: Literal["probability", "score"] = "probability"
     """Of a model of whole answers: what is paid, P - 1/2, or the score,
     log(P / (1 - P)), which still grows where P is close to 1."""
+    algorithm: Algorithm = "ppo"
+    """Of PPO: with a guide, ppo++, aggrevated, lols or d2lols (docs/rlgf.md)."""
+    guide: Literal["sft", "strong"] = "sft"
+    """sft: the SFT model, from the likeliest 92 % of the probability.  strong: a policy that PPO
+    has trained before, with the same reward model and more answers than the arm has."""
 
     def __post_init__(self) -> None:
         if self.labels == "sentences" and self.paid == "token":

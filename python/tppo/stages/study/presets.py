@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import product
 
 from tppo.config import Config
-from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
+from tppo.methods.config import Algorithm, PPOConfig, RewardModelConfig, SFTConfig
 from tppo.models.config import AdapterConfig, GenerateConfig
 from tppo.sessions.config import SessionsConfig
 from tppo.stages.study.config import ANY_MODEL, PAPER, Arm, Noise, Part, Pooling, StudyConfig
@@ -227,7 +227,26 @@ def gpu() -> StudyConfig:
     return StudyConfig(parts, users=400, settings=settings, model=ANY_MODEL)
 
 
+def _guided(name: str, algorithm: Algorithm) -> list[Arm]:
+    """An algorithm with the strong guide, paid at the token and at the end, and with a weak one."""
+    arm = Arm(f"{name}, strong guide", algorithm=algorithm, guide="strong")
+    return [arm, replace(arm, name=f"{arm.name}, end", paid="end"),
+            replace(arm, name=f"{name}, weak guide", guide="sft")]  # fmt: skip
+
+
+def rlgf() -> StudyConfig:
+    """Plain PPO and the algorithms with a guide (Chang et al. 2023), under one budget of 16 steps
+    of 16 answers: with the SFT model as a weak guide and with a strong one.
+    """
+    both = [*_guided("PPO++", "ppo++"), *_guided("AggreVaTeD", "aggrevated")]
+    arms = (TOKEN, END, *both, _guided("LOLS", "lols")[0], _guided("D2LOLS", "d2lols")[0])
+    parts = tuple(Part("credit", arms, (400,), seeds=(seed,), steps=16, step_answers=16,
+                       eval_every=4) for seed in SEEDS[:3])  # fmt: skip
+    settings = replace(SMALL, generate=GenerateConfig(samples=1000))
+    return StudyConfig(parts, users=160, settings=settings)
+
+
 PRESETS = {
     "labels": labels, "credit": credit, "small": small, "tuning": tuning,
-    "ablations": ablations, "real": real, "gpu": gpu, "seconds": seconds,
+    "ablations": ablations, "real": real, "gpu": gpu, "seconds": seconds, "rlgf": rlgf,
 }  # fmt: skip

@@ -1,0 +1,33 @@
+"""A step of PPO that could not be taken, because its guide gave no answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tppo.methods.rlgf import SKIPPED, GuidedPPO
+from tppo.models.guards import GuardError
+
+if TYPE_CHECKING:
+    from tppo.stages.loop import Loop
+
+
+def skip(loop: Loop, step: int) -> None:
+    """Go on behind a step that was skipped.  Before the first of several in a row a checkpoint is
+    written, from which a later call takes all of them again.
+
+    Errors: GuardError after `rlgf.max_skipped` in a row, or where no step of a run could be taken.
+    """
+    assert isinstance(loop.trainer, GuidedPPO)
+    missed = 1
+    while missed < step and loop.metrics[-missed].get(SKIPPED):
+        missed += 1
+    done = step - missed
+    if missed == 1 and done % loop.config.checkpoint_every and loop.world.rank == 0:
+        loop.save(done)
+    if missed >= loop.trainer.rlgf.max_skipped or step == loop.steps == missed:
+        then = f"the same call goes on after step {done}" if done else "no step was taken yet"
+        raise GuardError(
+            f"ppo step {step}: the guide gave no answer, and {missed} steps in a row are skipped "
+            f"for that (the reasons stand above). Nothing is lost: {then}; --rlgf.max-skipped N "
+            "allows more of them"
+        )
