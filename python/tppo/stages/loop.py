@@ -139,9 +139,7 @@ class Loop:
         """What the progress line says of a step."""
         shown = {**self.watch.shown, "reward": "objective/scores", "KL": "objective/kl",
                  "length": "response/length"}  # fmt: skip
-        digits = {"KL": 1, "length": 1}
-        return ", ".join(f"{text} {row[name]:.{digits.get(text, 2)}f}"
-                         for text, name in shown.items())  # fmt: skip
+        return ", ".join(f"{text} {row[name]:.2f}" for text, name in shown.items())
 
     def fit_critic(self, answers: int) -> None:
         """Fit the critic before the first step; a run that resumes has it fitted."""
