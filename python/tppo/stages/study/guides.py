@@ -23,7 +23,7 @@ from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material
 
-STEPS, ANSWERS = 24, 64  # of the training of the strong guide, which no arm's budget counts
+STEPS, ANSWERS = 12, 32  # of the training of the strong guide, which no arm's budget counts
 
 
 def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Reward) -> Guided:
@@ -42,8 +42,8 @@ def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Rewa
 
 
 def _strong(material: Material, cell: Cell, reward: Reward) -> Path:
-    """The folder of the strong guide: token-level PPO by the reward model of the cell, for longer
-    and with more answers a step than any arm has.
+    """The folder of the strong guide: the policy of token-level PPO by the reward model of the cell,
+    on three times the answers of an arm of the preset.
     """
     folder = material.run.out / f"guide-{cell.reward_model}-{material.study.mark}"
     if folder.exists():

@@ -235,15 +235,19 @@ def _guided(name: str, algorithm: Algorithm) -> list[Arm]:
 
 
 def rlgf() -> StudyConfig:
-    """Plain PPO and the algorithms with a guide (Chang et al. 2023), under one budget of 16 steps
-    of 16 answers: with the SFT model as a weak guide and with a strong one.
+    """Plain PPO and the algorithms with a guide (Chang et al. 2023), under one budget of 8 steps of
+    16 answers: with the SFT model as a weak guide and with a strong one.
+
+    The arms that the paper compares come first, for every seed.
     """
-    both = [*_guided("PPO++", "ppo++"), *_guided("AggreVaTeD", "aggrevated")]
-    arms = (TOKEN, END, *both, _guided("LOLS", "lols")[0], _guided("D2LOLS", "d2lols")[0])
-    parts = tuple(Part("credit", arms, (400,), seeds=(seed,), steps=16, step_answers=16,
-                       eval_every=4) for seed in SEEDS[:3])  # fmt: skip
-    settings = replace(SMALL, generate=GenerateConfig(samples=1000))
-    return StudyConfig(parts, users=160, settings=settings)
+    plus, late = _guided("PPO++", "ppo++"), _guided("AggreVaTeD", "aggrevated")
+    both = _guided("LOLS", "lols")[:1] + _guided("D2LOLS", "d2lols")[:1]
+    parts = tuple(
+        Part("credit", tuple(arms), (400,), seeds=SEEDS[:3], steps=8, step_answers=16,
+             eval_every=2)
+        for arms in ([TOKEN, plus[0], late[0]], [plus[2], late[2]], [END, plus[1], late[1]], both)
+    )  # fmt: skip
+    return StudyConfig(parts, users=200, settings=SMALL)
 
 
 PRESETS = {
