@@ -42,8 +42,8 @@ def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Rewa
 
 
 def _strong(material: Material, cell: Cell, reward: Reward) -> Path:
-    """The folder of the strong guide: the policy of token-level PPO by the reward model of the cell,
-    on three times the answers of an arm of the preset.
+    """The folder of the strong guide: the policy of token-level PPO by the reward model of the
+    cell, on three times the answers of an arm of the preset.
     """
     folder = material.run.out / f"guide-{cell.reward_model}-{material.study.mark}"
     if folder.exists():
