@@ -33,6 +33,7 @@ from tppo.progress import say
 from tppo.rewards import Answers
 from tppo.rewards.sentence_model import SentenceModel
 from tppo.sessions.prompts import encode_prompt, prompt_text
+from tppo.sessions.session import Session
 from tppo.stages.artifacts import ANSWERS, IMPROVED, PIT_GAP, PIT_POLICY, PIT_REPORT, SFT_MODEL
 from tppo.stages.given import check_model, check_place, check_sections, checked_seed
 from tppo.stages.lengths import positions_of
@@ -198,41 +199,50 @@ def pit_stage(run: Run) -> None:
 
 
 def improve_stage(run: Run) -> None:
-    """Answers of the SFT model to test users, and `pit.improve_steps` times a better one.
-
-    A row of figures a step: the judge's, the mean gap over the answer before, and the length.
-    """
+    """Answers of the SFT model to test users, and `pit.improve_steps` times a better one."""
     with run.stage("improve") as out:
-        training, sessions = session_training(run), run.sessions("test")
-        questions = run.questions(sessions, run.sft_model())
-        first = training.improver(run.sft_model())
-        policy = training.improver(training.policy(run.path(PIT_POLICY)))
-        gap = GapReader(
-            SentenceModel.load(run.path(PIT_GAP), run.device, training.loading.dtype),
-            run.tokenizer.pad_token_id, training.prefix, training.gap.max_tokens,
-        )  # fmt: skip
-        ids = first.step(questions.prompts, [""] * len(questions), training.sampling())
-        later = policy.steps(questions.prompts, first.texts(ids), training.pit.improve_steps,
-                             replace(training.sampling(), seed=run.seed + 1))  # fmt: skip
-        rows, answers, before = list[dict[str, Any]](), list[list[str]](), [""] * len(questions)
-        for step, found in enumerate([ids, *later]):
-            given = Answers(questions.prompts, found, questions.columns, run.tokenizer,
-                            policy.eos_ids, range(len(questions)))  # fmt: skip
-            row = {"step": step, **judge_answers(run.judge, given)}
-            row["length"] = sum(map(len, found)) / len(found)
-            asked = [training.encode(x, y) for x, y in zip(questions.prompts, before, strict=True)]
-            row["gap"] = gap.gaps(asked, found).mean().item() if step else None
-            rows.append(row)
-            answers.append(given.texts)
-            before = given.texts
-            figure = first_figure(row)
-            say(f"improve: step {step}, {figure} {row[str(figure)]:.3f}, length {row['length']:.1f}"
-                + (f", gap {row['gap']:.2f}" if step else ""))  # fmt: skip
+        sessions = run.sessions("test")
+        rows, answers = judged_steps(run, sessions, run.path(PIT_POLICY), run.path(PIT_GAP))
         write_json(out / IMPROVED.name, rows)
         write_jsonl(out / "answers.jsonl", (
-            {"session": session.id, "answers": list(texts)}
+            {"session": session.id, "answers": texts}
             for session, *texts in zip(sessions, *answers, strict=True)
         ))  # fmt: skip
+
+
+def judged_steps(
+    run: Run, sessions: Sequence[Session], policy: Path, gap: Path
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """A row of figures a step, from 0, and the step's answers, one a session.
+
+    The figures are the judge's, the mean gap over the answers before, and the length.
+    """
+    training, judge = session_training(run), run.judge
+    questions = run.questions(sessions, run.sft_model())
+    first, improver = (training.improver(training.policy(path))
+                       for path in (training.base, policy))  # fmt: skip
+    reader = GapReader(SentenceModel.load(gap, run.device, training.loading.dtype),
+                       run.tokenizer.pad_token_id, training.prefix,
+                       training.gap.max_tokens)  # fmt: skip
+    prompts, before = questions.prompts, [""] * len(questions)
+    ids = first.step(prompts, before, training.sampling())
+    later = improver.steps(prompts, first.texts(ids), training.pit.improve_steps,
+                           replace(training.sampling(), seed=run.seed + 1))  # fmt: skip
+    rows, answers = list[dict[str, Any]](), list[list[str]]()
+    for step, found in enumerate([ids, *later]):
+        given = Answers(prompts, found, questions.columns, run.tokenizer, improver.eos_ids,
+                        range(len(questions)))  # fmt: skip
+        row = {"step": step, **judge_answers(judge, given)}
+        row["length"] = sum(map(len, found)) / len(found)
+        asked = [training.encode(x, y) for x, y in zip(prompts, before, strict=True)]
+        row["gap"] = reader.gaps(asked, found).mean().item() if step else None
+        rows.append(row)
+        answers.append(list(given.texts))
+        before = answers[-1]
+        figure = first_figure(row)
+        say(f"improve: step {step}, {figure} {row[str(figure)]:.3f}, length {row['length']:.1f}"
+            + (f", gap {row['gap']:.2f}" if step else ""))  # fmt: skip
+    return rows, answers
 
 
 def pit_on_files(

@@ -111,11 +111,7 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
     own: what was killed goes on in the part, and in PPO the step, where it was.
     """
     config = training.pit
-    order = random.Random(f"{training.seed}/pit").sample(range(len(pairs)), len(pairs))
-    n_heldout = max(1, round(config.heldout_share * len(pairs)))
-    heldout, train = ([pairs[i] for i in part] for part in (order[:n_heldout], order[n_heldout:]))
-    if not train:
-        raise DataError(f"pairs: {len(pairs)}, expected at least 2: one is held out")
+    train, heldout = held_out(training, pairs)
     (out / KEPT).mkdir(exist_ok=True)
     parts, report = RunFolder(out / KEPT), dict[str, Any]()
 
@@ -130,10 +126,10 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
 
     if not done("sft"):
         with part("sft") as work:
-            _sft(work, training, train, heldout)
+            sft_part(work, training, train, heldout)
     if not done("gap"):
         with part("gap") as work:
-            _gap(work, training, train, heldout)
+            gap_part(work, training, train, heldout)
     newest = "sft"
     for name, steps in (("stage-0", config.stage_0), ("stage-1", config.stage_1)):
         if not steps:
@@ -155,7 +151,19 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
     return report
 
 
-def _sft(
+def held_out(training: Training, pairs: Sequence[Better]) -> tuple[list[Better], list[Better]]:
+    """The pairs that are trained on, and those that stop trainings; drawn at random.
+
+    Errors: DataError where there is one alone.
+    """
+    if len(pairs) < 2:
+        raise DataError(f"pairs: {len(pairs)}, expected at least 2: one is held out")
+    order = random.Random(f"{training.seed}/pit").sample(range(len(pairs)), len(pairs))
+    n = max(1, round(training.pit.heldout_share * len(pairs)))
+    return [pairs[i] for i in order[n:]], [pairs[i] for i in order[:n]]
+
+
+def sft_part(
     out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
 ) -> None:
     """-log M(y_w | x, y_l), from the base, to the early stop."""
@@ -178,7 +186,7 @@ def _sft(
                                      "heldout_loss": result.heldout_loss})  # fmt: skip
 
 
-def _gap(
+def gap_part(
     out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
 ) -> None:
     """The gap model, from the base, an epoch past its best on held-out pairs."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
@@ -30,6 +31,8 @@ from tppo.models.config import GenerateConfig
 from tppo.progress import say
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import Count, Seed, section
+from tppo.stages.pit import judged_steps, session_better, session_training
+from tppo.stages.pit_parts import gap_part, held_out, sft_part, stage_loop
 from tppo.stages.run import Run
 from tppo.store.jsonl import plain, read_json, write_json, write_text
 
@@ -148,16 +151,34 @@ def ser_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
 
 
 def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
-    """Relevance of test users' answers after each improvement, of every arm."""
-    rows, n = [], study.steps
+    """Relevance of test users' answers after each improvement, of every arm.
+
+    The arms of a seed share SFT, and those of a reward the gap model.
+    """
+    rows, n, run = list[Row](), study.steps, _run(study, out, seed)
     for reward in ("answer", "token"):
-        for arm, (first, second) in {"stage 0": (n, 0), "stage 1": (0, n),
-                                     "both": (n // 2, n - n // 2)}.items():  # fmt: skip
-            config = replace(study.settings.pit, reward=reward, stage_0=first, stage_1=second)
-            run = _run(study, out, seed, pit=config)
-            for name in ("pit", "improve"):
-                run.perform(name)
-            for row in json.loads((run.out / "improve/steps.json").read_text()):
+        training = replace(session_training(run), pit=replace(run.config.pit, reward=reward))
+        train, heldout = held_out(training, session_better(run))
+        parts = run.out / f"pit-{reward}"
+        shutil.rmtree(parts, ignore_errors=True)  # of a process that was stopped
+        for name, make in (("sft", sft_part), ("gap", gap_part)):
+            (parts / name).mkdir(parents=True)
+            if name == "sft" and reward == "token":
+                shutil.copytree(run.out / "pit-answer/sft", parts / name, dirs_exist_ok=True)
+            else:
+                make(parts / name, training, train, heldout)
+        arms = {"SFT alone": (0, 0), "stage 0": (n, 0), "stage 1": (0, n),
+                "both": (n // 2, n - n // 2)}  # fmt: skip
+        for arm, stages in arms.items():
+            policy = parts / "sft/model"
+            for stage, steps in zip(("stage-0", "stage-1"), stages, strict=True):
+                if steps:
+                    folder = parts / f"{arm}-{stage}"
+                    folder.mkdir()
+                    stage_loop(folder, parts, training, train, policy, stage, steps).run_all()
+                    policy = folder / "model"
+            found, _ = judged_steps(run, run.sessions("test"), policy, parts / "gap/model")
+            for row in found:
                 names = ("relevance", "words", "format", "distinct_queries", "gap", "length")
                 rows.append({"arm": f"{arm}, paid per {reward}", "x": row["step"],
                              **{name: row[name] for name in names}})  # fmt: skip
@@ -205,7 +226,7 @@ def compared(
         pairs |= {f"{arm}, paid per {reward}: one improvement less none":
                   ((f"{arm}, paid per {reward}", 1), (f"{arm}, paid per {reward}", 0), "relevance")
                   for reward in ("answer", "token")
-                  for arm in ("stage 0", "stage 1", "both")}  # fmt: skip
+                  for arm in ("SFT alone", "stage 0", "stage 1", "both")}  # fmt: skip
     return {name: mean_and_error([by[one][figure] - by[other][figure] for by in found])
             for name, (one, other, figure) in pairs.items()}  # fmt: skip
 
