@@ -113,7 +113,8 @@ def run_folder(tmp_path_factory):
 def test_noise_of_a_run(run_folder, capsys):
     main(["noise", "--out", str(run_folder)])
     found = json.loads((run_folder / "noise/noise.json").read_text())
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert said.rstrip().endswith(str(run_folder / "noise/noise.json"))
     assert found["answers"] == 64 and found["fitted_on"] <= 64
     arms = found["arms"]
     assert len(arms) == 6 and all(name in shown for name in arms)

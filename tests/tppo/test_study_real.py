@@ -8,6 +8,7 @@ from test_examples import CHATML
 from test_loading import small, write_gguf
 from torch.nn.functional import cross_entropy
 
+from tppo.commands import _read
 from tppo.errors import DataError
 from tppo.models.batch import Batch
 from tppo.models.tokenizer import train_tokenizer
@@ -133,6 +134,14 @@ def test_ppo_is_paid_by_the_head_that_was_fitted_on_the_kept_states(place, outco
         chance = found.softmax(-1) * batch.mask[..., None]
         share = chance[..., 2].sum(1) / chance[..., 1:].sum((1, 2))
         assert share.tolist() == pytest.approx(kept, abs=1e-4)
+
+
+def test_other_commands_find_the_settings_of_a_material_in_its_folder(place, outcomes):
+    """`tppo train-rm` and `tppo noise` of a study's material need no flag but --out."""
+    run = material_of(place, 3).run
+    found = _read(run.out / "run.yaml")
+    assert (found.out, found.seed, found.model) == (run.out, run.seed, run.model)
+    assert found.settings == run.config
 
 
 def test_an_arm_changes_settings_for_itself_alone(place, outcomes):

@@ -43,7 +43,7 @@ def noise(run: Run) -> None:
         found = measured(run)
         write_json(out / NOISE.name, found)
     print(table(found))
-    say(f"noise: {out / NOISE.name}")
+    say(f"noise: {run.path(NOISE)}")
 
 
 def measured(run: Run) -> dict[str, Any]:

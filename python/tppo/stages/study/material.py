@@ -37,9 +37,10 @@ from tppo.stages.study.label_cost import (
     label_costs,
     openai_tokens,
 )
-from tppo.store.jsonl import write_json
+from tppo.store.jsonl import plain, write_json
+from tppo.store.yaml_file import write_yaml
 
-COST = "label-cost.json"
+SETTINGS, COST = "run.yaml", "label-cost.json"
 COUNTED = 200  # answers whose labels are counted in tokens
 LAST_STAGE = "map"  # it and those before it make the material
 
@@ -72,10 +73,14 @@ class Material:
         return own
 
     def make(self) -> None:
-        """Run the stages that have not finished."""
+        """Run the stages that have not finished; other commands find the settings in the folder."""
         for name in [*before(LAST_STAGE), LAST_STAGE]:
             if not self.run.done(name):
                 self.run.perform(name)
+        write_yaml(self.run.out / SETTINGS, plain({
+            "out": self.run.out, "seed": self.run.seed, "model": self.run.model,
+            "settings": self.run.config,
+        }))  # fmt: skip
         count = openai_tokens()
         if count is not None:
             write_json(self.run.out / COST, costs_as_json(self.label_costs(count)))
