@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_help import COMMANDS, page
 from test_loading import small, write_gguf
 
 from tppo.labels.label import read_labels
 from tppo.models.tokenizer import train_tokenizer
 from tppo.sessions.session import read_sessions
 from tppo.sessions.synthetic import POPULAR
+from tppo.stages.registry import REGISTRY
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
@@ -70,6 +72,51 @@ def test_a_trainer_in_a_document_trains_as_it_is_pasted(document, tmp_path, monk
     assert names["no_filler"](["very, very good"]) == [[(0, 4, -1.0), (6, 10, -1.0)]]
     assert (tmp_path / "out/model.safetensors").exists()
     assert len((tmp_path / "runs/ppo/train/metrics.jsonl").read_text().splitlines()) == 2
+
+
+FLAG = re.compile(r"--\w[\w.-]*\w")
+OTHER_PROGRAMS = {"--nproc-per-node", "--bench-grid", "--index-url", "--help", "--help-all",
+                  "--json", "--resume", "--smoke", "--only"}  # fmt: skip
+DOCUMENTS = [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def taken():
+    """By command the flags that it takes."""
+    pages = {" ".join(c): page(*c, "--help-all" if c[0] in {"run", *REGISTRY} and len(c) == 1 else
+                               "--help", columns=200) for c in COMMANDS}  # fmt: skip
+    return {command: set(FLAG.findall(text)) for command, text in pages.items()}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_commands_and_flags_in_a_document_exist(document, taken):
+    text = document.read_text().replace("\\\n", " ")
+    every = set().union(*taken.values()) | OTHER_PROGRAMS
+    sections = {flag.rpartition(".")[0] for flag in every}  # --eval.endpoint, --ppo.*
+    assert [flag for flag in FLAG.findall(text) if flag not in every | sections] == []
+    for line in re.findall(r"(?:^ *|`|-m )tppo ([^`\n]*)", text, re.MULTILINE):
+        words = line.partition(" #")[0].split()
+        command = " ".join(words[:2]) if " ".join(words[:2]) in taken else words[0]
+        if re.fullmatch(r"\w+:\w+|[A-Z]+|module:STAGE", command) or command.startswith("--"):
+            continue  # a stage of one's own, a placeholder
+        assert command in taken, line
+        flags = {w.partition("=")[0] for w in words if w.startswith("--")} - OTHER_PROGRAMS
+        assert flags <= taken[command], line
+
+
+def test_every_block_of_python_in_the_documents_compiles():
+    blocks = [(d.name, b) for d in DOCUMENTS
+              for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.S)]  # fmt: skip
+    assert len(blocks) >= 7
+    for name, block in blocks:
+        compile(block, name, "exec")
+
+
+def test_every_example_has_a_test():
+    text = Path(__file__).read_text()
+    for file in EXAMPLES.iterdir():
+        if file.suffix in (".py", ".ipynb"):
+            assert f'example("{file.stem}")' in text or f'cells_run("{file.name}")' in text, file
 
 
 def test_the_session_of_the_docs_is_read(tmp_path):
