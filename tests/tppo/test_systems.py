@@ -66,6 +66,22 @@ def test_one_seed_alone_has_no_error():
 def test_the_presets_are_three_seeds_and_refuse_flags_of_other_studies(tmp_path):
     assert {name: make().system for name, make in SYSTEMS.items()} == {"ser": "ser", "pit": "pit"}
     assert all(len(make().seeds) == 3 for make in SYSTEMS.values())
-    assert seconds("pit").seeds == (0,)
     with pytest.raises(SystemExit, match="--model or --noise was given, expected neither"):
         main(["study", "ser", "--out", str(tmp_path / "o"), "--noise", "words=.1"])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("system", "arms"), [
+    ("ser", {f"{labels}{arm}" for labels in ("pairs", "words")
+             for arm in ("", ": last round", ": all labels")}),
+    ("pit", {f"{arm}, paid per {reward}" for reward in ("answer", "token")
+             for arm in ("SFT alone", "stage 0", "stage 1", "both")}),
+])  # fmt: skip
+def test_each_study_runs_to_its_report(tmp_path, system, arms):
+    run_system(seconds(system), tmp_path)
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert {point["arm"] for point in found["points"]} == arms
+    assert all(error is None for _, error in found["gains"].values())
+    if system == "pit":  # all arms better the same first answers
+        first = [point["figures"]["relevance"] for point in found["points"] if point["x"] == 0]
+        assert len(first) == 8 and all(value == first[0] for value in first)

@@ -63,16 +63,8 @@ SMALL = Config(
 
 
 def ser() -> SystemStudy:
-    """Two answers to each of 2,400 histories; 15 % of the labels, and 30 % held out: with a tenth
-    the error of an accuracy is as large as what rounds can gain.
-    """
-    settings = replace(
-        SMALL,
-        sessions=replace(SMALL.sessions, train_users=2400),
-        generate=replace(SMALL.generate, samples=4800),
-        ser=replace(SMALL.ser, heldout_share=0.3),
-    )
-    return SystemStudy("ser", settings=settings)
+    """Two answers to each of 800 histories; 15 % of the labels."""
+    return SystemStudy("ser", settings=SMALL)
 
 
 def pit() -> SystemStudy:
@@ -91,12 +83,15 @@ def seconds(system: Literal["ser", "pit"]) -> SystemStudy:
     """With a model that has learnt next to nothing: whether everything runs."""
     settings = replace(
         SMALL,
-        sessions=SessionsConfig(80, 8, 8, 1),
-        scratch=replace(Config().scratch, hidden_size=32, intermediate_size=32, vocab_size=400),
-        sft=SFTConfig(max_steps=40, eval_every=40),
-        generate=GenerateConfig(samples=160, max_new_tokens=24),
-        ppo=PPOConfig(batch_size=8, minibatch_size=8, without_signal=True),
-        ser=SERConfig(seed_share=0.4, rounds=1),
+        sessions=SessionsConfig(60, 8, 8, 1),
+        scratch=replace(
+            Config().scratch, hidden_size=32, intermediate_size=32, layers=1, vocab_size=400
+        ),
+        sft=SFTConfig(max_steps=30, eval_every=30),
+        generate=GenerateConfig(samples=120, max_new_tokens=16),
+        reward_model=replace(SMALL.reward_model, epochs=1),
+        ppo=PPOConfig(batch_size=4, minibatch_size=4, epochs=1, without_signal=True),
+        ser=SERConfig(seed_share=0.5, rounds=1),
         pit=PITConfig(improve_steps=1),
     )
     return SystemStudy(system, seeds=(0,), steps=2, settings=settings)
@@ -148,7 +143,7 @@ def _run(study: SystemStudy, out: Path, seed: int, **changes: Any) -> Run:
 
 def ser_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
     """Held-out accuracy (words: AUC too) of every round, and of all labels behind the last."""
-    rows = []
+    rows = list[Row]()
     for labels in ("pairs", "words"):
         run = _run(study, out, seed, ser=replace(study.settings.ser, labels=labels))
         run.perform("ser")
