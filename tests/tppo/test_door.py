@@ -117,6 +117,10 @@ def test_a_span_reward_is_raised_and_everything_is_kept(model, trained, tmp_path
     assert not (out / "train/checkpoints").exists()
     trainer.save(tmp_path / "saved")
     assert_same(weights(tmp_path / "saved"), weights(out / "train/model"))
+    (text,) = trainer.answer([WORDS[0]], temperature=0.0)
+    for folder in (out, tmp_path / "saved"):  # asked as it was asked here
+        (found,) = tppo.load(folder).answers([WORDS[0]], temperature=0.0)[0]
+        assert found.text == text and found.reward is None
     assert any((weights(model)[n] != w).any() for n, w in weights(tmp_path / "saved").items())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert_same(dict(loaded.named_parameters()), dict(trainer.model.named_parameters()))

@@ -16,13 +16,18 @@ from tppo.flags import flags_of, help_text
 from tppo.options import LabelOptions, Options, RunOptions, TrainOptions
 from tppo.sessions.inspect import Options as InspectOptions
 from tppo.settings import section
+from tppo.stages.answering.command import AnswerOptions, ServeOptions
+from tppo.stages.doctor import DoctorOptions
+from tppo.stages.init import InitOptions
 from tppo.stages.plan import PlanOptions
 from tppo.stages.registry import REGISTRY
 from tppo.stages.report.command import ReportOptions
 from tppo.stages.study.command import StudyOptions, WriteOptions
 
-KINDS = [Options, LabelOptions, RunOptions, TrainOptions, PlanOptions, InspectOptions, StudyOptions,
-         WriteOptions, ReportOptions]  # fmt: skip
+KINDS = [
+    Options, RunOptions, LabelOptions, TrainOptions, AnswerOptions, ServeOptions, InitOptions,
+    DoctorOptions, PlanOptions, ReportOptions, StudyOptions, WriteOptions, InspectOptions,
+]  # fmt: skip
 COMMANDS = [["run"], *([name] for name in REGISTRY), *([name] for name in OTHERS),
             ["data", "inspect"], ["study", "write"]]  # fmt: skip
 
@@ -48,7 +53,7 @@ def test_the_flags_are_those_that_are_taken_and_each_has_a_sentence(kind):
     flags = list(flags_of(kind))
     assert taken and {flag.name for flag in flags if flag.name.startswith("-")} == taken
     for flag in flags:
-        assert re.match(r"\S.*[.)]$", flag.text), f"{flag.name} says {flag.text!r}"
+        assert re.match(r"\S.*[.?)]$", flag.text), f"{flag.name} says {flag.text!r}"
 
 
 def test_a_stage_shows_its_own_flags_and_all_of_them_if_asked():

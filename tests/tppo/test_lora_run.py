@@ -233,3 +233,13 @@ def test_adapters_start_from_larger_learning_rates():
 def test_target_modules_are_names_or_all(targets, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(rank=4, target_modules=targets)
+
+
+def test_an_adapter_answers_in_its_run_and_its_merged_policy_alone(finished, tmp_path):
+    out, _, _ = finished
+    (found,) = tppo.load(out).answers(["red shoes"], temperature=0.0)[0]
+    assert found.reward is not None and {token.category for token in found.tokens} <= {0, 1, 2}
+    shutil.copytree(out / "merge/policy", tmp_path / "alone")
+    (alone,) = tppo.load(tmp_path / "alone").answers(["red shoes"], temperature=0.0)[0]
+    assert alone.text == found.text and alone.reward is None
+    assert alone.logprob == pytest.approx(found.logprob, abs=1e-3)

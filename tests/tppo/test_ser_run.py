@@ -70,6 +70,7 @@ def test_words_are_labelled_by_their_probability_and_pay_in_ppo(prepared):
     run.perform("ser-train")
     assert read_json(prepared / "ser-train/report.json")["labels"] == "words"
     assert (prepared / "ser-train/model/model.safetensors").exists()
+    assert (prepared / "ser-train/model/tppo.json").exists()  # `tppo answer` can ask it
 
 
 def test_pairs_are_two_answers_to_one_history_and_pay_in_ppo(prepared):

@@ -11,9 +11,10 @@ from tppo.models.parallel import joined
 from tppo.rewards import Reward
 from tppo.rewards.format import FormatReward
 from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
-from tppo.stages.artifacts import SER_MODEL, SER_REPORT, SFT_MODEL
+from tppo.stages.answering.recipe import write_recipe
+from tppo.stages.artifacts import SER_MODEL, SER_POLICY, SER_REPORT, SFT_MODEL
 from tppo.stages.models import new_ppo
-from tppo.stages.ppo import loop_of, policy_and_ref, run_reward
+from tppo.stages.ppo import loop_of, policy_and_ref, recipe, run_reward
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json
 
@@ -31,6 +32,8 @@ def train_by_ser(run: Run) -> None:
         trainer = new_ppo(run, run.config.ppo, policy, ref, ser_reward(run, policy, ref), world)
         about = {"labels": report["labels"], "rounds": report["rounds"]}
         loop_of(run, out, trainer, about).run_all()
+        if first:
+            write_recipe(out / SER_POLICY.name, recipe(run))
 
 
 def ser_reward(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Reward:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from pydantic import Field
@@ -157,8 +157,8 @@ def _given(options: AnswerOptions, model: Answerer) -> Iterator[Asked]:
 
 
 def _json(answer: Answer, number: int) -> str:
-    row: dict[str, Any] = {"id": answer.id, "answer": number, **plain(answer)}
-    row |= {"logprob": answer.logprob, "reward": answer.reward}
+    row = plain({"id": answer.id, "answer": number, "logprob": answer.logprob,
+                 "reward": answer.reward}) | plain(answer)  # fmt: skip
     return json.dumps(row, ensure_ascii=not is_unicode(sys.stdout))
 
 
