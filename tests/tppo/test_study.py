@@ -200,6 +200,12 @@ def test_arms_without_ppo_have_a_table_of_their_own_and_a_fit_is_shown():
     assert [*credit["arms"]] == ["token", "end"] and credit["seeds"] == [0, 1]
     assert credit["others"]["DPO"]["relevance"][0] == pytest.approx(0.5)
     assert credit["critic_fits"] == {"end": {"explained_variance_after": 0.25}}
+    # KL is 2 at both ends, and the relevance 0 and .5: 3 nats are nowhere, 2 at the first point.
+    assert credit["arms"]["token"]["at_kl"][0] is None
+    for one in found:
+        one.found["curve"][0]["kl"], one.found["curve"][-1]["kl"] = 0.0, 4.0
+    (credit,) = all_figures(study, found)["credit"]
+    assert credit["arms"]["token"]["at_kl"][0] == pytest.approx(0.375)  # 3 of 4 nats
     curves, others = tables(figures | {"label_cost": None})
     assert ".25, " not in str(curves.rows[0]) and others.rows[0][0] == "DPO"
 

@@ -28,6 +28,7 @@ from tppo.stages.study.work import Outcome
 from tppo.store.jsonl import plain
 
 LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of relevance
+AT_KL = 3.0  # nats an answer, at which the arms' relevance is compared
 BESIDE = ("words", "distinct_queries", "format", "kl", "length")  # means over the users
 
 
@@ -191,10 +192,12 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
         for name, span in spans.items()
     }  # fmt: skip
     for name, span in spans.items():
+        rows = [_beside([curve[i] for curve in curves[name]]) for i in range(len(x))]
         points = [interval(float(v), d) for v, d in zip(value[span], draws[:, span].T, strict=True)]
         result["arms"][name] = {
             "relevance": Curve(x, points, draws[:, span]),
-            "rows": [_beside([curve[i] for curve in curves[name]]) for i in range(len(x))],
+            "rows": rows,
+            "at_kl": _at_kl(x, [row["kl"] for row in rows], value[span], draws[:, span]),
             "reached": {
                 level: interval(reached(level, x, value[span].tolist()), np.array(known))
                 for level, known in reached_in[name].items()
@@ -224,6 +227,15 @@ def without_ppo(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) 
             "beside": _beside([*rows.values()]),
         }  # fmt: skip
     return result
+
+
+def _at_kl(x: Sequence[float], kl: Sequence[float], value: Array, draws: Array) -> Interval:
+    """The relevance where the mean KL, made nondecreasing, first is `AT_KL`; NaN where never."""
+    at = reached(AT_KL, x, kl)
+    if not math.isfinite(at):
+        return Interval(math.nan, math.nan, math.nan)
+    there = np.array([np.interp(at, x, draw) for draw in draws])
+    return interval(float(np.interp(at, x, value)), there)
 
 
 def _ratios(
@@ -315,6 +327,6 @@ def _credit(outcomes: Sequence[Outcome], queries: int) -> dict[str, Any]:
     for name, arm in found["arms"].items():
         result["arms"][name] = {
             "answers": arm["relevance"].x, "relevance": arm["relevance"].y,
-            "rows": arm["rows"], "reached": arm["reached"],
+            "rows": arm["rows"], "reached": arm["reached"], "at_kl": arm["at_kl"],
         }  # fmt: skip
     return plain(result)

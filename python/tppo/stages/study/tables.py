@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tppo.stages.study.figures import LEVELS
+from tppo.stages.study.figures import AT_KL, LEVELS
 
 Point = Sequence[float | None]  # figure, low, high
 AFTER = "; relevance after PPO of equal steps, fresh users, by the rule"
@@ -160,17 +160,16 @@ def _cost(cost: Mapping[str, Any]) -> Table:
 
 
 def _shown(setting: Mapping[str, Any]) -> list[str]:
-    """The levels that a table shows: the highest that the first arm and half of the others reach,
-    and the highest that the first one reaches.
+    """The levels that a table shows: the highest that every arm surely reaches, with the whole of
+    its interval, and the highest that the first arm surely reaches.
     """
-    first, *others = setting["arms"].values()
-    counts = {
-        str(level): sum(arm["reached"][str(level)][0] is not None for arm in others)
-        for level in LEVELS
-        if first["reached"][str(level)][0] is not None
-    }
-    half = [level for level, n in counts.items() if 2 * n >= len(others)]
-    return sorted({*half[-1:], *[*counts][-1:]})
+    arms = [*setting["arms"].values()]
+    found = []
+    for asked in (arms, arms[:1]):
+        sure = [str(level) for level in LEVELS
+                if all(arm["reached"][str(level)][2] is not None for arm in asked)]  # fmt: skip
+        found += sure[-1:]
+    return sorted(set(found))
 
 
 def _credit(setting: Mapping[str, Any]) -> Table:
@@ -178,8 +177,10 @@ def _credit(setting: Mapping[str, Any]) -> Table:
     head = ["arm"]
     for level in levels:
         head += [f"answers to {float(level):g}", f"{first} / arm"]
-    head += ["relevance at the end", "KL", "format", "distinct queries",
-             "explained variance: known, fit, first, last"]  # fmt: skip
+    head += [
+        f"relevance at KL {AT_KL:g}", "relevance at the end", "KL", "format", "distinct queries",
+        "explained variance: known, fit, first, last",
+    ]  # fmt: skip
     rows = []
     for name, arm in setting["arms"].items():
         row = [name]
@@ -191,8 +192,8 @@ def _credit(setting: Mapping[str, Any]) -> Table:
         fit = setting["critic_fits"].get(name, {})
         known = [fit.get(key) for key in ("explained_by_paid", "explained_variance_after")]
         row += [
-            share(arm["relevance"][-1]), f"{last['kl']:.1f}", number(last["format"]),
-            f"{last['distinct_queries']:.2f}",
+            share(arm["at_kl"]), share(arm["relevance"][-1]), f"{last['kl']:.1f}",
+            number(last["format"]), f"{last['distinct_queries']:.2f}",
             ", ".join(map(number, (*known, variance[0], variance[-1]))) if variance else "",
         ]  # fmt: skip
         rows.append(row)
