@@ -41,7 +41,7 @@ class Summary:
             "seconds": sum(outcome.found["seconds"] for outcome in outcomes),
             "figures": all_figures(self.study, outcomes)
             | {"label_cost": self.label_cost()},
-            "outcomes": [{"cell": plain(o.cell), **plain(o.found)} for o in outcomes],
+            "outcomes": [{"cell": plain(o.cell), **_in_short(o)} for o in outcomes],
         }
         write_json(self.folder / "study.json", found)
         write_text(self.folder / "report.html", report(plain(found)))
@@ -51,6 +51,12 @@ class Summary:
         """What labels cost, as the answers of the first seed say; None where nobody could count."""
         found = sorted((self.folder / "material").glob("*/label-cost.json"))
         return read_object(found[0]) if found else None
+
+
+def _in_short(outcome: Outcome) -> dict[str, Any]:
+    """An outcome without the figures of single fresh answers, which outcomes.jsonl holds."""
+    found = plain(outcome.found)
+    return {name: value for name, value in found.items() if name not in ("scores", "shares")}
 
 
 def write_into(study: Path, target: Path, mark: str = MARK) -> None:
