@@ -170,6 +170,7 @@ def test_a_relevance_beside_which_a_limit_is_broken_is_marked_and_what_more_labe
     table, more, *_ = tables({"labels": [setting], "credit": []})
     row = dict(zip(table.head[1::5], table.rows[0][2::5], strict=True))
     assert {name.split(":")[0] for name, cell in row.items() if cell.endswith("*")} == set(broken)
+    assert "SFT: relevance .00, format 1.00, 3.00 distinct queries" in table.note
     assert more.head[1:] == [arm.name for arm in arms] and len(more.rows) == 1
     assert all(cell.startswith(".20 (") for cell in more.rows[0][1:])
 

@@ -131,10 +131,12 @@ def _beside_answers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not all(one["curve"] for one in found):
         return by_seed
     last = [one["curve"][-1] for one in found]
-    beside = _beside(last)
-    first = _beside([one["curve"][0] for one in found])
+    beside: dict[str, Any] = _beside(last)
+    begin = [one["curve"][0] for one in found]
+    first = _beside(begin) | {"relevance": float(np.mean([_relevant(row).mean() for row in begin]))}
     beside["distinct_share"] = beside["distinct_queries"] / max(first["distinct_queries"], 1e-9)
-    return {**beside, "by_seed": [_relevant(row).mean() for row in last], **by_seed}
+    by_seed["by_seed"] = [float(_relevant(row).mean()) for row in last]
+    return {**beside, "sft": first, **by_seed}
 
 
 def _beside(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -26,10 +26,13 @@ class Table(NamedTuple):
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Every table that the figures of study.json hold."""
     found: list[Table] = []
+    rated = [_labels_of(setting) for setting in figures["labels"] if not setting["steps"]]
     for setting in figures["labels"]:
         if setting["seeds"]:
+            # Reward models without PPO are more, and say the same of the correlation.
+            told = ["relevance"] if setting["steps"] and _labels_of(setting) in rated else None
             found += [_labels(setting), _more(setting),
-                      *_needed(setting, figures.get("label_cost"))]  # fmt: skip
+                      *_needed(setting, figures.get("label_cost"), told)]  # fmt: skip
     if figures.get("label_cost"):
         found.append(_cost(figures["label_cost"]))
     for setting in figures["credit"]:
@@ -38,6 +41,10 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         if setting["others"]:
             found.append(_without_ppo(setting))
     return found
+
+
+def _labels_of(setting: Mapping[str, Any]) -> tuple[Any, Any]:
+    return setting["queries"], setting["noise"]
 
 
 def named(setting: Mapping[str, Any]) -> str:
@@ -77,11 +84,20 @@ def _labels(setting: Mapping[str, Any]) -> Table:
     return Table(
         f"What labels of words buy: {named(setting)}",
         "Rank correlation (Spearman) of the reward model's score with the true share of relevant "
-        f"words, fresh answers{after * AFTER}.{after * LIMITS} "
+        f"words, fresh answers{after * AFTER}.{after * LIMITS}{after * _sft(setting)} "
         "95 % intervals: paired bootstrap over seeds and users.",
         head,
         rows,
     )
+
+
+def _sft(setting: Mapping[str, Any]) -> str:
+    """What arms begin with; empty without PPO."""
+    sft = next(iter(setting["arms"].values()))["beside"][0].get("sft")
+    if sft is None:
+        return ""
+    return (f" SFT: relevance {number(sft['relevance'])}, format {number(sft['format'])}, "
+            f"{sft['distinct_queries']:.2f} distinct queries.")  # fmt: skip
 
 
 def within_limits(beside: Mapping[str, float]) -> bool:
@@ -106,7 +122,10 @@ def _more(setting: Mapping[str, Any]) -> Table:
     )
 
 
-def _needed(setting: Mapping[str, Any], cost: Mapping[str, Any] | None) -> list[Table]:
+def _needed(
+    setting: Mapping[str, Any], cost: Mapping[str, Any] | None, told: Sequence[str] | None
+) -> list[Table]:
+    """Of the figures told, by default of all."""
     found = []
     head = ["labelled as a whole", "{} there", "answers by word / as a whole"]
     price = None
@@ -115,6 +134,8 @@ def _needed(setting: Mapping[str, Any], cost: Mapping[str, Any] | None) -> list[
         price = each["words"]["price"] / each["sentence"]["price"]
         head.append("their price")
     for figure, rows in setting["needed"].items():
+        if told is not None and figure not in told:
+            continue
         cells = [[f"{row['sentences']:,.0f}", number(row["level"]), _bounded(row, 1.0)]
                  + ([] if price is None else [_bounded(row, price)]) for row in rows]  # fmt: skip
         found.append(Table(
