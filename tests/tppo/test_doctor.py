@@ -13,7 +13,7 @@ from tppo.stages.needs import GB, LEVELS, STAGES, Work, need, plan, turned
 
 CPU = torch.device("cpu")
 SMALL = LlamaConfig(vocab_size=32_000, hidden_size=256, intermediate_size=512,
-                    num_hidden_layers=4, num_attention_heads=4)  # fmt: skip
+                    num_hidden_layers=2, num_attention_heads=4)  # fmt: skip
 
 
 def cells(lines, trained):
@@ -38,7 +38,7 @@ def test_a_stage_fits_where_its_plan_is_smaller_than_what_is_free():
     assert found.total + found.host < taken[most]
     note = next(line for line in less if line.startswith(f"({level}): with "))
     assert "--model.gradient-checkpointing" in note and note.count("--model.grad") == 1
-    assert set(cells(doctor.fit_lines({"small": SMALL}, CPU, 1), "all").values()) == {"no"}
+    assert doctor.first_level("generate", SMALL, how, Work(), 1) is None
 
 
 def test_what_is_not_installed_is_said_with_the_command(monkeypatch):

@@ -49,7 +49,7 @@ def flags_on(text):
 def test_the_flags_are_those_that_are_taken_and_each_has_a_sentence(kind):
     with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         tyro.cli(kind, args=["--help"])
-    taken = set(re.findall(r"^\W+(--\w[\w.-]*)", out.getvalue(), re.MULTILINE))
+    taken = set(re.findall(r"^\W{1,2}(--\w[\w.-]*)", out.getvalue(), re.MULTILINE))
     flags = list(flags_of(kind))
     assert taken and {flag.name for flag in flags if flag.name.startswith("-")} == taken
     for flag in flags:
