@@ -281,7 +281,7 @@ def test_a_wish_for_cuda_that_cannot_be_met_stops_the_build(sdist, tmp_path):
 def test_the_command_line_says_what_is_missing(empty, tmp_path, sdist):
     built, _ = wheel(unpacked(sdist, tmp_path), CXX="no-such-compiler")
     run(empty, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", built, cwd=tmp_path)
-    done = subprocess.run([empty, "-m", "tppo", "--help"], capture_output=True, text=True,
+    done = subprocess.run([empty, "-m", "tppo", "run", "--help"], capture_output=True, text=True,
                           cwd=tmp_path)
     assert done.returncode and "pip install 'tppo-kernels[train]'" in done.stderr
     assert "Traceback" not in done.stderr

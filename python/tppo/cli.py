@@ -107,6 +107,10 @@ def _command(arguments: list[str]) -> str:
 
 def _told(error: Exception) -> str:
     """What an error says; one of the system's without its number, the file first."""
+    if isinstance(error, ModuleNotFoundError) and str(error).startswith("No module named"):
+        name = (error.name or "").split(".")[0]
+        if name not in ("tppo", "tppo_kernels"):
+            return f"{name} is not installed: pip install 'tppo-kernels[train]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename2 or error.filename}: {error.strerror}"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
