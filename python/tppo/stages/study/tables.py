@@ -31,7 +31,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         if setting["seeds"]:
             # Reward models without PPO are more, and say the same of the correlation.
             told = ["relevance"] if setting["steps"] and _labels_of(setting) in rated else None
-            found += [_labels(setting), _more(setting),
+            found += [_labels(setting), *_more(setting),
                       *_needed(setting, figures.get("label_cost"), told)]  # fmt: skip
     if figures.get("label_cost"):
         found.append(_cost(figures["label_cost"]))
@@ -106,7 +106,7 @@ def within_limits(beside: Mapping[str, float]) -> bool:
             and beside["distinct_share"] >= MIN_DISTINCT)  # fmt: skip
 
 
-def _more(setting: Mapping[str, Any]) -> Table:
+def _more(setting: Mapping[str, Any]) -> list[Table]:
     figure, arms = "relevance" if setting["steps"] else "correlation", setting["arms"]
     sizes = sorted({n for arm in arms.values() for n in arm["answers"]})
     rows = [
@@ -114,12 +114,14 @@ def _more(setting: Mapping[str, Any]) -> Table:
                         if n in arm["answers"][:-1] else "" for arm in arms.values())]
         for n in sizes[:-1]
     ]  # fmt: skip
-    return Table(
+    if not rows:
+        return []
+    return [Table(
         f"What more labelled answers add: {named(setting)}",
         f"The {figure} with the most labelled answers less that with so many.",
         ["labelled answers", *arms],
         rows,
-    )
+    )]  # fmt: skip
 
 
 def _needed(
