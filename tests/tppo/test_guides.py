@@ -20,6 +20,7 @@ from test_door import (  # noqa: F401  # model is a fixture
     train_through_a_kill,
     weights,
 )
+from test_lora_run import TINY, stage
 from test_mapping import CORPUS, FAMILIES, sampler  # noqa: F401  # a fixture
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -317,3 +318,26 @@ def test_the_true_answers_join_the_loss_and_a_reward_function_may_see_them(model
     assert last < first
     rows = (tmp_path / "train/metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[2])["loss/target_nll"] == last
+
+
+def test_a_run_of_stages_trains_with_a_guide(tmp_path, capfd):
+    """Its manifest says with which; one without does not know of any."""
+    settings = {name: value for name, value in TINY.items() if name != "lora"}
+    config, out = tmp_path / "tiny.json", tmp_path / "out"
+    config.write_text(json.dumps(settings))
+    for name in ("data", "sft", "generate", "label", "map", "train-rm"):
+        stage(name, out, config)
+    stage("train", out, config, "--algorithm", "lols", "--rlgf.target-nll", "0.1")
+    first = json.loads((out / "train/manifest.json").read_text())["config"]
+    assert first["algorithm"] == "lols" and first["rlgf"]["target_nll"] == 0.1
+    assert "max_skipped" not in first["rlgf"] and "base_url" not in first["guide"]
+    lines = (out / "train/metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["loss/target_nll"] > 0 for line in lines)
+    stage("train", out, config, "--algorithm", "ppo++", "--guide.model", str(out / "sft/model"))
+    assert "guide/tokens" in (out / "train/metrics.jsonl").read_text()
+    stage("train", out, config)
+    assert not {"algorithm", "rlgf", "guide"} & json.loads(
+        (out / "train/manifest.json").read_text())["config"].keys()  # fmt: skip
+    with pytest.raises(SystemExit):
+        stage("train", out, config, "--rlgf.beta", "0.5")
+    assert "expected the defaults with algorithm ppo, which has no" in capfd.readouterr().err

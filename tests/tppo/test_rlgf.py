@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tppo.methods.config import RLGFConfig
 from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
-from tppo.methods.rlgf import AGGREVATED, PLUS, SKIPPED, GuidedPPO, TwoCritics, learners
+from tppo.methods.rlgf import AGGREVATED, PLUS, SKIPPED, GuidedPPO
 from tppo.models.batch import Batch
 from tppo.models.load import load_policy
-from tppo.models.policy import Critic, policy_logprobs
+from tppo.models.policy import Critic, TwoCritics, learners, policy_logprobs
 from tppo.models.rollout import LOST, HFRollout, RolloutBatch, Sampling
 from tppo.rewards import Questions
 from tppo.rewards.terminal import TerminalReward

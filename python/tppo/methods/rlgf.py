@@ -29,18 +29,18 @@ are whitened where `normalize` is on, as in PPO here (the authors' code does not
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tppo.methods.config import Algorithm, RLGFConfig
 from tppo.methods.experience import Experience, Losses
 from tppo.methods.ppo import PPO
 from tppo.models.batch import Batch
-from tppo.models.policy import policy_logprobs
+from tppo.models.policy import TwoCritics, policy_logprobs
 from tppo.models.rollout import LOST, Rollout, RolloutBatch, Sampling
 from tppo.plain_text import plain_text
 from tppo.progress import say
@@ -123,32 +123,6 @@ def _cut(length: int, draw: float) -> int:
 def _lost(prompts: Sequence[Sequence[int]]) -> RolloutBatch:
     nothing: list[list[int]] = [[] for _ in prompts]
     return RolloutBatch([[*p] for p in prompts], nothing, None, [LOST] * len(prompts))
-
-
-class TwoCritics(nn.Module):
-    """The learner's critic and the guide's, of which one has its turn: that of LOLS."""
-
-    def __init__(self, learner: nn.Module, guide: nn.Module):
-        super().__init__()
-        self.learner, self.guide = learner, guide
-        self.turn = ""  # the name of one of them; "" before the first step
-
-    def forward(self, batch: Batch) -> Any:
-        """What the critic whose turn it is gives, at first the learner's."""
-        return self.get_submodule(self.turn or "learner")(batch)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those of the critic whose turn it is: the other one is not stepped on, not even by the
-        optimiser's momentum.  Before the first step those of both, for the optimiser to know.
-        """
-        if not self.turn:
-            return super().parameters(recurse)
-        return self.get_submodule(self.turn).parameters(recurse)
-
-
-def learners(critic: nn.Module) -> nn.Module:
-    """The critic that estimates the learner's values, where there are two."""
-    return critic.learner if isinstance(critic, TwoCritics) else critic
 
 
 class GuidedPPO(PPO):

@@ -5,7 +5,7 @@ No way makes logits: the heads read the states of the response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,32 @@ class Critic(nn.Module):
         before, after = batch.states(self.trunk, "value", "bootstrap")  # [B, T, D], [B, D]
         values = tk.token_head(before, self.head.weight, self.head.bias, batch.mask)
         return values, tk.token_head(after, self.head.weight, self.head.bias)
+
+
+class TwoCritics(nn.Module):
+    """The critic of the learner and that of a guide, of which one has its turn: that of LOLS."""
+
+    def __init__(self, learner: nn.Module, guide: nn.Module):
+        super().__init__()
+        self.learner, self.guide = learner, guide
+        self.turn = ""  # the name of one of them; "" before the first step
+
+    def forward(self, batch: Batch) -> Any:
+        """What the critic whose turn it is gives, at first the learner's."""
+        return self.get_submodule(self.turn or "learner")(batch)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the critic whose turn it is: the other one is not stepped on, not even by the
+        optimiser's momentum.  Before the first step those of both, for the optimiser to know.
+        """
+        if not self.turn:
+            return super().parameters(recurse)
+        return self.get_submodule(self.turn).parameters(recurse)
+
+
+def learners(critic: nn.Module) -> nn.Module:
+    """The critic that estimates the learner's values, where there are two."""
+    return critic.learner if isinstance(critic, TwoCritics) else critic
 
 
 class RewardModel(nn.Module):

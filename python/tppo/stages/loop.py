@@ -30,11 +30,11 @@ from tppo.methods.config import WITHOUT_EFFECT, PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.guards import stands_still, sums
 from tppo.methods.ppo import PPO
-from tppo.methods.rlgf import SKIPPED, in_brackets, learners
+from tppo.methods.rlgf import SKIPPED, in_brackets
 from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
-from tppo.models.policy import load_trained, snapshot, trained_state
+from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows

@@ -15,12 +15,11 @@ from tppo.methods.advantages import ADVANTAGES
 from tppo.methods.config import PPOConfig
 from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
-from tppo.methods.rlgf import TwoCritics
 from tppo.models.adapters import Origin, add_adapter, shared_copy
 from tppo.models.config import AdapterConfig, ModelConfig
 from tppo.models.folder import model_eos_ids
 from tppo.models.parallel import ALONE, World
-from tppo.models.policy import Critic
+from tppo.models.policy import Critic, TwoCritics
 from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout
 from tppo.models.token_classifier import state_size

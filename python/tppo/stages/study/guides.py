@@ -23,8 +23,6 @@ from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
 from tppo.stages.study.material import Material
 
-STEPS, ANSWERS = 12, 32  # of the training of the strong guide, which no arm's budget counts
-
 
 def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Reward) -> Guided:
     """The algorithm of an arm with its guide."""
@@ -43,19 +41,21 @@ def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Rewa
 
 def _strong(material: Material, cell: Cell, reward: Reward) -> Path:
     """The folder of the strong guide: the policy of token-level PPO by the reward model of the
-    cell, on three times the answers of an arm of the preset.
+    cell, on three times the answers of the arm, which no budget counts.
     """
-    folder = material.run.out / f"guide-{cell.reward_model}-{material.study.mark}"
+    steps, size = 3 * cell.steps // 2, 2 * cell.step_answers
+    name = f"guide-{cell.reward_model}-{steps}-{size}-{material.study.mark}"
+    folder = material.run.out / name
     if folder.exists():
         return folder
     run, work = material.seeded, folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     policy, ref = policy_and_ref(run, SFT_MODEL)
-    config = replace(run.config.ppo, steps=STEPS, batch_size=ANSWERS)
+    config = replace(run.config.ppo, steps=steps, batch_size=size)
     paid = reward.reward if isinstance(reward, TerminalReward) else reward
     trainer = new_ppo(run, config, policy, ref, paid)
-    order = prompt_order(len(material.train), STEPS * ANSWERS, run.seed + 1)
-    for first in range(0, len(order), ANSWERS):
-        trainer.step(material.train.rows(order[first : first + ANSWERS]))
+    order = prompt_order(len(material.train), steps * size, run.seed + 1)
+    for first in range(0, len(order), size):
+        trainer.step(material.train.rows(order[first : first + size]))
     save_model(policy, run.tokenizer, work)
     try:
         work.rename(folder)

@@ -143,7 +143,8 @@ def seconds() -> StudyConfig:
     fitted = replace(SENTENCES, fit_critic=32)
     parts = (
         Part("labels", (WORDS, fitted), (8, 32), steps=1, step_answers=8),
-        Part("credit", (TOKEN, replace(END_FITTED, fit_critic=32), GRPO, REMAX, RTO, DPO,
+        Part("credit", (TOKEN, _guided("LOLS", "lols")[0], replace(END_FITTED, fit_critic=32),
+                        GRPO, REMAX, RTO, DPO,
                         BEST_OF_8), (32,), steps=2, step_answers=8, eval_every=1),
     )  # fmt: skip
     return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
@@ -247,6 +248,9 @@ def rlgf() -> StudyConfig:
              eval_every=2)
         for arms in ([TOKEN, plus[0], late[0]], [plus[2], late[2]], [END, plus[1], late[1]], both)
     )  # fmt: skip
+    # As many tokens are trained of 10 answers of PPO's own as of 16 of PPO++.
+    parts += (Part("credit", (TOKEN, END), (400,), seeds=SEEDS[:3], steps=8, step_answers=10,
+                   eval_every=2),)  # fmt: skip
     return StudyConfig(parts, users=200, settings=SMALL)
 
 
