@@ -30,6 +30,7 @@ from tppo.progress import say, status
 from tppo.settings import from_dict
 from tppo.stages.registry import REGISTRY
 from tppo.stages.report.command import kept_fresh
+from tppo.stages.trackers import need_trackers
 from tppo.stopping import Stopped
 from tppo.store.jsonl import plain, refuse_pipe
 from tppo.store.run_folder import differences
@@ -231,6 +232,7 @@ def _check_early(
     elif label_task[0] == "export_batch" and not label_task[1].absolute().parent.is_dir():
         raise ValueError(f"--export-batch was {str(label_task[1])!r}, expected a file in a folder "
                          "that is there")  # fmt: skip
+    need_trackers(run.config.report_to)
     if run.config.lora.on:
         from tppo.models.adapters import need_peft
 

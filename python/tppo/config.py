@@ -28,7 +28,7 @@ from tppo.models.config import (
     ScratchConfig,
 )
 from tppo.sessions.config import SessionsConfig
-from tppo.settings import section
+from tppo.settings import Text, section
 from tppo.store.jsonl import plain
 
 
@@ -41,6 +41,8 @@ class Config:
     algorithm: Algorithm = "ppo"
     """Of the stage train: ppo, or one of those in which a guide writes a part of the answers (see
     --rlgf and --guide): ppo++, aggrevated, lols, d2lols."""
+    report_to: Text = "none"
+    """Live trackers: tensorboard,wandb,trackio."""
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -115,7 +115,7 @@ def finished(tmp_path_factory, config):
 
 
 # Read, and without a word in the result: how often, how fast, whether at all.
-RECOMPUTED = {"model.gradient_checkpointing"}
+RECOMPUTED = {"model.gradient_checkpointing", "report_to"}
 # Read to decide whether the settings of adapters and of another judge count.
 CHOICES = {"lora.on", "eval.judge"}
 WITHOUT_RESULT = {

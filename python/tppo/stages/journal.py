@@ -27,6 +27,10 @@ class Journal:
     def __init__(self, out: Path) -> None:
         self.out, self.samples = out, 0
 
+    def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any]) -> None:
+        """Write again what a checkpoint has kept: of a stage's folder it alone was left."""
+        self.write(rows, samples)
+
     def write(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any] = ()) -> None:
         """All rows and samples so far."""
         write_jsonl(self.out / METRICS, rows)

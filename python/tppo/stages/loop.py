@@ -95,9 +95,11 @@ class Loop:
         watch: Watch | None = None,
         about: Mapping[str, Any] | None = None,
         existing: Callable[[], Answered] | None = None,
+        journal: Journal | None = None,
     ):
         """`about` is what report.json says besides: of the reward, of the data.  `existing` gives
         answers of the policy as it is to fit the critic on, which are else sampled for that.
+        `journal` writes rows and samples, by default into `out` alone.
         """
         self.trainer, self.train, self.held, self.out = trainer, train, held, out
         self.tokenizer, self.watch, self.about = tokenizer, watch or Watch(), about or {}
@@ -108,7 +110,7 @@ class Loop:
         self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
         self.metrics: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
-        self.journal = Journal(out)
+        self.journal = journal or Journal(out)
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_score: float | None = None
         self.best_step, self.seconds = 0, 0.0
@@ -291,8 +293,8 @@ class Loop:
         self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
         self.best_step, self.seconds = found.state["best_step"], found.state["seconds"]
         self.samples = found.state["samples"]
-        if self.world.rank == 0:  # only the checkpoints were left
-            self.journal.write(self.metrics, self.samples)
+        if self.world.rank == 0:
+            self.journal.resume(self.metrics, self.samples)
         say(f"ppo: resumes after step {found.step} of {self.steps}")
 
     def export(self) -> None:

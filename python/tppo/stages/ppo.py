@@ -40,9 +40,11 @@ from tppo.stages.artifacts import (
 )
 from tppo.stages.guides import QUERIES as ASK_QUERIES
 from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
+from tppo.stages.journal import Journal
 from tppo.stages.loop import Held, Loop, Watch, response_figures
 from tppo.stages.models import adapted, new_ppo, sft_origin
 from tppo.stages.run import Run
+from tppo.stages.trackers import followed
 from tppo.store.jsonl import read_json
 
 
@@ -57,10 +59,13 @@ def train(run: Run) -> None:
         out = world.of_first(
             stack.enter_context(run.stage("train", resume=True)) if first else None
         )
-        report = read_json(run.path(REWARD_REPORT))
-        check_signal(report, run.config.ppo.without_signal)
-        check_auc(report, run.config.reward_model)
-        new_loop(run, out, world).run_all()
+        report, config = read_json(run.path(REWARD_REPORT)), run.config
+        check_signal(report, config.ppo.without_signal)
+        check_auc(report, config.reward_model)
+        journal = None
+        if first:
+            journal = stack.enter_context(followed(config.report_to, out, run.out, config.ppo))
+        new_loop(run, out, world, journal).run_all()
         if first:
             write_recipe(out / POLICY.name, recipe(run))
 
@@ -72,15 +77,21 @@ def recipe(run: Run) -> Recipe:
     return recipe_of(run.sessions("train"), run.max_new_tokens, config.generate.temperature, paid)
 
 
-def new_loop(run: Run, out: Path, world: World) -> Loop:
+def new_loop(run: Run, out: Path, world: World, journal: Journal | None = None) -> Loop:
     """The loop over the training sessions that writes into `out`, judged on the held-out ones."""
     policy, ref = policy_and_ref(run, SFT_MODEL)
     reward, guided = run_reward(run, policy, ref), guided_by(run, policy, ref)
     trainer = new_ppo(run, run.config.ppo, policy, ref, reward, world, guided)
-    return loop_of(run, out, trainer)
+    return loop_of(run, out, trainer, journal=journal)
 
 
-def loop_of(run: Run, out: Path, trainer: PPO, about: Mapping[str, Any] | None = None) -> Loop:
+def loop_of(
+    run: Run,
+    out: Path,
+    trainer: PPO,
+    about: Mapping[str, Any] | None = None,
+    journal: Journal | None = None,
+) -> Loop:
     """The same with a trainer of one's own.
 
     about: what the report says of the reward; by default how good the token reward model is.
@@ -102,6 +113,7 @@ def loop_of(run: Run, out: Path, trainer: PPO, about: Mapping[str, Any] | None =
         ),
         about=about,
         existing=partial(generated_answers, run, questions, trainer.config.fit_critic),
+        journal=journal,
     )
 
 

@@ -145,7 +145,7 @@ register(Stage(
     lost="its steps so far are lost",
     outside=lambda run: run.base,
     banner="{model} learns the true next queries, until held-out loss stops falling.",
-    flags=("--model",),
+    flags=("--model", "report_to"),
     in_run=True,
 ))  # fmt: skip
 register(Stage(
@@ -186,6 +186,7 @@ register(Stage(
     lost="its steps so far are lost",
     outside=lambda run: run.own_reward_model,
     banner="The token reward model learns to tell wanted tokens from unwanted ones.",
+    flags=("report_to",),
     in_run=True,
 ))  # fmt: skip
 register(Stage(
@@ -199,7 +200,8 @@ register(Stage(
     settings=lambda given: (*_of_train(given), "guided"),
     outside=_guide,
     banner="The policy is trained by token-level PPO from the SFT model.",
-    flags=("reward_model.min_auc", "reward_model.min_auc_sessions", "algorithm", "rlgf", "guide"),
+    flags=("reward_model.min_auc", "reward_model.min_auc_sessions", "algorithm", "rlgf", "guide",
+           "report_to"),
     lost="no step of this process is lost",
     in_run=True,
     processes=True,

@@ -21,10 +21,10 @@ from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
 from tppo.stages.artifacts import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
-from tppo.stages.journal import Journal
 from tppo.stages.models import sft_origin
 from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
 from tppo.stages.run import Run
+from tppo.stages.trackers import followed
 from tppo.store.jsonl import write_json
 
 
@@ -61,8 +61,8 @@ def train_rm(run: Run) -> None:
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
         repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
-        train_reward_model(reader, train + repeated, config, seed=run.seed,
-                           each=Journal(out).write)  # fmt: skip
+        with followed(run.config.report_to, out, run.out, config) as journal:
+            train_reward_model(reader, train + repeated, config, seed=run.seed, each=journal.write)
         report = evaluate_reward_model(reader, heldout, config)
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]

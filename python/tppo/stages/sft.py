@@ -32,9 +32,9 @@ from tppo.sessions.session import Session
 from tppo.stages.answering.recipe import recipe_of, write_recipe
 from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.free_memory import check_memory
-from tppo.stages.journal import Journal
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.run import Run
+from tppo.stages.trackers import followed
 from tppo.store.jsonl import write_json
 
 
@@ -55,16 +55,17 @@ def sft(run: Run) -> None:
         cap = answer_cap(tokenizer, train, run.config.generate)
         examples, unseen = (_examples(tokenizer, model, part, cap) for part in (train, heldout))
         check_memory(run, model, max(map(len, examples.prompts)), cap)
-        result = train_sft(
-            model,
-            examples,
-            unseen,
-            run.config.sft,
-            pad_id=tokenizer.pad_token_id,
-            seed=run.seed,
-            prefix=run.config.prefix,
-            each=Journal(out).write,
-        )
+        with followed(run.config.report_to, out, run.out, run.config.sft) as journal:
+            result = train_sft(
+                model,
+                examples,
+                unseen,
+                run.config.sft,
+                pad_id=tokenizer.pad_token_id,
+                seed=run.seed,
+                prefix=run.config.prefix,
+                each=journal.write,
+            )
         adapter = adapter_settings(model)
         if adapter:
             save_adapter(model, out / "adapter")

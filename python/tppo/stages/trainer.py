@@ -59,10 +59,12 @@ from tppo.stages.given import (
     guide_identity,
 )
 from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
+from tppo.stages.journal import Journal
 from tppo.stages.lengths import positions_of
 from tppo.stages.loop import Held, Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.prompts import Prompts, encode_given, questions, read_prompts
+from tppo.stages.trackers import followed, need_trackers
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
 
@@ -109,6 +111,8 @@ class PPOTrainer:
         `train/report.json`, and checkpoints while it runs.
     seed: decides everything random.  device: auto, cpu, cuda, cuda:1.
 
+    report_to: trackers that follow the training, "tensorboard,wandb,trackio" or some of them.
+
     A script that was killed or stopped goes on from its newest checkpoint when it runs again with
     the same arguments.  Under `torchrun --nproc-per-node N` the processes share the responses; each
     calls the reward function with those of its share.
@@ -136,8 +140,11 @@ class PPOTrainer:
         seed: int = 0,
         device: str = "auto",
         prefix: Prefix = "shared",
+        report_to: str = "none",
     ) -> None:
         check_model(model)
+        need_trackers(report_to)
+        self.report_to = report_to
         check_sections(config=(config, PPOConfig), generate=(generate, GenerateConfig),
                        loading=(loading, ModelConfig), lora=(lora, AdapterConfig),
                        rlgf=(rlgf, RLGFConfig))  # fmt: skip
@@ -221,7 +228,12 @@ class PPOTrainer:
                 if world.rank == 0
                 else None
             )
-            loop = self._loop(out, world)
+            journal = None
+            if world.rank == 0:
+                journal = stack.enter_context(
+                    followed(self.report_to, out, self.out, self.config)
+                )
+            loop = self._loop(out, world, journal)
             loop.run_all()
             if world.rank == 0:
                 write_recipe(out / POLICY.name, self._recipe())
@@ -229,7 +241,7 @@ class PPOTrainer:
         self.metrics, self.report, self._card = loop.metrics, report, loop.card()
         return report
 
-    def _loop(self, out: Path, world: World) -> Loop:
+    def _loop(self, out: Path, world: World, journal: Journal | None) -> Loop:
         if self.used:  # from the beginning, or from a checkpoint
             self._start()
         self.used = True
@@ -256,7 +268,7 @@ class PPOTrainer:
             assert self.judge is not None
             held = Held(self._held, self.judge, self.generate.batch_size)
         loop = Loop(trainer, self._train, held, out, self.tokenizer,
-                    about={"reward": described(self.reward)})  # fmt: skip
+                    about={"reward": described(self.reward)}, journal=journal)  # fmt: skip
         self._say_what_runs()
         return loop
 
