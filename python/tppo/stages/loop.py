@@ -108,8 +108,7 @@ class Loop:
         trainer.schedules.steps = self.steps
         trainer.schedules.check_length()
         self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
-        self.metrics: list[dict[str, Any]] = []
-        self.samples: list[dict[str, Any]] = []
+        self.metrics, self.samples = list[dict[str, Any]](), list[dict[str, Any]]()
         self.journal = journal or Journal(out)
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_score: float | None = None
