@@ -39,8 +39,8 @@ class Config:
     prefix: Prefix = "shared"
     """shared computes a prompt once for all its responses; dense repeats it, to compare."""
     algorithm: Algorithm = "ppo"
-    """Of the stage train: ppo, or one of those in which a guide writes a part of the answers (see
-    --rlgf and --guide): ppo++, aggrevated, lols, d2lols."""
+    """Of the stage train: ppo, or one of those in which a guide writes a part of the answers, with
+    settings in the sections rlgf and guide: ppo++, aggrevated, lols, d2lols."""
     report_to: Text = "none"
     """Live trackers: tensorboard,wandb,trackio."""
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
