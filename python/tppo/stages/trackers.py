@@ -130,12 +130,16 @@ def trackers_named(names: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def need_trackers(names: str) -> None:
-    """Errors: DataError where a package is not installed, naming the way to get it."""
+def need_trackers(names: str) -> str:
+    """The names, as they were given.
+
+    Errors: DataError where a package is not installed, naming the way to get it.
+    """
     for name in trackers_named(names):
         if find_spec(name) is None:
             raise DataError(f"--report-to {name}: {name} is not installed "
                             f"(pip install 'tppo-kernels[{name}]')")  # fmt: skip
+    return names
 
 
 class Followed(Journal):

@@ -143,8 +143,7 @@ class PPOTrainer:
         report_to: str = "none",
     ) -> None:
         check_model(model)
-        need_trackers(report_to)
-        self.report_to = report_to
+        self.report_to = need_trackers(report_to)
         check_sections(config=(config, PPOConfig), generate=(generate, GenerateConfig),
                        loading=(loading, ModelConfig), lora=(lora, AdapterConfig),
                        rlgf=(rlgf, RLGFConfig))  # fmt: skip
