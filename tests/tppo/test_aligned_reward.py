@@ -371,7 +371,8 @@ def test_longformer_in_the_loop(tmp_path, capsys):
     assert len(steps) == 2 and all(row["objective/scores_std"] > 0 for row in steps)
     result = json.loads((out / "result.json").read_text())
     assert result["tppo"]["users"] == 16 and result["tppo"]["kl"] != 0
-    assert "<html" in (out / "heat" / "heat.html").read_text()
+    assert len((out / "heat" / "tokens.jsonl").read_text().splitlines()) > 1
+    assert "<html" in (out / "report.html").read_text()
 
     stored, _ = read_yaml(out / "run.yaml")
     run = Run(out=out, config=fill_defaults(from_dict(Config, stored["settings"]), False))

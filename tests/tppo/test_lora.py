@@ -85,7 +85,7 @@ def trainer(path, reward_path, lora=LORA, config=CONFIG, recompute=False, dtype=
     ref = load_policy(path, CPU, dtype)
     policy = add_adapter(shared_copy(ref), lora, seed=0)
     held = ModelConfig(dtype=dtype, gradient_checkpointing=recompute)
-    models = ppo_models(policy, ref, path, CPU, held, lora, with_critic=True, seed=0)
+    models = ppo_models(policy, ref, path, CPU, held, lora, critics=1, seed=0)
     reward = TokenModelReward(load_frozen(reward_path, None, CPU, dtype=dtype, base=ref))
     rollout = HFRollout(policy, pad_id=PAD, eos_id=EOS)
     return PPO(models, rollout, config, reward=reward, sampling=Sampling(8), pad_id=PAD,

@@ -94,6 +94,9 @@ def test_a_reward_model_trained_in_parts_is_that_of_whole_batches(way):
     assert in_parts[3] >= 12
     for row, expected in zip(in_parts[0], history, strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
+    assert in_parts[1].pop("confusion") == seen.pop("confusion")
+    for ours, whole in zip(in_parts[1].pop("calibration"), seen.pop("calibration"), strict=True):
+        assert ours == pytest.approx(whole, rel=1e-5)
     assert in_parts[1] == pytest.approx(seen, rel=1e-5)
     assert relative(in_parts[2], weights) < 1e-3  # Adam's first steps enlarge rounding
 

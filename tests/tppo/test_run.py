@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -98,7 +99,9 @@ class NotedRun(Run):
 
 
 def _note_files(event, arguments):
-    if Read.stage is not None and event == "open" and isinstance(arguments[0], str):
+    # Not the report, which a thread of its own keeps while a stage runs.
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and Read.stage is not None and event == "open" and isinstance(arguments[0], str):
         path = Path(arguments[0])
         if path.is_relative_to(Read.out):
             Read.files.setdefault(Read.stage, set()).add(path.relative_to(Read.out).as_posix())
@@ -117,7 +120,7 @@ def finished(tmp_path_factory, config):
 # Read, and without a word in the result: how often, how fast, whether at all.
 RECOMPUTED = {"model.gradient_checkpointing", "report_to"}
 # Read to decide whether the settings of adapters and of another judge count.
-CHOICES = {"lora.on", "eval.judge"}
+CHOICES = {"lora.on", "eval.judge", "algorithm"}
 WITHOUT_RESULT = {
     "sft": RECOMPUTED,
     # The content of the model is compared, wherever it lies.

@@ -32,6 +32,9 @@ EXTRAS = {
     "gguf": ("gguf", "a --model that is a GGUF file"),
     "lora": ("peft", "--lora.rank, adapters in place of all weights"),
     "study": ("bpe_openai", "what a label costs, in `tppo study`"),
+    "tensorboard": ("tensorboard", "--report-to tensorboard"),
+    "wandb": ("wandb", "--report-to wandb"),
+    "trackio": ("trackio", "--report-to trackio"),
     "triton": ("triton", "fused operators on an NVIDIA GPU"),
     "flash-attn": ("flash_attn", "the fastest shared prompts on an NVIDIA GPU"),
 }

@@ -71,7 +71,7 @@ def sft(run: Run) -> None:
             save_adapter(model, out / "adapter")
             model = merged(model)
         save_model(model, tokenizer, out / SFT_MODEL.name)
-        write_recipe(out / SFT_MODEL.name, recipe_of(train, cap, run.config.generate.temperature))
+        write_recipe(out / SFT_MODEL.name, recipe_of(train, cap))
         log = "generated sessions" if run.data is None else f"sessions of {run.data.name!r}"
         write_card(
             out / SFT_MODEL.name,

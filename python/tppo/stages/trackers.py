@@ -147,11 +147,11 @@ class Followed(Journal):
 
     def __init__(self, out: Path, folder: Path, names: str, config: Any) -> None:
         super().__init__(out)
-        self.folder, self.config = folder, plain(config)
+        self.folder, self.config = folder, config
         self.stage = out.name.removesuffix(".tmp")  # with its round
         self.names = trackers_named(names)
         self.trackers: dict[str, Tracker] = {}
-        self.state = read_object(folder / STATE) or {}
+        self.state = (read_object(folder / STATE) or {}) if self.names else {}
         self.resumed = False
 
     def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any]) -> None:
@@ -168,7 +168,7 @@ class Followed(Journal):
                 if not self.resumed:  # from its beginning, in a run of its own
                     known.update(run=known["run"] + 1, rows=0)
                 name = f"{self.folder.resolve().name}-{self.stage}-{known['run']}"
-                self.trackers[kind] = KINDS[kind](self.folder, name, self.config)
+                self.trackers[kind] = KINDS[kind](self.folder, name, plain(self.config))
             for i in range(known["rows"], len(rows)):
                 self._tell(kind, i, rows[i])
             known["rows"] = max(known["rows"], len(rows))

@@ -63,7 +63,7 @@ class Recipe:
 
 
 def recipe_of(
-    sessions: Sequence[Session], cap: int, temperature: float, paid: Paid | None = None
+    sessions: Sequence[Session], cap: int, temperature: float = 1.0, paid: Paid | None = None
 ) -> Recipe:
     """The recipe of a model that was trained on sessions, with answers of at most `cap` tokens."""
     queries = Counter(len(session.targets) for session in sessions)

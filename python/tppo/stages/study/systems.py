@@ -31,6 +31,7 @@ from tppo.models.config import GenerateConfig
 from tppo.progress import say
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import Count, Seed, section
+from tppo.stages.artifacts import SER_REPORT, SFT_MODEL
 from tppo.stages.pit import judged_steps, session_better, session_training
 from tppo.stages.pit_parts import gap_part, held_out, sft_part, stage_loop
 from tppo.stages.run import Run
@@ -147,7 +148,7 @@ def ser_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
     for labels in ("pairs", "words"):
         run = _run(study, out, seed, ser=replace(study.settings.ser, labels=labels))
         run.perform("ser")
-        report = read_json(run.out / "ser/report.json")
+        report = read_json(run.out / SER_REPORT.path)
         for row in report["rounds"]:
             figures = {name: row.get(name) for name in ("accuracy", "auc", "kept", "kept_accuracy")}
             rows.append({"arm": labels, "x": row["round"], **figures})
@@ -179,7 +180,7 @@ def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
         arms = {"SFT alone": (0, 0), "stage 0": (n, 0), "stage 1": (0, n),
                 "both": (n // 2, n - n // 2)}  # fmt: skip
         for arm, stages in arms.items():
-            policy = parts / "sft/model"
+            policy = parts / SFT_MODEL.path
             for stage, steps in zip(("stage-0", "stage-1"), stages, strict=True):
                 if steps:
                     folder = parts / f"{arm}-{stage}"
