@@ -310,10 +310,15 @@ def test_a_study_that_is_stopped_ends_the_processes_that_train(tmp_path, monkeyp
     monkeypatch.setattr(work, "perform", sleeps)
     monkeypatch.setattr(work, "wait", stopped)
     before = set(multiprocessing.active_children())
+    # As a program that was started by one that ignores the signal; processes inherit that.
+    before_term = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     study = PRESETS["seconds"]()
-    with pytest.raises(KeyboardInterrupt):
-        next(work._outcomes(work.Place(study, tmp_path, None), study.cells(), 1))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(work._outcomes(work.Place(study, tmp_path, None), study.cells(), 1))
+    finally:
+        signal.signal(signal.SIGTERM, before_term)
     (process,) = set(multiprocessing.active_children()) - before or {None}
     if process is not None:
-        process.join(60)
+        process.join(600)
         assert process.exitcode is not None

@@ -195,7 +195,7 @@ def _outcomes(place: Place, cells: Sequence[Cell], workers: int) -> Iterator[Out
         processes = list((getattr(pool, "_processes", None) or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)  # which forgets its processes
         for process in processes:
-            process.terminate()
+            process.kill()  # files are whole or absent, and who started us may ignore SIGTERM
 
 
 def _result(
