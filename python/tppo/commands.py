@@ -127,7 +127,7 @@ def _run(
     for line in environment.ignored(*(endpoint.api_key_env for endpoint in endpoints)):
         say(line)
     with status("loading torch and transformers"):
-        torch = _libraries()
+        environment.load_libraries(options.threads or (1 if options.model is None else None))
         from tppo.models.parallel import from_environment
         from tppo.stages.run import Run
     environment.check_backend()
@@ -140,9 +140,6 @@ def _run(
         device_name=options.device,
         round=options.round,
     )
-    threads = options.threads or (1 if options.model is None else None)
-    if threads is not None:
-        torch.set_num_threads(threads)
     world = from_environment()
     if world.size > 1 and (command == "run" or not REGISTRY[command].processes):
         able = " and ".join(f"`tppo {name}`" for name in REGISTRY if REGISTRY[name].processes)
@@ -168,27 +165,15 @@ def _run(
             _run_stages(run, command, names)
 
 
-def _libraries() -> Any:
-    """torch, with transformers beside it, which is told to leave the progress to us."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch
-
-
 def _train_by_function(extra: TrainOptions) -> None:
     """The Python door: no run of stages is read or written."""
     options = extra.options
     if options.round != 1:
         raise ValueError(f"--round was {options.round}, expected none with --reward")
     with status("loading torch and transformers"):
-        torch = _libraries()
+        environment.load_libraries(options.threads)
         from tppo.stages.own_reward import train_by_function
     environment.check_backend()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     say(f"tppo train: folder {options.out}, seed {options.seed}, reward {extra.reward}")
     train_by_function(
         extra.reward, extra.judge, options.model, options.data, extra.heldout, options.settings,
@@ -203,12 +188,10 @@ def _on_pairs(command: str, extra: PairOptions) -> None:
         raise ValueError("--heldout or --unlabelled was given, expected --pairs alone: PIT learns "
                          "from labelled pairs, and holds a share of them out")  # fmt: skip
     with status("loading torch and transformers"):
-        torch = _libraries()
+        environment.load_libraries(options.threads)
         from tppo.stages.pit import pit_on_files
         from tppo.stages.ser import ser_on_files
     environment.check_backend()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, pairs {extra.pairs}")
     common = {"skip_bad": extra.skip_bad, "out": options.out, "seed": options.seed,
               "device": options.device}  # fmt: skip

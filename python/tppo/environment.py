@@ -1,4 +1,6 @@
-"""The environment variables that `tppo` reads; one that makes no sense is refused by its name."""
+"""What a process of `tppo` is set up by: environment variables, of which one that makes no sense is
+refused by its name, and the libraries that it loads.
+"""
 
 from __future__ import annotations
 
@@ -85,3 +87,17 @@ def check_backend() -> None:
                 pass
         except ValueError as error:
             raise ValueError(f"environment variable TPPO_BACKEND: {error}") from None
+
+
+def load_libraries(threads: int | None = None) -> None:
+    """Load torch, and transformers, which is told to leave the progress to us.
+
+    threads: of torch; None leaves their number as it is.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)

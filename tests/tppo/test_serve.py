@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from browser import browser, chromium
 from exported import export
+from pages import contrast
 
 import tppo
 from tppo.cli import main
@@ -224,17 +225,6 @@ SEEN = """(() => {
     error: document.getElementById("error").textContent};
 })()"""
 IDLE = "!document.getElementById('answers').hasAttribute('aria-busy')"
-
-
-def contrast(a, b):
-    """WCAG 2's contrast ratio of two sRGB colours."""
-
-    def luminance(color):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance([c / 255 for c in a]), luminance([c / 255 for c in b])))[::-1]
-    return (high + 0.05) / (low + 0.05)
 
 
 def visible(text):

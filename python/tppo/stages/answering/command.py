@@ -16,6 +16,7 @@ import tyro
 from pydantic import Field
 
 from tppo.console import is_unicode
+from tppo.environment import load_libraries
 from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say, status
@@ -123,14 +124,8 @@ def serve(arguments: list[str]) -> None:
 def load_model(flags: ModelFlags) -> Answerer:
     """The model that the flags name."""
     with status("loading torch and transformers"):
-        import torch
-        import transformers
-
+        load_libraries(flags.threads)
         from tppo.stages.answering.answerer import load
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
     model = load(flags.out, reward_model=flags.reward_model, device=flags.device)
     if model.reward is None:
         say(f"{model.path}: no reward model is beside it, so tokens have log-probs and no rewards "

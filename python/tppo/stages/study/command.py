@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from tppo.environment import load_libraries
 from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say
@@ -82,15 +83,10 @@ def _of_a_system(options: StudyOptions) -> None:
     if options.model is not None or options.noise is not None:
         raise DataError(f"--model or --noise was given, expected neither with study "
                         f"{options.study}, which trains a small model from scratch")  # fmt: skip
-    import torch
-    import transformers
-
+    load_libraries(threads=1)
     from tppo.stages.study.systems import SYSTEMS, run_system
     from tppo.store.folder_lock import FolderLock
 
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     with FolderLock(options.out).held():
         run_system(SYSTEMS[options.study](), options.out)
 

@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tppo.environment import load_libraries
 from tppo.errors import DataError
 from tppo.progress import Bar, say, status
 from tppo.settings import from_dict
@@ -216,12 +217,7 @@ def _result(
 
 def _prepare(log: Path) -> None:
     """A process of one thread that writes its progress to the log, and ends with its parent."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    load_libraries(threads=1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
