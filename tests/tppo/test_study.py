@@ -320,7 +320,7 @@ def test_a_study_that_is_stopped_ends_the_processes_that_train(tmp_path, monkeyp
         signal.signal(signal.SIGTERM, before_term)
     (process,) = set(multiprocessing.active_children()) - before or {None}
     if process is not None:
-        # A thread of the pool may be the one that is told of the end, so `join` can come back early.
+        # A thread of the pool may be told of the end instead, so `join` can come back early.
         deadline = time.monotonic() + 300  # less than it would sleep
         while process.exitcode is None:
             assert time.monotonic() < deadline
