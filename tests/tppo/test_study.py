@@ -8,23 +8,25 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from tppo.errors import DataError
 from tppo.evaluation.chart import Line, chart
+from tppo.evaluation.config import EvalConfig
 from tppo.labels.endpoint.prompt import LabelItem
 from tppo.labels.rule import label_by_rule
+from tppo.methods.config import SERConfig
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.synthetic import generate_sessions
 from tppo.settings import from_dict
 from tppo.stages.artifacts import TEST_SESSIONS
 from tppo.stages.registry import REGISTRY, before
-from tppo.stages.study import work
+from tppo.stages.study import config, work
 from tppo.stages.study.command import read_noise, read_study
-from tppo.stages.study.config import PAPER, Arm, Noise, Part, StudyConfig
+from tppo.stages.study.config import DEFAULTS, PAPER, Arm, Noise, Part, StudyConfig
 from tppo.stages.study.figures import all_figures
 from tppo.stages.study.label_cost import label_costs
 from tppo.stages.study.material import LAST_STAGE, with_noise
@@ -32,6 +34,7 @@ from tppo.stages.study.presets import PRESETS, TUNING_SEEDS
 from tppo.stages.study.summary import write_into
 from tppo.stages.study.tables import markdown, tables
 from tppo.stages.study.work import Outcome, read_outcomes
+from tppo.store.jsonl import plain
 
 
 def test_no_stage_before_the_closing_ones_reads_test_users():
@@ -76,7 +79,6 @@ def test_a_study_in_a_file_is_checked_like_other_settings(tmp_path, name, yaml, 
 
 
 def test_a_study_that_was_written_is_read_as_it_was(tmp_path):
-    from tppo.store.jsonl import plain
     from tppo.store.yaml_file import write_yaml
 
     for name, preset in PRESETS.items():
@@ -84,6 +86,61 @@ def test_a_study_that_was_written_is_read_as_it_was(tmp_path):
         assert read_study(str(tmp_path / f"{name}.yaml")) == preset()
     with pytest.raises(DataError, match="expected one of labels, credit"):
         read_study("nothing")
+
+
+PINNED = {
+    "sessions": {"train_users": 12000, "heldout_users": 256, "test_users": 512,
+        "transfer_users": 256, "queries": 3, "heldout_share": 0.1, "test_share": 0.2},
+    "scratch": {"hidden_size": 64, "intermediate_size": 160, "layers": 2, "heads": 4,
+        "vocab_size": 1024, "max_length": 384},
+    "sft": {"max_steps": 1500, "max_passes": 50.0, "decay_steps": 700, "final_lr_share":
+        0.1, "batch_size": 32, "max_tokens": 65536, "lr": None, "eval_every": 50,
+        "patience": 2, "min_delta": 0.003, "prompt_loss": None, "grad_norm": 1.0},
+    "generate": {"samples": 4000, "samples_per_session": 4, "max_new_tokens": 0,
+        "temperature": 1.0, "batch_size": 256},
+    "reward_model": {"epochs": 3, "batch_size": 32, "max_tokens": 65536, "lr": None,
+        "heldout_share": 0.1, "repeated_share": 1.0, "local_weight": 0.4, "global_weight":
+        0.6, "balance": 3.0, "grad_norm": 1.0},
+    "ppo": {"max_passes": None, "minibatch_size": 32, "max_tokens": 65536, "epochs": 2,
+        "lr": None, "critic_lr": None, "lr_schedule": "constant", "final_lr_share": 0.0,
+        "lr_warmup_steps": 0, "critic_lr_warmup_steps": 0, "critic_warmup_steps": 0,
+        "fit_critic": 0, "gamma": 1.0, "clip": 0.2, "value_clip": None, "kl_coef": 0.2,
+        "adaptive_kl": None, "adaptive_kl_horizon": 10000.0, "target_kl": None, "reward":
+        "argmax", "reward_values": [0.0, -0.5, 0.5], "length_alpha": 2.0, "format_cost":
+        0.0, "train_on_unlabelled": True, "bootstrap_truncated": None, "normalize": True,
+        "grad_norm": 1.0},
+}  # fmt: skip
+
+
+def test_a_new_option_leaves_outcomes_as_they_were_and_a_changed_value_does_not(monkeypatch):
+    study = PRESETS["seconds"]()
+    settings = study.settings
+
+    def mark(**changes):
+        return replace(study, settings=replace(settings, **changes)).mark
+
+    changed = [mark(prefix="dense"), mark(scratch=replace(settings.scratch, layers=1)),
+               mark(ppo=replace(settings.ppo, kl_coef=0.3)), replace(study, material_seed=0).mark,
+               mark(sft=replace(settings.sft, lr=0.01)), replace(study, users=8).mark,
+               PRESETS["small"]().mark]  # fmt: skip
+    assert len({study.mark, *changed}) == len(changed) + 1
+    assert replace(study, parts=study.parts[:1]).mark == study.mark  # cells say what they are
+    unread = {"ser": SERConfig(rounds=9), "eval": EvalConfig(temperatures=(0.3,))}
+    assert mark(report_to="wandb", **unread) == study.mark
+
+    # The marks of a version that does not know some options yet.
+    late, before = {"kl_coef", "prefix", "lora", "pit", "material_seed"}, study.mark
+    monkeypatch.setattr(config, "fields", lambda of: [f for f in fields(of) if f.name not in late])
+    assert study.mark == before
+    assert mark(sft=replace(settings.sft, lr=0.01)) == changed[4]
+
+
+def test_where_a_default_changes_that_outcomes_depend_on_their_mark_does():
+    """Marks are of values that are no defaults: with another default the old ones must not hold."""
+    shipped = plain(StudyConfig())["settings"]
+    there = {f"{name}.{key}": shipped[name][key] for name, keys in PINNED.items() for key in keys}
+    pinned = {f"{name}.{key}": keys[key] for name, keys in PINNED.items() for key in keys}
+    assert (DEFAULTS, there) == (1, pinned), "raise DEFAULTS in stages/study/config.py by one"
 
 
 def test_noise_on_the_command_line():

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import field, replace
-from typing import Literal
+from dataclasses import MISSING, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from tppo.config import Config
 from tppo.errors import DataError
@@ -20,6 +20,9 @@ from tppo.store.jsonl import plain
 Labels = Literal["words", "sentences", "pairs"]
 Pooling = Literal["last", "mean"]
 ANY_MODEL = "any"
+DEFAULTS = 1  # one more where a default changes that the outcomes of a study depend on
+# Sections that no arm reads: arms say their algorithm and guide, and what judges them is the rule.
+UNREAD = ("algorithm", "report_to", "rlgf", "guide", "eval", "ser", "pit")
 
 
 @section
@@ -114,6 +117,18 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
         except ValueError:
             values[part][key] = text
     return from_dict(Config, values, "changes")
+
+
+def own_values(config: Any) -> dict[str, Any]:
+    """The values of a section that are not its defaults, those of sections in it likewise."""
+    found: dict[str, Any] = {}
+    for known in fields(config):
+        value, made = getattr(config, known.name), known.default_factory
+        default = known.default if made is MISSING else made()
+        if value == default:
+            continue
+        found[known.name] = own_values(value) if is_dataclass(value) else value
+    return found
 
 
 @section
@@ -257,11 +272,17 @@ class StudyConfig:
 
     @property
     def mark(self) -> str:
-        """Changes where a setting does that all outcomes depend on."""
-        shared = {name: value for name, value in plain(self).items() if name != "parts"}
-        for name in ("ser", "pit"):  # which no arm reads
-            del shared["settings"][name]
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+        """Changes where a setting does that all outcomes depend on.
+
+        It is of the settings that are not the defaults, so that an option that is new leaves the
+        outcomes of before as they were; where a default changes, `DEFAULTS` has to.
+        """
+        shared = own_values(self)
+        shared.pop("parts", None)
+        settings = shared.pop("settings", {})
+        read = {name: value for name, value in settings.items() if name not in UNREAD}
+        text = json.dumps([DEFAULTS, plain(shared), plain(read)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def with_noise(self, noise: Noise) -> StudyConfig:
         """The study with this noise beside clean labels where it has any noise at all."""
