@@ -49,6 +49,7 @@ KERNELS = {
     "_kernels": {"_core", "_math", "_kernels"},
     "ops": {"_core", "_math", "_kernels", "ops"},
     "models": {"_core", "_math", "ops", "models"},
+    "integrations": {"__init__", "integrations"},  # over public names, as `tk.gae`
 }
 
 # What stands against the rules.  The list may only become shorter.
@@ -163,6 +164,8 @@ GOOD = {
     "tppo_kernels/ops/gae/__init__.py": "from ..._kernels import launch\nfrom . import reference",
     "tppo_kernels/ops/gae/_triton.py": "import triton.language as tl",
     "tppo_kernels/models/align.py": "from ..ops.gae import gae",
+    "tppo_kernels/integrations/_peer.py": "import sys",
+    "tppo_kernels/integrations/trl.py": "import tppo_kernels as tk\nfrom ._peer import say",
 }
 BAD = [
     ("python/tppo/progress.py", "from tppo.store.jsonl import read", "tppo.store.jsonl.read"),
@@ -196,6 +199,9 @@ BAD = [
      "tppo_kernels.models.align"),
     ("tppo_kernels/models/align.py", "from .._kernels import launch",
      "tppo_kernels._kernels.launch"),
+    ("tppo_kernels/integrations/trl.py", "from ..ops.gae import gae", "tppo_kernels.ops.gae.gae"),
+    ("tppo_kernels/ops/gae/__init__.py", "from ...integrations import trl",
+     "tppo_kernels.integrations.trl"),
     ("tppo_kernels/doctor.py", "import triton", "triton"),
 ]  # fmt: skip
 

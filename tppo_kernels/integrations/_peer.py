@@ -1,0 +1,268 @@
+"""What all integrations share: is the trainer the one we know, and replace names in it, undoably.
+
+A name of a trainer is written "package.module:attribute", "package.module:Class.method" or
+"package.module:REGISTRY[key]".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import operator
+import re
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+_COMPARED = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
+             ">": operator.gt, "<": operator.lt}
+_MISSING = object()
+
+
+class PeerError(ImportError):
+    """A trainer that is absent, of a version we do not know, or without a name that we need."""
+
+
+def within(version: str, versions: str) -> bool:
+    """Whether a version lies in a range as ">=0.9.1,<0.10"; of each only the numbers count, so
+    that 0.10.0rc1 counts as 0.10."""
+    def numbers(text: str) -> tuple[int, ...]:
+        found = re.match(r"\s*v?(\d+(?:\.\d+)*)", text)
+        if found is None:
+            raise ValueError(f"{text!r} is no version, expected numbers with points between them")
+        parts = [int(part) for part in found[1].split(".")]
+        while len(parts) > 1 and parts[-1] == 0:  # 0.10.0 is 0.10
+            parts.pop()
+        return tuple(parts)
+
+    for bound in versions.split(","):
+        split = re.fullmatch(r"\s*(>=|<=|==|!=|>|<)(.+)", bound)
+        if split is None:
+            raise ValueError(f"{bound!r} is no bound of a version, expected one as >=1.2")
+        if not _COMPARED[split[1]](numbers(version), numbers(split[2])):
+            return False
+    return True
+
+
+def require(peer: str, versions: str, names: Mapping[str, str | None] | None = None, *,
+            distribution: str | None = None) -> str:
+    """The version of an installed trainer whose interface is the one that an integration knows.
+
+    peer: the package that is imported; distribution: what it is called when it is installed, where
+    that is another name. versions: a range as in `within`. names: for each name that the
+    integration needs its parameters as "self, values, rewards", or "values, rewards, ..." where
+    others may follow, or None where any will do. A package that was never installed and runs from
+    its sources has no version: then the names alone decide, and the version is "of unknown
+    version".
+
+    Raises PeerError, in one sentence: the trainer is absent, does not import, its version is
+    outside the range, or a name or one of its parameters is not there.
+    """
+    installed = distribution or peer
+    wanted = f"pip install '{installed}{versions}'"
+    if importlib.util.find_spec(peer) is None:
+        raise PeerError(f"{peer} is not installed, expected {installed}{versions}: {wanted}")
+    try:
+        version = importlib.metadata.version(installed)
+    except importlib.metadata.PackageNotFoundError:
+        version = str(getattr(sys.modules.get(peer), "__version__", "of unknown version"))
+    if version[0].isdigit() and not within(version, versions):
+        raise PeerError(f"{peer} {version} is installed, expected {installed}{versions}, whose "
+                        f"interface this integration knows: {wanted}")
+    for name, parameters in (names or {}).items():
+        _probe(f"{peer} {version}", name, parameters)
+    return version
+
+
+def _probe(peer: str, name: str, parameters: str | None) -> None:
+    """Raises PeerError where a name of the trainer is not there or takes other parameters."""
+    site = _site(name, peer)
+    found = site.value()
+    if found is _MISSING:
+        raise PeerError(f"{peer} has no {name}, which this integration uses: the trainer's "
+                        "interface has changed, or something has replaced it")
+    if parameters is None:
+        return
+    expected = [part.strip() for part in parameters.split(",")]
+    has = list(inspect.signature(getattr(found, "__func__", found)).parameters)
+    compared = has[:len(expected) - 1] + ["..."] if expected[-1] == "..." else has
+    if compared != expected:
+        raise PeerError(f"{peer}: {name} takes ({', '.join(has)}), expected ({parameters}): the "
+                        "trainer's interface has changed, or something has replaced it")
+
+
+class _Site(NamedTuple):
+    """One place that holds a value: an attribute of a module or class, or an item of a dict."""
+
+    owner: Any
+    key: str
+    item: bool = False
+
+    def value(self) -> Any:
+        """What stands there itself: a staticmethod as such, nothing inherited, nothing loaded."""
+        held = self.owner if self.item else vars(self.owner)
+        return held.get(self.key, _MISSING)
+
+    def put(self, value: Any) -> None:
+        """Puts a value there, or removes what is there where the value is `_MISSING`."""
+        if value is _MISSING:
+            if self.item:
+                del self.owner[self.key]
+            else:
+                delattr(self.owner, self.key)
+        elif self.item:
+            self.owner[self.key] = value
+        else:
+            setattr(self.owner, self.key, value)
+
+
+def _site(name: str, peer: str) -> _Site:
+    """The place of a name; raises PeerError in one sentence where there is no way to it."""
+    module, _, path = name.partition(":")
+    indexed = re.fullmatch(r"(.+)\[(.+)\]", path)
+    *parents, last = (indexed[1] if indexed else path).split(".")
+    try:
+        owner: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise PeerError(f"{peer}: {module} does not import here ({error})") from None
+    for parent in [*parents, last] if indexed else parents:
+        owner = getattr(owner, parent, _MISSING)
+        if owner is _MISSING:
+            raise PeerError(f"{peer} has no {name}, which this integration uses: the trainer's "
+                            "interface has changed")
+    return _Site(owner, indexed[2], item=True) if indexed else _Site(owner, last)
+
+
+class _Replaced(NamedTuple):
+    name: str
+    original: Any
+    ours: Any
+    site: _Site
+
+
+class Replacements:
+    """Names of one trainer that are replaced together and put back together.
+
+    Installing twice is installing once: one `undo` puts everything back. A function that other
+    modules of the trainer have imported by name is replaced in each of them, by whatever name; a
+    module that is loaded later takes ours from where it was defined, and is put right by `undo`.
+    What has been captured otherwise (a default argument, an instance, functools.partial) keeps
+    what it has.
+    """
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self._replaced: list[_Replaced] = []
+
+    @property
+    def installed(self) -> bool:
+        """Whether `install` has run, and `undo` not since."""
+        return bool(self._replaced)
+
+    def original(self, name: str) -> Any:
+        """What stood at a replaced name."""
+        return next(each.original for each in self._replaced if each.name == name)
+
+    def install(self, ours: Mapping[str, Any]) -> list[str]:
+        """Puts ours in place; returns what is to be told: names that were not the trainer's own.
+
+        Does nothing where it is installed already, but names what another library has put over
+        ours since: what that library has installed is left alone.
+        """
+        if self._replaced:
+            return [f"{each.name} is no longer ours: {_who(each.site.value())} has replaced it"
+                    for each in self._replaced if each.site.value() is not each.ours]
+        if len({id(each) for each in ours.values()}) != len(ours):
+            raise ValueError(f"{self.peer}: two names get the same object, expected one each: "
+                             "undoing could not tell them apart")
+        sites = {name: _site(name, self.peer) for name in ours}  # all are there before one changes
+        told = []
+        for name, new in ours.items():
+            site = sites[name]
+            old = site.value()
+            if old is not _MISSING and not _belongs(old, self.peer):
+                told.append(f"{name} was {_who(old)}'s already, and ours stands over it")
+            self._replaced.append(_Replaced(name, old, new, site))
+            if isinstance(site.owner, ModuleType):
+                self._everywhere(old, new)
+            site.put(new)
+        return told
+
+    def undo(self) -> list[str]:
+        """Puts back what stood there; returns the names that another library has replaced since,
+        each with who did: those are left as they are."""
+        told = []
+        for each in reversed(self._replaced):
+            now = each.site.value()
+            if now is each.ours:
+                each.site.put(each.original)
+            else:
+                told.append(f"{each.name} stays {_who(now)}'s, which has replaced ours since")
+            if isinstance(each.site.owner, ModuleType):
+                self._everywhere(each.ours, each.original)
+        self._replaced.clear()
+        return told
+
+    def _everywhere(self, old: Any, new: Any) -> None:
+        """Replaces an object wherever a loaded module of the trainer names it."""
+        if old is _MISSING or new is _MISSING:
+            return
+        for name, module in list(sys.modules.items()):
+            if not isinstance(module, ModuleType) or name.split(".")[0] != self.peer:
+                continue
+            for key, value in list(vars(module).items()):  # vars: loads nothing that is lazy
+                if value is old:
+                    setattr(module, key, new)
+
+
+def _belongs(value: Any, peer: str) -> bool:
+    return getattr(value, "__module__", peer).split(".")[0] == peer
+
+
+def _who(value: Any) -> str:
+    """The package that an object comes from."""
+    if value is _MISSING:
+        return "nobody"
+    return (getattr(value, "__module__", None) or type(value).__module__).split(".")[0]
+
+
+def say(peer: str, line: str) -> None:
+    """One line on stderr about what was done to a trainer, which shows in each worker's log."""
+    print(f"tppo_kernels in {peer}: {line}", file=sys.stderr, flush=True)
+
+
+def when_imported(module: str, then: Callable[[], None]) -> None:
+    """Calls `then` as soon as a module has been imported: at once where it is loaded already.
+
+    So a process that never needs the module does not load it because of us.
+    """
+    if module in sys.modules and not getattr(sys.modules[module].__spec__, "_initializing", False):
+        then()
+        return
+    sys.meta_path.insert(0, _Waiting(module, then))
+
+
+class _Waiting:
+    """Finds a module by the other finders, once, and has its loader report when it has run."""
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self.module, self.then = module, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The specification by the other finders, with a loader that calls `then`."""
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.then()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
