@@ -246,6 +246,34 @@ def test_arms_that_begin_above_a_level_have_no_ratio_there():
     assert tables(figures | {"label_cost": None})
 
 
+def test_an_arm_with_fewer_answers_a_step_has_a_table_of_its_own_and_gains_are_paired():
+    """One name at two sizes: the later one does not take the place of the other."""
+    arms = (Arm("token"), Arm("PPO++", algorithm="ppo++"))
+    parts = (Part("guides", arms, seeds=(0, 1), step_answers=16),
+             Part("guides", arms[:1], seeds=(0, 1), step_answers=10))  # fmt: skip
+    study = StudyConfig(parts)
+    shares = {("token", 16): 0.6, ("PPO++", 16): 0.5, ("token", 10): 0.4}
+    found = [outcome(cell, shares[cell.arm.name, cell.step_answers], True)
+             for cell in study.cells()]  # fmt: skip
+    figures = all_figures(study, found)
+    whole, fewer = figures["credit"]
+    ends = [(s["arms"]["token"]["answers"][-1], s["arms"]["token"]["relevance"][-1][0])
+            for s in (whole, fewer)]  # fmt: skip
+    assert ends == [(24 * 16, pytest.approx(0.6)), (24 * 10, pytest.approx(0.4))]
+    assert [*whole["gains"]] == ["PPO++"] and fewer["gains"] == {}
+    gain, low, high = whole["gains"]["PPO++"]
+    assert gain == pytest.approx(-0.1) and low < gain < high < 0
+    first, second = tables(figures | {"label_cost": None})
+    assert "16 answers a step" in first.title and "10 answers a step" in second.title
+    row = dict(zip(first.head, first.rows[1], strict=True))
+    assert row["less token's"].startswith("-.10 (-.1")
+    assert all(part.seeds == PRESETS["rlgf"]().parts[0].seeds for part in PRESETS["rlgf"]().parts)
+    paid = {(arm.labels, arm.paid, arm.algorithm) for part in PRESETS["rlgf"]().parts
+            for arm in part.arms}  # fmt: skip
+    for labels, at in (("words", "token"), ("words", "end"), ("sentences", "end")):
+        assert {(labels, at, name) for name in ("ppo", "ppo++", "aggrevated")} <= paid
+
+
 def test_arms_without_ppo_have_a_table_of_their_own_and_a_fit_is_shown():
     arms = (Arm("token"), Arm("end", paid="end", fit_critic=400),
             Arm("DPO", method="dpo", labels="pairs"))  # fmt: skip
@@ -270,7 +298,8 @@ def test_arms_without_ppo_have_a_table_of_their_own_and_a_fit_is_shown():
 
 @pytest.mark.parametrize("wrong", (
     {"method": "dpo"}, {"method": "best-of-n", "labels": "pairs", "responses_per_prompt": 4},
-    {"method": "best-of-n"}, {"advantage": "remax"},
+    {"method": "best-of-n"}, {"advantage": "remax"}, {"algorithm": "lols", "fit_critic": 8},
+    {"algorithm": "ppo++", "advantage": "grpo", "responses_per_prompt": 2},
 ))  # fmt: skip
 def test_an_arm_that_is_none_is_refused(wrong):
     with pytest.raises(DataError, match="in arm 'token', expected"):

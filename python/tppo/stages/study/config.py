@@ -97,6 +97,11 @@ class Arm:
         if self.advantage != "gae" and self.responses_per_prompt < 2:
             raise ValueError(f"responses_per_prompt was 1 in arm {self.name!r}, expected at least "
                              f"2 with advantage {self.advantage}")  # fmt: skip
+        for name, own in (("method", "ppo"), ("advantage", "gae"), ("fit_critic", 0)):
+            value = getattr(self, name)
+            if self.algorithm != "ppo" and value != own:
+                raise ValueError(f"{name} was {value!r} in arm {self.name!r}, expected {own!r} "
+                                 f"with algorithm {self.algorithm}")  # fmt: skip
 
 
 def changed(config: Config, changes: Sequence[str]) -> Config:
@@ -178,10 +183,10 @@ class Part:
     Parts are trained in their order, and within a part seed after seed.
     """
 
-    question: Literal["labels", "credit", "settings"] = "labels"
+    question: Literal["labels", "credit", "settings", "guides"] = "labels"
     """labels: figures at the last step over the numbers of labelled answers.  credit: the steps
-    that arms with one reward model take to a relevance.  settings: the same of arms that differ in
-    `changes`."""
+    that arms with one reward model take to a relevance.  settings, guides: the same of arms that
+    differ in `changes`, or in their algorithm and its guide."""
     arms: tuple[Arm, ...] = (Arm(),)
     answers: tuple[Count, ...] = (1600,)
     noise: tuple[Noise, ...] = (Noise(),)

@@ -168,8 +168,9 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
     """Question B: the curves of arms with one reward model over the answers that were sampled.
 
     Returns {"seeds", "arms": {arm: {"relevance": Curve over sampled answers, "rows": [...],
-    "reached": {level: Interval of answers}}}, "ratios": {arm: {level: Interval}}, "critic_fits":
-    {arm: mean figures}}, the ratios against the first arm.
+    "reached": {level: Interval of answers}}}, "ratios": {arm: {level: Interval}}, "gains": {arm:
+    Interval at the last x}, "critic_fits": {arm: mean figures}}, ratios and gains against the first
+    arm.
     """
     names = [arm.name for arm in arms if arm.method == "ppo"]
     found: dict[str, dict[int, Outcome]] = {}
@@ -178,7 +179,7 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
             found.setdefault(outcome.cell.arm.name, {})[outcome.cell.seed] = outcome
     seeds, keys = _seeds(found), [name for name in names if name in found]
     if not seeds:
-        return {"seeds": [], "arms": {}, "ratios": {}, "critic_fits": {}}
+        return {"seeds": [], "arms": {}, "ratios": {}, "gains": {}, "critic_fits": {}}
     curves = {name: [found[name][seed].found["curve"] for seed in seeds] for name in keys}
     x = [float(row["answers"]) for row in curves[keys[0]][0]]
     blocks = [
@@ -206,6 +207,11 @@ def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -
             },
         }
     result["ratios"] = _ratios(result["arms"], reached_in)
+    ends, first = {name: span.stop - 1 for name, span in spans.items()}, spans[keys[0]].stop - 1
+    result["gains"] = {
+        name: interval(float(value[end] - value[first]), draws[:, end] - draws[:, first])
+        for name, end in ends.items() if end != first
+    }  # fmt: skip
     fits = {name: [found[name][seed].found["critic_fit"] for seed in seeds] for name in keys}
     result["critic_fits"] = {name: _means(rows) for name, rows in fits.items() if rows[0]}
     return result
@@ -269,17 +275,18 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
     """The closing figures, as JSON holds them: an interval is [figure, low, high], and what was
     not reached is null.
     """
-    of_question: dict[str, list[Part]] = {"labels": [], "credit": [], "settings": []}
+    of_question: dict[str, list[Part]] = {}
     for part in study.parts:
-        of_question[part.question].append(part)
+        of_question.setdefault(part.question, []).append(part)
     by_cell = {outcome.cell: outcome for outcome in outcomes}
 
     def chosen(question: str) -> list[Outcome]:
-        cells = dict.fromkeys(cell for part in of_question[question] for cell in part.cells())
+        parts = of_question.get(question, [])
+        cells = dict.fromkeys(cell for part in parts for cell in part.cells())
         return [by_cell[cell] for cell in cells if cell in by_cell]
 
     labels = chosen("labels")
-    over_time = {question: chosen(question) for question in ("credit", "settings")}
+    over_time = {question: chosen(question) for question in ("credit", "settings", "guides")}
     return {
         "labels": [
             _labels(labels, *setting)
@@ -288,10 +295,9 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
             )
         ],
         "credit": [
-            {"question": question}
-            | _credit([o for o in found if o.cell.queries == queries], queries)
+            {"question": question} | _credit(found, queries, size)
             for question, found in over_time.items()
-            for queries in dict.fromkeys(o.cell.queries for o in found)
+            for queries, size in dict.fromkeys((o.cell.queries, o.cell.step_answers) for o in found)
         ],
     }
 
@@ -319,12 +325,16 @@ def _labels(
     return plain(result)
 
 
-def _credit(outcomes: Sequence[Outcome], queries: int) -> dict[str, Any]:
+def _credit(outcomes: Sequence[Outcome], queries: int, size: int) -> dict[str, Any]:
+    """The arms with so many queries an answer and answers a step."""
+    sizes = {o.cell.step_answers for o in outcomes if o.cell.queries == queries}
+    outcomes = [o for o in outcomes if (o.cell.queries, o.cell.step_answers) == (queries, size)]
     arms = list(dict.fromkeys(outcome.cell.arm for outcome in outcomes))
     found = over_steps(outcomes, queries, arms)
     result: dict[str, Any] = {
-        "queries": queries, "arms": {}, "others": without_ppo(outcomes, queries, arms),
-        **{name: found[name] for name in ("seeds", "ratios", "critic_fits")},
+        "queries": queries, "step_answers": size if len(sizes) > 1 else None, "arms": {},
+        "others": without_ppo(outcomes, queries, arms),
+        **{name: found[name] for name in ("seeds", "ratios", "gains", "critic_fits")},
     }  # fmt: skip
     for name, arm in found["arms"].items():
         result["arms"][name] = {

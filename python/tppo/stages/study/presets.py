@@ -237,19 +237,23 @@ def _guided(name: str, algorithm: Algorithm) -> list[Arm]:
 
 def rlgf() -> StudyConfig:
     """Plain PPO and the algorithms with a guide (Chang et al. 2023), under one budget of 8 steps of
-    16 answers: with the SFT model as a weak guide and with a strong one.
+    16 answers: with the SFT model as a weak guide and with a strong one; paid by labels of words,
+    at the token and at the end, and by labels of whole answers.
 
     The arms that the paper compares come first, for every seed.
     """
     plus, late = _guided("PPO++", "ppo++"), _guided("AggreVaTeD", "aggrevated")
     both = _guided("LOLS", "lols")[:1] + _guided("D2LOLS", "d2lols")[:1]
+    whole = replace(SENTENCES, fit_critic=0)  # a guide's critic is fitted on no answers of SFT's
+    by_whole = [replace(whole, name=f"{arm.name}, sentences", algorithm=arm.algorithm,
+                        guide=arm.guide) for arm in (plus[0], late[0])]  # fmt: skip
     parts = tuple(
-        Part("credit", tuple(arms), (400,), seeds=SEEDS[:3], steps=8, step_answers=16,
-             eval_every=2)
-        for arms in ([TOKEN, plus[0], late[0]], [plus[2], late[2]], [END, plus[1], late[1]], both)
+        Part("guides", tuple(arms), (400,), seeds=SEEDS, steps=8, step_answers=16, eval_every=2)
+        for arms in ([TOKEN, plus[0], late[0]], [plus[2], late[2]], [END, plus[1], late[1]],
+                     [whole, *by_whole], both)
     )  # fmt: skip
     # As many tokens are trained of 10 answers of PPO's own as of 16 of PPO++.
-    parts += (Part("credit", (TOKEN, END), (400,), seeds=SEEDS[:3], steps=8, step_answers=10,
+    parts += (Part("guides", (TOKEN, END, whole), (400,), seeds=SEEDS, steps=8, step_answers=10,
                    eval_every=2),)  # fmt: skip
     return StudyConfig(parts, users=200, settings=SMALL)
 

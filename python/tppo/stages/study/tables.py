@@ -48,12 +48,14 @@ def _labels_of(setting: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def named(setting: Mapping[str, Any]) -> str:
-    """What a setting is called: queries, noise, seeds."""
+    """What a setting is called: queries, noise, answers a step where they tell it apart, seeds."""
     noise, seeds = setting.get("noise"), setting["seeds"]
     parts = [f"{setting['queries']} queries"]
     if noise is not None:
         wrong = f"{noise['words']:.1%} of words, {noise['sentences']:.1%} of sentences flipped"
         parts.append(wrong if noise["words"] or noise["sentences"] else "clean labels")
+    if setting.get("step_answers") is not None:
+        parts.append(f"{setting['step_answers']} answers a step")
     return ", ".join([*parts, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"])
 
 
@@ -201,7 +203,8 @@ def _credit(setting: Mapping[str, Any]) -> Table:
     for level in levels:
         head += [f"answers to {float(level):g}", f"{first} / arm"]
     head += [
-        f"relevance at KL {AT_KL:g}", "relevance at the end", "KL", "format", "distinct queries",
+        f"relevance at KL {AT_KL:g}", "relevance at the end", f"less {first}'s", "KL", "format",
+        "distinct queries",
         "explained variance: known, fit, first, last",
     ]  # fmt: skip
     rows = []
@@ -215,15 +218,18 @@ def _credit(setting: Mapping[str, Any]) -> Table:
         fit = setting["critic_fits"].get(name, {})
         known = [fit.get(key) for key in ("explained_by_paid", "explained_variance_after")]
         row += [
-            share(arm["at_kl"]), share(arm["relevance"][-1]), f"{last['kl']:.1f}",
-            number(last["format"]), f"{last['distinct_queries']:.2f}",
+            share(arm["at_kl"]), share(arm["relevance"][-1]),
+            share(setting["gains"][name]) if name in setting["gains"] else "",
+            f"{last['kl']:.1f}", number(last["format"]), f"{last['distinct_queries']:.2f}",
             ", ".join(map(number, (*known, variance[0], variance[-1]))) if variance else "",
         ]  # fmt: skip
         rows.append(row)
     start = setting["arms"][first]["rows"][0]
-    title, models = ("What settings do", "Each arm's token reward model")
-    if setting["question"] == "credit":
-        title, models = "Where the same rewards are paid", "One token reward model"
+    title, models = {
+        "credit": ("Where the same rewards are paid", "One token reward model"),
+        "settings": ("What settings do", "Each arm's token reward model"),
+        "guides": ("A guide that writes a part of the answers", "A reward model a kind of labels"),
+    }[setting["question"]]
     return Table(
         f"{title}: {named(setting)}",
         f"{models}, {setting['arms'][first]['answers'][-1]:,.0f} answers sampled; "
