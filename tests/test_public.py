@@ -16,7 +16,7 @@ import tppo_kernels as tk
 from tppo_kernels import __main__ as doctor
 from tppo_kernels._core.backends import forced
 from tppo_kernels._core.keywords import near
-from tppo_kernels._core.op import OPS
+from tppo_kernels._core.op import OPS, missing
 
 MASKED = sorted(OPS.keys() - {"prefix_attention"})
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
@@ -169,6 +169,38 @@ def test_a_column_is_a_value_a_sequence(name, call):
         call(a[:2, None], w)
     with pytest.raises(TypeError, match=f"{name}: advantages is NoneType None"):
         call(None, w)
+
+
+def broadcast(given):
+    """(name, the argument with its first number along one size, expanded: stride 0 there)."""
+    for name, x in given.items():
+        if torch.is_tensor(x) and x.dim() and name != "cu_seqlens":
+            yield from ((name, x.narrow(d, 0, 1).expand(x.shape)) for d in range(x.dim()))
+
+
+@pytest.mark.parametrize("op, layout, backend", [
+    (op, layout, backend) for op in sorted(OPS) for layout in LAYOUTS
+    for backend in OPS[op].order["cpu"] if backend in ("cpp", "reference")
+    and not missing(backend) and (op, layout) != ("prefix_attention", "packed")])
+def test_a_broadcast_argument_is_its_own_copy(op, layout, backend):
+    """`x.expand` has stride 0: every result and gradient is that of a dense argument."""
+    given = {name: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+             for name, x in sample(op, layout).items()}
+    if op == "place_rewards":
+        given["terminal"] = None  # it cannot be paid to a sequence without an action token
+    seen = 0
+    with tk.use_backend(backend):
+        for name, x in broadcast(given):
+            results = [leaves(getattr(tk, op)(**given | {name: y})) for y in (x, x.contiguous())]
+            for a, e in zip(*results, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6, equal_nan=True)
+            for trained in TRAINED.get(op, ()):
+                if trained in given and trained != name:
+                    pair = [gradients(op, given | {name: y}, [trained])[trained]
+                            for y in (x, x.contiguous())]
+                    torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6)
+            seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize("op", [*sorted(OPS), "valid_rows", "response_mask"])

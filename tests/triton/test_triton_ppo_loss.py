@@ -58,6 +58,21 @@ def test_packed(triton, ratio):
     check_packed(policy_run, policy_sample, {**ALL_TERMS, "ratio": ratio})
 
 
+def test_a_column_is_a_value_a_sequence(triton):
+    """[B, 1], also expanded to stride 0, padded and packed with N = B."""
+    x, mask = policy_sample(4, 5), sample_mask("row", 4, 5)
+    column = x["advantages"][:, :1]
+    expected = policy_run({**x, "advantages": column.expand(4, 5).contiguous()}, mask)
+    for advantages in (column, column.expand(4, 5), column[:, 0]):
+        torch.testing.assert_close(flat(policy_run({**x, "advantages": advantages}, mask)),
+                                   flat(expected))
+    cu = torch.tensor([0, 0, 3, 3, 4], dtype=torch.int32)
+    packed = {name: v[:, 0] for name, v in x.items()}
+    out = [tk.ppo_loss(**{**packed, "advantages": a}, cu_seqlens=cu).loss
+           for a in (column, column[[1, 1, 1, 3], 0])]
+    assert_same_bits(out[0], out[1])
+
+
 @pytest.mark.parametrize("poison", POISONS)
 def test_poison(triton, poison):
     for ratio in ("token", "sequence"):
