@@ -4,7 +4,7 @@
 // advantages where they lie, 8 bytes a token and the masks; its first blocks write the statistics.
 // Nothing is atomic: the same call gives the same bits.
 #include "gae.cuh"
-#include "ppo_loss.h"
+#include "kl.h"
 #include "whiten.h"
 
 namespace tppo::sequence {

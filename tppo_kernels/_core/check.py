@@ -262,7 +262,10 @@ class Check:
 
     def reduction(self, reduction: Any, num_tokens: Any, num_sequences: Any, norm_length: Any,
                   cu_seqlens: Tensor | None) -> Reduction:
-        """Checks a reduction; gives its denominators as 0-d tensors, or None where not given."""
+        """Checks a reduction; gives its denominators as 0-d tensors, or None where not given.
+
+        num_sequences "all": B, so that sequences without a valid token count too.
+        """
         self.choice("reduction", reduction, REDUCTIONS)
         if (reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None
                 and norm_length is None):
@@ -270,6 +273,12 @@ class Check:
                              f"reduction is {reduction!r} and the layout is packed")
         if num_tokens is num_sequences is norm_length is None:
             return Reduction(None, None, None, reduction)
+        if isinstance(num_sequences, str):
+            if num_sequences != "all":
+                raise ValueError(f"{self.op}: num_sequences is {num_sequences!r}, expected a whole "
+                                 "number, a 0-d tensor, 'all', or None for the sequences with a "
+                                 "valid token")
+            num_sequences = self.sizes["B"]
         return Reduction(
             self.count("num_tokens", num_tokens), self.count("num_sequences", num_sequences),
             self.count("norm_length", norm_length), reduction)

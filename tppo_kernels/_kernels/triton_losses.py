@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._math.sequence import KL_CLAMP
 from .losses import GIVEN, SEQUENCES, TOKENS, Batch
 
 PROGRAMS = 1024  # at most; the same on every GPU, so that results are too
 BLOCK, SHORT = 512, 128  # tokens of a program in flight; of sequences up to SHORT tokens
 TILE = 1024  # elements of a program in backward
 _TOKENS, _SEQUENCES, _GIVEN = map(tl.constexpr, (TOKENS, SEQUENCES, GIVEN))
+_KL_CLAMP = tl.constexpr(KL_CLAMP)
 _tickets: dict[tuple[int, int], Tensor] = {}
 
 
@@ -153,3 +155,56 @@ def scaled(slopes_ptr, out_ptr, n, factor, BLOCK: tl.constexpr):
     off = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slope = tl.load(slopes_ptr + off, mask=off < n, other=0.0)
     tl.store(out_ptr + off, times(slope, factor).to(out_ptr.dtype.element_ty), mask=off < n)
+
+
+@triton.jit
+def exp(x):
+    """e^x to 1e-7 at any size: n ln2 apart in two parts, 2^n exact, a minimax polynomial."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -88.0, -88.0, x))
+    n = tl.floor(x * 1.44269504 + 0.5)
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    q = ((1.38143206e-3 * r + 8.36885162e-3) * r + 4.16684002e-2) * r + 1.66665196e-1
+    return (((q * r + 4.99999940e-1) * r * r + r) + 1.0) * tl.exp2(n - 1.0) * 2.0
+
+
+@triton.jit
+def exp_beyond_linear(x, e):
+    """e^x - 1 - x without cancellation, by its series below 1; e is e^x."""
+    q = (x / 3628800.0 + 1.0 / 362880.0) * x + 1.0 / 40320.0
+    q = (q * x + 1.0 / 5040.0) * x + 1.0 / 720.0
+    q = (q * x + 1.0 / 120.0) * x + 1.0 / 24.0
+    q = (q * x + 1.0 / 6.0) * x + 0.5
+    return tl.where(tl.abs(x) < 1.0, x * x * q, e - 1.0 - x)
+
+
+@triton.jit
+def clamped_to(x, low, high):
+    """x in [low, high]; NaN stays NaN."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit
+def kl(logprob, ref, clamp, ESTIMATOR: tl.constexpr):
+    """A KL estimate in +-clamp (None: unbounded) and its derivative with respect to logprob: see
+    `_math.sequence.kl`."""
+    raw = logprob - ref
+    d = clamped_to(raw, -_KL_CLAMP, _KL_CLAMP)
+    beyond = tl.abs(raw) > _KL_CLAMP
+    value = d
+    slope = d
+    if ESTIMATOR == "k1":
+        slope = tl.full(d.shape, 1.0, tl.float32)
+    elif ESTIMATOR == "k2":
+        value = 0.5 * d * d
+    elif ESTIMATOR == "abs":
+        value = tl.abs(d)
+        slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
+    elif ESTIMATOR != "k1+":
+        value = exp_beyond_linear(-d, exp(-d))
+        if ESTIMATOR == "k3":
+            slope = d - value  # 1 - e^-d
+    if clamp is not None:
+        if ESTIMATOR != "k1+" and ESTIMATOR != "k3+":
+            beyond |= tl.abs(value) > clamp
+        value = clamped_to(value, -clamp, clamp)
+    return value, tl.where(beyond, 0.0, slope)

@@ -16,7 +16,7 @@ from .._core.check import Reduction
 from .._core.packed import sequence_index
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)  # a tensor stays one
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # enum KlEstimator of csrc/ppo_loss.h
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # enum KlEstimator of csrc/kl.h
 KL_CLAMP = 20.0
 
 
@@ -108,12 +108,14 @@ def reduction_weights(
     return weight
 
 
-def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
-       estimator: str) -> tuple[Tensor, Tensor]:
+def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str,
+       clamp: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A KL estimate per token and its derivative with respect to logprob, both 0 where masked.
 
     d = logprob - ref clamped to +-20. k1: d; k2: d^2/2; k3: exp(-d) - 1 + d; abs: |d|;
     "k1+" and "k3+" take the value of k1 and k3 and the derivative of k2, d.
+    clamp, []: the value is then clamped to +-clamp, with derivative 0 beyond, as torch.clamp has
+    it; "k1+" and "k3+" keep theirs, because it is not that of the value.
     Source: Schulman, "Approximating KL divergence".
     """
     raw = select(logprobs - ref_logprobs, mask)
@@ -127,4 +129,9 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None,
         "k1+": lambda: (d, d),
         "k3+": lambda: (torch.expm1(-d) + d, d),
     }[estimator]()
+    if clamp is not None:
+        bound = on(clamp, value)
+        if not estimator.endswith("+"):
+            inside = inside & ~(value.abs() > bound)
+        value = torch.clamp(value, -bound, bound)
     return value, select(slope, inside)

@@ -19,8 +19,12 @@ from ..._kernels.losses import arrange, like_slopes, pair, policy_numbers, share
 from ..._kernels.triton_losses import (
     PROGRAMS,
     TILE,
+    clamped_to,
     column,
+    exp,
+    exp_beyond_linear,
     is_last,
+    kl,
     leave,
     number,
     parts_of,
@@ -33,47 +37,19 @@ from ..._kernels.triton_losses import (
     total,
     valid_tokens,
 )
-from ..._math.sequence import KL_CLAMP
 from . import reference
 from .reference import METRICS, PolicyLossCall, PolicyLossGradient, columns_of
 
 __all__ = ["bwd", "fwd", "supports"]
 
 SUMS = 13  # loss, the metrics in their order, sequences with a valid token
-_KL_CLAMP = tl.constexpr(KL_CLAMP)
-
-
-@triton.jit
-def _exp(x):
-    """e^x to 1e-7 at any size: n ln2 apart in two parts, 2^n exact, a minimax polynomial."""
-    x = tl.where(x > 89.0, 89.0, tl.where(x < -88.0, -88.0, x))
-    n = tl.floor(x * 1.44269504 + 0.5)
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    q = ((1.38143206e-3 * r + 8.36885162e-3) * r + 4.16684002e-2) * r + 1.66665196e-1
-    return (((q * r + 4.99999940e-1) * r * r + r) + 1.0) * tl.exp2(n - 1.0) * 2.0
-
-
-@triton.jit
-def _exp_beyond_linear(x, e):
-    """e^x - 1 - x without cancellation, by its series below 1; e is e^x."""
-    q = (x / 3628800.0 + 1.0 / 362880.0) * x + 1.0 / 40320.0
-    q = (q * x + 1.0 / 5040.0) * x + 1.0 / 720.0
-    q = (q * x + 1.0 / 120.0) * x + 1.0 / 24.0
-    q = (q * x + 1.0 / 6.0) * x + 0.5
-    return tl.where(tl.abs(x) < 1.0, x * x * q, e - 1.0 - x)
-
-
-@triton.jit
-def _clamp(x, low, high):
-    """x in [low, high]; NaN stays NaN."""
-    return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit
 def _clipped(ratio, advantage, weight, low, high, dual):
     """w l, w dl/dd, and where it was clipped low, high and by the dual clip (inf: none)."""
     free = -advantage * ratio
-    held = -advantage * _clamp(ratio, low, high)
+    held = -advantage * clamped_to(ratio, low, high)
     clipped = held > free
     loss = tl.where(clipped, held, free)
     ceiling = -dual * advantage
@@ -81,27 +57,6 @@ def _clipped(ratio, advantage, weight, low, high, dual):
     slope = tl.where(clipped | is_dual, 0.0, free)
     return (times(weight, tl.where(is_dual, ceiling, loss)), times(weight, slope),
             clipped & (ratio < low), clipped & (ratio > high), is_dual)
-
-
-@triton.jit
-def _kl(logprob, ref, ESTIMATOR: tl.constexpr):
-    """A KL estimate and its derivative with respect to logprob, which is 0 beyond the clamp."""
-    raw = logprob - ref
-    d = _clamp(raw, -_KL_CLAMP, _KL_CLAMP)
-    value = d
-    slope = d
-    if ESTIMATOR == "k1":
-        slope = tl.full(d.shape, 1.0, tl.float32)
-    elif ESTIMATOR == "k2":
-        value = 0.5 * d * d
-    elif ESTIMATOR == "abs":
-        value = tl.abs(d)
-        slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
-    elif ESTIMATOR != "k1+":
-        value = _exp_beyond_linear(-d, _exp(-d))
-        if ESTIMATOR == "k3":
-            slope = d - value  # 1 - e^-d
-    return value, tl.where(tl.abs(raw) > _KL_CLAMP, 0.0, slope)
 
 
 @triton.jit
@@ -139,7 +94,7 @@ def _log_ratio(logprobs, old, place, valid, limit):
     """logprob, d, and where it was clamped."""  # [BLOCK]
     logprob = column(logprobs, place, valid, 1)
     raw = logprob - column(old, place, valid, 1)
-    return logprob, _clamp(raw, -limit, limit), tl.abs(raw) > limit
+    return logprob, clamped_to(raw, -limit, limit), tl.abs(raw) > limit
 
 
 @triton.jit
@@ -167,7 +122,7 @@ def _sequence_slopes(logprobs, old, ref, mask, sequence, grads, slope, c, number
         logprob, _, clamped = _log_ratio(logprobs, old, place, valid, numbers[3])
         kl_slope = tl.zeros([BLOCK], tl.float32)
         if ref[0] is not None:
-            _, kl_slope = _kl(logprob, column(ref, place, valid, 1), ESTIMATOR)
+            _, kl_slope = kl(logprob, column(ref, place, valid, 1), None, ESTIMATOR)
         _write(grads, place, valid, clamped, slope, kl_slope, c, numbers)
 
 
@@ -182,10 +137,10 @@ def _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP: tl.constexpr,
     weight = tl.full(d.shape, 1.0, tl.float32)
     if weights[0] is not None:
         weight = column(weights, place, valid, WEIGHT_STEP)
-    e = _exp(d)
+    e = exp(d)
     ratio = e
     if SEQUENCE:
-        ratio = _exp(mean_d) + tl.zeros(d.shape, tl.float32)
+        ratio = exp(mean_d) + tl.zeros(d.shape, tl.float32)
     ratio = tl.where(valid, ratio, 0.0)
     loss, slope, is_low, is_high, is_dual = _clipped(ratio, advantage, weight, low, high, dual)
     entropy = tl.zeros(d.shape, tl.float32)
@@ -193,10 +148,10 @@ def _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP: tl.constexpr,
     if entropies[0] is not None:
         entropy = column(entropies, place, valid, 1)
     if refs[0] is not None:
-        kl_value, kl_slope = _kl(logprob, column(refs, place, valid, 1), ESTIMATOR)
+        kl_value, kl_slope = kl(logprob, column(refs, place, valid, 1), None, ESTIMATOR)
     loss = loss + times(-entropy_coef, entropy) + times(kl_coef, kl_value)
     return ((tl.where(valid, loss, 0.0), valid, is_low & valid, is_high & valid, is_dual, clamped,
-             -d, _exp_beyond_linear(d, e), ratio, entropy, kl_value), slope, kl_slope)
+             -d, exp_beyond_linear(d, e), ratio, entropy, kl_value), slope, kl_slope)
 
 
 @triton.jit
