@@ -19,7 +19,8 @@ SENTENCES = Arm("sentences", labels="sentences", pooling="mean", mode="score", p
                 scale=12.0, fit_critic=800)  # fmt: skip
 LABELS = (WORDS, SENTENCES)
 FEW = 400  # with more labels the scores of whole answers lie further apart
-OF_MANY = replace(SENTENCES, scale=6.0)
+# Twice as many answers a step, and updates, follow the scores too far at the scale above.
+OF_FEW, OF_MANY = replace(SENTENCES, scale=6.0), replace(SENTENCES, scale=3.0)
 
 TOKEN = Arm("token")
 END = Arm("end", paid="end")
@@ -39,7 +40,9 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 BOTH = (Noise(), PAPER)
 SIZES = (25, 50, 100, 200, 400, 800, 1600)  # labelled answers
-STEPS = 24  # of PPO: with fewer the format has not come back yet from where it dips
+# Of PPO: with fewer steps, or 32 answers a step, the format has not come back yet from where it
+# dips in the first of them.
+STEPS, STEP_ANSWERS = 24, 64
 
 # Less than the trainer's defaults, for two cores: fewer steps of SFT, fewer answers.
 SMALL = Config(
@@ -72,10 +75,11 @@ def _policies(
     """PPO of question A at these numbers of answers labelled by word and as a whole."""
     sizes = {
         WORDS: words,
-        SENTENCES: tuple(n for n in sentences if n <= FEW),
+        OF_FEW: tuple(n for n in sentences if n <= FEW),
         OF_MANY: tuple(n for n in sentences if n > FEW),
     }
-    return [Part("labels", (arm,), answers, BOTH, seeds=seeds, steps=STEPS)
+    return [Part("labels", (arm,), answers, BOTH, seeds=seeds, steps=STEPS,
+                 step_answers=STEP_ANSWERS)
             for arm, answers in sizes.items()]  # fmt: skip
 
 
@@ -99,7 +103,7 @@ def small() -> StudyConfig:
     def three(seed: int) -> list[Part]:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
-            *_policies(SIZES[::3], SIZES[3::3], (seed,)),
+            *_policies((25, 50, 100, 200, 400, 1600), (200, 1600), (seed,)),
             Part("credit", SOME, (1600,), seeds=(seed,), steps=40, step_answers=16, eval_every=4),
         ]  # fmt: skip
 
@@ -109,7 +113,8 @@ def small() -> StudyConfig:
 
     parts = [part for seed in SEEDS[:3] for part in three(seed)]
     parts += [ten(0), ten(1), *three(3), *three(4), ten(2)]
-    return StudyConfig(tuple(parts), users=200, settings=SMALL)
+    sessions = replace(SMALL.sessions, test_users=600)
+    return StudyConfig(tuple(parts), users=600, settings=replace(SMALL, sessions=sessions))
 
 
 def tuning() -> StudyConfig:
