@@ -213,12 +213,14 @@ def check_long_sequences(monkeypatch, backend, run, sample, options):
 
 
 def terms_of(old_logprobs, advantages, ref_logprobs=None, weights=None, *, ratio="token",
-             kl_estimator="k2", reduction="token-mean", cu_seqlens=None, **given):
+             kl_estimator="k2", kl_ratio_weighted=False, objective="clip", reduction="token-mean",
+             cu_seqlens=None, **given):
     """The record of the loss's own arguments; any scalar by name, None is none."""
     scalars = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "max_log_ratio": 20.0,
-               "entropy_coef": 0.0, "kl_coef": 0.0, "num_tokens": None, "num_sequences": None,
-               "norm_length": None, **given}
+               "entropy_coef": 0.0, "kl_coef": 0.0, "kl_clamp": None, "tau_pos": None,
+               "tau_neg": None, "num_tokens": None, "num_sequences": None, "norm_length": None,
+               **given}
     numbers = [v if v is None else torch.as_tensor(v) for v in scalars.values()]
     return PolicyTerms(old_logprobs, advantages, ref_logprobs, weights,
-                       Formula(*numbers[:6], ratio, kl_estimator),
-                       Reduction(*numbers[6:], reduction), cu_seqlens)
+                       Formula(*numbers[:9], ratio, kl_estimator, kl_ratio_weighted, objective),
+                       Reduction(*numbers[9:], reduction), cu_seqlens)

@@ -20,6 +20,10 @@ WORKSPACE = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh x kPolicySums of c
 def supports(call: tuple) -> str | None:
     """The reason for refusing, or None."""
     # the tensors of tokens come first in a record, and in the terms of one
+    terms = getattr(call, "terms", None)
+    if terms is not None and (terms.formula.objective != "clip" or terms.formula.kl_ratio_weighted
+                              or terms.formula.kl_clamp is not None):
+        return "it does not have this objective or KL term"
     return refuses_fp64((*call[:4], *getattr(call, "terms", ())[:4]))
 
 

@@ -133,10 +133,15 @@ def linear_ppo_loss(
         ref_logprobs: Tensor | None = None,  # [B, T] or [N]
         kl_coef: float | Tensor = 0.0,  # []
         kl_estimator: str = "k2",  # of KL_ESTIMATORS
+        kl_clamp: float | Tensor | None = None,  # []
+        kl_ratio_weighted: bool = False,
+        objective: str = "clip",  # "clip", "cispo", "sapo"
+        tau_pos: float | Tensor = 1.0,  # []
+        tau_neg: float | Tensor = 1.05,  # []
         weights: Tensor | None = None,  # [B, T] or [N], [B] or [B, 1]
         reduction: str = "token-mean",  # of REDUCTIONS
         num_tokens: int | Tensor | None = None,  # []
-        num_sequences: int | Tensor | None = None,  # []
+        num_sequences: int | str | Tensor | None = None,  # [], or "all"
         norm_length: int | Tensor | None = None,  # []
         max_log_ratio: float | Tensor = 20.0,  # []
         cu_seqlens: Tensor | None = None,  # [B + 1] int32
@@ -183,30 +188,33 @@ def linear_ppo_loss(
     check.choice("entropy_grad", entropy_grad, (True, False))
     terms = check_terms(
         check, (old_logprobs, advantages, ref_logprobs, weights),
-        (clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, ratio,
-         kl_estimator), (num_tokens, num_sequences, norm_length, reduction), cu_seqlens)
+        (clip_low, clip_high, dual_clip, max_log_ratio, entropy_coef, kl_coef, kl_clamp, tau_pos,
+         tau_neg, ratio, kl_estimator, kl_ratio_weighted, objective),
+        (num_tokens, num_sequences, norm_length, reduction), cu_seqlens)
     refuse_forward_mode("linear_ppo_loss", hidden, weight, bias)
     rows, capacity = check_choice_of_rows(check, hidden, mask, rows, capacity)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad
-              for x in (hidden, weight, bias)]
+    wanted = [_trains(x) for x in (hidden, weight, bias)]
     inputs = LinearInputs(hidden, weight, targets, mask, bias, rows, scaling, valid_vocab, capacity,
                           budget_of(check, memory, hidden.device), name)
     if ratio == "sequence" and any(wanted):
-        inputs = inputs._replace(budget=_sequence_budget(memory, inputs.budget,
-                                                         kept_nbytes(inputs)))
-    loss, metrics, logprobs, entropy, *_ = _fwd(LinearPolicyLossCall(inputs, terms, entropy_grad,
-                                                                     *wanted))
-    return LinearPolicyLoss(loss, PolicyMetrics(*metrics.unbind()), logprobs, entropy)
+        inputs = _keeping_exponentials(inputs, memory)
+    results = _fwd(LinearPolicyLossCall(inputs, terms, entropy_grad, *wanted))
+    return LinearPolicyLoss(results[0], PolicyMetrics(*results[1].unbind()), *results[2:4])
 
 
-def _sequence_budget(memory: str | int, budget: int, nbytes: int) -> int:
-    """What the exponentials that a sequence ratio keeps leave to the chunk."""
+def _trains(x: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
+def _keeping_exponentials(inputs: LinearInputs, memory: str | int) -> LinearInputs:
+    """With the budget that the exponentials, which a sequence ratio keeps, leave to the chunk."""
+    budget, nbytes = inputs.budget, kept_nbytes(inputs)
     if memory == "recompute":
         raise ValueError("linear_ppo_loss: memory is 'recompute', expected 'store' or 'auto', "
                          "because ratio is 'sequence'")
     if isinstance(memory, str):
-        return budget
+        return inputs
     if surely(nbytes > budget):
         raise ValueError(f"linear_ppo_loss: memory is {memory}, expected at least {nbytes} bytes "
                          "or 'store', because ratio is 'sequence'")
-    return budget - nbytes
+    return inputs._replace(budget=budget - nbytes)

@@ -21,6 +21,10 @@ from ..._math.sequence import (
 
 METRICS = 11  # ten sums, and a maximum at the end: the order of `PolicyMetrics`
 
+# [l, dl/dd through the ratio, dl/dlogprob beside it], None for 0; where a token counts as clipped
+# low, high and by the dual clip
+Objective = tuple[list[Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
 
 class Formula(NamedTuple):
     """The constants of the per-token formula."""
@@ -31,8 +35,13 @@ class Formula(NamedTuple):
     max_log_ratio: Tensor  # []
     entropy_coef: Tensor  # []
     kl_coef: Tensor  # []
+    kl_clamp: Tensor | None  # []
+    tau_pos: Tensor | None  # []; only "sapo" has them
+    tau_neg: Tensor | None  # []
     ratio: str  # "token", "sequence"
     kl_estimator: str  # of KL_ESTIMATORS
+    kl_ratio_weighted: bool
+    objective: str  # of OBJECTIVES
 
 
 class PolicyTerms(NamedTuple):
@@ -134,36 +143,42 @@ def token_terms(
         lengths = sequence_sum(mask.to(share.dtype), cu_seqlens).clamp(min=1)  # [B]
         d = spread(sequence_sum(token_d, cu_seqlens) / lengths, raw, cu_seqlens)
     ratio = torch.exp(d)
-    clip_loss, slope, clips = _clipped(ratio, select(advantages, mask), formula)
+    zero = torch.zeros_like(raw)
+    policy, clips = OBJECTIVES[formula.objective](ratio, select(logprobs, mask),
+                                                  select(advantages, mask), formula)
     if weights is not None:
         weight = select(weights, mask)
-        clip_loss, slope = times(weight, clip_loss), times(weight, slope)
-    loss, dlogprobs = share * clip_loss, share * slope
-    if formula.ratio == "sequence":
-        dlogprobs = spread(sequence_sum(dlogprobs, cu_seqlens) / lengths, raw, cu_seqlens)
-    dlogprobs = select(dlogprobs, mask & ~clamped)
+        policy = [None if x is None else times(weight, x) for x in policy]
+    loss, by_ratio, by_logprob = (zero if x is None else share * select(x, mask) for x in policy)
 
-    kl_value = entropy_value = torch.zeros_like(raw)
+    kl_value = entropy_value = zero
     if ref_logprobs is not None:
-        kl_value, kl_slope = kl(logprobs, ref_logprobs, mask, formula.kl_estimator)
+        kl_value, kl_slope = kl(logprobs, ref_logprobs, mask, formula.kl_estimator,
+                                formula.kl_clamp)
         kl_share = share * on(formula.kl_coef, share)
+        if formula.kl_ratio_weighted:
+            kl_value, kl_slope = (select(ratio * x, mask) for x in (kl_value, kl_slope))
+            by_ratio = by_ratio + times(kl_share, kl_value)  # d(r k)/dd = r k
         loss = loss + times(kl_share, kl_value)
-        dlogprobs = dlogprobs + times(kl_share, kl_slope)
+        by_logprob = by_logprob + times(kl_share, kl_slope)
+    if formula.ratio == "sequence":
+        by_ratio = spread(sequence_sum(by_ratio, cu_seqlens) / lengths, raw, cu_seqlens)
+    dlogprobs = select(by_ratio, mask & ~clamped) + by_logprob
     dentropy = select(share * on(-formula.entropy_coef, share), mask)
     if entropy is not None:
         entropy_value = select(entropy, mask)
         loss = loss + times(dentropy, entropy_value)
-    sums = [mask, *clips, clamped, -token_d, torch.expm1(token_d) - token_d, select(ratio, mask)]
+    sums = [mask, *(mask & x for x in clips), clamped, -token_d, torch.expm1(token_d) - token_d,
+            select(ratio, mask)]
     metrics = [x.sum(dtype=torch.float64) for x in (*sums, entropy_value, kl_value)]
     highest = torch.cat([ratio.new_zeros(1), select(ratio, mask).flatten()]).max()
     return TokenTerms(loss, dlogprobs, dentropy,
                       torch.stack([*(m.to(raw.dtype) for m in metrics), highest]))
 
 
-def _clipped(ratio: Tensor, advantage: Tensor, formula: Formula
-             ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The clipped loss l, dl/dd, and where it was clipped low, high and by the dual clip."""
-    low, high = on(1 - formula.clip_low, ratio), on(1 + formula.clip_high, ratio)
+def _clip(ratio: Tensor, logprob: Tensor, advantage: Tensor, formula: Formula) -> Objective:
+    """l = max(-A r, -A clip(r)), and min(l, -c A) where A < 0."""
+    low, high = _edges(ratio, formula)
     free, held = -advantage * ratio, -advantage * torch.clamp(ratio, low, high)
     clipped = held > free
     loss = torch.maximum(free, held)
@@ -174,7 +189,36 @@ def _clipped(ratio: Tensor, advantage: Tensor, formula: Formula
         dual = (advantage < 0) & (loss > ceiling)
         loss = torch.where(dual, ceiling, loss)
         slope = torch.where(dual, torch.zeros_like(slope), slope)
-    return loss, slope, (clipped & (ratio < low), clipped & (ratio > high), dual)
+    return [loss, slope, None], (clipped & (ratio < low), clipped & (ratio > high), dual)
+
+
+def _cispo(ratio: Tensor, logprob: Tensor, advantage: Tensor, formula: Formula) -> Objective:
+    """l = -A clip(r) logprob, where clip(r) is a constant of the differentiation."""
+    low, high = _edges(ratio, formula)
+    slope = -advantage * torch.clamp(ratio, low, high)
+    clips = ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool)
+    return [slope * logprob, None, slope], clips
+
+
+def _sapo(ratio: Tensor, logprob: Tensor, advantage: Tensor, formula: Formula) -> Objective:
+    """l = -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0, else tau_neg."""
+    assert formula.tau_pos is not None and formula.tau_neg is not None
+    tau = torch.where(advantage > 0, on(formula.tau_pos, ratio), on(formula.tau_neg, ratio))
+    x = tau * (ratio - 1)
+    gate, rest = torch.sigmoid(x), torch.sigmoid(-x)
+    slope = -advantage * 4 * times(gate * rest, ratio)  # d sigmoid = sigmoid (1 - sigmoid)
+    low, high = _edges(ratio, formula)
+    clips = ((advantage < 0) & (ratio < low), (advantage > 0) & (ratio > high),
+             torch.zeros_like(ratio, dtype=torch.bool))
+    return [-advantage * (4 / tau) * gate, slope, None], clips
+
+
+def _edges(ratio: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+    return on(1 - formula.clip_low, ratio), on(1 + formula.clip_high, ratio)
+
+
+# "clip" of PPO; "cispo": MiniMax-M1, arXiv 2506.13585; "sapo": arXiv 2511.20347
+OBJECTIVES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo}
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:

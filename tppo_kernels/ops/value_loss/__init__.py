@@ -144,7 +144,7 @@ def value_loss(
         clip: float | Tensor | None = None,  # []
         reduction: str = "token-mean",
         num_tokens: int | Tensor | None = None,  # []
-        num_sequences: int | Tensor | None = None,  # []
+        num_sequences: int | str | Tensor | None = None,  # [], or "all"
         norm_length: int | Tensor | None = None,  # []
         cu_seqlens: Tensor | None = None,  # [B + 1] int32
         ) -> ValueLoss:
