@@ -34,9 +34,7 @@ RTO = Arm("RTO", labels="pairs")
 DPO = Arm("DPO", method="dpo", labels="pairs")
 BEST_OF_8 = Arm("best of 8", method="best-of-n", responses_per_prompt=8)
 CREDIT = (TOKEN, END, END_FITTED, TOKEN_FITTED, GRPO, GRPO_END, RLOO, REMAX, RTO, DPO, BEST_OF_8)
-# With 16 answers a step a fault has to cost twice as much for the form to be back after 48 steps.
-SOME = tuple(replace(arm, changes=("ppo.format_cost=6",))
-             for arm in (TOKEN, END, END_FITTED, GRPO, REMAX, BEST_OF_8, DPO))  # fmt: skip
+SOME = (TOKEN, END, END_FITTED, GRPO, REMAX, BEST_OF_8, DPO)
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
@@ -106,7 +104,8 @@ def small() -> StudyConfig:
         return [
             Part("labels", LABELS, SIZES, BOTH, seeds=(seed,), steps=0),
             *_policies((25, 50, 100, 200, 400, 1600), (200, 1600), (seed,)),
-            Part("credit", SOME, (1600,), seeds=(seed,), steps=48, step_answers=16, eval_every=4),
+            Part("credit", SOME, (1600,), seeds=(seed,), steps=STEPS, step_answers=STEP_ANSWERS,
+                 eval_every=2),
         ]  # fmt: skip
 
     def ten(seed: int) -> Part:
