@@ -341,7 +341,7 @@ def test_a_killed_study_goes_on_behind_its_last_outcome(tmp_path):
 
     done = subprocess.run(study_command(out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 12 arms were trained before" in done.stderr
+    assert f"{len(kept)} of 15 arms were trained before" in done.stderr
     assert (out / "outcomes.jsonl").read_bytes().startswith(b"".join(kept))
     wanted = PRESETS["seconds"]().cells()
     outcomes = read_outcomes(out, mark)
@@ -350,7 +350,7 @@ def test_a_killed_study_goes_on_behind_its_last_outcome(tmp_path):
     assert fitted and all(o.found["critic_fit"]["answers"] for o in fitted)
 
     found = json.loads((out / "study.json").read_text())
-    assert found["trained"] == found["wanted"] == 12 and found["versions"]["torch"]
+    assert found["trained"] == found["wanted"] == 15 and found["versions"]["torch"]
     assert from_dict(StudyConfig, found["study"]) == PRESETS["seconds"]()
     page = (out / "report.html").read_text()
     assert "src=" not in page and "href=" not in page and page.count("<svg") > 4

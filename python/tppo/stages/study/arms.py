@@ -33,6 +33,7 @@ from tppo.stages.study.config import Cell
 from tppo.stages.study.guides import guided_by
 from tppo.stages.study.material import Material, true_shares
 from tppo.stages.study.reward_models import dpo_policy, reward_of, scores
+from tppo.stages.study.rounds import Rounds
 from tppo.stages.study.statistics import explained_by_lines
 from tppo.store.jsonl import read_object, write_json
 
@@ -58,7 +59,7 @@ def fitted(material: Material, trainer: PPO, answers: int) -> dict[str, Any]:
 
     None of them is new, and none needs a label: the reward rates them.
     """
-    chosen = [answer for answer, _ in material.labelled[:answers]]
+    chosen = [answer for answer, _ in material.pool[:answers]]
     existing = answered(chosen, material.train)
     fit = fit_critic(trainer, *existing)
     return {**fit._asdict(), "explained_by_paid": explained_by_paid(trainer, existing)}
@@ -167,7 +168,9 @@ def trained(
     order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)
     curve, sampled = [start_of(material)], list[dict[str, Any]]()
     explained: list[float] = []
+    rounds = Rounds(material, cell)
     for step in range(1, cell.steps + 1):
+        rounds.before(step, trainer)
         chosen = order[(step - 1) * config.batch_size : step * config.batch_size]
         questions = material.train.rows([i for i in chosen for _ in range(size)])
         figures, rollout = trainer.step(questions)

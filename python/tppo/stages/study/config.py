@@ -20,6 +20,7 @@ from tppo.store.jsonl import plain
 Labels = Literal["words", "sentences", "pairs"]
 Pooling = Literal["last", "mean"]
 ANY_MODEL = "any"
+ROUND = 25  # answers that are labelled at once where they are chosen
 DEFAULTS = 1  # one more where a default changes that the outcomes of a study depend on
 # Sections that no arm reads: arms say their algorithm and guide, and what judges them is the rule.
 UNREAD = ("algorithm", "report_to", "rlgf", "guide", "eval", "ser", "pit")
@@ -64,6 +65,11 @@ class Arm:
     layer: Natural = 0
     """The reward model is a linear head over the states behind so many layers of the SFT model,
     whose weights it leaves as they are; 0: it has weights of its own, all of them trained."""
+    chosen: Literal["random", "unsure", "policy"] = "random"
+    """Which answers are labelled.  random: of the SFT model's any.  unsure: after `ROUND` of these
+    in rounds of as many, those of which the reward model of the round before is least sure, of
+    different users.  policy: after `ROUND` of these in rounds of as many while PPO trains, answers
+    of the policy of then; PPO goes on with a reward model of all that are labelled."""
     changes: tuple[Text, ...] = ()
     """Settings of the reward model and of PPO for this arm alone: ppo.reward=argmax."""
     method: Literal["ppo", "dpo", "best-of-n"] = "ppo"
@@ -88,6 +94,11 @@ class Arm:
         if self.labels == "pairs" and self.layer:
             raise ValueError(f"layer was {self.layer} in arm {self.name!r}, expected 0 with labels "
                              "of pairs: DPO trains a policy, not a head")  # fmt: skip
+        if self.chosen != "random" and (self.labels, self.layer, self.method, self.algorithm) != (
+            "words", 0, "ppo", "ppo"
+        ):  # fmt: skip
+            raise ValueError(f"chosen was {self.chosen!r} in arm {self.name!r}, expected 'random' "
+                             "but with labels of words, layer 0 and plain PPO")  # fmt: skip
         if self.method == "best-of-n" and self.responses_per_prompt < 2:
             raise ValueError(f"responses_per_prompt was 1 in arm {self.name!r}, expected at least "
                              "2 of which the best is chosen")  # fmt: skip
@@ -164,16 +175,31 @@ class Cell:
         return (steps + 1) * self.step_answers * self.queries
 
     @property
+    def labelled_first(self) -> int:
+        """Answers that are labelled before PPO begins."""
+        return min(ROUND, self.answers) if self.arm.chosen == "policy" else self.answers
+
+    @property
+    def later_rounds(self) -> dict[int, int]:
+        """The labelled answers that there are to be before a step of PPO, the rounds after the
+        first spread evenly over its steps; empty where all are labelled before.
+        """
+        sizes = [*range(self.labelled_first + ROUND, self.answers, ROUND), self.answers]
+        sizes = sizes if self.labelled_first < self.answers else []
+        return {1 + self.steps * k // (len(sizes) + 1): n for k, n in enumerate(sizes, 1)}
+
+    @property
     def reward_model(self) -> str:
-        """What the cell's reward model is called among those of its queries and seed: arms that
-        learn from the same labels share it.
+        """What the reward model with which a cell begins is called among those of its queries and
+        seed: arms that learn from the same labels share it.
         """
         arm, noise = self.arm, self.noise
         kind = f"sentences-{arm.pooling}" if arm.labels == "sentences" else arm.labels
         kind += f"-layer-{arm.layer}" if arm.layer else ""
+        kind += "-unsure" if arm.chosen == "unsure" else ""
         own = [change for change in arm.changes if change.startswith("reward_model.")]
         kind += "".join(f"-{change.partition('.')[2]}" for change in own)
-        return f"{kind}-{self.answers}-{noise.words:g}-{noise.sentences:g}"
+        return f"{kind}-{self.labelled_first}-{noise.words:g}-{noise.sentences:g}"
 
 
 @section
@@ -183,8 +209,9 @@ class Part:
     Parts are trained in their order, and within a part seed after seed.
     """
 
-    question: Literal["labels", "credit", "settings", "guides"] = "labels"
-    """labels: figures at the last step over the numbers of labelled answers.  credit: the steps
+    question: Literal["labels", "choice", "credit", "settings", "guides"] = "labels"
+    """labels: figures at the last step over the numbers of labelled answers.  choice: the same of
+    arms that differ in which answers are labelled, each against the first.  credit: the steps
     that arms with one reward model take to a relevance.  settings, guides: the same of arms that
     differ in `changes`, or in their algorithm and its guide."""
     arms: tuple[Arm, ...] = (Arm(),)
@@ -201,6 +228,10 @@ class Part:
             if not getattr(self, name):
                 raise ValueError(f"{name} was an empty list, expected at least one")
         for arm in self.arms:
+            rounds = -(-max(self.answers) // ROUND)
+            if arm.chosen == "policy" and self.steps < rounds:
+                raise ValueError(f"steps was {self.steps}, expected at least the {rounds} rounds "
+                                 f"in which arm {arm.name!r} is labelled")  # fmt: skip
             if arm.method == "ppo" and self.step_answers % arm.responses_per_prompt:
                 raise ValueError(
                     f"step_answers was {self.step_answers}, expected a multiple of the "
@@ -255,6 +286,11 @@ class StudyConfig:
             )
         for arm in (arm for part in self.parts for arm in part.arms):
             changed(self.settings, arm.changes)
+            if arm.chosen == "policy" and self.settings.label.labeller != "rule":
+                raise ValueError(
+                    f"settings.label.labeller was {self.settings.label.labeller!r}, expected rule "
+                    f"with arm {arm.name!r}, whose answers are labelled while PPO trains"
+                )
         if self.settings.lora.on and any(not a.layer for part in self.parts for a in part.arms):
             raise ValueError(
                 f"layer was 0 of an arm and settings.lora.rank {self.settings.lora.rank}, expected "

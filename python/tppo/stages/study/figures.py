@@ -164,6 +164,26 @@ def labels_needed(words: Curve, sentences: Curve) -> list[dict[str, Any]]:
     return rows
 
 
+def added(chosen: Curve, first: Curve) -> list[dict[str, Any]]:
+    """For each number of labelled answers that both have: what `chosen` has more than `first`, and
+    how many of `first` have as much.
+    """
+    rows = []
+    for i, n in enumerate(chosen.x):
+        if n not in first.x:
+            continue
+        k = first.x.index(n)
+        more = chosen.values[i] - first.values[k]
+        like = reached(chosen.values[i], first.x, first.values, log=True)
+        pairs = zip(first.draws, chosen.draws[:, i], strict=True)
+        draws = np.array([reached(b, first.x, a.tolist(), log=True) for a, b in pairs])
+        rows.append({
+            "answers": n, "more": interval(more, chosen.draws[:, i] - first.draws[:, k]),
+            "like": interval(like, draws), "smallest": first.x[0],
+        })  # fmt: skip
+    return rows
+
+
 def over_steps(outcomes: Sequence[Outcome], queries: int, arms: Sequence[Arm]) -> dict[str, Any]:
     """Question B: the curves of arms with one reward model over the answers that were sampled.
 
@@ -285,15 +305,15 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
         cells = dict.fromkeys(cell for part in parts for cell in part.cells())
         return [by_cell[cell] for cell in cells if cell in by_cell]
 
-    labels = chosen("labels")
+    over_labels = {question: chosen(question) for question in ("labels", "choice")}
     over_time = {question: chosen(question) for question in ("credit", "settings", "guides")}
     return {
-        "labels": [
-            _labels(labels, *setting)
-            for setting in dict.fromkeys(
-                (o.cell.queries, o.cell.noise, o.cell.steps) for o in labels
-            )
-        ],
+        question: [
+            _labels(found, *setting, chosen=question == "choice")
+            for setting in dict.fromkeys((o.cell.queries, o.cell.noise, o.cell.steps)
+                                         for o in found)
+        ] for question, found in over_labels.items()
+    } | {
         "credit": [
             {"question": question} | _credit(found, queries, size)
             for question, found in over_time.items()
@@ -303,8 +323,11 @@ def all_figures(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, An
 
 
 def _labels(
-    outcomes: Sequence[Outcome], queries: int, noise: Noise, steps: int
+    outcomes: Sequence[Outcome], queries: int, noise: Noise, steps: int, *, chosen: bool
 ) -> dict[str, Any]:
+    """The figures of one setting; where arms differ in which answers are labelled, what each has
+    more than the first.
+    """
     found = over_answers(outcomes, queries, noise, steps)
     result: dict[str, Any] = {"queries": queries, "noise": plain(noise), "steps": steps,
                               "seeds": found["seeds"], "arms": {}, "needed": {}}  # fmt: skip
@@ -314,6 +337,13 @@ def _labels(
             "answers": arm["correlation"].x, "beside": arm["beside"],
             "more": arm["more"], **{name: arm[name].y for name in known},
         }  # fmt: skip
+    if chosen:
+        first, *others = found["arms"].values() if found["arms"] else [{}]
+        result["added"] = {
+            name: {figure: added(other[figure], first[figure]) for figure in known}
+            for name, other in zip([*found["arms"]][1:], others, strict=True)
+        }
+        return plain(result)
     kinds = {o.cell.arm.labels: o.cell.arm.name for o in reversed(outcomes)}
     if {"words", "sentences"} <= kinds.keys() and kinds["words"] in found["arms"]:
         words, sentences = (found["arms"].get(kinds[kind]) for kind in ("words", "sentences"))

@@ -98,7 +98,7 @@ def pooled(states: Tensor, pooling: Pooling) -> Tensor:
 def fit_head(material: Material, cell: Cell) -> nn.Linear:
     """The head of a cell: class logits of tokens, or the score of whole answers."""
     arm = cell.arm
-    rows = labelled_rows(material, cell.answers, cell.noise, arm.labels)
+    rows = labelled_rows(material, material.pool[: cell.answers], cell.noise, arm.labels)
     states = states_of(material, arm.layer, rows)
     if arm.labels == "words":
         x, groups = torch.cat(states), [i for i, s in enumerate(states) for _ in range(len(s))]

@@ -42,6 +42,7 @@ from tppo.store.yaml_file import write_yaml
 
 SETTINGS, COST = "run.yaml", "label-cost.json"
 COUNTED = 200  # answers whose labels are counted in tokens
+Labelled = tuple[Answer, Label]  # with its true label
 LAST_STAGE = "map"  # it and those before it make the material
 
 
@@ -93,7 +94,7 @@ class Material:
         return label_costs(items, [label for _, label in pairs], count)
 
     @cached_property
-    def labelled(self) -> list[tuple[Answer, Label]]:
+    def labelled(self) -> list[Labelled]:
         """Every answer with its true labels, in the order in which they are given to arms: the
         first N of it are N labelled answers, so that more of them hold the fewer.
         """
@@ -102,7 +103,12 @@ class Material:
         return random.Random(f"{self.seed}/labelled").sample(pairs, len(pairs))
 
     @property
-    def fresh(self) -> list[tuple[Answer, Label]]:
+    def pool(self) -> list[Labelled]:
+        """The answers that arms may have labelled."""
+        return self.labelled[: -self.study.fresh_answers]
+
+    @property
+    def fresh(self) -> list[Labelled]:
         """Answers that no reward model is trained on."""
         return self.labelled[-self.study.fresh_answers :]
 
@@ -134,9 +140,9 @@ def with_noise(label: Label, noise: Noise, seed: int) -> Label:
 
 
 def labelled_rows(
-    material: Material, answers: int, noise: Noise, labels: Labels
+    material: Material, pairs: Sequence[Labelled], noise: Noise, labels: Labels
 ) -> list[LabelledAnswer]:
-    """The first labelled answers as a reward model reads them, and behind them their twins.
+    """Labelled answers as a reward model reads them, and behind them their twins.
 
     A twin is an answer with one of its queries repeated, as the stage train-rm makes them: what a
     repetition is worth needs no labeller.  Where only sentences are labelled nobody knows which
@@ -145,7 +151,7 @@ def labelled_rows(
     run, config = material.run, material.run.config
     rng = random.Random(f"{material.seed}/twins")
     rows, twins = [], []
-    for answer, true in material.labelled[:answers]:
+    for answer, true in pairs:
         label = with_noise(true, noise, material.seed)
         text, offsets = token_offsets(run.tokenizer, answer.response_ids, run.eos_ids)
         categories = map_labels(text, label.words, offsets)
@@ -164,7 +170,7 @@ def labelled_rows(
     return rows + twins
 
 
-def true_shares(pairs: Sequence[tuple[Answer, Label]]) -> list[float]:
+def true_shares(pairs: Sequence[Labelled]) -> list[float]:
     """The share of words of each answer that are relevant and in no repeated query."""
     return [
         sum(value for _, value in label.words) / max(len(label.words), 1) for _, label in pairs

@@ -22,6 +22,10 @@ FEW = 400  # with more labels the scores of whole answers lie further apart
 # Twice as many answers a step, and updates, follow the scores too far at the scale above.
 OF_FEW, OF_MANY = replace(SENTENCES, scale=6.0), replace(SENTENCES, scale=3.0)
 
+RANDOM = Arm("at random")
+UNSURE = Arm("unsure", chosen="unsure")
+POLICY = Arm("of the policy", chosen="policy")
+
 TOKEN = Arm("token")
 END = Arm("end", paid="end")
 END_FITTED = Arm("end, critic fitted", paid="end", fit_critic=1600)
@@ -118,6 +122,17 @@ def small() -> StudyConfig:
     return StudyConfig(tuple(parts), users=600, settings=replace(SMALL, sessions=sessions))
 
 
+def scarce() -> StudyConfig:
+    """Which answers to label where labels are few: any, those that a reward model is unsure of, or
+    those of the policy while it is trained.
+    """
+    parts: list[Part] = []
+    for noise, seed in product(BOTH, SEEDS):
+        for arms, answers in (((RANDOM, UNSURE, POLICY), (50, 100)), ((RANDOM,), (25, 200))):
+            parts.append(Part("choice", arms, answers, (noise,), seeds=(seed,), steps=STEPS))
+    return StudyConfig(tuple(parts), users=200, settings=SMALL)
+
+
 def tuning() -> StudyConfig:
     """The grid that the arms of the other studies were chosen from, the same size for each kind.
 
@@ -152,6 +167,7 @@ def seconds() -> StudyConfig:
         Part("credit", (TOKEN, _guided("LOLS", "lols")[0], replace(END_FITTED, fit_critic=32),
                         GRPO, REMAX, RTO, DPO,
                         BEST_OF_8), (32,), steps=2, step_answers=8, eval_every=1),
+        Part("choice", (RANDOM, UNSURE, POLICY), (40,), steps=2, step_answers=8),
     )  # fmt: skip
     return StudyConfig(parts, fresh_answers=16, users=12, reward_updates=4, settings=settings)
 
@@ -265,6 +281,6 @@ def rlgf() -> StudyConfig:
 
 
 PRESETS = {
-    "labels": labels, "credit": credit, "small": small, "tuning": tuning,
+    "labels": labels, "credit": credit, "small": small, "scarce": scarce, "tuning": tuning,
     "ablations": ablations, "real": real, "gpu": gpu, "seconds": seconds, "rlgf": rlgf,
 }  # fmt: skip

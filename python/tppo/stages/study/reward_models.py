@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tppo.labels.choice import most_doubtful
 from tppo.methods.config import RewardModelConfig
+from tppo.methods.doubt import answer_doubts
 from tppo.methods.dpo import preferences, train_dpo
 from tppo.methods.reward_model import (
     IRRELEVANT,
@@ -31,6 +34,7 @@ from tppo.models.batch import Batch
 from tppo.models.folder import save_weights
 from tppo.models.load import load_policy
 from tppo.models.own_tokens import load_frozen, start_reward_model
+from tppo.models.policy import RewardModel
 from tppo.models.vocabulary import limit_vocabulary
 from tppo.rewards import Reward
 from tppo.rewards.format import FormatReward
@@ -40,7 +44,7 @@ from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.token_model import TokenModelReward
 from tppo.sessions.prompts import encode_answer
 from tppo.stages.artifacts import SFT_MODEL
-from tppo.stages.study.config import Cell
+from tppo.stages.study.config import ROUND, Cell, Noise
 from tppo.stages.study.frozen import (
     fit_head,
     head_scores,
@@ -50,7 +54,7 @@ from tppo.stages.study.frozen import (
     states_of,
     word_model,
 )
-from tppo.stages.study.material import Material, labelled_rows
+from tppo.stages.study.material import Labelled, Material, labelled_rows
 
 ModelReward = TokenModelReward | SentenceModelReward | ImplicitReward
 DPO_BETA, DPO_LR = 0.1, 1e-4
@@ -82,15 +86,13 @@ def make_reward_model(material: Material, cell: Cell) -> None:
 
 def _train(material: Material, cell: Cell, work: Path) -> None:
     """A reward model whose weights are all its own, into the folder `work`."""
-    rows = labelled_rows(material, cell.answers, cell.noise, cell.arm.labels)
-    config = enough_passes(
-        material.run.config.reward_model, len(rows), material.study.reward_updates
-    )
     if cell.arm.labels == "words":
-        save_weights(_word_model(material, rows, config), work)
+        save_weights(word_model_of(material, chosen_first(material, cell), cell.noise), work)
     elif cell.arm.labels == "pairs":
         save_weights(_by_dpo(material, cell.answers), work)
     else:
+        rows = labelled_rows(material, material.pool[: cell.answers], cell.noise, "sentences")
+        config = enough_passes(material, len(rows))
         model = _sentence_model(material, cell)
         reader = SentenceReader(
             model, material.run.tokenizer.pad_token_id, material.run.config.prefix
@@ -99,25 +101,50 @@ def _train(material: Material, cell: Cell, work: Path) -> None:
         save_file(model.state_dict(), work / WEIGHTS)
 
 
-def _word_model(
-    material: Material, rows: list[LabelledAnswer], config: RewardModelConfig
-) -> PreTrainedModel:
-    run = material.run
+def chosen_first(material: Material, cell: Cell) -> list[Labelled]:
+    """The answers that are labelled before PPO begins.
+
+    Where they are those that a reward model is unsure of, one is trained of every round, with the
+    noise of the cell.
+    """
+    pool, n = material.pool, cell.labelled_first
+    if cell.arm.chosen != "unsure":
+        return pool[:n]
+    chosen, rest = pool[:ROUND], pool[ROUND:]
+    users = {session.id: session.user for session in material.sessions}
+    while len(chosen) < n:
+        model = word_model_of(material, chosen, cell.noise)
+        unread = [LabelledAnswer(a.prompt_ids, a.response_ids, (), 0) for a, _ in rest]
+        doubts = answer_doubts(_reader(material, model), unread, material.run.config.reward_model)
+        whose = [users[answer.session] for answer, _ in rest]
+        next_ones = most_doubtful(doubts, whose, min(ROUND, n - len(chosen)))
+        chosen = chosen + [rest[i] for i in next_ones]
+        rest = [pair for i, pair in enumerate(rest) if i not in set(next_ones)]
+    return chosen[:n]
+
+
+def word_model_of(material: Material, pairs: Sequence[Labelled], noise: Noise) -> PreTrainedModel:
+    """The token reward model of these labelled answers, from the trunk of the SFT model."""
+    run, rows = material.run, labelled_rows(material, pairs, noise, "words")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(material.seed)
         model, _ = start_reward_model(
             None, run.path(SFT_MODEL), run.tokenizer, run.device, run.config.model.dtype
         )
-    reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
-    train_reward_model(reader, rows, config, seed=material.seed)
+    config = enough_passes(material, len(rows))
+    train_reward_model(_reader(material, model), rows, config, seed=material.seed)
     return model
+
+
+def _reader(material: Material, model: PreTrainedModel) -> PolicyTokens:
+    return PolicyTokens(model, material.run.tokenizer.pad_token_id, material.run.config.prefix)
 
 
 def _by_dpo(material: Material, answers: int) -> PreTrainedModel:
     """The SFT model after DPO on the true next queries against as many of its answers."""
     run, config = material.run, material.run.config.reward_model
     targets = {session.id: session.targets for session in material.sessions}
-    given = [answer for answer, _ in material.labelled[:answers]]
+    given = [answer for answer, _ in material.pool[:answers]]
     pairs = preferences(
         [answer.prompt_ids for answer in given],
         [encode_answer(run.tokenizer, targets[answer.session]) for answer in given],
@@ -145,10 +172,11 @@ def _sentence_model(material: Material, cell: Cell) -> SentenceModel:
     )
 
 
-def enough_passes(config: RewardModelConfig, rows: int, updates: int) -> RewardModelConfig:
-    """The settings with as many passes over the rows as so many updates take, and no fewer than
-    they had.
+def enough_passes(material: Material, rows: int) -> RewardModelConfig:
+    """The settings with as many passes over the rows as the study's `reward_updates` take, and no
+    fewer than they had.
     """
+    config, updates = material.run.config.reward_model, material.study.reward_updates
     a_pass = math.ceil(rows / config.batch_size)
     return replace(config, epochs=max(config.epochs, math.ceil(updates / a_pass)))
 
@@ -191,6 +219,21 @@ def _model_reward(material: Material, cell: Cell, sft: PreTrainedModel) -> Model
     )  # fmt: skip
 
 
+def replace_word_model(reward: Reward, model: PreTrainedModel) -> None:
+    """Pay by this token reward model from now on, where `reward` pays by another one."""
+    paid_by = _of_a_model(reward)
+    assert isinstance(paid_by, TokenModelReward) and isinstance(paid_by.model, RewardModel)
+    paid_by.model.model.load_state_dict(model.state_dict())
+
+
+def _of_a_model(reward: Reward | None) -> ModelReward:
+    """What rates answers inside of what pays for the form, or at the end."""
+    while isinstance(reward, TerminalReward | FormatReward):
+        reward = reward.reward
+    assert isinstance(reward, ModelReward)
+    return reward
+
+
 @torch.no_grad()
 def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]:
     """How good a reward model thinks each fresh answer: larger is better.
@@ -204,10 +247,7 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
         rows = [LabelledAnswer(a.prompt_ids, a.response_ids, (), 0) for a, _ in pairs]
         states = states_of(material, cell.arm.layer, rows)
         return head_scores(cell, load_head(folder_of(material, cell)), states)
-    rated: Reward | None = reward
-    while isinstance(rated, TerminalReward | FormatReward):
-        rated = rated.reward
-    assert isinstance(rated, ModelReward)
+    rated = _of_a_model(reward)
     for first in range(0, len(pairs), AT_ONCE):
         answers = [answer for answer, _ in pairs[first : first + AT_ONCE]]
         batch = Batch(

@@ -33,6 +33,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             told = ["relevance"] if setting["steps"] and _labels_of(setting) in rated else None
             found += [_labels(setting), *_more(setting),
                       *_needed(setting, figures.get("label_cost"), told)]  # fmt: skip
+    for setting in figures.get("choice", ()):
+        if setting["seeds"]:
+            found += [_labels(setting, "Which answers are labelled"), _added(setting)]
     if figures.get("label_cost"):
         found.append(_cost(figures["label_cost"]))
     for setting in figures["credit"]:
@@ -59,7 +62,7 @@ def named(setting: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"])
 
 
-def _labels(setting: Mapping[str, Any]) -> Table:
+def _labels(setting: Mapping[str, Any], title: str = "What labels of words buy") -> Table:
     head, after = ["labelled answers"], bool(setting["steps"])
     width = 5 if after else 1
     for name in setting["arms"]:
@@ -84,7 +87,7 @@ def _labels(setting: Mapping[str, Any]) -> Table:
                     f"{beside['distinct_share']:.0%}"]  # fmt: skip
         rows.append(row)
     return Table(
-        f"What labels of words buy: {named(setting)}",
+        f"{title}: {named(setting)}",
         "Rank correlation (Spearman) of the reward model's score with the true share of relevant "
         f"words, fresh answers{after * AFTER}.{after * LIMITS}{after * _sft(setting)} "
         "95 % intervals: paired bootstrap over seeds and users.",
@@ -124,6 +127,36 @@ def _more(setting: Mapping[str, Any]) -> list[Table]:
         ["labelled answers", *arms],
         rows,
     )]  # fmt: skip
+
+
+def _added(setting: Mapping[str, Any]) -> Table:
+    """What each way to choose answers has more than the first way, paired."""
+    first = next(iter(setting["arms"]))
+    known: Mapping[str, Any] = next(iter(setting["added"].values()), {})
+    head = ["answers chosen", "labelled"]
+    for figure in known:
+        head += [f"{figure}: more than {first}", f"as many {first}"]
+    rows = []
+    for name, figures in setting["added"].items():
+        for together in zip(*figures.values(), strict=True):
+            row = [name, f"{together[0]['answers']:,.0f}"]
+            for point in together:
+                row += [share(point["more"]), _as_many(point)]
+            rows.append(row)
+    return Table(
+        f"What the choice of answers adds: {named(setting)}",
+        f"Paired by seed and user. As many {first}: the number of answers labelled so that have as "
+        "much, by interpolation on its logarithm; <= : the smallest number of them has as much.",
+        head,
+        rows,
+    )
+
+
+def _as_many(point: Mapping[str, Any]) -> str:
+    value, low, high = point["like"]
+    mark = "<= " if value is not None and value <= point["smallest"] else ""
+    ends = ["more" if end is None else f"{end:,.0f}" for end in (low, high)]
+    return f"{mark}{'more' if value is None else f'{value:,.0f}'} ({' to '.join(ends)})"
 
 
 def _needed(

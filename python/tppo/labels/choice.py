@@ -1,0 +1,23 @@
+"""Which answers are labelled next: those of which a reward model is least sure, over many users."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+
+def most_doubtful(doubts: Sequence[float], users: Sequence[Hashable], n: int) -> list[int]:
+    """The n answers, by number, to label next: the most doubtful first, a second one of a user
+    only when every user has one, and so on.
+
+    doubts: how unsure a reward model is of each answer.  users: whose answer each is.
+    Errors: ValueError where there are fewer than n answers.
+    """
+    if n > len(doubts):
+        raise ValueError(f"n was {n}, expected at most the {len(doubts)} answers to choose from")
+    order = sorted(range(len(doubts)), key=lambda i: -doubts[i])
+    earlier, turn = Counter[Hashable](), {}
+    for i in order:
+        turn[i] = earlier[users[i]]
+        earlier[users[i]] += 1
+    return sorted(order, key=turn.__getitem__)[:n]

@@ -1,0 +1,39 @@
+"""How unsure the token reward model is of an answer, which nobody has to have labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from tppo.methods.config import RewardModelConfig
+from tppo.methods.reward_model import (
+    IRRELEVANT,
+    RELEVANT,
+    LabelledAnswer,
+    Reader,
+    class_logits_of,
+)
+
+
+def answer_doubts(
+    reader: Reader, answers: Sequence[LabelledAnswer], config: RewardModelConfig
+) -> list[float]:
+    """The mean over an answer's tokens of the entropy of "relevant or not", in nats.
+
+        h(p_t) = -p_t log p_t - (1 - p_t) log(1 - p_t)       p_t = P(2 | 1 or 2) at token t
+
+    The labels of the answers are not read.  An answer without tokens has none of it.
+    """
+    found: list[float] = []
+    for first in range(0, len(answers), config.batch_size):
+        logits, mask = class_logits_of(reader, answers[first : first + config.batch_size], config)
+        entropy = _entropy(logits[..., RELEVANT] - logits[..., IRRELEVANT]) * mask  # [B, T]
+        found += (entropy.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+    return found
+
+
+def _entropy(score: Tensor) -> Tensor:
+    """h(sigmoid(score)) = softplus(score) - score sigmoid(score)."""
+    return softplus(score) - score * score.sigmoid()
