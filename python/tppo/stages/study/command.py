@@ -32,9 +32,9 @@ class StudyOptions:
     """Flags of `tppo study`."""
 
     study: tyro.conf.Positional[str] = "small"
-    """A preset (labels, credit, small, scarce, tuning, ablations, rlgf, seconds; real, gpu with --model;
-    ser and pit, of those two systems), or a YAML file of parts, arms and settings; `study.yaml` in
-    the folder of a study is one."""
+    """A preset (labels, credit, small, scarce, tuning, ablations, rlgf, seconds; real and gpu with
+    --model; ser and pit, of those two systems), or a YAML file of parts, arms and settings;
+    `study.yaml` in the folder of a study is one."""
     out: FilePath = Path("runs/study")
     """The study's folder; a study that was stopped goes on from it."""
     model: FilePath | None = None
