@@ -126,10 +126,15 @@ def scarce() -> StudyConfig:
     """Which answers to label where labels are few: any, those that a reward model is unsure of, or
     those of the policy while it is trained.
     """
+    few, more = (50, 100), (25, 50, 100, 200, 400)
     parts: list[Part] = []
-    for noise, seed in product(BOTH, SEEDS):
-        for arms, answers in (((RANDOM, UNSURE, POLICY), (50, 100)), ((RANDOM,), (25, 200))):
-            parts.append(Part("choice", arms, answers, (noise,), seeds=(seed,), steps=STEPS))
+    for noise in BOTH:
+        parts += [
+            Part("choice", (RANDOM,), more, (noise,), seeds=SEEDS, steps=0),
+            Part("choice", (UNSURE,), few, (noise,), seeds=SEEDS, steps=0),
+            *(Part("choice", (RANDOM, UNSURE, POLICY), few, (noise,), seeds=(seed,), steps=STEPS)
+              for seed in SEEDS),
+        ]  # fmt: skip
     return StudyConfig(tuple(parts), users=200, settings=SMALL)
 
 
