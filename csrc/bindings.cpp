@@ -9,6 +9,7 @@
 #include "gae.h"
 #include "kernels.h"
 #include "ppo_loss.h"
+#include "reduce.h"
 #include "value_loss.h"
 
 namespace py = pybind11;
@@ -74,6 +75,9 @@ TPPO_STRUCT(PolicyBatch, x.layout, x.logprobs, x.old_logprobs, x.advantages, x.e
             x.ref_logprobs, x.weights, x.clip_low, x.clip_high, x.dual_clip, x.limit,
             x.entropy_coef, x.kl_coef, x.share, x.estimator, x.sequence_ratio, x.dlogprobs,
             x.dentropy, x.loss, x.metrics, x.scale);
+TPPO_STRUCT(KlTokens, x.logprobs, x.ref_logprobs, x.mask, x.N, x.estimator, x.clamp);
+TPPO_STRUCT(ReduceBatch, x.layout, x.x, x.share, x.total, x.scale);
+TPPO_STRUCT(ReduceShares, x.layout, x.by_length, x.dtype, x.out);
 TPPO_STRUCT(HeadInputs, x.hidden, x.weight, x.bias, x.mask, x.dtype, x.weight_dtype, x.bias_dtype,
             x.N, x.D, x.K, x.inner, x.outer, x.stride);
 
@@ -202,6 +206,22 @@ void bind_whiten(py::module_& m) {
 
 void bind_losses(py::module_& m) {
   using namespace tppo;
+  m.def("kl_fwd", [](const KlTokens& in, Address out, int threads) {
+    py::gil_scoped_release release;
+    kl_fwd(in, at<float>(out), threads);
+  });
+  m.def("kl_bwd", [](const KlTokens& in, Address grad, Address out, int threads) {
+    py::gil_scoped_release release;
+    kl_bwd(in, at<float>(grad), at<float>(out), threads);
+  });
+  m.def("reduce_fwd", [](const ReduceBatch& in, int threads) {
+    py::gil_scoped_release release;
+    reduce_fwd(in, threads);
+  });
+  m.def("reduce_bwd", [](const ReduceShares& in, float factor, int threads) {
+    py::gil_scoped_release release;
+    reduce_bwd(in, factor, threads);
+  });
   m.def("ppo_loss_fwd", [](const PolicyBatch& in, int threads) {
     py::gil_scoped_release release;
     ppo_loss_fwd(in, threads);

@@ -141,6 +141,15 @@ struct Slopes {  // derivatives to be scaled into `out`, of type `dtype`; count 
 // out = slope * factor, and 0 where the slope is 0 whatever the factor.
 void loss_bwd(const Slopes& x, float factor, int threads);
 
+// Described in kl.h and reduce.h. grad, out: [N].
+struct KlTokens;
+struct ReduceBatch;
+struct ReduceShares;
+void kl_fwd(const KlTokens& in, float* out, int threads);
+void kl_bwd(const KlTokens& in, const float* grad, float* out, int threads);
+void reduce_fwd(const ReduceBatch& in, int threads);
+void reduce_bwd(const ReduceShares& in, float factor, int threads);
+
 // Each returns null, or the CUDA error's text. sums: kMaxBlocks * kPolicySums of loss.cuh and
 // ppo_loss.h, 1024 x 13 doubles. grad_loss, scale: one float each.
 const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* sums, void* stream);

@@ -65,4 +65,12 @@ TPPO_INLINE Kl kl_of(float logprob, float ref, float clamp = kNoClamp) {
   return {clamp_to(value, -clamp, clamp), keep(~outside, slope)};
 }
 
+struct KlTokens {
+  Column logprobs, ref_logprobs;  // [N], dense
+  const uint8_t* mask;            // [N], or null
+  int64_t N;
+  int estimator;
+  float clamp;
+};
+
 }  // namespace tppo

@@ -26,8 +26,7 @@ ROOMS = {  # of the kernel library, beside its operators
     "models": {"lm_head", "shared_prefix", "align"},
     "integrations": {"_peer"},
 }
-SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "kl.h", "loss.h", "loss.cuh", "loss.cpp",
-               "loss.cu"}
+SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
        "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "mkdocs.yml", ".gitignore", ".ci",
        "tppo_kernels", "csrc", "python", "tests", "bench", "docs", "examples"}

@@ -20,11 +20,13 @@ from .models import align
 from .models.lm_head import FusedLMHead
 from .models.shared_prefix import shared_prefix
 from .ops.gae import gae
+from .ops.kl import kl
 from .ops.linear_logprobs import linear_logprobs
 from .ops.linear_ppo_loss import linear_ppo_loss
 from .ops.place_rewards import place_rewards
 from .ops.ppo_loss import ppo_loss
 from .ops.prefix_attention import prefix_attention
+from .ops.reduce import reduce
 from .ops.response_states import response_states
 from .ops.token_advantages import token_advantages
 from .ops.token_head import token_head
@@ -38,10 +40,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError", "Explanation", "FusedLMHead", "PrefixLayout", "align", "doctor", "explain",
-    "gae", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss", "prefix_attention",
-    "response_mask", "response_states", "shared_prefix", "token_advantages", "token_head",
-    "token_logprobs", "token_reward_loss", "token_rewards", "use_backend", "valid_rows",
-    "value_loss", "whiten",
+    "gae", "kl", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss",
+    "prefix_attention", "reduce", "response_mask", "response_states", "shared_prefix",
+    "token_advantages", "token_head", "token_logprobs", "token_reward_loss", "token_rewards",
+    "use_backend", "valid_rows", "value_loss", "whiten",
 ]
 
 

@@ -83,29 +83,36 @@ def has_valid_token(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     return sequence_sum(valid_mask(x, mask).to(torch.float32), cu_seqlens) > 0
 
 
-def reduction_weights(
+def shares(
         mask: Tensor,  # [B, T] or [N] bool
         over: Reduction,
         cu_seqlens: Tensor | None,  # [B + 1] int32
-        dtype: torch.dtype) -> Tensor:
-    """The weight c of each token in Red(x) = sum(c x), 0 where masked."""  # [B, T] or [N]
+        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(c, size) of Red(x) = sum(c x) / size: c [B, T] or [N] is 0 where masked, size [] >= 1."""
     reduction, num_sequences, norm_length = over.reduction, over.num_sequences, over.norm_length
     tokens = mask.to(dtype)
     one = tokens.new_ones(())
     if reduction == "token-sum":
-        return tokens
+        return tokens, one
     if reduction == "token-mean":
         total = tokens.sum() if over.num_tokens is None else on(over.num_tokens, one)
-        return tokens / torch.maximum(total, one)
+        return tokens, torch.maximum(total, one)
     lengths = sequence_sum(tokens, cu_seqlens)  # [B]
     sequences = (lengths > 0).to(dtype).sum() if num_sequences is None else on(num_sequences, one)
-    weight = tokens / torch.maximum(sequences, one)
+    size = torch.maximum(sequences, one)
     if reduction == "seq-mean-token-mean":
-        weight = weight / spread(torch.maximum(lengths, one), mask, cu_seqlens)
-    elif reduction == "seq-mean-token-sum-norm":
+        return tokens / spread(torch.maximum(lengths, one), mask, cu_seqlens), size
+    if reduction == "seq-mean-token-sum-norm":
         length = one * mask.shape[1] if norm_length is None else on(norm_length, one)
-        weight = weight / torch.maximum(length, one)
-    return weight
+        size = size * torch.maximum(length, one)
+    return tokens, size
+
+
+def reduction_weights(mask: Tensor, over: Reduction, cu_seqlens: Tensor | None,
+                      dtype: torch.dtype) -> Tensor:
+    """The weight of each token in a reduction, 0 where masked: c / size of `shares`."""
+    c, size = shares(mask, over, cu_seqlens, dtype)  # [B, T] or [N], []
+    return c / size
 
 
 def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str,
@@ -125,7 +132,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: s
         "k1": lambda: (d, torch.ones_like(d)),
         "k2": lambda: (0.5 * d * d, d),
         "k3": lambda: (torch.expm1(-d) + d, -torch.expm1(-d)),
-        "abs": lambda: (d.abs(), d.sign()),
+        "abs": lambda: (d.abs(), d.sign() + (d - d)),  # the sign of NaN is 0
         "k1+": lambda: (d, d),
         "k3+": lambda: (torch.expm1(-d) + d, d),
     }[estimator]()
