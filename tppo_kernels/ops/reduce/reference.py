@@ -1,4 +1,4 @@
-"""The specification of `reduce` in plain PyTorch: its formula is `shares` of `_math/sequence.py`."""
+"""The specification of `reduce` in plain PyTorch: the formula is `shares` of _math/sequence.py."""
 
 from __future__ import annotations
 
