@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from tppo.rewards.token_model import TokenModelReward
     from tppo.stages.answering.answerer import Answerer, load
     from tppo.stages.artifacts import Artifact
-    from tppo.stages.pit import pit
+    from tppo.stages.pit_files import pit
     from tppo.stages.registry import Stage, register
-    from tppo.stages.ser import ser
+    from tppo.stages.ser_files import ser
     from tppo.stages.trainer import PPOTrainer
 
 _HOMES = {
@@ -52,9 +52,9 @@ _HOMES = {
     "tppo.rewards.token_model": ("TokenModelReward",),
     "tppo.stages.answering.answerer": ("Answerer", "load"),
     "tppo.stages.artifacts": ("Artifact",),
-    "tppo.stages.pit": ("pit",),
+    "tppo.stages.pit_files": ("pit",),
     "tppo.stages.registry": ("Stage", "register"),
-    "tppo.stages.ser": ("ser",),
+    "tppo.stages.ser_files": ("ser",),
     "tppo.stages.trainer": ("PPOTrainer",),
 }
 

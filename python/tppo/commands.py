@@ -189,8 +189,8 @@ def _on_pairs(command: str, extra: PairOptions) -> None:
                          "from labelled pairs, and holds a share of them out")  # fmt: skip
     with status("loading torch and transformers"):
         environment.load_libraries(options.threads)
-        from tppo.stages.pit import pit_on_files
-        from tppo.stages.ser import ser_on_files
+        from tppo.stages.pit_files import pit_on_files
+        from tppo.stages.ser_files import ser_on_files
     environment.check_backend()
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, pairs {extra.pairs}")
     common = {"skip_bad": extra.skip_bad, "out": options.out, "seed": options.seed,

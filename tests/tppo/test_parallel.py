@@ -1,5 +1,6 @@
 """Several processes train one model: balanced shares, and the step of one process."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,14 +9,16 @@ import torch.distributed as dist
 from _processes import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shared_prefix import PAD, new_trainer, questions, score
+from test_shared_prefix import EOS, PAD, models, new_trainer, questions, score
 
-from tppo.methods.config import PPOConfig
+from tppo.methods.config import PPOConfig, RLGFConfig
 from tppo.methods.critic_fit import fit_critic
+from tppo.methods.rlgf import GuidedPPO
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
 from tppo.models.parallel import ALONE, World
-from tppo.models.rollout import RolloutBatch
+from tppo.models.policy import TwoCritics
+from tppo.models.rollout import LOST, HFRollout, RolloutBatch, Sampling
 
 PROMPTS = [p for p in ([5, 6, 7], [8, 9, 4], [10, 11], [12]) for _ in range(3)]
 CONFIG = PPOConfig(
@@ -114,6 +117,42 @@ def rated(world):
     return seen
 
 
+class Away:
+    """A guide that one process cannot reach in some of the steps."""
+
+    def __init__(self, guide, away):
+        self.guide, self.away = guide, away
+
+    def generate(self, prompts, sampling, prefixes=None):
+        found = self.guide.generate(prompts, sampling, prefixes)
+        return found._replace(finish=[LOST] * len(prompts)) if self.away else found
+
+
+def guided(world):
+    """Steps of LOLS, of both kinds, and one whose guide is away for the second process alone.
+
+    Which tokens are the guide's, as every process has it; figures, and the weights afterwards.
+    """
+    plain = new_trainer("shared", CONFIG, 6)
+    used = plain.models
+    used = used._replace(critic=TwoCritics(used.critic, copy.deepcopy(used.critic)))
+    guide = Away(HFRollout(models(seed=4)[0].policy, pad_id=PAD, eos_id=EOS), False)
+    ppo = GuidedPPO(
+        used, plain.rollout, CONFIG, reward=plain.reward, sampling=plain.sampling, pad_id=PAD,
+        eos_id=EOS, seed=0, algorithm="lols", guide=guide,
+        rlgf=RLGFConfig(tau=0.5), guide_sampling=Sampling(6),
+    )  # fmt: skip
+    ppo.world, metrics, authors = world, [], []
+    for step in range(4):
+        guide.away = step == 2 and world.rank == 1
+        figures, rollout = ppo.step(questions(PROMPTS))
+        metrics.append(figures)
+        authors.append(rollout.author)
+    weights = [p.detach() for model in (used.policy, *used.critic.children())
+               for p in model.parameters()]  # fmt: skip
+    return metrics, weights, authors
+
+
 def given_answers():
     ppo = new_trainer("shared", CONFIG, 6)
     return ppo.rollout.generate(PROMPTS, ppo.sampling)
@@ -149,7 +188,9 @@ def worker(rank, meeting, queue):
     world = World(rank, 2)
     found = (run_steps(world, given_answers()), run_steps(world), scheduled(world), fitted(world))
     results = [(m, [w.numpy() for w in ws]) for m, ws in found]
-    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world), rated(world)]))
+    metrics, weights, authors = guided(world)
+    by_lols = metrics, [w.numpy() for w in weights], authors
+    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world), rated(world), by_lols]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -166,6 +207,15 @@ def test_two_processes_take_the_step_of_one():
     # A reward gets all responses to a prompt, however the models share them.
     assert results[0][6] == [([0, 0, 0], [[7]] * 3), ([0, 0, 0], [[7] * 9] * 3)]
     assert results[1][6] == [([1, 1, 1], [[7]] * 3), ([1, 1, 1], [[7]] * 3)]
+    one, other = results[0][7], results[1][7]
+    assert one[0] == other[0] and one[2] == other[2], "the processes guide differently"
+    assert all((a == b).all() for a, b in zip(one[1], other[1], strict=True))
+    assert [row["guide/skipped"] for row in one[0]] == [0, 0, 1, 0]
+    assert {row.get("guide/aggrevated") for row in one[0]} == {0.0, 1.0, None}
+    for authors in (one[2][0], one[2][1], one[2][3]):  # of each process's prompts some are cut
+        for first in (0, 3):
+            rows = authors[first : first + 3]
+            assert {True, False} <= {mine for row in rows for mine in row}
     rows = results[0][2][0]
     assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
     assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"

@@ -224,7 +224,7 @@ def test_a_stage_may_be_left_out(model, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(("pairs", "message"), [
     ([{"prompt": "a", "answers": ["b", "c"]}], "had 'answers', expected 'chosen' and 'rejected'"),
     ([{"prompt": "a", "chosen": "b", "rejected": ""}], r"pairs\[0\]: rejected was ''"),
-    ([{"prompt": "a", "chosen": "red " * 80, "rejected": "b"}], "the longest answer has"),
+    ([{"prompt": "a", "chosen": "red " * 80, "rejected": "b"}], r"pairs\[0\]: an answer has"),
     ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "pairs: 1, expected at least 2"),
 ])  # fmt: skip
 def test_pairs_that_are_wrong_are_named(model, tmp_path, pairs, message):  # noqa: F811

@@ -146,6 +146,42 @@ def test_lengths_are_those_of_a_log(tmp_path, capsys):
     assert 40 < prompt <= 300 - answer and 10 < answer < 200
 
 
+def test_a_guide_is_planned_with_the_models_of_the_training(tmp_path, capsys):
+    """Another model's weights and its sampling; two critics of lols, of which one is updated."""
+    config, other = Qwen2Config(**PLAIN), Qwen2Config(**WORDY)
+    how, work = Holding(gpu_nbytes=2**33), Work(prompt_tokens=60, response_tokens=12)
+    plain, beside = need("train", config, how, work), need("train", config, how, work, other)
+    weights = sizes(meta_model(other, how), "language").weights
+    assert beside.weights == plain.weights + weights > plain.weights and beside[3] == plain[3]
+    huge = Qwen2Config(**{**WORDY, "vocab_size": 900_000, "num_hidden_layers": 1})
+    assert need("train", config, how, work, huge).moment == "the guide's sampling"
+    assert need("sft", config, how, work, other) == need("sft", config, how, work)
+    trunk = sizes(meta_model(config, how), "value")
+    two = need("train", config, how, replace(work, algorithm="lols"))
+    assert two.weights == plain.weights + trunk.weights
+    assert two.optimizer == plain.optimizer + 8 * trunk.trained
+    assert two.host == plain.host + 4 * trunk.trained
+    other.save_pretrained(tmp_path)
+    main(["plan", "--shape", "0.5B", "--algorithm", "ppo++", "--guide.model", str(tmp_path)])
+    assert f"the guide {tmp_path} is in memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("algorithm", "asked"), [
+    ("ppo++", 0.5), ("aggrevated", 1.0), ("lols", 0.75 * 0.5 + 0.25), ("d2lols", 0.2 + 0.8 * 0.5),
+])  # fmt: skip
+def test_requests_to_a_guide_at_an_endpoint_are_planned_with_their_price(algorithm, asked, capsys):
+    main(["plan", "--shape", "0.5B", "--algorithm", algorithm, "--rlgf.beta", "0.5",
+          "--rlgf.tau", "0.75", "--ppo.steps", "100", "--ppo.batch-size", "10",
+          "--prompt-tokens", "90", "--response-tokens", "10", "--guide.name", "g",
+          "--guide.base-url", "http://h/v1", "--guide.price-read", "2",
+          "--guide.price-written", "50"])  # fmt: skip
+    said, begun = capsys.readouterr().out, 0 if algorithm == "ppo++" else 10
+    read, written = 1000 * asked * (90 + begun) / 1e6, 1000 * asked * 10 / 1e6
+    assert f"about {round(1000 * asked):,} requests for 1,000 answers in 100 steps" in said
+    assert f"at most {read:.2f} million tokens read and {written:.2f} written" in said
+    assert f"cost at most {2 * read + 50 * written:.2f} at the prices" in said
+
+
 def test_it_says_what_to_turn_and_loads_no_weights(tmp_path, capsys):
     config = LlamaConfig(**{**GROUPED, "num_hidden_layers": 2}, max_position_embeddings=512)
     config.save_pretrained(tmp_path)
@@ -168,6 +204,8 @@ def test_it_says_what_to_turn_and_loads_no_weights(tmp_path, capsys):
         (["--data", "x"], "--data was given without --model"),
         (["--model", "nobody/nothing"], "nobody/nothing: no local path, and as an id of the hub"),
         (["--shape", "7B", "--gpu-memory", "much"], "expected a size such as 80GB"),
+        (["--shape", "7B", "--guide.model", "x"], "ppo has no guide"),
+        (["--shape", "7B", "--algorithm", "lols", "--guide.price-read", "1"], "expected both, or"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_plan_is_said(given, said, monkeypatch, capsys):

@@ -74,11 +74,11 @@ def in_words(shown: str) -> tuple[float, float]:
     return float(text.removesuffix(" %")) / scale, 0.5 * 10.0 ** -len(digits) / scale * 1.001
 
 
-def test_every_figure_of_the_report_stands_in_its_file(finished):
-    page = Page((finished / "report.html").read_text())
-    files = set()
+def figures_of_files(out: Path, text: str):
+    """(attributes, text) of the figures of a page, each compared with its file."""
+    page = Page(text)
     for attributes, shown in page.data:
-        value, (read_, half) = standing_at(finished, attributes["data-source"]), in_words(shown)
+        value, (read_, half) = standing_at(out, attributes["data-source"]), in_words(shown)
         assert float(attributes["value"]) == value
         if attributes["data-source"].startswith("result.json#/gain") or "/net" in (
                 attributes["data-source"]):  # in percentage points
@@ -86,15 +86,20 @@ def test_every_figure_of_the_report_stands_in_its_file(finished):
         if "." not in shown and "%" not in shown and value != round(value):  # 1,234 of 1234.4
             half = 0.5
         assert abs(read_ - value) <= half, (attributes, shown)
-        files.add(attributes["data-source"].partition("#")[0])
-    assert len(page.data) > 100
+    return page.data
+
+
+def test_every_figure_of_the_report_stands_in_its_file(finished):
+    data = figures_of_files(finished, (finished / "report.html").read_text())
+    files = {attributes["data-source"].partition("#")[0] for attributes, _ in data}
+    assert len(data) > 100
     assert files >= {
         "result.json", "heat/tokens.jsonl", "train/samples.jsonl", "sft/manifest.json",
         "train-rm/report.json", "train/metrics.jsonl", "generate/report.json",
     }  # fmt: skip
     result = read(finished / "result.json")
     for name in ("sft", "sft_t0.5", "sft_continued", "tppo", "tppo_transfer", "repeat_last"):
-        shown = [s for a, s in page.data if a["data-source"] == f"result.json#/{name}/relevance"]
+        shown = [s for a, s in data if a["data-source"] == f"result.json#/{name}/relevance"]
         assert f"{result[name]['relevance']:.3f}" in shown
 
 
@@ -113,21 +118,28 @@ def drawn(text: str):
             yield group.get("data-source"), list(zip(x, y, strict=True)), dots, near
 
 
-def test_every_curve_of_the_report_goes_through_the_figures_of_its_file(finished):
+def curves_of_files(out: Path, text: str):
+    """The sources of all curves of a page, each compared with its file."""
     seen = set()
-    for source, points, dots, (dx, dy) in drawn((finished / "report.html").read_text()):
+    for source, points, dots, (dx, dy) in drawn(text):
         if source is None:  # the diagonal of the calibration
             assert dots == [(0.0, 0.0), (1.0, 1.0)]
             continue
         file, _, names = source.partition("#")
-        way, _, names = names.partition("/") if file.endswith("json") else ("", "", names)
-        rows = read(finished / file)[way] if way else read(finished / file)
+        way, _, names = names.rpartition("/") if file == "train-rm/report.json" else ("", "", names)
+        rows = read(out / file)[way] if way else read(out / file)
         x, y = names.split(",")
-        wanted = [(row[x], row[y]) for row in rows if x in row and y in row]
-        assert dots == wanted and len(points) == len(wanted), source
+        wanted = [(row[x], row[y]) for row in rows if row.get(x) is not None
+                  and row.get(y) is not None]  # fmt: skip
+        assert dots == wanted and len(points) == len(wanted) > 0, source
         for (px, py), (wx, wy) in zip(points, wanted, strict=True):
             assert abs(px - wx) <= dx and (abs(py - wy) <= dy or wy < -1), source
         seen.add(source)
+    return seen
+
+
+def test_every_curve_of_the_report_goes_through_the_figures_of_its_file(finished):
+    seen = curves_of_files(finished, (finished / "report.html").read_text())
     assert seen >= {
         "train/metrics.jsonl#episode,heldout/relevance", "train/metrics.jsonl#episode,reward/rule",
         "train/metrics.jsonl#heldout/kl,heldout/relevance",

@@ -20,8 +20,9 @@ from tppo.errors import DataError
 from tppo.methods.config import RewardModelConfig, SERConfig
 from tppo.methods.sentence_model import train_sentence_model
 from tppo.methods.ser import Doubtful, Found, Pairs, State, confident, evolve
+from tppo.models.tokenizer import load_tokenizer
 from tppo.rewards.sentence_model import SentenceModel
-from tppo.stages.preferences import preference_of, read_preferences
+from tppo.stages.preferences import answer_ids, encoded, preference_of, read_preferences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = RewardModelConfig(epochs=3, batch_size=8, lr=5e-3)
@@ -172,13 +173,35 @@ def test_a_pair_that_is_none_is_named(row, message):
 def test_a_bad_line_of_a_file_stops_or_is_left_out(tmp_path, capfd):
     path = tmp_path / "pairs.jsonl"
     good, bad = {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}
-    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    half = good | {"chosen": "half of a pair: \ud83d"}
+    lines = [json.dumps(row) for row in (good, bad, half, good)]
+    path.write_text("\n".join([*lines, '{"prompt": "a", "chos', json.dumps([1])]) + "\n")
     with pytest.raises(DataError, match=r"pairs.jsonl: line 2: the keys were .*--skip-bad"):
         read_preferences(path)
+    with pytest.raises(DataError, match=r"pairs\[0\]: chosen was .*expected a text"):
+        read_preferences([half])
     assert len(read_preferences(path, skip_bad=True)) == 2
-    assert "1 pairs are left out, the first because" in capfd.readouterr().err
+    assert "4 pairs are left out, the first because" in capfd.readouterr().err
     with pytest.raises(DataError, match="no pair, expected at least one"):
         read_preferences([bad], skip_bad=True)
+
+
+def test_answers_that_are_alike_in_tokens_or_too_long_are_named_or_left_out(model, capfd):  # noqa: F811
+    """The words of a tokenizer that does not tell two texts apart prefer nothing."""
+    tokenizer = load_tokenizer(model)
+    good = {"prompt": "a", "chosen": "red boots", "rejected": "cheap boots"}
+    alike = good | {"rejected": "red boots"}
+    pairs = read_preferences([good, good, good | {"chosen": "red " * 80}])
+    pairs[0] = replace(pairs[0], answers=(alike["chosen"], alike["rejected"]))
+    with pytest.raises(DataError, match=r"^pairs\[0\]: both answers have the same .*--skip-bad"):
+        encoded(pairs, tokenizer, 64)
+    with pytest.raises(DataError, match=r"^pairs\[2\]: an answer has \d+ tokens, expected less"):
+        encoded(pairs[1:], tokenizer, 64)
+    (kept,) = encoded(pairs, tokenizer, 64, skip_bad=True)
+    assert [*kept.first_ids] == answer_ids(tokenizer, "red boots")
+    assert "2 pairs are left out, the first because pairs[0]: both" in capfd.readouterr().err
+    with pytest.raises(DataError, match="pairs: no pair, expected at least one"):
+        encoded(pairs[:1], tokenizer, 64, skip_bad=True)
 
 
 def texts(n, seed):

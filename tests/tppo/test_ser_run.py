@@ -1,5 +1,6 @@
 """SER in a run of stages: on pairs of generated answers, and with labels of words."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from test_door import assert_same
 
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
+from tppo.methods import reward_model
 from tppo.methods.config import PPOConfig, RewardModelConfig, SERConfig, SFTConfig
 from tppo.methods.reward_model import (
     NOT_LABELLED,
@@ -83,6 +85,40 @@ def test_pairs_are_two_answers_to_one_history_and_pay_in_ppo(prepared):
     found = read_json(prepared / "ser-train/report.json")
     assert found["labels"] == "pairs" and -1 < found["last_reward"] < 1
     assert run.done("ser-train")
+
+
+def test_what_ends_inside_a_round_by_words_costs_that_round_and_no_bit(prepared, monkeypatch):
+    """In the second optimiser step of round 1, and in the training on all labels behind it."""
+    run = run_with(prepared, labels="words", seed_share=0.3, tau_token=0.55, rounds=1)
+    run.perform("ser")
+    whole = load_file(prepared / "ser/model/model.safetensors")
+    report = read_json(prepared / "ser/report.json")
+    rounds = [*read_jsonl(prepared / "ser/rounds.jsonl")]
+    assert len(report["rounds"]) == 2
+    check, steps, trained = reward_model.check_step, 0, []
+
+    def counted(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps == trained[0]:
+            raise KeyboardInterrupt
+        return check(*arguments)
+
+    monkeypatch.setattr(reward_model, "check_step", counted)
+    of = [TINY.reward_model.epochs * -(-row["trained_on"] // TINY.reward_model.batch_size)
+          for row in report["rounds"]]  # fmt: skip
+    shutil.rmtree(prepared / "ser")
+    for last in (of[0] + 2, of[1] + 2):  # the second time it goes on behind the seed's model
+        steps, trained = 0, [last]
+        with pytest.raises(KeyboardInterrupt):
+            run.perform("ser")
+        assert (prepared / "ser.tmp/checkpoints").is_dir() and not (prepared / "ser").exists()
+    steps, trained = 0, [0]
+    run.perform("ser")
+    assert_same(load_file(prepared / "ser/model/model.safetensors"), whole)
+    assert read_json(prepared / "ser/report.json") == report
+    again = [*read_jsonl(prepared / "ser/rounds.jsonl")]
+    assert [line.values for line in again] == [line.values for line in rounds]
 
 
 def label(id, words, sentence):

@@ -241,7 +241,8 @@ class SERConfig:
     min_share: Share = 0.05
     """The rounds end where fewer are kept than this share of those without a label."""
     all_labels: bool = True
-    """Train on all labels too, where they are known, to compare in the report."""
+    """Where the labels of all are known, train on them too, and on the true labels of what the
+    rounds have labelled, to compare in the report."""
     scale: Positive = 1.0
     """pairs: what an answer is paid in PPO is this times its probability less one half."""
 
@@ -271,6 +272,9 @@ class PITConfig:
     """Times that `tppo improve` has each answer bettered."""
 
 
+EARLY = 0.2  # of the steps are of aggrevated in d2lols: the paper has .2 and .4
+
+
 @section
 class RLGFConfig:
     """Reinforcement learning with guided feedback (Chang et al. 2023): how learner and guide share
@@ -294,3 +298,15 @@ class RLGFConfig:
     authors' code); with --reward the prompts need a column "target" with that answer."""
     max_skipped: Count = 3
     """Steps in a row that are skipped, because the guide gives no answer, before the run stops."""
+
+    def last_aggrevated(self, steps: int) -> int:
+        """The last of so many steps of d2lols that is one of aggrevated."""
+        return round(EARLY * steps) if self.switch_step is None else min(self.switch_step, steps)
+
+    def asked(self, algorithm: Algorithm, steps: int) -> float:
+        """The share of answers that a guide is asked for: of ppo++ those that are cut, of
+        aggrevated all, but for those that the learner has ended.
+        """
+        early = {"ppo": 0.0, "ppo++": 0.0, "aggrevated": 1.0, "lols": 1.0 - self.tau,
+                 "d2lols": self.last_aggrevated(steps) / max(steps, 1)}[algorithm]  # fmt: skip
+        return 0.0 if algorithm == "ppo" else early + (1.0 - early) * self.beta

@@ -49,7 +49,6 @@ from tppo.rewards import Answers, Questions
 PLAIN, PLUS, AGGREVATED, LOLS, D2LOLS = "ppo", "ppo++", "aggrevated", "lols", "d2lols"
 SKIPPED = "guide/skipped"  # the figure of a step that was not taken, for want of a guide's answer
 TARGET = "target"  # the column that holds the true answer, a text
-_EARLY = 0.2  # of the steps are of AggreVaTeD in D2LOLS: the paper has .2 and .4
 
 
 class GuideLost(RuntimeError):
@@ -161,8 +160,7 @@ class GuidedPPO(PPO):
             chance = random.Random(f"{self.seed}/lols/{step}").random()
             return PLUS if chance < self.rlgf.tau else AGGREVATED
         if self.algorithm == D2LOLS:
-            last = self.rlgf.switch_step
-            last = round(_EARLY * self.schedules.steps) if last is None else last
+            last = self.rlgf.last_aggrevated(self.schedules.steps)
             return AGGREVATED if step <= last else PLUS
         return self.algorithm
 

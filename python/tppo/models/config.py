@@ -130,8 +130,16 @@ class GuideConfig:
     """Further tries of a request after 429, 5xx or a time-out, ever longer apart."""
     timeout_s: Positive = 120.0
     """Limit of one try, in seconds."""
+    price_read: NonNegative | None = None
+    """Price of a million prompt tokens of the endpoint; with both prices `tppo plan` says the
+    cost."""
+    price_written: NonNegative | None = None
+    """Price of a million tokens that it writes."""
 
     def __post_init__(self) -> None:
+        if (self.price_read is None) != (self.price_written is None):
+            raise ValueError(f"price_read, price_written were {self.price_read}, "
+                             f"{self.price_written}, expected both, or none")  # fmt: skip
         if self.model is not None and self.base_url:
             raise ValueError(f"model and base_url were {self.model!r} and {self.base_url!r}, "
                              "expected one of them")  # fmt: skip

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from tppo.models.load import load_from
 from tppo.models.meta import Holding
 from tppo.progress import say
+from tppo.stages.guides import guide_of_run
 from tppo.stages.needs import GB, Need, Work, plan
 from tppo.stages.run import Run
 
@@ -36,14 +38,20 @@ def check_memory(run: Run, model: PreTrainedModel, prompt_tokens: int, cap: int)
     )  # fmt: skip
     work = Work(
         max(2, prompt_tokens), cap, config.prefix, config.model, config.sft, config.generate,
-        config.reward_model, config.ppo,
+        config.reward_model, config.ppo, config.algorithm, config.rlgf, config.guide,
     )  # fmt: skip
     try:
-        needs = plan(model.config, how, work)
+        needs = plan(model.config, how, work, _of_guide(run))
     except ValueError as error:
         say(f"memory is not checked: {error}")
         return
     compare(needs, free_nbytes(device), device, str(run.model))
+
+
+def _of_guide(run: Run) -> PretrainedConfig | None:
+    """The configuration of another model that guides."""
+    folder = guide_of_run(run)
+    return None if folder is None else load_from(AutoConfig, folder)
 
 
 def compare(needs: Sequence[Need], free: int, device: torch.device, model: str) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig, ModelConfig, Prefix
+from tppo.methods.config import Algorithm, PPOConfig, RewardModelConfig, RLGFConfig, SFTConfig
+from tppo.models.config import GenerateConfig, GuideConfig, ModelConfig, Prefix
 from tppo.settings import Count, section
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class Work:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    algorithm: Algorithm = "ppo"
+    """As in `tppo train`: with a guide, ppo++, aggrevated, lols or d2lols."""
+    rlgf: RLGFConfig = field(default_factory=RLGFConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
 
 
 class Need(NamedTuple):
@@ -78,15 +82,24 @@ class Moment(NamedTuple):
     cache: int = 0
 
 
-def plan(config: PretrainedConfig, how: Holding, work: Work) -> list[Need]:
+def plan(
+    config: PretrainedConfig, how: Holding, work: Work, guide: PretrainedConfig | None = None
+) -> list[Need]:
     """What each stage would take; the models are held as `how` says.
 
+    guide: of another model that writes beside the policy in `train`.
     Errors: ValueError where the model's type cannot be planned.
     """
-    return [need(stage, config, how, work) for stage in STAGES]
+    return [need(stage, config, how, work, guide) for stage in STAGES]
 
 
-def need(stage: str, config: PretrainedConfig, how: Holding, work: Work) -> Need:
+def need(
+    stage: str,
+    config: PretrainedConfig,
+    how: Holding,
+    work: Work,
+    guide: PretrainedConfig | None = None,
+) -> Need:
     """What one stage would take: its models, and the largest of its moments."""
     from tppo.models.meta import meta_model, sizes
 
@@ -94,7 +107,8 @@ def need(stage: str, config: PretrainedConfig, how: Holding, work: Work) -> Need
     model, frozen = meta_model(config, how), meta_model(config, bare)
     whole, trunk = (sizes(frozen, role).weights for role in ("language", "value"))
     trained, value = sizes(model, "language"), sizes(model, "value")
-    item, critic = how.dtype.itemsize, int(with_critic(work))
+    item, critic = how.dtype.itemsize, critics(work)
+    guide = guide if stage == "train" else None
     # Models of which all weights are held; with LoRA one, and the adapters of so many.
     held = {
         "sft": (whole, 1), "generate": (whole, 0), "train-rm": (trunk, 1),
@@ -102,14 +116,20 @@ def need(stage: str, config: PretrainedConfig, how: Holding, work: Work) -> Need
     }[stage]  # fmt: skip
     adapters = trained.trained * item if how.lora else 0
     weights = held[0] if how.lora is None else whole + held[1] * adapters
+    if guide is not None:
+        weights += sizes(meta_model(guide, bare), "language").weights
     count = {
         "sft": trained.trained, "generate": 0, "train-rm": value.trained,
         "train": trained.trained + critic * value.trained, "eval": trained.trained,
     }[stage]  # fmt: skip
     optimizer = count * (8 if item == 4 else 12)  # moments in fp32, and 16-bit weights' copies
     host = {"sft": trained.trained, "train": count}.get(stage, 0) * item
-    gradients = count * item
+    idle = max(critic - 1, 0) * value.trained if stage == "train" else 0  # of two critics one
+    gradients = (count - idle) * item
     found = list(moments(stage, config, how, work))
+    if guide is not None:  # which writes answers of the same prompts, in parts as large
+        found += [moment._replace(name="the guide's sampling")
+                  for moment in moments("train", guide, bare, work) if moment.name == "sampling"]
     if count:  # the optimiser's own tensors: of all weights at once on a GPU, else of one
         own = 4 * count if how.gpu_nbytes else 8 * trained.largest
         found.append(Moment("the optimiser's step", gradients + own, gradients))
@@ -120,6 +140,11 @@ def need(stage: str, config: PretrainedConfig, how: Holding, work: Work) -> Need
         stage, highest.name, weights, optimizer, highest.gradients, max(rest, 0), highest.logits,
         highest.cache, reserve, host,
     )  # fmt: skip
+
+
+def critics(work: Work) -> int:
+    """How many `train` has: none, one, or one for each kind of step of lols."""
+    return int(with_critic(work)) * (2 if work.algorithm == "lols" else 1)
 
 
 def with_critic(work: Work) -> bool:
@@ -232,14 +257,19 @@ def turned(level: Level, how: Holding, work: Work) -> tuple[Holding, Work]:
 
 
 def first_level(
-    config: PretrainedConfig, how: Holding, work: Work, stages: Sequence[str]
+    config: PretrainedConfig,
+    how: Holding,
+    work: Work,
+    stages: Sequence[str],
+    guide: PretrainedConfig | None = None,
 ) -> int | None:
     """The first of LEVELS with which all of the stages fit the GPU; None where none does."""
     assert how.gpu_nbytes is not None
     left = list(stages)
     for number, level in enumerate(LEVELS):
         used, chosen = turned(level, how, work)
-        left = [s for s in left if need(s, config, used, chosen).total > how.gpu_nbytes]
+        left = [s for s in left
+                if need(s, config, used, chosen, guide).total > how.gpu_nbytes]  # fmt: skip
         if not left:
             return number
     return None

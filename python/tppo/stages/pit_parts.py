@@ -14,21 +14,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo import stopping
+from tppo.config import Config
 from tppo.errors import DataError
 from tppo.methods.advantages import ADVANTAGES
-from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SFTConfig
 from tppo.methods.pit import Encode, GapPair, GapReader, Improver, evaluate_gap, improvement
 from tppo.methods.ppo import PPO, step_seed
 from tppo.methods.sentence_model import train_sentence_model
 from tppo.methods.sft import Examples, train_sft
-from tppo.models.adapters import (
-    add_adapter,
-    load_adapter,
-    merged,
-    origin_of,
-    shared_copy,
-)
-from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig, Prefix
+from tppo.models.adapters import add_adapter, load_adapter, merged, origin_of, shared_copy
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.load import load_policy
 from tppo.models.recompute import recompute_layers
@@ -39,12 +32,14 @@ from tppo.rewards import Questions
 from tppo.rewards.gap import GapReward
 from tppo.rewards.sentence_model import SentenceModel
 from tppo.stages.artifacts import PIT_POLICY, PIT_REPORT
+from tppo.stages.journal import METRICS
 from tppo.stages.loop import Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.preferences import answer_ids
 from tppo.store.jsonl import plain, read_json, write_json, write_jsonl
 from tppo.store.run_folder import KEPT, RunFolder
 
+STAGE = "pit"
 MODEL = "model"  # in the folder of each part
 
 
@@ -66,42 +61,43 @@ class Training:
     encode: Encode
     cap: int  # tokens of an answer
     seed: int
-    prefix: Prefix
-    pit: PITConfig
-    sft: SFTConfig
-    gap: RewardModelConfig
-    ppo: PPOConfig
-    generate: GenerateConfig
-    loading: ModelConfig
-    lora: AdapterConfig
+    config: Config  # read: pit, sft, reward_model (of the gap model), ppo, generate, model, lora
 
     def settings(self) -> dict[str, Any]:
         """What the weights depend on, beside the base and the pairs."""
-        names = ("cap", "prefix", "pit", "sft", "gap", "ppo", "generate", "lora")
-        found = {name: plain(getattr(self, name)) for name in names}
+        names = ("prefix", "pit", "sft", "reward_model", "ppo", "generate", "lora")
+        found = {name: plain(getattr(self.config, name)) for name in names}
         del found["pit"]["improve_steps"]
-        return found | {"dtype": self.loading.dtype}
+        return found | {"cap": self.cap, "dtype": self.config.model.dtype}
 
     def policy(self, path: Path) -> PreTrainedModel:
         """The causal LM in a folder."""
-        model = load_policy(path, self.device, self.loading.dtype,
-                            pickles=self.loading.allow_pickle)  # fmt: skip
+        loading = self.config.model
+        model = load_policy(path, self.device, loading.dtype, pickles=loading.allow_pickle)
         return limit_vocabulary(model, self.tokenizer)
 
     def engine(self, policy: PreTrainedModel) -> HFRollout:
         """Samples answers of a policy."""
         eos_ids, pad_id = model_eos_ids(self.tokenizer, policy), self.tokenizer.pad_token_id
-        return HFRollout(policy, pad_id=pad_id, eos_id=eos_ids,
-                         batch_size=self.generate.batch_size, prefix=self.prefix)  # fmt: skip
+        return HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, prefix=self.config.prefix,
+                         batch_size=self.config.generate.batch_size)  # fmt: skip
 
     def improver(self, policy: PreTrainedModel) -> Improver:
         """The policy, asked for better answers."""
         eos_ids = model_eos_ids(self.tokenizer, policy)
         return Improver(self.engine(policy), self.encode, self.tokenizer, eos_ids)
 
+    def gap_reader(self, model: SentenceModel) -> GapReader:
+        """How a gap model reads."""
+        config = self.config
+        reader = GapReader(model, self.tokenizer.pad_token_id, config.prefix,
+                           config.reward_model.max_tokens)  # fmt: skip
+        reader.fifth = config.pit.fifth_term
+        return reader
+
     def sampling(self) -> Sampling:
         """Of rollouts."""
-        return Sampling(self.cap, self.generate.temperature, self.seed)
+        return Sampling(self.cap, self.config.generate.temperature, self.seed)
 
 
 def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[str, Any]:
@@ -110,7 +106,7 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
     Each part lies whole in `checkpoints` of the folder when it is done, PPO with checkpoints of its
     own: what was killed goes on in the part, and in PPO the step, where it was.
     """
-    config = training.pit
+    config = training.config.pit
     train, heldout = held_out(training, pairs)
     (out / KEPT).mkdir(exist_ok=True)
     parts, report = RunFolder(out / KEPT), dict[str, Any]()
@@ -139,8 +135,9 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
                 start = parts.root / newest / MODEL
                 stage_loop(work, parts.root, training, train, start, name, steps).run_all()
         report[name.replace("-", "_")] = read_json(parts.root / name / "report.json")
-        shutil.copy(parts.root / name / "metrics.jsonl", out / f"{name}.jsonl")
         newest = name
+    for folder in parts.root.glob(f"*/{METRICS}"):
+        shutil.copy(folder, out / f"{folder.parent.name}.jsonl")
     report |= {"pairs": len(train), "heldout": len(heldout),
                "sft": read_json(parts.root / "sft/report.json"),
                "gap": read_json(parts.root / "gap/report.json")}  # fmt: skip
@@ -159,7 +156,7 @@ def held_out(training: Training, pairs: Sequence[Better]) -> tuple[list[Better],
     if len(pairs) < 2:
         raise DataError(f"pairs: {len(pairs)}, expected at least 2: one is held out")
     order = random.Random(f"{training.seed}/pit").sample(range(len(pairs)), len(pairs))
-    n = max(1, round(training.pit.heldout_share * len(pairs)))
+    n = max(1, round(training.config.pit.heldout_share * len(pairs)))
     return [pairs[i] for i in order[n:]], [pairs[i] for i in order[:n]]
 
 
@@ -167,10 +164,10 @@ def sft_part(
     out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
 ) -> None:
     """-log M(y_w | x, y_l), from the base, to the early stop."""
-    model = training.policy(training.base)
-    if training.lora.on:
-        add_adapter(model, training.lora, seed=training.seed)
-    if training.loading.gradient_checkpointing:
+    model, config = training.policy(training.base), training.config
+    if config.lora.on:
+        add_adapter(model, config.lora, seed=training.seed)
+    if config.model.gradient_checkpointing:
         recompute_layers(model)
     examples, unseen = (
         Examples(
@@ -179,9 +176,10 @@ def sft_part(
         )
         for part in (train, heldout)
     )
-    result = train_sft(model, examples, unseen, training.sft, seed=training.seed,
-                       pad_id=training.tokenizer.pad_token_id, prefix=training.prefix)  # fmt: skip
-    save_model(merged(model) if training.lora.on else model, training.tokenizer, out / MODEL)
+    result = train_sft(model, examples, unseen, config.sft, seed=training.seed,
+                       pad_id=training.tokenizer.pad_token_id, prefix=config.prefix)  # fmt: skip
+    save_model(merged(model) if config.lora.on else model, training.tokenizer, out / MODEL)
+    write_jsonl(out / METRICS, result.history)
     write_json(out / "report.json", {"steps": result.steps, "best_step": result.best_step,
                                      "heldout_loss": result.heldout_loss})  # fmt: skip
 
@@ -190,21 +188,20 @@ def gap_part(
     out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
 ) -> None:
     """The gap model, from the base, an epoch past its best on held-out pairs."""
-    tokens = training.pit.reward == "token"
+    config = training.config
     model = SentenceModel.from_policy(
-        training.base, training.device, "mean" if tokens else "last", training.loading.dtype,
-        training.seed, lora=training.lora, pickles=training.loading.allow_pickle,
-        recompute=training.loading.gradient_checkpointing,
+        training.base, training.device, "mean" if config.pit.reward == "token" else "last",
+        config.model.dtype, training.seed, lora=config.lora, pickles=config.model.allow_pickle,
+        recompute=config.model.gradient_checkpointing,
     )  # fmt: skip
-    reader = GapReader(model, training.tokenizer.pad_token_id, training.prefix,
-                       training.gap.max_tokens)  # fmt: skip
-    reader.fifth = training.pit.fifth_term
+    reader = training.gap_reader(model)
     rows, unseen = ([gap_pair(training, pair) for pair in part] for part in (train, heldout))
-    history = train_sentence_model(reader, rows, unseen, training.gap,  # type: ignore[arg-type]
-                                   seed=training.seed, name="gap model")  # fmt: skip
+    history = train_sentence_model(reader, rows, unseen,  # type: ignore[arg-type]
+                                   config.reward_model, seed=training.seed,
+                                   name="gap model")  # fmt: skip
     report = evaluate_gap(reader, unseen)
     model.save(out / MODEL, training.tokenizer)
-    write_jsonl(out / "metrics.jsonl", history)
+    write_jsonl(out / METRICS, history)
     write_json(out / "report.json", report)
     say(f"pit: the gap model puts the better answer over the worse one above the worse over the "
         f"better one for {report['wl_above_lw']:.1%} of {len(unseen)} held-out pairs")  # fmt: skip
@@ -260,34 +257,33 @@ def stage_loop(
     steps: int,
 ) -> StageLoop:
     """PPO on the gap from the policy in `start`, with KL to PIT's SFT model."""
-    sft, lora, loading = parts / "sft" / MODEL, training.lora, training.loading
+    settings, sft = training.config, parts / "sft" / MODEL
+    lora, loading = settings.lora, settings.model
     ref = training.policy(sft)
     if lora.on:
         policy = (adapted(ref, lora, training.seed, origin_of(None, sft)) if start == sft
                   else load_adapter(shared_copy(ref), start, trained=True))  # fmt: skip
     else:
         policy = training.policy(start)
-    config = replace(training.ppo, steps=steps)
+    config = replace(settings.ppo, steps=steps)
     advantage = ADVANTAGES[config.advantage](config)
     models = ppo_models(policy, ref, sft, training.device, loading, lora,
                         critics=int(advantage.needs_critic), seed=training.seed)  # fmt: skip
     gap = SentenceModel.load(parts / "gap" / MODEL, training.device, loading.dtype)
-    reward = GapReward(gap, tokens=training.pit.reward == "token", scale=training.pit.scale,
+    reward = GapReward(gap, tokens=settings.pit.reward == "token", scale=settings.pit.scale,
                        max_tokens=config.max_tokens)  # fmt: skip
     trainer = PPO(
         models, training.engine(policy), config, reward=reward, advantage=advantage,
         tokenizer=training.tokenizer, sampling=training.sampling(),
         pad_id=training.tokenizer.pad_token_id, eos_id=model_eos_ids(training.tokenizer, policy),
-        seed=training.seed, prefix=training.prefix,
+        seed=training.seed, prefix=settings.prefix,
     )  # fmt: skip
     loop = StageLoop(trainer, stage_questions(training, pairs), None, out, training.tokenizer,
-                     about={"stage": name, "reward": training.pit.reward})  # fmt: skip
+                     about={"stage": name, "reward": settings.pit.reward})  # fmt: skip
     loop.training, loop.own = training, name == "stage-1"
     return loop
 
 
-def encoder(
-    tokenizer: PreTrainedTokenizerBase, room: int, read: Callable[[Any], list[int]]
-) -> Encode:
+def encoder(room: int, read: Callable[[Any], list[int]]) -> Encode:
     """Prompts with references in at most `room` tokens; a longer one loses its start."""
     return lambda prompt, reference: read(improvement(prompt, reference))[-room:]

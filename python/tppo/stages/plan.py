@@ -16,6 +16,7 @@ from pydantic import AfterValidator
 
 from tppo.errors import DataError
 from tppo.flags import parse
+from tppo.models.config import GuideConfig
 from tppo.sessions.config import ReadConfig
 from tppo.settings import Count, FilePath, section
 from tppo.stages.needs import (
@@ -185,20 +186,59 @@ def holding(options: PlanOptions, *, lora: bool, gpu_nbytes: int) -> Holding:
 
 def one_model(config: PretrainedConfig, name: str, options: PlanOptions) -> list[str]:
     """Lines: each stage's needs, whether they fit, and what to turn where they do not."""
-    work, nbytes = options.work, nbytes_of(options.gpu_memory)
+    work, nbytes, guide = options.work, nbytes_of(options.gpu_memory), guide_config(options)
     lines = [
         f"{name} on {options.gpu_memory}: prompts of {work.prompt_tokens} tokens, answers of "
-        f"{work.response_tokens}; GB of 10^9 bytes"
-    ]
+        f"{work.response_tokens}; GB of 10^9 bytes", *guide_lines(work),
+    ]  # fmt: skip
     for lora in (False, True):
         how = holding(options, lora=lora, gpu_nbytes=nbytes)
         trained = f"adapters of rank {options.lora_rank} (LoRA)" if lora else "all weights"
         lines += ["", f"{trained} trained, {how.dtype}".replace("torch.", ""), _HEADER]
-        for found in plan(config, how, work):
+        for found in plan(config, how, work, guide):
             lines.append(_row(found))
             if found.total > nbytes:
-                lines.append(f"  {found.stage} does not fit; {_remedy(config, how, work, found)}")
+                remedy = _remedy(config, how, work, found, guide)
+                lines.append(f"  {found.stage} does not fit; {remedy}")
     return lines
+
+
+def guide_config(options: PlanOptions) -> PretrainedConfig | None:
+    """The configuration of another model that guides; None where none does.
+
+    Errors: DataError for a guide without an algorithm that has one.
+    """
+    work = options.work
+    if work.algorithm == "ppo":
+        if work.guide != GuideConfig():
+            raise DataError("--guide was given, expected --algorithm ppo++, aggrevated, lols or "
+                            "d2lols with it: ppo has no guide")  # fmt: skip
+        return None
+    if work.guide.model is None:
+        return None
+    return configuration(Path(work.guide.model), work.guide.revision)[0]
+
+
+def guide_lines(work: Work) -> list[str]:
+    """What the guide takes beside the stages: the requests to an endpoint, and their price."""
+    if work.algorithm == "ppo":
+        return []
+    if work.guide.model is not None:
+        return [f"the guide {work.guide.model} is in memory beside the models of train"]
+    if not work.guide.base_url:
+        return ["the guide is the SFT model, which is in memory as the reference"]
+    steps, ppo = work.ppo.steps, work.ppo
+    answers = steps * ppo.batch_size * ppo.responses_per_prompt
+    asked = round(answers * work.rlgf.asked(work.algorithm, steps))
+    shown = 0 if work.algorithm == "ppo++" else work.response_tokens  # what the learner has begun
+    read, written = asked * (work.prompt_tokens + shown), asked * work.response_tokens
+    line = (f"the guide {work.guide.name} at its endpoint takes no memory: about {asked:,} "
+            f"requests for {answers:,} answers in {steps} steps, at most {read / 1e6:.2f} million "
+            f"tokens read and {written / 1e6:.2f} written, in the tokens of the model")  # fmt: skip
+    if work.guide.price_read is not None and work.guide.price_written is not None:
+        cost = (read * work.guide.price_read + written * work.guide.price_written) / 1e6
+        line += f", which cost at most {cost:,.2f} at the prices given"
+    return [line]
 
 
 _WIDTHS = (9, 9, 10, 10, 12, 7, 9, 8, 7, 2)
@@ -219,8 +259,14 @@ def _row(found: Need) -> str:
     return f"{found.stage:<{_WIDTHS[0]}}{''.join(cells)}  {found.moment}"
 
 
-def _remedy(config: PretrainedConfig, how: Holding, work: Work, found: Need) -> str:
-    level = first_level(config, how, work, [found.stage])
+def _remedy(
+    config: PretrainedConfig,
+    how: Holding,
+    work: Work,
+    found: Need,
+    guide: PretrainedConfig | None,
+) -> str:
+    level = first_level(config, how, work, [found.stage], guide)
     if level is not None:
         return f"it does with {flags(level, found.stage)}"
     instead = "a smaller model or a larger GPU" if how.lora else "LoRA, if its lines below fit,"
@@ -236,10 +282,10 @@ def table(options: PlanOptions) -> list[str]:
 
 def table_row(name: str, lora: bool, options: PlanOptions) -> str:
     """One line of `table`: GB of each stage as it is, on 80 GB, and the level for each GPU."""
-    config = shape_config(name)
+    config, guide = shape_config(name), guide_config(options)
     held = [holding(options, lora=lora, gpu_nbytes=gpu * GB) for gpu in GPUS]
-    needs = [f"{found.total / GB:.1f}" for found in plan(config, held[2], options.work)]
-    levels = [first_level(config, how, options.work, STAGES) for how in held]
+    needs = [f"{found.total / GB:.1f}" for found in plan(config, held[2], options.work, guide)]
+    levels = [first_level(config, how, options.work, STAGES, guide) for how in held]
     cells = ["no" if level is None else str(level) for level in levels]
     trained = f"LoRA {options.lora_rank}" if lora else "all"
     return f"| {' | '.join([name, trained, *needs, *cells])} |"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from tppo.methods.ser import Doubtful
 from tppo.plain_text import plain_text
 from tppo.progress import say, say_once
 from tppo.stages.prompts import encode_given, prompt_problem
-from tppo.store.jsonl import read_jsonl
+from tppo.store.jsonl import BadRows, is_text, read_jsonl
 
 TURN = "\n\nAssistant:"  # of HH-RLHF: what stands behind the last one is the answer
 _EXPECTED = (
@@ -52,26 +52,29 @@ def read_preferences(
     Errors: DataError naming the pair (file and line), what it was and what was expected; where no
     pair is left.
     """
-    found, wrong = [], []
-    for values, place in _rows(source, name):
-        try:
+    found, bad = list[Preference](), _bad(skip_bad)
+    for values, place in _rows(source, name, bad):
+        with bad:
             found.append(preference_of(values, place))
-        except DataError as error:
-            if not skip_bad:
-                raise DataError(f"{error}; --skip-bad (skip_bad=True) leaves such pairs "
-                                "out") from None  # fmt: skip
-            wrong.append(str(error))
-    if wrong:
-        say(f"{name}: {len(wrong)} pairs are left out, the first because {wrong[0]}")
+    _tell(bad, name)
     if not found:
         raise DataError(f"{name}: no pair, expected at least one")
     return found
 
 
-def _rows(source: Any, name: str) -> Iterable[tuple[Any, str]]:
+def _bad(skip_bad: bool) -> BadRows:
+    return BadRows(skip_bad, "; --skip-bad (skip_bad=True) leaves such pairs out")
+
+
+def _tell(bad: BadRows, name: str) -> None:
+    if bad.count:
+        say(f"{name}: {bad.count} pairs are left out, the first because {bad.first[0]}")
+
+
+def _rows(source: Any, name: str, bad: BadRows) -> Iterable[tuple[Any, str]]:
     if isinstance(source, str | Path):
         path = Path(source)
-        return ((line.values, f"{path}: line {line.number}") for line in read_jsonl(path))
+        return ((line.values, f"{path}: line {line.number}") for line in read_jsonl(path, bad))
     if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
         raise DataError(f"{name} was {short(source)}, a {type(source).__name__}, expected the path "
                         "of a JSONL file, a list of dicts, or a datasets.Dataset")  # fmt: skip
@@ -131,7 +134,7 @@ def _answer(given: Any, text: bool, what: str) -> str:
         if isinstance(given, list | tuple) and len(given) == 1 and isinstance(given[0], Mapping):
             if given[0].get("role") == "assistant":
                 given = given[0].get("content")
-    if not isinstance(given, str) or not given.strip():
+    if not is_text(given):
         raise DataError(f"{what} was {short(given)}, expected {expected}")
     return given
 
@@ -141,26 +144,62 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*plain_text(tokenizer).ids(text), tokenizer.eos_token_id]
 
 
+class Spelled(NamedTuple):
+    """A pair with the tokens of its answers."""
+
+    pair: Preference
+    first: list[int]
+    second: list[int]
+
+
+def spelled(
+    pairs: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    *,
+    skip_bad: bool = False,
+    name: str = "pairs",
+) -> list[Spelled]:
+    """The pairs with the tokens of their answers.
+
+    Errors: DataError naming the pair whose answer alone does not fit `positions`, or whose answers
+    have the same tokens; where no pair is left.
+    """
+    found, bad = list[Spelled](), _bad(skip_bad)
+    for pair in pairs:
+        first, second = (answer_ids(tokenizer, text) for text in pair.answers)
+        longest = max(len(first), len(second))
+        with bad:
+            if longest >= positions:
+                raise DataError(f"{pair.place}: an answer has {longest} tokens, expected less than "
+                                f"the {positions} positions of the model")  # fmt: skip
+            if first == second:
+                raise DataError(f"{pair.place}: both answers have the same tokens, expected two "
+                                "that differ")  # fmt: skip
+            found.append(Spelled(pair, first, second))
+    _tell(bad, name)
+    if pairs and not found:
+        raise DataError(f"{name}: no pair, expected at least one")
+    return found
+
+
 def encoded(
-    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, positions: int
+    pairs: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    *,
+    skip_bad: bool = False,
 ) -> list[Doubtful]:
     """The pairs in tokens; a prompt that does not fit beside its longer answer loses its start.
 
-    Errors: DataError naming the pair whose answer alone does not fit `positions`.
+    Errors: as of `spelled`.
     """
     found = []
-    for pair in pairs:
+    for pair, first, second in spelled(pairs, tokenizer, positions, skip_bad=skip_bad):
         prompt = encode_given(tokenizer, pair.prompt, pair.place)
-        first, second = (answer_ids(tokenizer, text) for text in pair.answers)
         room = positions - max(len(first), len(second))
-        if room < 1:
-            raise DataError(f"{pair.place}: an answer has {positions - room} tokens, expected less "
-                            f"than the {positions} positions of the model")  # fmt: skip
         if len(prompt) > room:
             say_once(f"prompts that do not fit the model's {positions} positions beside their "
                      "answers lose their start")  # fmt: skip
-        if first == second:
-            raise DataError(f"{pair.place}: both answers have the same tokens, expected two that "
-                            "differ")  # fmt: skip
         found.append(Doubtful(prompt[-room:], first, second, 0 if pair.labelled else None))
     return found

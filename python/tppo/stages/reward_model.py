@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.errors import DataError
 from tppo.labels.label import iter_labels
@@ -32,21 +34,7 @@ def train_rm(run: Run) -> None:
     """The token reward model, its trunk started from SFT or from a folder of its own."""
     with run.stage("train-rm") as out:
         config = run.config.reward_model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model, tokenizer = start_reward_model(
-                run.own_reward_model,
-                run.path(SFT_MODEL),
-                run.tokenizer,
-                run.device,
-                run.config.model.dtype,
-                pickles=run.config.model.allow_pickle,
-            )
-        lora = run.config.lora
-        if lora.on:
-            add_to_classifier(model, lora, seed=run.seed, origin=sft_origin(run))
-        if run.config.model.gradient_checkpointing:
-            recompute_layers(model)
+        model, tokenizer = new_reward_model(run, run.own_reward_model)
         reader: Reader
         if model.config.own_tokens:
             reader = own = OwnTokens(model, tokenizer)
@@ -70,11 +58,7 @@ def train_rm(run: Run) -> None:
         report["labeller"] = next(iter_labels(run.path(LABELS))).labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
-        if lora.on and run.own_reward_model is None:
-            save_classifier(model, out / REWARD_MODEL.name)
-        else:  # the folder of the user may be gone when the reward model is read
-            save_weights(merged(model) if lora.on else model, out / REWARD_MODEL.name)
-        tokenizer.save_pretrained(out / REWARD_MODEL.name)
+        save_reward_model(run, model, tokenizer, out / REWARD_MODEL.name, run.own_reward_model)
         write_json(out / REWARD_REPORT.name, report)
         auc, of_repeated = (
             "unknown" if report[name] is None else f"{report[name]:.3f}"
@@ -84,3 +68,36 @@ def train_rm(run: Run) -> None:
             f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers; AUC "
             f"{of_repeated} where one of their queries is repeated"
         )
+
+
+def new_reward_model(
+    run: Run, own: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A token reward model before its training, from SFT or from the user's own folder."""
+    loading, lora = run.config.model, run.config.lora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model, tokenizer = start_reward_model(
+            own, run.path(SFT_MODEL), run.tokenizer, run.device, loading.dtype,
+            pickles=loading.allow_pickle,
+        )  # fmt: skip
+    if lora.on:
+        add_to_classifier(model, lora, seed=run.seed, origin=sft_origin(run))
+    if loading.gradient_checkpointing:
+        recompute_layers(model)
+    return model, tokenizer
+
+
+def save_reward_model(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    own: Path | None = None,
+) -> None:
+    """A trained one; with LoRA adapter and head alone, where their base is a part of the run."""
+    if run.config.lora.on and own is None:
+        save_classifier(model, folder)
+    else:  # the folder of the user may be gone when the reward model is read
+        save_weights(merged(model) if run.config.lora.on else model, folder)
+    tokenizer.save_pretrained(folder)

@@ -1,11 +1,9 @@
-"""SER: a reward model that labels pairs for itself (`tppo.methods.ser`), as `tppo ser` in a run of
-stages and on a file of preferences, and as `tppo.ser` in a script.
+"""SER (`tppo.methods.ser`) in a run of stages: the rounds with what they leave on the disk, by
+pairs of answers and by labels of words.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,37 +12,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
 from tppo.methods.config import RewardModelConfig, SERConfig
-from tppo.methods.reward_model import IRRELEVANT, RELEVANT, LabelledAnswer, PolicyTokens
+from tppo.methods.reward_model import IRRELEVANT, RELEVANT, PolicyTokens
 from tppo.methods.sentence_model import SentenceReader
-from tppo.methods.ser import Doubtful, Learner, Pairs, State, evolve
+from tppo.methods.ser import Learner, Pairs, State, evolve
 from tppo.methods.ser_words import Tokens
-from tppo.models.adapters import add_to_classifier, need_peft, save_classifier
 from tppo.models.config import AdapterConfig, ModelConfig, Prefix
-from tppo.models.folder import save_weights
-from tppo.models.hub import locate
-from tppo.models.load import load_from, resolve_device
-from tppo.models.own_tokens import start_reward_model
 from tppo.models.policy import load_trained, trained_state
-from tppo.models.recompute import recompute_layers
-from tppo.models.tokenizer import load_tokenizer
 from tppo.progress import say
-from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
+from tppo.rewards.sentence_model import SentenceModel
 from tppo.stages.artifacts import ANSWERS, LABELS, SER_MODEL, SER_REPORT, SFT_MODEL
-from tppo.stages.given import check_model, check_place, check_sections, checked_seed
-from tppo.stages.lengths import positions_of
-from tppo.stages.models import sft_origin
-from tppo.stages.preferences import Preference, encoded, read_preferences
+from tppo.stages.reward_model import new_reward_model, save_reward_model
 from tppo.stages.reward_rows import policy_rows, policy_twins
 from tppo.stages.run import Run
 from tppo.stages.session_pairs import session_pairs
 from tppo.store.checkpoint import load_latest, save_checkpoint
-from tppo.store.jsonl import plain, read_json, write_json, write_jsonl
-from tppo.store.run_folder import KEPT, RunFolder
+from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.run_folder import KEPT
 
 Item = TypeVar("Item")
 STAGE = "ser"
@@ -107,22 +94,26 @@ def run_rounds(
     def keep(state: State[Any]) -> None:
         weights = {"model": trained_state(learner.model)}  # type: ignore[attr-defined]
         save_checkpoint(out / KEPT, len(state.rounds), weights, {}, asdict(state))
+        write_jsonl(out / "rounds.jsonl", state.rounds)
         say(_told(state.rounds[-1]))
 
     evolve(learner, parts.seed, parts.pool, config, state, keep)
+    write_jsonl(out / "rounds.jsonl", state.rounds)  # a checkpoint alone has them after a kill
     save(learner.model, out / SER_MODEL.name)  # type: ignore[attr-defined]
-    everything = [*parts.seed, *parts.pool]
-    of_all: dict[str, Any] | None = None
+    same = [*parts.seed, *(parts.pool[i] for i in sorted(state.labels))]
+    everything, beside = [*parts.seed, *parts.pool], dict[str, Any]()
     if config.all_labels and parts.pool and all(map(truth, everything)):
-        learner.train(everything, [None] * len(everything))
-        of_all = {"trained_on": len(everything), **learner.figures()}
-        say(_told({"round": "all labels", **of_all}))
+        for name, items in (("true labels", same), ("all labels", everything)):
+            if name == "true labels" and len(same) in (len(parts.seed), len(everything)):
+                continue  # it is the seed's model, or that of all labels
+            learner.train(items, [None] * len(items))
+            beside[name] = {"trained_on": len(items), **learner.figures()}
+            say(_told({"round": name, **beside[name]}))
     report = {
         "labels": config.labels, "seed": len(parts.seed), "pool": len(parts.pool),
         "heldout": len(parts.heldout), "rounds": state.rounds, "stopped": state.stopped,
-        "all_labels": of_all,
+        "true_labels": beside.get("true labels"), "all_labels": beside.get("all labels"),
     }  # fmt: skip
-    write_jsonl(out / "rounds.jsonl", state.rounds)
     write_json(out / SER_REPORT.name, report)
     return report
 
@@ -138,122 +129,6 @@ def _told(row: Mapping[str, Any]) -> str:
     parts += [f"held-out {key} {row[key]:.3f}" for key in ("accuracy", "auc")
               if row.get(key) is not None]  # fmt: skip
     return f"ser, {name}: {'; '.join(parts)}"
-
-
-# On a file of preferences.
-
-
-class SERResult(NamedTuple):
-    """What `tppo.ser` gives."""
-
-    report: dict[str, Any]
-    """As `report.json` has it: a row a round, and of the model that had all labels."""
-    model: Path
-    """Folder of the last model: a causal LM's, with a head beside it."""
-    reward: SentenceModelReward
-    """Pays the last model's probability at the end of an answer: for `tppo.PPOTrainer`."""
-
-
-def ser(
-    model: str | Path,
-    pairs: Any,
-    *,
-    heldout: Any = None,
-    unlabelled: Any = None,
-    config: SERConfig | None = None,
-    training: RewardModelConfig | None = None,
-    loading: ModelConfig | None = None,
-    lora: AdapterConfig | None = None,
-    skip_bad: bool = False,
-    out: str | Path = "runs/ser",
-    seed: int = 0,
-    device: str = "auto",
-    prefix: Prefix = "shared",
-) -> SERResult:
-    """Train a reward model from a share of labelled pairs, by self-labelling rounds.
-
-        result = tppo.ser("path/or/hub-id", "pairs.jsonl", unlabelled="more.jsonl")
-        tppo.PPOTrainer("path/or/hub-id", reward=result.reward, prompts=prompts).train()
-
-    model: what `--model` takes; the trunk of the reward model, with a new head.
-    pairs: a JSONL file, or rows, of {"prompt", "chosen", "rejected"}, texts or chats; without
-        "prompt" whole chats, or texts in HH-RLHF's layout.  Of `config.seed_share` of the prompts
-        the labels are used; those of the others are hidden, and figures know them.
-    heldout: more of them, for figures; by default `config.heldout_share` of the prompts of `pairs`.
-    unlabelled: a file, or rows, of {"prompt", "answers": [one, another]}.
-    training: epochs, batch_size, lr (by default 1e-5, with LoRA 1e-4), grad_norm and max_tokens.
-    skip_bad: leave pairs out that are wrong, instead of stopping at the first.
-    out: folder that gets `ser/model`, `ser/report.json` and, while it runs, a checkpoint a round.
-
-    A script that was killed goes on behind its last whole round when it runs again with the same
-    arguments; one that has finished is not repeated.
-    Errors: DataError naming the argument, or file and line.
-    """
-    check_model(model)
-    check_sections(config=(config, SERConfig), training=(training, RewardModelConfig),
-                   loading=(loading, ModelConfig), lora=(lora, AdapterConfig))  # fmt: skip
-    check_place(device, prefix)
-    config, loading, lora = config or SERConfig(), loading or ModelConfig(), lora or AdapterConfig()
-    if config.labels != "pairs":
-        raise DataError(f"config.labels was {config.labels!r}, expected 'pairs': of a file of "
-                        "preferences no word is labelled")  # fmt: skip
-    if lora.on:
-        need_peft()
-    known = Config(reward_model=training or RewardModelConfig(), lora=lora)
-    training = fill_defaults(known, pretrained=True).reward_model
-    given = {"pairs": read_preferences(pairs, "pairs", skip_bad=skip_bad)}
-    for name, source in (("heldout", heldout), ("unlabelled", unlabelled)):
-        given[name] = [] if source is None else read_preferences(source, name, skip_bad=skip_bad)
-    for pair in (*given["pairs"], *given["heldout"]):
-        if not pair.labelled:
-            raise DataError(f"{pair.place}: had 'answers', expected 'chosen' and 'rejected'; pairs "
-                            "without a label belong into `unlabelled`")  # fmt: skip
-    path = locate(model, loading.revision, flag="model", pickles=loading.allow_pickle)
-    tokenizer = load_tokenizer(path)
-    at = resolve_device(device)
-    start = partial(new_reader, path, tokenizer, at, config, training, loading=loading, lora=lora,
-                    seed=checked_seed(seed), prefix=prefix)  # fmt: skip
-    parts = _parts(given, tokenizer, positions_of(load_from(AutoConfig, path)), config, seed)
-    identity = {
-        "given": hashlib.sha256(json.dumps(plain(given)).encode()).hexdigest(),
-        "ser": plain(config), "training": plain(training), "dtype": loading.dtype,
-        "lora": plain(lora) if lora.on else None, "prefix": prefix,
-    }  # fmt: skip
-    folder, final = RunFolder(out), Path(out) / STAGE
-    if folder.done(STAGE, [path], identity, seed):
-        say(f"{final}: finished before, nothing is trained again")
-    else:
-        with folder.lock(), folder.stage(STAGE, [path], identity, seed, resume=True) as work:
-            learner = Pairs(start, parts.heldout, config, training, seed)
-            save = partial(_save_pairs, tokenizer=tokenizer)
-            run_rounds(work, learner, parts, config, save, _is_known)
-    last = SentenceModel.load(final / SER_MODEL.name, at, loading.dtype)
-    reward = SentenceModelReward(last, scale=config.scale, max_tokens=training.max_tokens)
-    return SERResult(read_json(final / SER_REPORT.name), final / SER_MODEL.name, reward)
-
-
-def ser_on_files(
-    pairs: Path | None,
-    heldout: Path | None,
-    unlabelled: Path | None,
-    model: Path | None,
-    settings: Config,
-    **options: Any,
-) -> None:
-    """What `tppo ser --pairs` does: `ser` with the settings of a run.
-
-    Errors: DataError naming what is not given.
-    """
-    for name, value, expected in (
-        ("--pairs", pairs, "a JSONL file of pairs; --heldout and --unlabelled go with it"),
-        ("--model", model, "the model that the reward model starts from"),
-    ):
-        if value is None:
-            raise DataError(f"{name} was not given, expected {expected}")
-    assert model is not None
-    ser(model, pairs, heldout=heldout, unlabelled=unlabelled, config=settings.ser,
-        training=settings.reward_model, loading=settings.model, lora=settings.lora,
-        prefix=settings.prefix, **options)  # fmt: skip
 
 
 def new_reader(
@@ -276,34 +151,19 @@ def new_reader(
     return SentenceReader(model, tokenizer.pad_token_id, prefix, training.max_tokens)
 
 
-def _parts(
-    given: Mapping[str, Sequence[Preference]],
+def pair_rounds(
+    out: Path,
+    start: Callable[[], SentenceReader],
+    parts: Split,
     tokenizer: PreTrainedTokenizerBase,
-    positions: int,
     config: SERConfig,
+    training: RewardModelConfig,
     seed: int,
-) -> Split:
-    items = {name: encoded(pairs, tokenizer, positions) for name, pairs in given.items()}
-    by_prompt: dict[tuple[int, ...], list[Doubtful]] = {}
-    for item in items["pairs"]:
-        by_prompt.setdefault(tuple(item.prompt_ids), []).append(item)
-    if len(by_prompt) < 2:
-        raise DataError(f"{given['pairs'][0].place}: pairs had 1 prompt, expected at least 2")
-    parts = split(by_prompt, items["unlabelled"], config, seed)
-    if items["heldout"]:
-        parts = parts._replace(pool=[*parts.pool, *parts.heldout], heldout=items["heldout"])
-    return parts
-
-
-def _is_known(item: Doubtful) -> bool:
-    return item.better is not None
-
-
-def _save_pairs(model: SentenceModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.save(folder, tokenizer)
-
-
-# In a run of stages.
+) -> None:
+    """The rounds by pairs of answers."""
+    learner = Pairs(start, parts.heldout, config, training, seed)
+    run_rounds(out, learner, parts, config, lambda model, folder: model.save(folder, tokenizer),
+               lambda item: item.better is not None)  # fmt: skip
 
 
 def ser_stage(run: Run) -> None:
@@ -311,21 +171,19 @@ def ser_stage(run: Run) -> None:
     with run.stage(STAGE, resume=True) as out:
         config, training = run.config.ser, run.config.reward_model
         if config.labels == "words":
-            _words(run, out, config, training)
+            _word_rounds(run, out, config, training)
             return
         labelled, others = session_pairs(run.paths(ANSWERS), run.paths(LABELS))
-        parts = split(labelled, others, config, run.seed)
         start = partial(
             new_reader, run.path(SFT_MODEL), run.tokenizer, run.device, config, training,
             loading=run.config.model, lora=run.config.lora, seed=run.seed,
             prefix=run.config.prefix,
         )  # fmt: skip
-        learner = Pairs(start, parts.heldout, config, training, run.seed)
-        save = partial(_save_pairs, tokenizer=run.tokenizer)
-        run_rounds(out, learner, parts, config, save, _is_known)
+        parts = split(labelled, others, config, run.seed)
+        pair_rounds(out, start, parts, run.tokenizer, config, training, run.seed)
 
 
-def _words(run: Run, out: Path, config: SERConfig, training: RewardModelConfig) -> None:
+def _word_rounds(run: Run, out: Path, config: SERConfig, training: RewardModelConfig) -> None:
     if training.model is not None:
         raise DataError(f"--reward-model.model was {training.model!r}, expected none with "
                         "--ser.labels words: tokens are labelled in the policy's tokenizer")
@@ -341,26 +199,11 @@ def _words(run: Run, out: Path, config: SERConfig, training: RewardModelConfig) 
             )
     repeated = [twin for session in parts.keys for twin in twins.get(session, ())]
     parts = parts._replace(seed=parts.seed + repeated)
-
-    def start() -> PolicyTokens:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model, _ = start_reward_model(None, run.path(SFT_MODEL), run.tokenizer, run.device,
-                                          run.config.model.dtype)  # fmt: skip
-        if run.config.lora.on:
-            add_to_classifier(model, run.config.lora, seed=run.seed, origin=sft_origin(run))
-        if run.config.model.gradient_checkpointing:
-            recompute_layers(model)
-        return PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
-
-    def save(model: Any, folder: Path) -> None:
-        save_classifier(model, folder) if run.config.lora.on else save_weights(model, folder)
-        run.tokenizer.save_pretrained(folder)
-
-    learner = Tokens(start, parts.heldout, config, training, run.seed,
-                     run.config.label.sentence_threshold)  # fmt: skip
-    run_rounds(out, learner, parts, config, save, _is_labelled)
-
-
-def _is_labelled(item: LabelledAnswer) -> bool:
-    return min(item.categories) >= 0
+    learner = Tokens(
+        lambda: PolicyTokens(new_reward_model(run)[0], run.tokenizer.pad_token_id,
+                             run.config.prefix),
+        parts.heldout, config, training, run.seed, run.config.label.sentence_threshold,
+    )  # fmt: skip
+    run_rounds(out, learner, parts, config,
+               lambda model, folder: save_reward_model(run, model, run.tokenizer, folder),
+               lambda item: min(item.categories) >= 0)  # fmt: skip

@@ -6,6 +6,7 @@ stage declares it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tppo.errors import DataError
-from tppo.stages.artifacts import HEAT_ROWS
+from tppo.stages.artifacts import BASELINES, HEAT_ROWS, IMPROVED
 from tppo.stages.journal import METRICS, SAMPLES
 from tppo.stages.registry import REGISTRY
 from tppo.store.folder_lock import holder
@@ -21,6 +22,12 @@ from tppo.store.hashes import MANIFEST
 from tppo.store.jsonl import read_jsonl, read_object
 
 REPORT = "report.html"
+ROWS = {  # the files whose rows are drawn, of the stages that have others than metrics.jsonl
+    "baselines": tuple(f"{name}/{METRICS}" for name in BASELINES),
+    "ser": ("rounds.jsonl",),
+    "pit": ("sft.jsonl", "gap.jsonl", "stage-0.jsonl", "stage-1.jsonl"),
+    "improve": (IMPROVED.name,),
+}
 UNDER_WAY = ".tmp"  # behind the name of a stage: its folder until it has finished
 
 
@@ -70,7 +77,9 @@ class Found:
         return [stage for stage in self.stages if stage.kind == kind]
 
     def rows(self, stage: StageFound, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file of a stage; none where it is not there or has none."""
+        """The rows of a JSONL file of a stage, or of a list; none where it is not there or has
+        none.
+        """
         return _rows(self.out / stage.file(name))
 
 
@@ -101,7 +110,8 @@ def sources(out: Path) -> list[tuple[str, int]]:
     """What the page is made of: files and when each was written, to see whether one has changed."""
     found = []
     for folder in _folders(out):
-        for name in (MANIFEST, METRICS, SAMPLES, "report.json", Path(HEAT_ROWS.path).name):
+        own = (name for names in ROWS.values() for name in names)
+        for name in (MANIFEST, METRICS, SAMPLES, "report.json", HEAT_ROWS.name, *own):
             found.append(out / folder / name)
     found += [out / "run.yaml", *out.glob("result*.json")]
     return sorted((str(path), path.stat().st_mtime_ns) for path in found if path.exists())
@@ -132,4 +142,6 @@ def _stage(out: Path, folder: str) -> StageFound:
 def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists() or not path.stat().st_size:
         return []
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))  # a list of rows
     return [line.values for line in read_jsonl(path)]
