@@ -52,9 +52,11 @@ def test_a_seed_that_has_an_outcome_is_not_trained_again(tmp_path, monkeypatch):
         file.write('{"seed": 1, "stu')  # a kill while it was written
     run_system(SystemStudy("ser", seeds=(0,)), tmp_path)
     assert trained == [0]
-    other = SystemStudy("ser", seeds=(0,), steps=3)
-    run_system(other, tmp_path / "other")
-    assert trained == [0, 0]
+    run_system(SystemStudy("ser", seeds=(0, 1)), tmp_path)
+    assert trained == [0, 1]
+    assert len(json.loads((tmp_path / "study.json").read_text())["outcomes"]) == 2
+    run_system(SystemStudy("ser", seeds=(0,), steps=3), tmp_path)
+    assert trained == [0, 1, 0]
 
 
 def test_one_seed_alone_has_no_error():

@@ -107,10 +107,10 @@ SYSTEMS: dict[str, Callable[[], SystemStudy]] = {"ser": ser, "pit": pit}
 
 
 def run_system(study: SystemStudy, out: Path) -> None:
-    """Every seed that has no outcome yet, then study.json and report.html."""
+    """Every seed that has no outcome yet; study.json and report.html behind each."""
     out.mkdir(parents=True, exist_ok=True)
     path, found = out / "outcomes.jsonl", list[dict[str, Any]]()
-    mark = json.dumps(plain(study), sort_keys=True)
+    mark = json.dumps(plain(replace(study, seeds=())), sort_keys=True)
     if path.exists():
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
         if cut:  # by a kill
@@ -128,14 +128,22 @@ def run_system(study: SystemStudy, out: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         say(f"study {study.system}: seed {seed}, {found[-1]['seconds']:.0f} s")
+        _write(study, out, found)
+    for name, gain in _write(study, out, found).items():
+        say(f"study {study.system}: {name}: {shown(gain)}")
+    say(f"study: {out / 'study.json'}, {out / 'report.html'}")
+
+
+def _write(
+    study: SystemStudy, out: Path, found: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[float, float | None]]:
+    """study.json and report.html of the seeds that are done; the orderings."""
     chosen = [row for row in found if row["seed"] in study.seeds]
     points, gains = summed_up(chosen), compared(study.system, chosen)
     write_json(out / "study.json", {"study": plain(study), "points": points, "gains": gains,
                                     "outcomes": chosen})  # fmt: skip
     write_text(out / "report.html", report(study.system, points, gains))
-    for name, gain in gains.items():
-        say(f"study {study.system}: {name}: {shown(gain)}")
-    say(f"study: {out / 'study.json'}, {out / 'report.html'}")
+    return gains
 
 
 def _run(study: SystemStudy, out: Path, seed: int, **changes: Any) -> Run:
