@@ -21,7 +21,7 @@ from tppo.stages.study.presets import PRESETS
 
 ABOUT = (
     "Arms are trained at equal cost and compared: what labels of words buy, and rewards at tokens. "
-    "tppo study write puts the figures into a page."
+    "tppo study write puts the figures into a page, tppo study readme sentences into the README."
 )
 OF_SYSTEMS = ("ser", "pit")
 NAMES = ", ".join((*PRESETS, *OF_SYSTEMS))
@@ -59,8 +59,27 @@ class WriteOptions:
     """The word of those lines, where a file holds several studies."""
 
 
+@section
+class ReadmeOptions:
+    """Flags of `tppo study readme`."""
+
+    runs: tyro.conf.Positional[tuple[FilePath, ...]] = ()
+    """Folders of finished runs of the demo, one a seed, whose results demo.json is to hold."""
+    studies: FilePath = Path("docs/studies")
+    """The folder of labels.json, credit.json and demo.json."""
+    into: Annotated[FilePath, tyro.conf.arg(name="into")] = Path("README.md")
+    """The file with the marks demo and evidence."""
+
+
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo study`."""
+    if arguments[:1] == ["readme"]:
+        about = "Write what studies and the demo found into the README."
+        readme = parse(ReadmeOptions, "tppo study readme", about, arguments[1:])
+        from tppo.stages.study.readme import write_readme
+
+        write_readme(readme.studies, readme.into, readme.runs)
+        return
     if arguments[:1] == ["write"]:
         about = "Write the figures of a study into a page of Markdown."
         given = parse(WriteOptions, "tppo study write", about, arguments[1:])

@@ -65,7 +65,6 @@ def write_into(study: Path, target: Path, mark: str = MARK) -> None:
     mark: of the lines <!-- mark --> and <!-- /mark -->, so that a file can hold several studies.
     Errors: DataError where the study is none, or the file has not each mark once, in order.
     """
-    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     found = read_object(study)
     if found is None or "figures" not in found:
         raise DataError(f"{study}: not a study.json; `tppo study` writes one")
@@ -73,9 +72,18 @@ def write_into(study: Path, target: Path, mark: str = MARK) -> None:
         text = target.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{target}: cannot be read: {error.strerror}") from None
+    body = markdown(tables(found["figures"]))
+    write_text(target, replace_between(text, mark, f"\n{body}\n", str(target)))
+
+
+def replace_between(text: str, mark: str, body: str, name: str) -> str:
+    """A text of Markdown, called `name`, with `body` between the lines of a mark.
+
+    Errors: DataError where it has not each of them once, in order.
+    """
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     before, first, rest = text.partition(begin)
     _, last, after = rest.partition(end)
     if not first or not last or begin in rest or end in after:
-        raise DataError(f"{target}: expected a line {begin} and behind it a line {end}, each once")
-    body = markdown(tables(found["figures"]))
-    write_text(target, f"{before}{begin}\n\n{body}\n\n{end}{after}")
+        raise DataError(f"{name}: expected a line {begin} and behind it a line {end}, each once")
+    return f"{before}{begin}\n{body}\n{end}{after}"

@@ -232,12 +232,12 @@ def _shown(setting: Mapping[str, Any]) -> list[str]:
 
 def _credit(setting: Mapping[str, Any]) -> Table:
     levels, first = _shown(setting), next(iter(setting["arms"]))
-    head = ["arm"]
+    head, gains = ["arm"], setting.get("gains")  # which older studies do not have
     for level in levels:
         head += [f"answers to {float(level):g}", f"{first} / arm"]
     head += [
-        f"relevance at KL {AT_KL:g}", "relevance at the end", f"less {first}'s", "KL", "format",
-        "distinct queries",
+        f"relevance at KL {AT_KL:g}", "relevance at the end",
+        *([] if gains is None else [f"less {first}'s"]), "KL", "format", "distinct queries",
         "explained variance: known, fit, first, last",
     ]  # fmt: skip
     rows = []
@@ -252,7 +252,7 @@ def _credit(setting: Mapping[str, Any]) -> Table:
         known = [fit.get(key) for key in ("explained_by_paid", "explained_variance_after")]
         row += [
             share(arm["at_kl"]), share(arm["relevance"][-1]),
-            share(setting["gains"][name]) if name in setting["gains"] else "",
+            *([] if gains is None else [share(gains[name]) if name in gains else ""]),
             f"{last['kl']:.1f}", number(last["format"]), f"{last['distinct_queries']:.2f}",
             ", ".join(map(number, (*known, variance[0], variance[-1]))) if variance else "",
         ]  # fmt: skip
