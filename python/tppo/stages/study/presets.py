@@ -128,15 +128,11 @@ def scarce() -> StudyConfig:
     those of the policy while it is trained.
     """
     few, more = (50, 100), (25, 50, 100, 200, 400)
-    parts: list[Part] = []
-    for noise in BOTH:
-        parts += [
-            Part("choice", (RANDOM,), more, (noise,), seeds=SEEDS, steps=0),
-            Part("choice", (UNSURE,), few, (noise,), seeds=SEEDS, steps=0),
-            *(Part("choice", (RANDOM, UNSURE, POLICY), few, (noise,), seeds=(seed,), steps=STEPS)
-              for seed in SEEDS),
-        ]  # fmt: skip
-    return StudyConfig(tuple(parts), users=200, settings=SMALL)
+    rated = [Part("choice", (arm,), answers, BOTH, seeds=SEEDS, steps=0)
+             for arm, answers in ((RANDOM, more), (UNSURE, few))]  # fmt: skip
+    trained = [Part("choice", (RANDOM, UNSURE, POLICY), (answers,), (noise,), seeds=SEEDS,
+                    steps=STEPS) for noise, answers in product(BOTH, few)]  # fmt: skip
+    return StudyConfig((*rated, *trained), users=200, settings=SMALL)
 
 
 def tuning() -> StudyConfig:
