@@ -24,7 +24,7 @@ ROOMS = {  # of the kernel library, beside its operators
                  "structs", "triton_losses", "triton_prefix", "triton_rows", "triton_softmax",
                  "values", "varlen"},
     "models": {"lm_head", "shared_prefix", "align"},
-    "integrations": {"_peer"},
+    "integrations": {"_peer", "_reward_model", "skyrl"},
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
@@ -37,7 +37,7 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_host_cost.py", "test_linear_memory.py", "test_linear_shards.py",
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
                 "test_hops.py", "test_docs.py", "fuzz_gradients.py", "test_fuzz_gradients.py",
-                "test_rooms.py", "test_ppo_objectives.py",
+                "test_integrations.py", "test_rooms.py", "test_ppo_objectives.py",
                 "test_peer.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}

@@ -12,6 +12,8 @@ error there.  What a file needs besides pins stands at its head, as `# key: valu
               NAME; or "none", where the file lists all of them, pytest and pytest-xdist too
     python    the interpreter, of an environment without a base: python3.12
     no-deps   pins that are installed without what they ask for, separated by spaces
+    python-below  a version, as 3.12, and a statement: pins that ask for that version are installed
+              into an older interpreter too, where the statement runs before everything else
     ci        "yes": a part of --ci, which leaves tests that are marked slow out
 
 TORCH_INDEX is a package index for torch alone, as in the Makefile.
@@ -44,7 +46,7 @@ class Environment:
                              f"{', '.join(names())}")
         self.text = self.file.read_text()
         head = dict(re.findall(r"^# ([a-z-]+): (.+)$", self.text, re.M))
-        unknown = head.keys() - {"base", "python", "no-deps", "ci"}
+        unknown = head.keys() - {"base", "python", "no-deps", "python-below", "ci"}
         if unknown:
             raise SystemExit(f"{self.file.relative_to(ROOT)}: unknown key {sorted(unknown)[0]!r}")
         base = head.get("base", "project")
@@ -53,6 +55,9 @@ class Environment:
         self.interpreter = head.get("python", sys.executable)
         self.without_dependencies = head.get("no-deps", "").split()
         self.ci = head.get("ci") == "yes"
+        wanted, _, statement = head.get("python-below", "").partition(" ")
+        older = wanted and sys.version_info < tuple(map(int, wanted.split(".")))
+        self.statement = statement if older else None
         self.folder = ROOT / ".venv-interop" / name
         self.python = self.folder / "bin/python"
 
@@ -86,6 +91,8 @@ class Environment:
             # `addsitedir` reads the .pth files there too: those of the project and of its base
             line = f"import site; site.addsitedir({str(seen)!r})\n"
             (self.packages() / "zz_base.pth").write_text(line)
+        if self.statement is not None:
+            (self.packages() / "zz_python.pth").write_text(f"{self.statement}\n")
         pins = [line.strip() for line in self.text.splitlines()
                 if line.strip() and not line.startswith("#")]
         index = os.environ.get("TORCH_INDEX")
@@ -101,8 +108,9 @@ class Environment:
 
     def install(self, *arguments: str) -> None:
         """By the pip of the environment that runs this script, into this one."""
+        older = [] if self.statement is None else ["--ignore-requires-python"]
         run(sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet",
-            "--disable-pip-version-check", *arguments)
+            "--disable-pip-version-check", *older, *arguments)
 
     def test(self, ci: bool) -> int:
         """Runs the peer's tests and gives pytest's exit code."""

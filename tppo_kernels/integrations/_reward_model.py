@@ -111,7 +111,7 @@ def load_token_classifier(folder: str | Path) -> Any:
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter, expected a whole reward model: "
-                         "`tppo merge --out RUN` writes one into RUN/merge/reward-model")
+                         "`tppo merge` writes one, and examples/integrations/cluster_data.py")
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json, expected the folder of a reward model, as "
                          "RUN/train-rm/model of a run of tppo")
@@ -160,6 +160,18 @@ def _tensor(folder: Path, name: str) -> Tensor:
         if name not in weights.keys():
             raise ValueError(f"{file} has no {name}, expected the head of a token classifier")
         return weights.get_tensor(name)
+
+
+def deal(columns: Sequence[Any], hands: int) -> list[list[Any]]:
+    """The rows of columns in turn to each of several; None stands for a column that is not given.
+    """
+    return [[None if column is None else column[i::hands] for column in columns]
+            for i in range(hands)]
+
+
+def gather(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """What `deal` has given away, in its order."""
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:

@@ -27,7 +27,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,12 @@ from torch import Tensor
 import tppo_kernels as tk
 
 from ._peer import Replacements, require, say
-from ._reward_model import TokenRewardModel
+from ._reward_model import TokenRewardModel, deal, gather
+
+if __name__ == "__main__":  # other processes know what is pickled by its module's name
+    from tppo_kernels.integrations.skyrl import main as run_as_a_module
+
+    sys.exit(run_as_a_module())
 
 VERSIONS = ">=0.4,<0.5"
 GAE, LOSS, ENVIRONMENT = "tppo_gae", "tppo", "tppo"  # what SkyRL's configuration names
@@ -55,8 +59,6 @@ _VERSION = require("skyrl", VERSIONS, {
     f"{_TORCH}:logprobs_from_logits": "logits, labels, inplace_backward",
     "skyrl.train.generators.base:GeneratorInterface.generate": "self, input_batch",
     "skyrl.train.trainer:RayPPOTrainer.compute_advantages_and_returns": "self, data",
-    "skyrl.train.trainer:RayPPOTrainer.build_models":
-        "self, PolicyWorker, CriticWorker, RefWorker",
     "skyrl.train.entrypoints.main_base:BasePPOExp.get_generator":
         "self, cfg, tokenizer, inference_engine_client",
 })
@@ -65,6 +67,7 @@ _VERSION = require("skyrl", VERSIONS, {
 import ray  # noqa: E402
 import skyrl_gym  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 from skyrl.backends.skyrl_train.utils import ppo_utils, torch_utils  # noqa: E402
 from skyrl.train.config import SkyRLTrainConfig  # noqa: E402
 from skyrl.train.entrypoints.main_base import BasePPOExp  # noqa: E402
@@ -267,6 +270,9 @@ class RewardModelEnv(BaseTextEnv):
         return BaseTextEnvStepOutput(observations=[], reward=0.0, done=True, metadata={})
 
 
+skyrl_gym.register(id=ENVIRONMENT, entry_point=RewardModelEnv)
+
+
 # ---- the experiment
 
 
@@ -294,12 +300,11 @@ class TokenPPOConfig(SkyRLTrainConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> "TokenPPOConfig":
-        """From `key.path=value` and YAML files of such keys, nested; what stands later goes before.
-        """
+        """From `key.path=value` and YAML files of such keys, nested; the later one counts."""
         flat: list[str] = []
         for argument in arguments:
             if "=" not in argument and argument.endswith((".yaml", ".yml")):
-                flat += _flat(OmegaConf.to_container(OmegaConf.load(Path(argument))))
+                flat += _flat(OmegaConf.to_container(OmegaConf.load(argument)))
             else:
                 flat.append(argument)
         return cls.from_cli_overrides(flat)
@@ -330,8 +335,7 @@ def check_config(cfg: Any) -> None:
 
 
 class TokenPPOTrainer(RayPPOTrainer):
-    """SkyRL's trainer whose "tppo_gae" steps over the tokens of tools, and whose workers are
-    patched."""
+    """SkyRL's trainer, whose "tppo_gae" steps over the tokens of tools."""
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
         """As SkyRL's, with the loss mask where SkyRL hands estimators the response mask."""
@@ -349,16 +353,27 @@ class TokenPPOExp(BasePPOExp):
 
     def get_generator(self, cfg: Any, tokenizer: Any, inference_engine_client: Any) -> Any:
         """SkyRL's generator, its responses rewarded token by token."""
-        if ENVIRONMENT not in skyrl_gym.envs.registration.registry:
-            skyrl_gym.register(id=ENVIRONMENT, entry_point=f"{__name__}:RewardModelEnv")
         return TokenRewardGenerator(
             super().get_generator(cfg, tokenizer, inference_engine_client),
             self.get_reward_model(cfg.reward_model), cfg.reward_model.suggested_length)
 
     def get_reward_model(self, cfg: Any) -> Callable[..., list[list[float]]]:
-        """What gives rewards to tokens: the exported model."""
-        return TokenRewardModel(cfg.path, mode=cfg.mode, values=cfg.values,
-                                alpha=cfg.length_alpha).rewards
+        """What gives rewards to tokens: the exported model, here or in `replicas` processes, each
+        with its share of a GPU beside SkyRL's own parts."""
+        settings = {"mode": cfg.mode, "values": cfg.values, "alpha": cfg.length_alpha}
+        if not cfg.num_gpus:
+            return TokenRewardModel(cfg.path, **settings).rewards
+        group = None if self.colocate_pg is None else self.colocate_pg.pg
+        actors = [ray.remote(TokenRewardModel).options(
+            num_gpus=cfg.num_gpus, num_cpus=0, scheduling_strategy="DEFAULT" if group is None else
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+        ).remote(cfg.path, **settings) for i in range(cfg.replicas)]
+
+        def rewards(*columns: Any) -> list[list[float]]:
+            shares = zip(actors, deal(columns, len(actors)), strict=True)
+            return gather(ray.get([actor.rewards.remote(*share) for actor, share in shares]))
+
+        return rewards
 
     def get_trainer(self, *args: Any, **kwargs: Any) -> RayPPOTrainer:
         """The trainer whose GAE steps over the tokens of tools."""
@@ -378,6 +393,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     initialize_ray(cfg)
     ray.get(entrypoint.remote(cfg))
 
-
-if __name__ == "__main__":
-    main()
