@@ -163,7 +163,8 @@ def test_choice_has_tables_of_its_own():
     for one in found:
         if not one.cell.steps:
             one.found["curve"].clear()
-    clean, more, *noisy, after, added_, last, _ = tables(all_figures(study, found) | {"label_cost": None})
+    figures = all_figures(study, found) | {"label_cost": None}
+    clean, more, *noisy, after, added_, last, _ = tables(figures)
     assert clean.title == "Which answers are labelled: 3 queries, clean labels, 1 seed"
     assert [row[0] for row in clean.rows] == ["25", "50", "100", "200", "400"]
     assert clean.rows[0][2] == "" and len(more.head) == 4 and "relevance" in after.note
