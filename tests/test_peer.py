@@ -216,9 +216,21 @@ def test_nothing_is_replaced_where_one_name_is_not_there(peer):
     assert peer.step() == ("theirs", "their loss") and not swap.installed
 
 
-def test_two_names_with_one_replacement_are_refused(peer):
-    with pytest.raises(ValueError, match="two names get the same object"):
+def test_two_names_of_two_objects_with_one_replacement_are_refused(peer):
+    with pytest.raises(ValueError, match="which hold two objects, get the same one"):
         Replacements("oldtrainer").install(dict.fromkeys(SWAP, ours))
+    assert peer.step() == ("theirs", "their loss")
+
+
+def test_a_function_and_its_entry_in_a_registry_are_replaced_together(peer):
+    core = sys.modules["oldtrainer.core"]
+    theirs = core.advantages
+    swap = Replacements("oldtrainer")
+    swap.install(dict.fromkeys(["oldtrainer.core:advantages", "oldtrainer.core:REGISTRY[gae]"],
+                               ours))
+    assert core.REGISTRY["gae"] is core.advantages is ours
+    swap.undo()
+    assert core.REGISTRY["gae"] is core.advantages is theirs
 
 
 def test_other_packages_that_hold_a_name_keep_it(peer, monkeypatch):

@@ -175,14 +175,18 @@ class Replacements:
         if self._replaced:
             return [f"{each.name} is no longer ours: {_who(each.site.value())} has replaced it"
                     for each in self._replaced if each.site.value() is not each.ours]
-        if len({id(each) for each in ours.values()}) != len(ours):
-            raise ValueError(f"{self.peer}: two names get the same object, expected one each: "
-                             "undoing could not tell them apart")
         sites = {name: _site(name, self.peer) for name in ours}  # all are there before one changes
-        told = []
+        originals: dict[int, Any] = {}
         for name, new in ours.items():
-            site = sites[name]
-            old = site.value()
+            old = sites[name].value()
+            if originals.setdefault(id(new), old) is not old:
+                raise ValueError(f"{self.peer}: {name} and another name, which hold two objects, "
+                                 "get the same one, expected one each: undoing could not tell "
+                                 "them apart")
+        told = []
+        held = {name: site.value() for name, site in sites.items()}
+        for name, new in ours.items():
+            site, old = sites[name], held[name]
             if old is not _MISSING and not _belongs(old, self.peer):
                 told.append(f"{name} was {_who(old)}'s already, and ours stands over it")
             self._replaced.append(_Replaced(name, old, new, site))

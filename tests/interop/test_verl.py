@@ -1,0 +1,461 @@
+"""verl from the index against `tppo_kernels.integrations.verl`."""
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import files, version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import verl
+import verl.utils.torch_functional as verl_F
+from tensordict import TensorDict
+from verl.experimental.reward_loop.reward_manager import base, naive
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils import losses
+
+from tppo_kernels.integrations import verl as ours
+
+CASES = 500
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
+         "seq-mean-token-sum-norm")
+STOCK = SimpleNamespace(
+    gae=core_algos.compute_gae_advantage_return, policy=core_algos.compute_policy_loss_vanilla,
+    value=core_algos.compute_value_loss, whiten=verl_F.masked_whiten,
+    logprobs=verl_F.logprobs_from_logits, entropy=verl_F.entropy_from_logits,
+    chunked=verl_F.entropy_from_logits_with_chunking, fused=FusedLinearForPPO.forward,
+    agg=core_algos.agg_loss, kl=core_algos.kl_penalty,
+    scores=base.RewardManagerBase.assemble_rm_scores)
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    ours.patch()
+    yield
+    ours.unpatch()
+
+
+def test_the_environment_holds_the_version_that_it_is_named_for():
+    assert verl.__version__ == version("verl") == "0.9.1"
+
+
+def mask_of(case: int, g: torch.Generator) -> torch.Tensor:
+    """Masks by turns: random gaps, answers of random length, one long turn with a tool's tokens
+    in the middle, empty rows, two valid tokens in all, everything valid; int64, bool, float."""
+    b, t = (int(torch.randint(1, 7, (), generator=g)), int(torch.randint(2, 40, (), generator=g)))
+    kind = case % 6
+    mask = torch.rand(b, t, generator=g) < 0.6
+    if kind in (1, 3):
+        mask = torch.arange(t) < torch.randint(1, t + 1, (b, 1), generator=g)
+    if kind == 2:
+        mask = torch.ones(b, t, dtype=torch.bool)
+        mask[:, t // 3:t // 2] = False
+    if kind == 3 and b > 1:
+        mask[::2] = False
+    if kind == 4:
+        mask = torch.zeros(b, t, dtype=torch.bool)
+    if kind == 5:
+        mask[:] = True
+    mask[-1, [0, t - 1]] = True  # verl raises below two valid tokens
+    return mask.to((torch.int64, torch.bool, torch.float32)[case // 6 % 3])
+
+
+def cases():
+    for case in range(CASES):
+        g = torch.Generator().manual_seed(case)
+        yield case, mask_of(case, g), g
+
+
+def near(found, stock, truth, where=None, bound=1e-6):
+    """Within 1e-6, of the larger of 1 and the largest stock value there, and of verl's own error
+    in fp32, which is its distance from `truth`: the same by verl in fp64."""
+    found, stock, truth = (torch.as_tensor(x).double() for x in (found, stock, truth))
+    if where is not None:
+        found, stock, truth = (x[where.bool()] for x in (found, stock, truth))
+    if stock.numel():
+        beyond = (found - stock).abs() - (stock - truth).abs().max()
+        assert beyond.max() <= bound * stock.abs().max().clamp(min=1)
+
+
+def test_gae_equals_verls():
+    for case, mask, g in cases():
+        x = torch.randn(2, *mask.shape, generator=g)
+        factors = [(1.0, 0.95), (0.99, 1.0), (1.0, 1.0), (0.9, 0.0)][case % 4]
+        # `1 - mask` of a bool is an error in verl
+        whole = mask.long() if mask.dtype == torch.bool else mask
+        stock, truth = STOCK.gae(*x, whole, *factors), STOCK.gae(*x.double(), whole, *factors)
+        found = core_algos.compute_gae_advantage_return(*x, mask, *factors)
+        for results in zip(found, stock, truth, strict=True):
+            near(*results, mask)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_valid_tokens_raise_verls_errors(n):
+    rewards, values = torch.randn(2, 2, 5)
+    mask = torch.zeros(2, 5, dtype=torch.int64)
+    mask[0, :n] = 1
+    with pytest.raises(ValueError) as stock:
+        STOCK.gae(rewards, values, mask, 1.0, 0.95)
+    for call in (lambda: core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95),
+                 lambda: verl_F.masked_whiten(values, mask)):
+        with pytest.raises(ValueError) as found:
+            call()
+        assert str(found.value) == str(stock.value)
+
+
+def test_whitening_equals_verls():
+    for case, mask, g in cases():
+        x, shift = 3 * torch.randn(mask.shape, generator=g) + case % 5, case % 2 == 0
+        near(verl_F.masked_whiten(x, mask, shift_mean=shift), STOCK.whiten(x, mask, shift),
+             STOCK.whiten(x.double(), mask, shift), mask)
+
+
+def config_of(case, batch):
+    names = dict(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2,
+                 ppo_mini_batch_size=4, clip_ratio=0.2, clip_ratio_c=(3.0, 1.5, 10.0)[case % 3],
+                 policy_loss=PolicyLossConfig(loss_mode="vanilla"))
+    names |= {} if case % 2 else dict(clip_ratio_low=0.1, clip_ratio_high=0.3)
+    config = ActorConfig(**names)
+    config.global_batch_info.update(batch)
+    return config
+
+
+def batch_of(case, mask):
+    """The counts of the whole batch, as none, all, and two ranks with a scale of the norm."""
+    if case % 3 == 0:
+        return {}
+    tokens = int(mask.sum()) + 7
+    batch = dict(dp_size=1, batch_num_tokens=tokens, global_batch_size=mask.shape[0] + 2)
+    return batch if case % 3 == 1 else batch | dict(dp_size=2, loss_scale_factor=0.5 + case % 9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_policy_loss_its_gradient_and_its_metrics_equal_verls(mode):
+    tokens = clipped = 0
+    for case, mask, g in cases():
+        if case % len(MODES) != MODES.index(mode) and case % 3:
+            continue
+        old = -2 * torch.rand(mask.shape, generator=g)
+        new = old + 0.5 * torch.randn(mask.shape, generator=g) * (40 if case % 50 == 0 else 1)
+        advantages = torch.randn(mask.shape, generator=g)
+        weights = torch.rand(mask.shape, generator=g) if case % 4 == 0 else None
+        results = []
+        for function, dtype in ((STOCK.policy, torch.float32), (STOCK.policy, torch.float64),
+                                (core_algos.get_policy_loss_fn("vanilla"), torch.float32),
+                                (core_algos.get_policy_loss_fn("tppo"), torch.float32)):
+            leaf = new.to(dtype, copy=True).requires_grad_()
+            loss, metrics = function(
+                old_log_prob=old.to(dtype), log_prob=leaf, advantages=advantages.to(dtype),
+                response_mask=mask, loss_agg_mode=mode,
+                config=config_of(case, batch_of(case, mask)), rollout_is_weights=weights)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad, metrics))
+        stock, truth, *found = results
+        assert found[0][2].keys() == stock[2].keys() < found[1][2].keys()
+        for loss, grad, metrics in found:
+            near(loss, stock[0], truth[0])
+            near(grad, stock[1], truth[1])
+            for name, value in stock[2].items():
+                near(metrics[name], value, truth[2][name])
+        tokens += int(mask.sum())
+        clipped += stock[2]["actor/pg_clipfrac"] * int(mask.sum())
+    assert 0.1 < clipped / tokens < 0.9
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_value_loss_its_gradient_and_its_fraction_equal_verls(mode):
+    for case, mask, g in cases():
+        if case % len(MODES) != MODES.index(mode) and case % 3:
+            continue
+        returns, values = torch.randn(2, *mask.shape, generator=g)
+        new = values + 0.5 * torch.randn(mask.shape, generator=g)
+        results = []
+        for function, dtype in ((losses.compute_value_loss, torch.float32),
+                                (STOCK.value, torch.float32), (STOCK.value, torch.float64)):
+            leaf = new.to(dtype, copy=True).requires_grad_()
+            loss, fraction = function(
+                vpreds=leaf, returns=returns.to(dtype), values=values.to(dtype),
+                response_mask=mask, cliprange_value=0.3, loss_agg_mode=mode,
+                **batch_of(case, mask))
+            loss.backward()
+            results.append((loss.detach(), leaf.grad, fraction))
+        for triple in zip(*results, strict=True):
+            near(*triple)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_agg_loss_and_its_gradient_equal_verls(mode):
+    for case, mask, g in cases():
+        if case % len(MODES) == MODES.index(mode) or case % 3 == 0:
+            batch = batch_of(case, mask)
+            compare(lambda x, m=mask, b=batch: STOCK.agg(x, m, mode, **b),
+                    lambda x, m=mask, b=batch: losses.agg_loss(x, m, mode, **b),
+                    [torch.randn(mask.shape, generator=g)])
+
+
+def test_kl_penalty_and_its_gradient_equal_verls():
+    kinds = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+"]
+    for case, mask, g in cases():
+        kind = kinds[case % len(kinds)]
+        compare(lambda a, b, k=kind: STOCK.kl(a, b, k),
+                lambda a, b, k=kind: losses.kl_penalty(logprob=a, ref_logprob=b, kl_penalty=k),
+                list((1, 8)[case % 2] * torch.randn(2, *mask.shape, generator=g)))
+    with pytest.raises(NotImplementedError):
+        core_algos.kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(loss_agg_mode="mean-of-means"), dict(loss_agg_mode="token-mean", dp_size=2),
+    dict(loss_agg_mode="seq-mean-token-sum", dp_size=2)])
+def test_what_verl_refuses_is_refused_with_its_words(arguments):
+    x = torch.randn(3, 2, 5)
+    said = []
+    for function in (STOCK.value, core_algos.compute_value_loss):
+        with pytest.raises(ValueError) as caught:
+            function(*x, torch.ones(2, 5), 0.2, **arguments)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    config = config_of(0, {k: v for k, v in arguments.items() if k == "dp_size"})
+    with pytest.raises(ValueError, match="tppo: loss_agg_mode is"):
+        core_algos.get_policy_loss_fn("tppo")(*x, torch.ones(2, 5), arguments["loss_agg_mode"],
+                                              config)
+
+
+def test_a_mask_that_is_no_mask_is_verls():
+    x, mask = torch.randn(3, 2, 5), torch.full((2, 5), 0.5)
+    for found, stock in ((core_algos.compute_value_loss, STOCK.value),):
+        assert torch.equal(found(*x, mask, 0.2)[0], stock(*x, mask, 0.2)[0])
+    assert torch.equal(verl_F.masked_whiten(x[0], mask), STOCK.whiten(x[0], mask))
+    assert torch.equal(core_algos.compute_gae_advantage_return(*x[:2], mask, 1.0, 0.9)[0],
+                       STOCK.gae(*x[:2], mask, 1.0, 0.9)[0])
+
+
+def test_a_micro_batch_without_a_token_gives_no_nan():
+    """verl divides 0 by 0."""
+    x, mask = torch.randn(3, 2, 5), torch.zeros(2, 5, dtype=torch.bool)
+    assert STOCK.value(*x, mask, 0.2)[0].isnan()
+    assert core_algos.compute_value_loss(*x, mask, 0.2)[0] == 0
+
+
+def compare(stock, found, leaves, bound=1e-6):
+    """Results, and gradients to `bound`, of two functions of the same leaves; the results are
+    summed with different weights."""
+    results = []
+    for function, dtype in ((found, torch.float32), (stock, torch.float32),
+                            (stock, torch.float64)):
+        copies = [leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves]
+        out = function(*copies)
+        out = out if isinstance(out, tuple) else (out,)
+        sum((i + 1) * (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum()
+            for i, o in enumerate(out)).backward()
+        results.append([o.detach() for o in out] + [copy.grad for copy in copies])
+    for i, triple in enumerate(zip(*results, strict=True)):
+        near(*triple, bound=1e-6 if i < len(out) else bound)
+
+
+def test_logprobs_and_entropy_equal_verls():
+    for case in range(CASES):
+        g = torch.Generator().manual_seed(case)
+        shape = [(7, 33), (2, 5, 33), (1, 1, 2), (3, 1000)][case % 4]
+        logits = torch.randn(shape, generator=g) * (1, 5)[case % 2]
+        labels = torch.randint(0, shape[-1], shape[:-1], generator=g)
+        compare(partial(STOCK.logprobs, labels=labels),
+                partial(verl_F.logprobs_from_logits, labels=labels), [logits])
+        compare(STOCK.entropy, verl_F.entropy_from_logits, [logits])
+        compare(lambda x: STOCK.entropy(x.flatten(0, -2)),
+                lambda x: verl_F.entropy_from_logits_with_chunking(x.flatten(0, -2), 4), [logits])
+
+
+def test_the_fused_head_equals_verls():
+    for case in range(CASES):
+        g = torch.Generator().manual_seed(case)
+        shape = [(7, 16), (2, 5, 16), (1, 16)][case % 3]
+        hidden, weight = torch.randn(shape, generator=g), torch.randn(50, 16, generator=g)
+        rest = (torch.randint(0, 50, shape[:-1], generator=g), (1.0, 0.7)[case % 2])
+        layer = FusedLinearForPPO(chunk_size=3)
+
+        def plain(h, w, rest=rest):  # verl's function computes in fp32 whatever it is given
+            logits = h @ w.T / rest[1]
+            return STOCK.logprobs(logits, rest[0]), STOCK.entropy(logits)
+
+        def stock(h, w, rest=rest, layer=layer, plain=plain):
+            return plain(h, w) if h.dtype == torch.float64 else STOCK.fused(layer, h, w, *rest)
+
+        # torch's own gradients of this are 1.5e-6 off in fp32, ours 2.7e-6: products twice
+        compare(stock, lambda h, w, rest=rest, layer=layer: layer(h, w, *rest), [hidden, weight],
+                bound=3e-6)
+    assert FusedLinearForPPO.forward is ours.fused_linear_forward
+
+
+def test_half_precision_log_probs_are_nearer_to_the_truth_than_verls():
+    logits = (4 * torch.randn(6, 3000)).bfloat16()
+    labels = torch.randint(0, 3000, (6,))
+    truth = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert (verl_F.logprobs_from_logits(logits, labels) - truth).abs().max() < 1e-5
+    assert (STOCK.logprobs(logits, labels) - truth).abs().max() > 5e-3
+
+
+def data_of(response_mask, lengths=None):
+    b, t = response_mask.shape
+    written = response_mask if lengths is None else torch.arange(t) < torch.tensor(lengths)[:, None]
+    attention = torch.cat((torch.ones(b, 3, dtype=torch.int64), written.long()), 1)
+    return SimpleNamespace(batch=TensorDict({
+        "prompts": torch.ones(b, 3, dtype=torch.int64), "attention_mask": attention,
+        "responses": torch.ones(b, t, dtype=torch.int64), "response_mask": response_mask.long()},
+        batch_size=b))
+
+
+def test_scores_of_samples_stand_where_verl_puts_them():
+    data = data_of(torch.arange(5) < torch.tensor([[5], [2]]))
+    assemble = naive.NaiveRewardManager.assemble_rm_scores
+    assert torch.equal(assemble(data, [0.5, 2.0]), STOCK.scores(data, [0.5, 2.0]))
+
+
+def test_scores_of_tokens_stand_at_their_tokens():
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0]])
+    data = data_of(mask.bool(), lengths=[4, 3, 2])
+    assemble = naive.NaiveRewardManager.assemble_rm_scores
+    # of the second sample's three tokens a tool wrote the middle one; the third has one number
+    found = assemble(data, [[1.0, 2.0, 3.0, 4.0], [0.5, 0.25, 1.0], 7.0])
+    assert found.tolist() == [[1, 2, 3, 4, 0], [0.75, 0, 1, 0, 0], [0, 7, 0, 0, 0]]
+    with pytest.raises(ValueError, match=r"sample 1 has rewards of shape \[2\].*each of the 3"):
+        assemble(data, [[1.0, 2.0, 3.0, 4.0], [0.5, 1.0], 7.0])
+
+
+def test_a_reward_function_that_gives_a_number_a_token_reaches_the_batch():
+    """Through verl's own naive manager: what it gives for a sample is what it puts together."""
+    def rewards(data_source, solution_str, ground_truth, extra_info):
+        return {"score": [0.1 * len(word) for word in solution_str.split()]}
+
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join("ab"[:int(i)] for i in ids))
+    manager = naive.NaiveRewardManager.__new__(naive.NaiveRewardManager)
+    manager.tokenizer, manager.compute_score = tokenizer, rewards
+    manager.is_async_reward_score, manager.reward_router_address = False, None
+    data = verl.DataProto.from_dict(
+        tensors=dict(prompts=torch.ones(1, 2, dtype=torch.int64),
+                     responses=torch.tensor([[2, 1, 0, 0]]),
+                     response_mask=torch.tensor([[1, 1, 0, 0]]),
+                     attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]])),
+        non_tensors=dict(data_source=["x"], reward_model=[{"ground_truth": ""}], extra_info=[{}]))
+
+    async def run():
+        manager.loop = asyncio.get_running_loop()
+        return await manager.run_single(data)
+
+    score = asyncio.run(run())["reward_score"]
+    found = naive.NaiveRewardManager.assemble_rm_scores(data, [score])
+    assert found.tolist() == [pytest.approx([0.2, 0.1, 0, 0])]
+
+
+def test_verls_trainer_and_its_losses_reach_ours():
+    """The advantages as its driver computes them, and the losses as its workers do."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.arange(12) < torch.tensor([[12], [5], [9], [2]])).long()
+    tensors = dict(token_level_rewards=torch.randn(4, 12, generator=g), response_mask=mask,
+                   values=torch.randn(4, 12, generator=g))
+    out = []
+    for use in (ours.patch, ours.unpatch):
+        use()
+        data = verl.DataProto.from_dict(tensors={k: v.clone() for k, v in tensors.items()})
+        out.append(ray_trainer.compute_advantage(data, "gae", gamma=1.0, lam=0.95, config={}).batch)
+        assert (core_algos.ADV_ESTIMATOR_REGISTRY["gae"] is ours.compute_gae_advantage_return
+                ) is (use is ours.patch)
+        assert (losses.compute_value_loss is ours.compute_value_loss) is (use is ours.patch)
+    near(out[0]["advantages"], out[1]["advantages"], out[1]["advantages"], mask)
+    assert out[0]["advantages"][mask == 0].eq(0).all()
+    assert "tppo" not in core_algos.POLICY_LOSS_REGISTRY
+    assert FSDPActorConfig is not None
+
+
+def seconds(functions, *args, repeats=5, **kwargs):
+    """Medians of interleaved runs."""
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, held in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            held.append(time.perf_counter() - start)
+    return [sorted(held)[repeats // 2] for held in times]
+
+
+def test_gae_is_fifty_times_faster_and_nothing_is_slower():
+    b, t, v = 64, 2048, 2000
+    rewards, values, old, new = torch.randn(4, b, t)
+    mask = (torch.arange(t) < torch.randint(2, t, (b, 1))).long()
+    found = {}
+    core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)  # loads the kernel
+    found["gae"] = seconds((STOCK.gae, core_algos.compute_gae_advantage_return), rewards, values,
+                           mask, 1.0, 0.95)
+    found["whiten"] = seconds((STOCK.whiten, verl_F.masked_whiten), values, mask)
+    found["value"] = seconds((STOCK.value, core_algos.compute_value_loss), values, rewards, old,
+                             mask, 0.2)
+    config = config_of(1, {})
+    found["policy"] = seconds((STOCK.policy, core_algos.compute_policy_loss_vanilla), old, new,
+                              rewards, mask, "token-mean", config)
+    logits, labels = torch.randn(256, v), torch.randint(0, v, (256,))
+    found["logprobs"] = seconds((STOCK.logprobs, verl_F.logprobs_from_logits), logits, labels)
+    found["entropy"] = seconds((STOCK.entropy, verl_F.entropy_from_logits), logits)
+    hidden, weight = torch.randn(256, 64), torch.randn(v, 64)
+    layer = FusedLinearForPPO()
+    found["fused"] = seconds((STOCK.fused, type(layer).forward), layer, hidden, weight, labels)
+    print({name: f"{a / b:.1f}x" for name, (a, b) in found.items()}, found["gae"])
+    assert found["gae"][0] > 50 * found["gae"][1]
+    slower = {name: pair for name, pair in found.items() if pair[1] > 1.1 * pair[0]}
+    assert not slower
+
+
+# verl's own tests of these functions, which its wheel brings
+OWN = ["tests/trainer/ppo/test_core_algos_on_cpu.py",
+       "tests/trainer/ppo/test_loss_aggregation_on_cpu.py",
+       "tests/trainer/ppo/test_dynamic_policy_losses_on_cpu.py",
+       "tests/trainer/ppo/test_value_loss_normalization_on_cpu.py",
+       "tests/trainer/ppo/test_rollout_corr_integration.py",
+       "tests/trainer/test_multi_trajectories_advantage_on_cpu.py"]
+COUNTS = """
+import functools, sys
+import pytest
+from tppo_kernels.integrations import verl as ours
+import verl.trainer.ppo.core_algos
+calls = {}
+def counted(f):
+    @functools.wraps(f)
+    def call(*args, **kwargs):
+        calls[f.__name__] = calls.get(f.__name__, 0) + 1
+        return f(*args, **kwargs)
+    return call
+made = {}
+for name, f in list(ours._OURS.items()):
+    ours._OURS[name] = made.setdefault(id(f), counted(f))
+if sys.argv[1] == "patched":
+    ours.patch()
+code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", sys.argv[2], *sys.argv[3:]])
+print("CALLS", calls)
+sys.exit(code)
+"""
+
+
+def test_verls_own_tests_pass_stock_and_patched(tmp_path):
+    own = [f.locate() for f in files("verl") if str(f) in OWN]
+    assert len(own) == len(OWN)
+    for path in own:  # apart from packages that are called `tests` too
+        (tmp_path / Path(path).name).write_text(Path(path).read_text())
+    totals = {}
+    environ = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    for how in ("stock", "patched"):
+        done = subprocess.run([sys.executable, "-c", COUNTS, how, str(tmp_path), str(tmp_path)],
+                              cwd=tmp_path, capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        totals[how] = re.search(r"\d+ passed", done.stdout)[0]
+        calls = next(x for x in done.stdout.splitlines() if x.startswith("CALLS"))
+        print(how, totals[how], calls)
+        assert ("compute_gae_advantage_return" in calls) is (how == "patched")
+        assert ("compute_value_loss" in calls) is (how == "patched")
+    assert totals["stock"] == totals["patched"]

@@ -1,0 +1,173 @@
+"""OpenRLHF 0.11: its GAE, policy loss, value loss and log-probs on our operators.
+
+OpenRLHF has no place to register these, and runs them in processes of Ray: `patch()` replaces them
+in one process, and `HOOK` is what Ray calls in each new one, of a driver that begins with
+
+    ray.init(runtime_env={"worker_process_setup_hook": tppo_kernels.integrations.openrlhf.HOOK})
+
+What is replaced: `RemoteExperienceMaker.get_advantages_and_returns`, `PolicyLoss.forward` and
+`ValueLoss.forward` (the classes stay OpenRLHF's), `log_probs_from_logits`. Kept as they are there:
+
+- A masked token inside an answer (of a tool) is a step of value and reward 0, which is discounted
+  over; in `tk.gae` it is no step.
+- The counts of the whole batch divide, the number of data-parallel ranks multiplies, whatever
+  they are; `ppo_kl` is of the log-ratio as it is, the ratio of the one clamped at 20.
+- A temperature other than 1 divides the caller's logits in place.
+
+Ours give 0 for a batch without a valid token, where OpenRLHF divides 0 by 0, and fp32 log-probs
+of half precision logits. GSPO, and the correction of the mismatch to vLLM's log-probs, are left to
+OpenRLHF's own code, and so is a loss without a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tppo_kernels as tk
+
+from ._peer import PeerError, Replacements, require, say, when_imported
+
+VERSIONS = ">=0.11,<0.12"
+HOOK = "tppo_kernels.integrations.openrlhf.patch_when_imported"
+_MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+_GAE = f"{_MAKER}:RemoteExperienceMaker.get_advantages_and_returns"
+_POLICY = "openrlhf.models.loss:PolicyLoss.forward"
+_VALUE = "openrlhf.models.loss:ValueLoss.forward"
+_LOGPROBS = "openrlhf.models.utils:log_probs_from_logits"
+_BATCH = "dp_size, batch_num_tokens, global_batch_size"
+_MODELS_INTERFACE: dict[str, str | None] = {
+    _POLICY: "self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, "
+             f"{_BATCH}",
+    _VALUE: f"self, values, old_values, returns, action_mask, {_BATCH}",
+    _LOGPROBS: "logits, labels, temperature",
+}
+_MAKER_INTERFACE: dict[str, str | None] = {_GAE: "self, values, rewards, action_mask, gamma, lambd"}
+_models, _maker = Replacements("openrlhf"), Replacements("openrlhf")
+
+
+def _mask(mask: Tensor | None) -> Tensor | None:
+    """A mask of bool, whole numbers, or 0.0 and 1.0 as ours; None where it is none of them."""
+    if mask is None or not mask.is_floating_point():
+        return mask if mask is None else mask.bool()
+    valid = mask != 0
+    return valid if bool((mask == valid).all()) else None
+
+
+@torch.no_grad()
+def get_advantages_and_returns(self: Any, values: Tensor, rewards: Tensor,
+                               action_mask: Tensor | None, gamma: float, lambd: float
+                               ) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T] by `tk.gae`, over every slot: masked ones are zeros there."""
+    mask = _mask(action_mask)
+    if mask is None and action_mask is not None:
+        return _maker.original(_GAE)(self, values, rewards, action_mask, gamma, lambd)
+    if mask is not None:
+        values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
+    return tuple(tk.gae(rewards, values, gamma=gamma, lam=lambd))  # type: ignore[return-value]
+
+
+def _reduction(token_level: bool, dp_size: int, batch_num_tokens: Any, global_batch_size: Any
+               ) -> tuple[dict[str, Any], Any]:
+    """Our keywords, and the factor of the loss: the counts may be below 1, which ours are not."""
+    count = batch_num_tokens if token_level else global_batch_size
+    if count is None:
+        return {"reduction": "token-mean" if token_level else "seq-mean-token-mean"}, None
+    factor = dp_size / count
+    if token_level:
+        return {"reduction": "token-sum"}, factor
+    return {"reduction": "seq-mean-token-mean", "num_sequences": 1}, factor
+
+
+def policy_loss_forward(self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor,
+                        action_mask: Tensor | None = None, rollout_log_probs: Tensor | None = None,
+                        **batch: Any) -> tuple[Any, ...]:
+    """`PolicyLoss.forward` by `tk.ppo_loss`: loss, clip ratio, KL, and None for the two figures
+    of a correction that is off."""
+    mask = _mask(action_mask)
+    if mask is None or self.policy_loss_type != "ppo" or self.is_correction_level != "off":
+        return _models.original(_POLICY)(self, log_probs, old_log_probs, advantages, action_mask,
+                                         rollout_log_probs, **batch)
+    given, factor = _reduction(self.token_level_loss, batch.get("dp_size", 1),
+                               batch.get("batch_num_tokens"), batch.get("global_batch_size"))
+    loss, metrics = tk.ppo_loss(log_probs, old_log_probs, advantages, mask,
+                                clip_low=self.clip_eps_low, clip_high=self.clip_eps_high,
+                                dual_clip=self.dual_clip, **given)
+    gap = torch.where(mask, old_log_probs - log_probs.detach(), 0)
+    kl = gap.sum() / metrics.tokens.clamp(min=1)
+    return loss if factor is None else loss * factor, metrics.clip_fraction, kl, None, None
+
+
+def value_loss_forward(self: Any, values: Tensor, old_values: Tensor, returns: Tensor,
+                       action_mask: Tensor | None = None, **batch: Any) -> Tensor:
+    """`ValueLoss.forward` by `tk.value_loss`."""
+    mask = _mask(action_mask)
+    if mask is None:
+        return _models.original(_VALUE)(self, values, old_values, returns, action_mask, **batch)
+    given, factor = _reduction(self.token_level_loss, batch.get("dp_size", 1),
+                               batch.get("batch_num_tokens"), batch.get("global_batch_size"))
+    loss = tk.value_loss(values, returns, mask, old_values=old_values, clip=self.clip_eps,
+                         **given).loss
+    return loss if factor is None else loss * factor
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """fp32 log-probs of the labels by `tk.token_logprobs`; divides the logits in place, as
+    OpenRLHF does, where the temperature is not 1."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return tk.token_logprobs(logits, labels).logprobs
+
+
+_MODELS_OURS = {_POLICY: policy_loss_forward, _VALUE: value_loss_forward,
+                _LOGPROBS: log_probs_from_logits}
+
+
+def patch() -> None:
+    """Puts our functions in the place of OpenRLHF's, in this process, and says so on one line
+    for each of its two parts. Twice is once. Raises PeerError where OpenRLHF is absent, of a
+    version outside `VERSIONS`, or has another interface.
+    """
+    _patch_models()
+    _patch_maker()
+
+
+def _patch(swap: Replacements, interface: dict[str, str | None], ours: dict[str, Any],
+           line: str) -> None:
+    again = swap.installed
+    version = require("openrlhf", VERSIONS, None if again else interface)
+    told = swap.install(ours)
+    for each in told if again else [line, *told]:
+        say(f"openrlhf {version}", each)
+
+
+def _patch_models() -> None:
+    _patch(_models, _MODELS_INTERFACE, _MODELS_OURS,
+           "PolicyLoss, ValueLoss and log_probs_from_logits are ours, with OpenRLHF's numbers")
+
+
+def _patch_maker() -> None:
+    _patch(_maker, _MAKER_INTERFACE, {_GAE: get_advantages_and_returns},
+           "get_advantages_and_returns is ours, with OpenRLHF's numbers")
+
+
+def unpatch() -> None:
+    """Puts OpenRLHF's own functions back; says which ones another library has replaced since."""
+    for line in _models.undo() + _maker.undo():
+        say("openrlhf", line)
+
+
+def patch_when_imported() -> None:
+    """For a process that Ray starts: patches each part of OpenRLHF once it is imported there. An
+    OpenRLHF that we do not know is told and kept."""
+    def told(install: Callable[[], None]) -> None:
+        try:
+            install()
+        except PeerError as error:
+            say("openrlhf", f"nothing is replaced: {error}")
+
+    when_imported("openrlhf.models.loss", lambda: told(_patch_models))
+    when_imported(_MAKER, lambda: told(_patch_maker))
