@@ -212,7 +212,7 @@ def compute_value_loss(
 
 def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: Any, **batch: Any
              ) -> Tensor:
-    """One number from a loss a token by `tk.reduce`; batch: dp_size and the whole batch's counts."""
+    """One number from a loss a token by `tk.reduce`; batch: dp_size and the batch's counts."""
     batch |= zip(_BATCH.split(", "), counts, strict=False)
     mask = _mask(loss_mask) if _known(loss_mat) and loss_mat.shape == loss_mask.shape else None
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
