@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ADAPTERS = sorted(p.stem for p in (ROOT / "tppo_kernels/integrations").glob("[a-z]*.py"))
 EXAMPLES = sorted((ROOT / "examples/integrations").rglob("*.py"))
 GUIDE = ROOT / "docs/integrations.md"
-OF_A_RUN = {"cluster_data.py"}  # for runs of tppo: no trainer's script
+OF_A_RUN = {"cluster_data.py", "data.py"}  # of data: no trainer's script
 NAMED = {"trl": "TRL", "verl": "verl", "skyrl": "SkyRL", "openrlhf": "OpenRLHF", "slime": "slime",
          "nemo_rl": "NeMo-RL"}
 
