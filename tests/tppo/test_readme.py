@@ -8,6 +8,7 @@ import pytest
 
 from tppo.cli import main
 from tppo.errors import DataError
+from tppo.labels.config import ENOUGH
 from tppo.stages.study.readme import demo, evidence, write_readme
 from tppo.stages.study.summary import write_into
 
@@ -58,6 +59,18 @@ def test_other_figures_leave_other_sentences():
     assert evidence(labels, credit).count("at most ") == 4
     labels["figures"]["label_cost"]["templates"]["words"]["price"] *= 2
     assert evidence(labels, credit) != said
+
+
+def test_as_many_labels_are_called_enough_as_the_study_found(capsys):
+    said = evidence(read("labels"), read("credit"))
+    assert f" {ENOUGH} by word do what " in said, "labels/config.py: ENOUGH, and what quotes it"
+    for page in ("README.md", "docs/labelling-endpoints.md"):
+        assert f"{ENOUGH} " in (ROOT / page).read_text()
+    main(["plan", "--shape", "0.5B"])
+    assert f"{ENOUGH} answers are enough to begin with" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["label", "--help"])
+    assert f"--generate.samples {ENOUGH}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_demo_s_rows_are_those_of_its_results(tmp_path):

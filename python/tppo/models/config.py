@@ -91,7 +91,8 @@ class GenerateConfig:
     """Sampling, at the one temperature of rollouts and of all log-probs."""
 
     samples: Count = 4_000
-    """Answers of the SFT model to be labelled."""
+    """Answers of the SFT model to be labelled: 4,000 by the rule, which costs nothing; of labels
+    that cost something 200 are enough to begin with (docs/evidence.md)."""
     samples_per_session: Count = 4
     """At most this many of one session: a small file gets fewer answers."""
     max_new_tokens: Natural = 0

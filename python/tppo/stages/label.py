@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tppo.errors import DataError
 from tppo.labels.agreement import compare_files
+from tppo.labels.config import ENOUGH
 from tppo.labels.endpoint.batch import export_batch, import_batch
 from tppo.labels.endpoint.config import NoKey
 from tppo.labels.endpoint.live import EndpointError, LabelItem, label
@@ -43,6 +44,11 @@ def label_answers(run: Run) -> None:
             )
         else:
             answers = sum(1 for _ in read_lines(run.path(ANSWERS)))
+            if answers > ENOUGH:
+                say(
+                    f"label: {answers:,} answers; {ENOUGH} labelled by word did what more did in a "
+                    f"study (docs/evidence.md): --generate.samples {ENOUGH} begins with as many"
+                )
             found = label(_items(run, sessions), config.endpoint, run.label_cache, answers)
             labels = open_until_then.enter_context(recorded(found, run.label_lost))
         write_labels(out / LABELS.name, _counted(labels, counts))

@@ -16,7 +16,8 @@ from pydantic import AfterValidator
 
 from tppo.errors import DataError
 from tppo.flags import parse
-from tppo.models.config import GuideConfig
+from tppo.labels.config import ENOUGH
+from tppo.models.config import GenerateConfig, GuideConfig
 from tppo.sessions.config import ReadConfig
 from tppo.settings import Count, FilePath, section
 from tppo.stages.needs import (
@@ -190,6 +191,8 @@ def one_model(config: PretrainedConfig, name: str, options: PlanOptions) -> list
     lines = [
         f"{name} on {options.gpu_memory}: prompts of {work.prompt_tokens} tokens, answers of "
         f"{work.response_tokens}; GB of 10^9 bytes", *guide_lines(work),
+        f"labels of an endpoint: {ENOUGH} answers are enough to begin with (docs/evidence.md), "
+        f"--generate.samples {ENOUGH} in place of {GenerateConfig().samples:,}",
     ]  # fmt: skip
     for lora in (False, True):
         how = holding(options, lora=lora, gpu_nbytes=nbytes)
