@@ -1,5 +1,7 @@
 """RED, ABC and RTO: their formulas in fp64, over small models with large weights."""
 
+import inspect
+
 import pytest
 import torch
 from _weights import enlarged
@@ -106,7 +108,12 @@ def test_a_trunk_without_attention_is_refused():
 
     model.trunk.forward = lambda **_: Nothing
     with pytest.raises(ValueError, match="gave no attention of its last layer"):
-        ABC(model).shares(batch_of())
+        model.attention(batch_of())
+
+
+def test_each_has_at_most_forty_lines():
+    for kind in (RED, ABC, RTO):
+        assert len(inspect.getsource(kind).splitlines()) <= 40
 
 
 def test_they_are_public_and_take_what_the_loop_gives():

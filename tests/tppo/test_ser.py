@@ -20,8 +20,10 @@ from tppo.errors import DataError
 from tppo.methods.config import RewardModelConfig, SERConfig
 from tppo.methods.sentence_model import train_sentence_model
 from tppo.methods.ser import Doubtful, Found, Pairs, State, confident, evolve
+from tppo.models.load import load_policy
 from tppo.models.tokenizer import load_tokenizer
-from tppo.rewards.sentence_model import SentenceModel
+from tppo.rewards.implicit import ImplicitReward, ImplicitScore
+from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
 from tppo.stages.preferences import answer_ids, encoded, preference_of, read_preferences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -269,6 +271,37 @@ def test_with_lora_adapters_are_trained_and_a_plain_model_is_written(model, tmp_
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
+
+
+def test_dense_rewards_pay_with_adapters_and_are_known_by_their_weights(model, tmp_path):  # noqa: F811
+    """RED, ABC and RTO by the Python door; with other weights they are another reward, so that no
+    finished training is taken for theirs.
+    """
+    pytest.importorskip("peft")
+    cpu = torch.device("cpu")
+    whole = SentenceModel.from_policy(model, cpu, seed=3)
+    policy, ref = load_policy(model, cpu), load_policy(model, cpu)
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)
+    tokens = ImplicitReward(ImplicitScore(policy, ref, beta=0.3))
+    config = tppo.PPOConfig(steps=1, batch_size=4, minibatch_size=4, epochs=1, lr=1e-2)
+    for name, reward in (("red", tppo.RED(whole)), ("abc", tppo.ABC(whole)),
+                         ("rto", tppo.RTO(tokens, SentenceModelReward(whole)))):  # fmt: skip
+        trainer = tppo.PPOTrainer(
+            model, reward=reward, prompts=[row["prompt"] for row in texts(8, 0)], config=config,
+            out=tmp_path / name, lora=tppo.AdapterConfig(rank=2),
+            generate=tppo.GenerateConfig(max_new_tokens=6),
+        )  # fmt: skip
+        report = trainer.train()
+        assert type(reward).__name__ in report["reward"] and report["steps"] == 1
+        saved = load_file(tmp_path / name / "train/model/adapter_model.safetensors")
+        assert any(tensor.any() for key, tensor in saved.items() if "lora_B" in key)
+        before = repr(reward)
+        with torch.no_grad():
+            (policy.lm_head if name == "rto" else whole.head).weight.add_(1e-3)
+        assert repr(reward) != before
+    one, other = (tppo.TokenModelReward(torch.nn.Linear(2, 3)) for _ in range(2))
+    assert repr(one) == repr(one) != repr(other)
 
 
 KILL = """

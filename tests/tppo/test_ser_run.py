@@ -18,7 +18,7 @@ from tppo.methods.reward_model import (
     PolicyTokens,
     train_reward_model,
 )
-from tppo.models.config import GenerateConfig, ScratchConfig
+from tppo.models.config import AdapterConfig, GenerateConfig, ScratchConfig
 from tppo.models.load import load_reward_model
 from tppo.sessions.config import SessionsConfig
 from tppo.stages.registry import REGISTRY
@@ -73,6 +73,21 @@ def test_words_are_labelled_by_their_probability_and_pay_in_ppo(prepared):
     assert read_json(prepared / "ser-train/report.json")["labels"] == "words"
     assert (prepared / "ser-train/model/model.safetensors").exists()
     assert (prepared / "ser-train/model/tppo.json").exists()  # `tppo answer` can ask it
+
+
+def test_with_lora_a_reward_model_of_words_is_adapter_and_head_and_pays_in_ppo(prepared):
+    pytest.importorskip("peft")
+    config = replace(TINY, lora=AdapterConfig(rank=2),
+                     ser=SERConfig(labels="words", seed_share=0.5, tau_token=0.6, rounds=1,
+                                   all_labels=False))  # fmt: skip
+    run = Run(out=prepared, config=fill_defaults(config, pretrained=False))
+    run.perform("ser")
+    assert len(read_json(prepared / "ser/report.json")["rounds"]) == 2
+    adapter = load_file(prepared / "ser/model/adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    assert not (prepared / "ser/model/model.safetensors").exists()
+    run.perform("ser-train")
+    assert (prepared / "ser-train/model/adapter_model.safetensors").exists()
 
 
 def test_pairs_are_two_answers_to_one_history_and_pay_in_ppo(prepared):

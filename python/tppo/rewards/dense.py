@@ -8,15 +8,14 @@ same score at the last token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tppo.models.batch import Batch, pad
+from tppo.models.batch import Batch
 from tppo.rewards import Answers, Reward, TokenReward
 from tppo.rewards.implicit import ImplicitReward
-from tppo.rewards.sentence_model import SentenceModel
+from tppo.rewards.sentence_model import SentenceModel, weights_mark
 
 READ = 65_536  # tokens that a model reads at once
 
@@ -35,6 +34,10 @@ class RED(nn.Module):
     def __init__(self, model: Callable[[Batch], Tensor], *, max_tokens: int = READ):
         super().__init__()
         self.model, self.max_tokens = model, max_tokens
+
+    def extra_repr(self) -> str:
+        """With a mark of the weights of a model that has some."""
+        return f"weights={weights_mark(self.model)}" if isinstance(self.model, nn.Module) else ""
 
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
@@ -67,37 +70,16 @@ class ABC(nn.Module):
         super().__init__()
         self.model, self.max_tokens = model, max_tokens
 
+    def extra_repr(self) -> str:
+        """With a mark of the weights, as `SentenceModelReward` has."""
+        return f"weights={weights_mark(self.model)}"
+
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T].  Errors: ValueError for a trunk that gives no attention."""
         scores = batch.in_parts(self.model, self.max_tokens)  # [B]
-        return TokenReward(batch.in_parts(self.shares, self.max_tokens) * scores[:, None])
-
-    def shares(self, batch: Batch) -> Tensor:
-        """a_t, [B, T]; 0 where masked."""
-        trunk: Any = self.model.trunk
-        rows = [[*p, *y] for p, y in zip(batch.prompt_ids, batch.response_ids, strict=True)]
-        # Padded on the right alone: padding on the left, which sees nothing, is NaN to some trunks.
-        padded = pad([row[:1] for row in rows], [row[1:] for row in rows], batch.pad_id,
-                     batch.device)  # fmt: skip
-        kept = trunk.config._attn_implementation
-        trunk.set_attn_implementation("eager")  # the others keep no attention
-        try:
-            found = trunk(input_ids=padded.input_ids, attention_mask=padded.attention_mask,
-                          position_ids=padded.position_ids, use_cache=False,
-                          output_attentions=True).attentions  # fmt: skip
-        finally:
-            trunk.set_attn_implementation(kept)
-        if not found or found[-1] is None:
-            raise ValueError(f"{type(trunk).__name__} gave no attention of its last layer, "
-                             "expected a transformer whose last layer has attention")  # fmt: skip
-        last = torch.tensor([len(row) - 1 for row in rows], device=batch.mask.device)  # [B]
-        given = found[-1].mean(1)[torch.arange(len(rows), device=last.device), last]  # [B, P+T]
-        first = last + 1 - batch.mask.sum(1)  # [B]
-        places = first[:, None] + torch.arange(batch.mask.shape[1], device=last.device)  # [B, T]
-        weights = given.gather(1, torch.minimum(places, last[:, None]))
-        weights = torch.where(batch.mask, weights, 0.0)
-        return weights / weights.sum(1, keepdim=True)
+        weights = batch.in_parts(self.model.attention, self.max_tokens)  # [B, T]
+        return TokenReward(weights / weights.sum(1, keepdim=True) * scores[:, None])
 
 
 class RTO(nn.Module):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs
 from tppo.rewards import Answers, TokenReward
+from tppo.rewards.sentence_model import weights_mark
 
 
 class ImplicitScore(nn.Module):
@@ -24,10 +25,15 @@ class ImplicitScore(nn.Module):
         self.policy, self.beta = policy, beta
         self._ref = (ref.requires_grad_(False),)  # in a tuple: not trained, copied or moved
 
+    @property
+    def ref(self) -> PreTrainedModel:
+        """The reference."""
+        return self._ref[0]
+
     def tokens(self, batch: Batch) -> Tensor:
         """r_t, [B, T]; 0 where masked."""
         with torch.no_grad():
-            ref, _ = policy_logprobs(self._ref[0], batch, 1.0)  # [B, T]
+            ref, _ = policy_logprobs(self.ref, batch, 1.0)  # [B, T]
         own, _ = policy_logprobs(self.policy, batch, 1.0)  # [B, T]
         return self.beta * torch.where(batch.mask, own - ref, 0.0)
 
@@ -46,6 +52,11 @@ class ImplicitReward(nn.Module):
     def __init__(self, model: ImplicitScore, *, max_tokens: int = 65_536):
         super().__init__()
         self.model, self.max_tokens = model, max_tokens
+
+    def extra_repr(self) -> str:
+        """With a mark of the weights of both models."""
+        marks = [weights_mark(model) for model in (self.model.policy, self.model.ref)]
+        return f"beta={self.model.beta:g}, weights={'-'.join(marks)}"
 
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tppo_kernels as tk
 from tppo.models.adapters import add_adapter, has_adapter, merged
-from tppo.models.batch import Batch
+from tppo.models.batch import Batch, pad
 from tppo.models.config import AdapterConfig, DType
 from tppo.models.folder import save_model
 from tppo.models.load import load_policy
@@ -132,6 +132,36 @@ class SentenceModel(nn.Module):
             sums = kept.cumsum(1, dtype=torch.promote_types(kept.dtype, torch.float32))
             states = (sums / places[:, None]).to(states.dtype)
         return tk.token_head(states, self.head.weight, self.head.bias, batch.mask)
+
+
+    def attention(self, batch: Batch) -> Tensor:
+        """The attention of the last layer, the mean of its heads, from the last token of each
+        response to its tokens, [B, T]; 0 where masked.
+
+        Errors: ValueError for a trunk that gives no attention.
+        """
+        trunk: Any = self.trunk
+        rows = [[*p, *y] for p, y in zip(batch.prompt_ids, batch.response_ids, strict=True)]
+        # Padded on the right alone: padding on the left, which sees nothing, is NaN to some trunks.
+        padded = pad([row[:1] for row in rows], [row[1:] for row in rows], batch.pad_id,
+                     batch.device)  # fmt: skip
+        kept = trunk.config._attn_implementation
+        trunk.set_attn_implementation("eager")  # the others keep no attention
+        try:
+            found = trunk(input_ids=padded.input_ids, attention_mask=padded.attention_mask,
+                          position_ids=padded.position_ids, use_cache=False,
+                          output_attentions=True).attentions  # fmt: skip
+        finally:
+            trunk.set_attn_implementation(kept)
+        if not found or found[-1] is None:
+            raise ValueError(f"{type(trunk).__name__} gave no attention of its last layer, "
+                             "expected a transformer whose last layer has attention")  # fmt: skip
+        last = torch.tensor([len(row) - 1 for row in rows], device=batch.mask.device)  # [B]
+        given = found[-1].mean(1)[torch.arange(len(rows), device=last.device), last]  # [B, P+T]
+        first = last + 1 - batch.mask.sum(1)  # [B]
+        places = first[:, None] + torch.arange(batch.mask.shape[1], device=last.device)  # [B, T]
+        weights = given.gather(1, torch.minimum(places, last[:, None]))
+        return torch.where(batch.mask, weights, 0.0)
 
 
 class SentenceModelReward(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import tppo_kernels as tk
 from tppo.models.batch import Batch
 from tppo.rewards import Answers, TokenReward
+from tppo.rewards.sentence_model import weights_mark
 
 SUGGESTED_LENGTH = "suggested_length"  # the column that holds it, in tokens
 
@@ -36,6 +37,11 @@ class TokenModelReward(nn.Module):
         super().__init__()
         self.model, self.mode, self.values = model, mode, values
         self.length_alpha, self.max_tokens = length_alpha, max_tokens
+
+    def extra_repr(self) -> str:
+        """With a mark of the weights, as `SentenceModelReward` has."""
+        return (f"mode={self.mode}, values={list(self.values)}, length_alpha={self.length_alpha}, "
+                f"weights={weights_mark(self.model)}")  # fmt: skip
 
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:

@@ -59,13 +59,14 @@ SMALL = Config(
     generate=GenerateConfig(samples=1600),
     reward_model=RewardModelConfig(repeated_share=0.0),
     ppo=PPOConfig(batch_size=16, minibatch_size=16),
-    ser=SERConfig(pooling="mean", seed_share=0.05, heldout_share=0.25, tau_token=0.8, rounds=2),
+    ser=SERConfig(pooling="mean", seed_share=0.08, heldout_share=0.5, tau_token=0.8, rounds=2),
     pit=PITConfig(scale=4.0),
 )
 
 
 def ser() -> SystemStudy:
-    """Two answers to each of 800 histories, and 5 % of the labels: so few that more are worth it.
+    """Two answers to each of 800 histories, half of them held out; of the others 8 % of the labels,
+    so few that more are worth it.
 
     A model of few labels is trained by small batches, or it would have made next to no step.
     """
