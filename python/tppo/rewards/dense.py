@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tppo.models.batch import Batch
 from tppo.rewards import Answers, Reward, TokenReward
 from tppo.rewards.implicit import ImplicitReward
-from tppo.rewards.sentence_model import SentenceModel, weights_mark
+from tppo.rewards.mark import weights_mark
+from tppo.rewards.sentence_model import SentenceModel
 
 READ = 65_536  # tokens that a model reads at once
 

@@ -8,7 +8,8 @@ from torch import nn
 import tppo_kernels as tk
 from tppo.models.batch import Batch
 from tppo.rewards import Answers, TokenReward
-from tppo.rewards.sentence_model import SentenceModel, weights_mark
+from tppo.rewards.mark import weights_mark
+from tppo.rewards.sentence_model import SentenceModel
 
 
 class GapReward(nn.Module):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs
 from tppo.rewards import Answers, TokenReward
-from tppo.rewards.sentence_model import weights_mark
+from tppo.rewards.mark import weights_mark
 
 
 class ImplicitScore(nn.Module):

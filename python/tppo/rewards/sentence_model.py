@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from tppo.models.load import load_policy
 from tppo.models.recompute import recompute_layers
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Answers, TokenReward
+from tppo.rewards.mark import weights_mark
 from tppo.store.jsonl import read_object, write_json
 
 Pooling = Literal["last", "mean"]
@@ -196,12 +196,3 @@ class SentenceModelReward(nn.Module):
         # An infinite score has a finite probability: it must stop the training all the same.
         terminal = (self.scale * paid).masked_fill(~scores.isfinite(), torch.nan)
         return TokenReward(tk.place_rewards(batch.mask, terminal=terminal).rewards)
-
-
-def weights_mark(model: nn.Module) -> str:
-    """Changes where a weight does."""
-    mark = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        mark.update(flat.view(torch.uint8).numpy().tobytes())
-    return mark.hexdigest()[:12]

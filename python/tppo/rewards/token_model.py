@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import tppo_kernels as tk
 from tppo.models.batch import Batch
 from tppo.rewards import Answers, TokenReward
-from tppo.rewards.sentence_model import weights_mark
+from tppo.rewards.mark import weights_mark
 
 SUGGESTED_LENGTH = "suggested_length"  # the column that holds it, in tokens
 
