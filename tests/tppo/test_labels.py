@@ -8,7 +8,7 @@ import pytest
 from tppo.labels.label import Label, read_labels, write_labels
 from tppo.store.jsonl import DataError
 
-LABEL = Label("s1/0", "red shoes\nblue 鞋", (("red", 1), ("shoes", 0), ("blue", 0)), 1, "rule")
+LABEL = Label("s1/0", "red shoes\nblue 鞋", (("red", 1), ("shoes", 0), ("blue", -1)), 1, "rule")
 ROW = {"id": "a", "response": "red", "words": [["red", 1]], "sentence": 0, "labeller": "rule"}
 
 
@@ -29,6 +29,7 @@ BAD = {
     "a word too long": ({"words": [["red", 1, 2]]}, r"field 'words\[0\]': was \['red', 1, 2\]"),
     "label 2": ({"words": [["red", 2]]}, r"field 'words\[0\]': was \['red', 2\]"),
     "label true": ({"words": [["red", True]]}, r"field 'words\[0\]': was \['red', True\]"),
+    "label -1.0": ({"words": [["red", -1.0]]}, r"field 'words\[0\]': was \['red', -1.0\]"),
     "label 1.0": ({"words": [["red", 1.0]]}, r"field 'words\[0\]': was \['red', 1.0\]"),
     "blank word": ({"words": [["red", 1], [" ", 1]]}, r"field 'words\[1\]': was \[' ', 1\]"),
     "sentence": ({"sentence": "1"}, "field 'sentence': was '1', expected 0 or 1"),

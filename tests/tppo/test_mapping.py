@@ -518,3 +518,10 @@ def test_offsets_take_one_decoding_however_long_the_answer(sampler, monkeypatch)
     monkeypatch.setattr(tokenizer_module, "decode", counted)
     token_offsets(sampler, ids * 3)
     assert calls == [len(ids) * 3] or "suffix" in str(sampler.backend_tokenizer.decoder)
+
+
+def test_a_word_that_was_not_judged_has_a_category_of_its_own():
+    words = [("red", 1), ("shoes", -1), ("red", 0), ("boots", -1), ("red", -1), ("hat", 1)]
+    assert map_labels(RED, words, RED_AT) == [2, 1, -1]
+    # A token over two words takes the category of the one that was judged.
+    assert map_labels("red hat", [("red", -1), ("hat", 1)], [(0, 7), (0, 3), (3, 4)]) == [2, -1, 0]

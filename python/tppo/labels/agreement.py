@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tppo.errors import DataError, short
 from tppo.labels.label import Label, read_labels
 from tppo.labels.shares import wilson
-from tppo.labels.words import NONE, map_labels, word_spans
+from tppo.labels.words import NONE, NOT_LABELLED, map_labels, word_spans
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Agreement:
     words: Rate
     sentences: Rate
     unpaired_words: int
-    """Words that only one of the two gave a label."""
+    """Words that only one of the two judged."""
 
 
 def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
@@ -59,17 +59,16 @@ def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
                 f"expected that of the run, {short(own.response)}"
             )
         sentences[own.sentence, other.sentence] += 1
-        spans = word_spans(own.response)
-        words.update(
-            zip(
-                map_labels(own.response, own.words, spans),
-                map_labels(other.response, other.words, spans),
-                strict=True,
-            )
-        )
+        words.update(zip(_judged(own), _judged(other), strict=True))
     unpaired = sum(n for pair, n in words.items() if pair.count(NONE) == 1)
     paired = Counter({pair: n for pair, n in words.items() if NONE not in pair})
     return Agreement(len(of_file), _rate(paired), _rate(sentences), unpaired)
+
+
+def _judged(label: Label) -> list[int]:
+    """The category of every word of the response, 0 where it was not judged."""
+    found = map_labels(label.response, label.words, word_spans(label.response))
+    return [NONE if category == NOT_LABELLED else category for category in found]
 
 
 def compare_files(labels: str | os.PathLike[str], others: str | os.PathLike[str]) -> str:

@@ -1,6 +1,7 @@
 """Labels of generated answers: 0 or 1 for each word and for the whole, one JSON object a line.
 
-`{"id", "response", "words": [[word, 0|1], ...], "sentence": 0|1, "labeller"}`
+`{"id", "response", "words": [[word, 0|1|-1], ...], "sentence": 0|1, "labeller"}`; -1 stands for a
+word that the labeller did not judge, from which nothing is learnt.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tppo.labels.words import map_labels
+from tppo.labels.words import NOT_LABELLED, map_labels
 from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
 
 
@@ -45,10 +46,9 @@ def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> None:
 def _label(line: Line) -> Label:
     words = line.get("words", lambda v: isinstance(v, list), "a list of [word, 0 or 1]")
     for index, word in enumerate(words):
-        if not (
-            isinstance(word, list) and len(word) == 2 and is_text(word[0]) and _binary(word[1])
-        ):
-            raise line.error(f"words[{index}]", word, "[word, 0 or 1]")
+        if not (isinstance(word, list) and len(word) == 2 and is_text(word[0])
+                and (_binary(word[1]) or type(word[1]) is int and word[1] == NOT_LABELLED)):
+            raise line.error(f"words[{index}]", word, "[word, 0 or 1] (-1: not judged)")
     label = Label(
         id=line.get("id", is_text, "a text that is not blank"),
         response=line.get("response", lambda v: isinstance(v, str), "a text"),

@@ -15,6 +15,8 @@ from functools import lru_cache
 from tppo.labels.unspaced import dictionary_borders, is_unspaced
 
 NONE, IRRELEVANT, RELEVANT = 0, 1, 2
+NOT_LABELLED = -1  # label and category of a word that the labeller did not judge
+NOT_LABELLED = -1  # in place of a category: of a word that nobody judged
 
 _REMEMBERED = 1 << 16  # words and characters of a log come again and again
 _ZWJ, _KEYCAP = "\u200d", "\u20e3"
@@ -89,22 +91,23 @@ def map_labels(
     offsets: Sequence[tuple[int, int]],
     special: Sequence[bool] | None = None,
 ) -> list[int]:
-    """The category of every token: 0 none, 1 irrelevant, 2 relevant.
+    """The category of every token: 0 none, 1 irrelevant, 2 relevant; -1 not judged.
 
-    `words` are (word, 0 or 1) in the order of the text; case, Unicode form and punctuation need not
-    agree. A word listed once gets its label at each of its occurrences; labels of one word that
-    differ go to its occurrences in order. `offsets` are half-open character spans of the tokens in
-    `text`, as a fast tokenizer's `offset_mapping` gives them; (s, s) is a token without characters.
-    A token over several words takes the category of most of its labelled characters, at a tie that
-    of the last. `special` marks tokens whose characters the labeller did not see: a word goes on
-    across them, and they get 0.
+    `words` are (word, 0 or 1, or -1 for one that was not judged) in the order of the text; case,
+    Unicode form and punctuation need not agree. A word listed once gets its label at each of its
+    occurrences; labels of one word that differ go to its occurrences in order. `offsets` are
+    half-open character spans of the tokens in `text`, as a fast tokenizer's `offset_mapping` gives
+    them; (s, s) is a token without characters. A token over several words takes the category of
+    most of its labelled characters, at a tie that of the last. `special` marks tokens whose
+    characters the labeller did not see: a word goes on across them, and they get 0.
 
     Raises ValueError for a word that the text does not have, for labels of one word that differ
     and that order cannot tell apart, and for a label or an offset out of range.
     """
     for word, label in words:
-        if label not in (0, 1):
-            raise ValueError(f"label of word {word!r} was {label!r}, expected 0 or 1")
+        if label not in (0, 1, NOT_LABELLED):
+            raise ValueError(f"label of word {word!r} was {label!r}, expected 0 or 1, or -1 where "
+                             "it was not judged")  # fmt: skip
     for start, end in offsets:
         if not 0 <= start <= end <= len(text):
             raise ValueError(
@@ -116,7 +119,8 @@ def map_labels(
     categories = [NONE] * len(text)
     for first, last, label in _claims(content, words):
         for i in content.characters(first, last):
-            categories[i] = NONE if i in unseen else IRRELEVANT + label
+            if i not in unseen:
+                categories[i] = IRRELEVANT + label if label >= 0 else NOT_LABELLED
     return token_categories(categories, offsets)
 
 
@@ -128,9 +132,11 @@ def token_categories(
 
 
 def _majority(categories: Sequence[int]) -> int:
-    labelled = [category for category in categories if category != NONE]
+    labelled = [category for category in categories if category > NONE]
+    if not labelled:
+        return min(categories, default=NONE)  # of a word that was not judged, if there is one
     if len(set(labelled)) < 2:
-        return labelled[0] if labelled else NONE
+        return labelled[0]
     counts = Counter(labelled)
     return max(reversed(labelled), key=lambda category: counts[category])
 

@@ -174,7 +174,8 @@ def evaluate_reward_model(
         rows = data[i : i + config.batch_size]
         logits, mask = class_logits_of(reader, rows, config)
         label = _labels(rows, mask)
-        pairs = 3 * label[mask] + logits.argmax(-1)[mask]
+        known = mask & (label != NOT_LABELLED)
+        pairs = 3 * label[known] + logits.argmax(-1)[known]
         confusion += pairs.bincount(minlength=9).view(3, 3).cpu()
         judged = mask & (label > 0)
         scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
@@ -248,7 +249,7 @@ def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
 
 def relevant_share(data: Sequence[LabelledAnswer]) -> float:
     """Share of relevant tokens of all that are labelled; 0 where none is."""
-    judged = [label for row in data for label in row.categories if label]
+    judged = [label for row in data for label in row.categories if label > 0]
     return judged.count(RELEVANT) / max(len(judged), 1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tppo.errors import DataError
 from tppo.labels.label import Label, iter_labels
+from tppo.labels.words import NOT_LABELLED
 from tppo.methods.ser import Doubtful
 from tppo.stages.answers import Answer, answer_of
 from tppo.store.jsonl import read_jsonl
@@ -54,7 +55,8 @@ def session_pairs(
 
 def worth(label: Label) -> tuple[int, float]:
     """What pairs are ordered by: the verdict on the whole, then the share of relevant words."""
-    return label.sentence, sum(value for _, value in label.words) / max(len(label.words), 1)
+    judged = [value for _, value in label.words if value != NOT_LABELLED]
+    return label.sentence, sum(judged) / max(len(judged), 1)
 
 
 def _pair(one: Answer, two: Answer, better: int | None) -> Doubtful:
