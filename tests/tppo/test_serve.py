@@ -20,7 +20,8 @@ from tppo.cli import main
 from tppo.stages.answering.openai_form import CHAT, TEXT
 from tppo.stages.answering.page import SCRIPT, answer_page
 from tppo.stages.answering.recipe import Recipe
-from tppo.stages.answering.serve import MOST_BYTES, Server
+from tppo.stages.answering.serve import Server
+from tppo.stages.local_http import MOST_BYTES
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>\u202e"
 MESSAGES = [{"role": "user", "content": "red shoes"}, {"role": "assistant", "content": "x\ny"},

@@ -242,6 +242,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         write(text)
 
 
+def append_line(path: Path, row: Any) -> int:
+    """Add one JSON document as a line, on disk when it returns; the byte at which it begins.
+
+    Half a line that a killed process has left at the end stays a line of its own.
+    """
+    line = json.dumps(plain(row), ensure_ascii=False) + "\n"
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" if torn else "").encode() + line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return end + torn
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Callable[[str], object]]:
     """A function that adds text to a UTF-8 file, which appears at `path` when the block succeeds.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tppo.labels.endpoint.prompt import (
 )
 from tppo.progress import say, status
 from tppo.store.fingerprints import Fingerprints
+from tppo.store.jsonl import append_line
 
 
 @dataclass
@@ -83,15 +83,7 @@ class Work:
         """Keep a judgement, on disk first."""
         words = [{"word": word.word, "label": word.label} for word in judgement.words]
         entry = {"key": key, "words": words, "sentence": judgement.sentence}
-        with open(self.path, "ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read(1) not in (b"", b"\n")  # a process was killed while it wrote
-            line = json.dumps(entry, ensure_ascii=False) + "\n"
-            file.write(("\n" if torn else "").encode() + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._offsets.setdefault(key, end + torn)
+        self._offsets.setdefault(key, append_line(self.path, entry))
 
     def _scan(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,24 +15,11 @@ from tppo.errors import DataError, short
 from tppo.stages.answering.answerer import Answer
 from tppo.stages.answering.histories import Asked, asked, of_messages
 from tppo.stages.answering.recipe import Recipe
+from tppo.stages.local_http import Refused
 from tppo.store.jsonl import plain
 
 MOST = 64  # answers to one request
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-class Refused(Exception):
-    """A request that is answered with an error of this status."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code or None
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of the reply, as OpenAI's errors are."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param,
-                          "code": self.code}}  # fmt: skip
 
 
 class Request(NamedTuple):
