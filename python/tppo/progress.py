@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # loaded where something is drawn: a method in somebody's scr
 T = TypeVar("T")
 
 INTERVAL_S = 2.0
+_here = threading.local()
 
 
 def say(text: str) -> None:
@@ -33,6 +34,16 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
         except BrokenPipeError:  # nobody reads on; that is no reason to stop what is under way
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """A block in which this thread says nothing and draws no bar."""
+    before, _here.silent = getattr(_here, "silent", False), True
+    try:
+        yield
+    finally:
+        _here.silent = before
 
 
 def warn(text: str) -> None:
@@ -198,6 +209,8 @@ _live = _Live()
 
 
 def _silent() -> bool:
+    if getattr(_here, "silent", False):
+        return True
     # RANK alone says nothing: without WORLD_SIZE no torchrun started this process.
     return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 

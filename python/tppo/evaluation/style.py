@@ -1,18 +1,21 @@
 """The style sheets of all pages: light and dark, phone to wall, nothing from elsewhere."""
 
-BASE = """
+COLOURS = """
 :root {
   --page: #f6f6f8; --card: #ffffff; --ink: #1c1d22; --soft: #5a5d68; --line: #dfe0e6;
-  --pos: #3b82d0; --neg: #e0812b; --link: #1f5fae; --most: 62%;
+  --pos: #3b82d0; --neg: #e0812b; --link: #1f5fae; --most: 62%; --bad: #a4262c;
   --c0: #1f6fc0; --c1: #c8641a; --c2: #2f8f5b; --c3: #8a4fb5; --c4: #b5365a; --c5: #6b6f7a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14151a; --card: #1d1f26; --ink: #ecedf2; --soft: #a8acb9; --line: #343743;
-    --pos: #3f86d8; --neg: #c96a16; --link: #86b7f2; --most: 70%;
+    --pos: #3f86d8; --neg: #c96a16; --link: #86b7f2; --most: 70%; --bad: #ff9a9a;
     --c0: #6cb0f5; --c1: #f0a45f; --c2: #6fcf97; --c3: #c79bea; --c4: #f28aa5; --c5: #a2a6b4;
   }
 }
+"""
+
+BASE = COLOURS + """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-padding-top: 1rem; }
 body {

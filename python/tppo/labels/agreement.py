@@ -72,8 +72,12 @@ def _judged(label: Label) -> list[int]:
 
 
 def compare_files(labels: str | os.PathLike[str], others: str | os.PathLike[str]) -> str:
-    """The agreement of two label files, as a table, with Wilson's 95 % intervals."""
-    result = compare(read_labels(labels), read_labels(others))
+    """The agreement of two label files, as a table."""
+    return shown(compare(read_labels(labels), read_labels(others)))
+
+
+def shown(result: Agreement) -> str:
+    """The agreement as a table, with Wilson's 95 % intervals."""
     rows = [("", "pairs", "agreement", "95 %", "kappa")]
     for name, rate in (("words", result.words), ("answers", result.sentences)):
         agreement = interval = "-"

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,6 +38,14 @@ class LabelledAnswer(NamedTuple):
 
 
 _NO_LABEL = torch.zeros(0, dtype=torch.bool)
+
+
+def enough_passes(config: RewardModelConfig, rows: int, updates: int = 25) -> RewardModelConfig:
+    """The settings with as many passes over the rows as so many updates take, and no fewer than
+    they had.
+    """
+    a_pass = math.ceil(rows / config.batch_size)
+    return replace(config, epochs=max(config.epochs, math.ceil(updates / a_pass)))
 
 
 class Reader(Protocol):

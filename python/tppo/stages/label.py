@@ -21,13 +21,14 @@ from tppo.sessions.prompts import history_lines
 from tppo.sessions.session import Session, session_of
 from tppo.stages.answers import Answer
 from tppo.stages.artifacts import ANSWERS, LABELS, TRAIN_SESSIONS
+from tppo.stages.hand.stage import label_by_hand
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_lines
 from tppo.store.line_index import LineIndex
 
 
 def label_answers(run: Run) -> None:
-    """Word and answer labels, by the rule or by an endpoint."""
+    """Word and answer labels, by the rule, by an endpoint or by hand."""
     train, config = run.path(TRAIN_SESSIONS), run.config.label
     with (
         run.stage("label") as out,
@@ -36,7 +37,10 @@ def label_answers(run: Run) -> None:
     ):
         counts: Counter[str] = Counter()
         labels: Iterable[Label]
-        if config.labeller == "rule":
+        if config.labeller == "hand":
+            forget(run.label_lost)
+            labels = label_by_hand(run, lambda answer: _asked(sessions, answer))
+        elif config.labeller == "rule":
             forget(run.label_lost)
             labels = (
                 label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)

@@ -102,6 +102,8 @@ def _of_sft(given: Given) -> tuple[str, ...]:
 def _of_label(given: Given) -> tuple[str, ...]:
     if given.config.label.labeller == "rule":
         return "label.labeller", "label.sentence_threshold", "rule"
+    if given.config.label.labeller == "hand":
+        return "label.labeller", "label.hand.answers"
     return (
         "label.labeller",
         "label.endpoint", "-label.endpoint.base_url", "-label.endpoint.api_key_env",
@@ -160,11 +162,11 @@ register(Stage(
 ))  # fmt: skip
 register(Stage(
     "label", "tppo.stages.label:label_answers",
-    "word and answer labels, by the rule or an endpoint; or: label --agreement FILE",
-    inputs=(TRAIN_SESSIONS, ANSWERS),
+    "word and answer labels, by the rule, an endpoint or hand; or: label --agreement FILE",
+    inputs=(TRAIN_SESSIONS, ANSWERS, SFT_MODEL),
     outputs=(LABELS,),
     settings=_of_label,
-    lost="labels of an endpoint are kept in label-cache.jsonl",
+    lost="labels of an endpoint are kept in label-cache.jsonl, those by hand in hand-labels.jsonl",
     banner="Every word and every answer is judged: does the user want it or not?",
     in_run=True,
     left_over="tppo.stages.label:label_lost_again",

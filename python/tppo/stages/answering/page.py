@@ -6,31 +6,17 @@ never as markup, and characters that have no sign, or act on others, are shown b
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from html import escape
 
 from tppo.stages.answering.page_style import CSS
 from tppo.stages.answering.recipe import Recipe
+from tppo.stages.live_page import SHARED, live_page, policy
 
-SCRIPT = r"""
-"use strict";
-const $ = id => document.getElementById(id);
+SCRIPT = SHARED + r"""
 const asGiven = document.body.dataset.prompt === "as given";
 const events = [];
 let asked = 0;
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-function visible(text) {
-  return text.replace(/[\p{Cc}\p{Cf}\p{Cs}\u2028\u2029]/gu, c =>
-    c === "\u200d" ? c : c === "\n" ? "\u23ce" : c === "\t" ? "\u21e5"
-    : "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
-}
 function signed(value) {
   const text = Math.abs(value).toFixed(2);
   return Number(text) === 0 ? text : (value > 0 ? "+" : "\u2212") + text;
@@ -140,14 +126,7 @@ if (!asGiven) drawHistory();
 """
 
 
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-POLICY = (
-    f"default-src 'none'; script-src {_digest(SCRIPT)}; style-src {_digest(CSS)}; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+POLICY = policy(SCRIPT, CSS)
 
 
 def answer_page(name: str, recipe: Recipe, paid: bool) -> str:
@@ -156,18 +135,7 @@ def answer_page(name: str, recipe: Recipe, paid: bool) -> str:
     paid: whether a reward model says what each token is worth.
     """
     fields = _prompt_fields() if recipe.prompt == "as given" else _history_fields(recipe)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{escape(name)}</title>
-<style>{CSS}</style>
-</head>
-<body data-prompt="{escape(recipe.prompt)}">
-<header>
+    body = f"""<header>
 <h1>{escape(name)}</h1>
 <p>{_explained(recipe, paid)}</p>
 </header>
@@ -177,11 +145,8 @@ def answer_page(name: str, recipe: Recipe, paid: bool) -> str:
 </form>
 <p id="error" role="alert"></p>
 <section id="answers" aria-live="polite" aria-label="answers"></section>
-</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+</main>"""
+    return live_page(name, CSS, body, SCRIPT, prompt=recipe.prompt)
 
 
 def _explained(recipe: Recipe, paid: bool) -> str:

@@ -1,16 +1,8 @@
 """The style sheet of the page of `tppo serve`: light and dark, nothing from elsewhere."""
 
-CSS = """
-:root {
-  --page: #f6f6f8; --card: #ffffff; --ink: #1c1d22; --soft: #5d606b; --line: #dfe0e6;
-  --pos: #3b82d0; --neg: #e0812b; --link: #1f5fae; --most: 62%; --bad: #a4262c;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14151a; --card: #1d1f26; --ink: #ecedf2; --soft: #a2a6b4; --line: #343743;
-    --pos: #3f86d8; --neg: #c96a16; --link: #86b7f2; --most: 70%; --bad: #ff9a9a;
-  }
-}
+from tppo.evaluation.style import COLOURS
+
+CSS = COLOURS + """
 * { box-sizing: border-box; }
 [hidden] { display: none; }
 body {

@@ -8,7 +8,6 @@ the true next queries.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from tppo.methods.reward_model import (
     RELEVANT,
     LabelledAnswer,
     PolicyTokens,
+    enough_passes,
     train_reward_model,
 )
 from tppo.methods.sentence_model import SentenceReader, train_sentence_model
@@ -92,7 +92,7 @@ def _train(material: Material, cell: Cell, work: Path) -> None:
         save_weights(_by_dpo(material, cell.answers), work)
     else:
         rows = labelled_rows(material, material.pool[: cell.answers], cell.noise, "sentences")
-        config = enough_passes(material, len(rows))
+        config = _passes(material, len(rows))
         model = _sentence_model(material, cell)
         reader = SentenceReader(
             model, material.run.tokenizer.pad_token_id, material.run.config.prefix
@@ -131,7 +131,7 @@ def word_model_of(material: Material, pairs: Sequence[Labelled], noise: Noise) -
         model, _ = start_reward_model(
             None, run.path(SFT_MODEL), run.tokenizer, run.device, run.config.model.dtype
         )
-    config = enough_passes(material, len(rows))
+    config = _passes(material, len(rows))
     train_reward_model(_reader(material, model), rows, config, seed=material.seed)
     return model
 
@@ -172,13 +172,9 @@ def _sentence_model(material: Material, cell: Cell) -> SentenceModel:
     )
 
 
-def enough_passes(material: Material, rows: int) -> RewardModelConfig:
-    """The settings with as many passes over the rows as the study's `reward_updates` take, and no
-    fewer than they had.
-    """
-    config, updates = material.run.config.reward_model, material.study.reward_updates
-    a_pass = math.ceil(rows / config.batch_size)
-    return replace(config, epochs=max(config.epochs, math.ceil(updates / a_pass)))
+def _passes(material: Material, rows: int) -> RewardModelConfig:
+    """The settings with as many passes over the rows as the study's `reward_updates` take."""
+    return enough_passes(material.run.config.reward_model, rows, material.study.reward_updates)
 
 
 def reward_of(material: Material, cell: Cell, sft: PreTrainedModel) -> Reward:

@@ -1,0 +1,292 @@
+"""What a person is asked next, and how well a model of the labels so far foretells them.
+
+The first 25 answers are drawn at random, spread over users.  Ten of them are the check: every
+annotator is asked about them, and the model never learns from them while people label, so that its
+agreement with a person on them is not flattered.  Later answers are those of which it is unsure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from tppo.labels.config import HandConfig
+from tppo.labels.hand import HandLabels, Judged, Kind, Without
+from tppo.labels.rule import relevance_share
+from tppo.labels.shares import wilson
+from tppo.labels.words import word_spans
+from tppo.sessions.session import Session
+from tppo.stages.answers import Answer
+
+FIRST = 25  # answers that are drawn before any is chosen
+CHECK = 10  # of them; the third and the fifth of every five
+POOL = 400  # answers among which is chosen, besides the first
+LEFT_S = 900.0  # a client that asks nothing for so long has gone
+LAST = 20  # answers of which is said how well they were foretold
+STEADY = 0.01  # an agreement that grows by less has stopped growing
+
+
+class Teacher(Protocol):
+    """A model of the labels so far."""
+
+    learnt: int
+    """Answers that the newest model has learnt from; 0: there is none."""
+
+    def learn(self, judged: Sequence[Judged]) -> None:
+        """Take note of what is judged; a new model may come later."""
+
+    def foretell(self, id: str) -> tuple[float, ...]:
+        """P(wanted) of each word of an answer, () where nothing is known of it."""
+
+
+class Item(NamedTuple):
+    """What is on somebody's screen."""
+
+    answer: Answer
+    session: Session
+    kind: Kind
+    foretold: tuple[float, ...]
+    shown: float
+    """When, by the monotonic clock."""
+
+
+@dataclass
+class _Client:
+    """A tab of a browser, or a terminal."""
+
+    item: Item | None = None
+    asked: float = 0.0
+
+
+class Desk:
+    """The labelling of a run, shared by all who label; every method may be called by any thread."""
+
+    def __init__(
+        self,
+        answers: Iterable[Answer],
+        session_of: Callable[[Answer], Session],
+        labels: HandLabels,
+        config: HandConfig,
+        seed: int,
+    ) -> None:
+        self.labels, self.config = labels, config
+        self.teacher: Teacher | None = None
+        self.session_of, self.guidance = session_of, config.guidance
+        self.drawn = drawn(answers, session_of, max(POOL, 4 * config.answers), seed)
+        self.lock = threading.RLock()
+        self.clients: dict[str, _Client] = {}
+        self.course: list[tuple[int, int, int]] = []  # of each model: learnt, agreed, of words
+        self._known = {answer.id: answer for answer in self.drawn}
+
+    def taught_by(self, teacher: Teacher) -> None:
+        """Choose and measure by a teacher from here on."""
+        self.teacher = teacher
+        self._tell()
+
+    def count(self) -> int:
+        """Answers that somebody has judged."""
+        return len({item.id for item in self.labels})
+
+    def next(self, client: str, annotator: str) -> Item | None:
+        """The answer that a client is to judge, the same until it is judged; None: enough is."""
+        with self.lock:
+            state = self._state(client)
+            if state.item is not None:
+                return state.item
+            if self.count() < self.config.answers:
+                state.item = self._choose(annotator)
+            return state.item
+
+    def judge(
+        self, client: str, annotator: str, id: str, words: Sequence[int], sentence: int
+    ) -> None:
+        """Keep a verdict on the answer that is on a client's screen.
+
+        Errors: ValueError naming what is wrong with it.
+        """
+        with self.lock:
+            item = self._on_screen(client, id)
+            found = Judged(
+                id, annotator, item.answer.text, tuple(words), sentence,  # type: ignore[arg-type]
+                item.kind, self.guidance, time.monotonic() - item.shown, item.foretold,
+            )  # fmt: skip
+            expected = len(word_spans(item.answer.text))
+            if len(words) != expected or not set(words) <= {-1, 0, 1} or sentence not in (0, 1):
+                raise ValueError(f"words were {list(words)} and sentence {sentence!r}, expected "
+                                 f"{expected} of -1, 0, 1, and 0 or 1")  # fmt: skip
+            if not any(word >= 0 for word in words):
+                raise ValueError("no word was judged, expected one or more; or skip the answer")
+            self.labels.add(found)
+            self._state(client).item = None
+            self._tell()
+
+    def leave(self, client: str) -> None:
+        """Give back what is on a client's screen: somebody else sits there."""
+        with self.lock:
+            self._state(client).item = None
+
+    def skip(self, client: str, annotator: str, id: str) -> None:
+        """Leave out the answer that is on a client's screen."""
+        with self.lock:
+            self._on_screen(client, id)
+            self.labels.add(Without(id, annotator, "skipped"))
+            self._state(client).item = None
+
+    def undo(self, client: str, annotator: str) -> tuple[Item, Judged] | None:
+        """Take back what a person judged last, and show it again; None: there is nothing."""
+        with self.lock:
+            mine = [found for found in self.labels if found.annotator == annotator]
+            if not mine:
+                return None
+            last = mine[-1]
+            answer = self._known.get(last.id)
+            if answer is None:  # generated before, and labelled then
+                return None
+            self.labels.add(Without(last.id, annotator, "undone"))
+            item = Item(answer, self.session_of(answer), last.kind, last.foretold, time.monotonic())
+            self._state(client).item = item
+            return item, last
+
+    def progress(self) -> dict[str, Any]:
+        """What the page says of the work: counts, pace, agreement."""
+        with self.lock:
+            done = list(self.labels)
+            seconds = [found.seconds for found in done[-LAST:]]
+            learnt = self.teacher.learnt if self.teacher is not None else 0
+            return {
+                "labelled": self.count(),
+                "wanted": self.config.answers,
+                "annotators": dict(Counter(found.annotator for found in done)),
+                "seconds": statistics.median(seconds) if seconds else None,
+                "learnt": learnt,
+                "agreement": self._agreement(),
+                "foretold": _foretold(done),
+                "enough": self._enough(),
+            }
+
+    def model_changed(self) -> None:
+        """Note how well a new model agrees with the people on the check."""
+        if self.teacher is None:
+            return
+        with self.lock:
+            agreed = words = 0
+            for found in self.labels:
+                if found.kind == "check":
+                    told = self.teacher.foretell(found.id)
+                    for probability, value in zip(told, found.words, strict=False):
+                        if value >= 0:
+                            agreed, words = agreed + ((probability > 0.5) == value), words + 1
+            self.course.append((self.teacher.learnt, agreed, words))
+
+    def _agreement(self) -> dict[str, Any] | None:
+        """On the check: by the newest model, and by the one before it."""
+        if not self.course or not self.course[-1][2]:
+            return None
+        _, agreed, words = self.course[-1]
+        low, high = wilson(agreed / words, words)
+        before = self.course[-2] if len(self.course) > 1 else None
+        return {"share": agreed / words, "words": words, "low": low, "high": high,
+                "before": before[1] / before[2] if before and before[2] else None}  # fmt: skip
+
+    def _enough(self) -> bool:
+        """Whether the agreement has stopped growing: over the last two models."""
+        last = [agreed / words for _, agreed, words in self.course[-3:] if words]
+        return len(last) == 3 and max(last[1:]) - last[0] < STEADY
+
+    def _state(self, client: str) -> _Client:
+        state = self.clients.setdefault(client, _Client())
+        state.asked = time.monotonic()
+        return state
+
+    def _on_screen(self, client: str, id: str) -> Item:
+        item = self._state(client).item
+        if item is None or item.answer.id != id:
+            raise ValueError(f"id was {id!r}, expected that of the answer on the screen; reload it")
+        return item
+
+    def _choose(self, annotator: str) -> Item | None:
+        """The next answer for a person, by where he and the others are."""
+        now = time.monotonic()
+        for state in self.clients.values():
+            if now - state.asked > LEFT_S:
+                state.item = None
+        taken = {state.item.answer.id for state in self.clients.values() if state.item is not None}
+        judged = {found.id for found in self.labels} | taken
+        for place, answer in enumerate(self.drawn[:FIRST]):
+            check = place % 5 in (2, 4)
+            if (annotator, answer.id) not in self.labels and answer.id not in taken:
+                if check or answer.id not in judged:
+                    return self._item(answer, "check" if check else "random")
+        judged |= {answer.id for answer in self.drawn if (annotator, answer.id) in self.labels}
+        left = [answer for answer in self.drawn[FIRST:] if answer.id not in judged]
+        if not left:
+            return None
+        if self.teacher is not None and self.teacher.learnt:
+            told = {answer.id: self.teacher.foretell(answer.id) for answer in left}
+            known = [answer for answer in left if told[answer.id]]
+            if known:
+                asked = Counter(self.session_of(self._known[id]).user for id in judged
+                                if id in self._known)  # fmt: skip
+                chosen = max(known, key=lambda answer: (
+                    -asked[self.session_of(answer).user], unsureness(told[answer.id])
+                ))  # fmt: skip
+                return self._item(chosen, "chosen")
+        return self._item(left[0], "random")
+
+    def _item(self, answer: Answer, kind: Kind) -> Item:
+        told = self.teacher.foretell(answer.id) if self.teacher is not None else ()
+        return Item(answer, self.session_of(answer), kind, told, time.monotonic())
+
+    def _tell(self) -> None:
+        """The teacher learns from everything but the check."""
+        if self.teacher is not None:
+            self.teacher.learn([found for found in self.labels if found.kind != "check"])
+
+
+def unsureness(told: Sequence[float]) -> float:
+    """Mean over the words of 1 - |2 P(wanted) - 1|: 1 where the model does not know, 0 where it is
+    sure.
+    """
+    return sum(1 - abs(2 * p - 1) for p in told) / max(len(told), 1)
+
+
+def drawn(
+    answers: Iterable[Answer], session_of: Callable[[Answer], Session], n: int, seed: int
+) -> list[Answer]:
+    """n of the answers with words in an order that looks random, the first of every user first.
+
+    A larger n only adds to them, at the end of each user's.
+    """
+    def key(answer: Answer) -> bytes:
+        return hashlib.sha256(f"{seed}/hand/{answer.id}".encode()).digest()
+
+    found = heapq.nsmallest(n, (a for a in answers if word_spans(a.text)), key=key)
+    turn: Counter[str] = Counter()
+    places = []
+    for place, answer in enumerate(found):
+        user = session_of(answer).user
+        places.append((turn[user], place))
+        turn[user] += 1
+    return [found[place] for _, place in sorted(places)]
+
+
+def _foretold(done: Sequence[Judged]) -> dict[str, Any] | None:
+    """How many words of the last answers a model had foretold before they were judged."""
+    last = [found.agreed() for found in done if found.foretold][-LAST:]
+    words = sum(n for _, n in last)
+    if not words:
+        return None
+    return {"share": sum(k for k, _ in last) / words, "words": words, "answers": len(last)}
+
+
+def whole(words: Sequence[int], threshold: float) -> int:
+    """The verdict on an answer that its words give: wanted if this share of the judged ones is."""
+    judged = [word for word in words if word >= 0]
+    return int(bool(judged) and relevance_share(judged) >= threshold)
