@@ -20,6 +20,7 @@ from tppo.store.jsonl import append_line
 
 Kind = Literal["random", "check", "chosen"]  # drawn; drawn, and never learnt from; where unsure
 Verdict = Literal[0, 1]
+BY_HAND = "hand:"  # and who: the labeller of a label
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Judged:
         spans = word_spans(self.response)
         words = tuple((self.response[a:b], value)
                       for (a, b), value in zip(spans, self.words, strict=True))  # fmt: skip
-        return Label(self.id, self.response, words, self.sentence, f"hand:{self.annotator}")
+        return Label(self.id, self.response, words, self.sentence, f"{BY_HAND}{self.annotator}")
 
     def agreed(self) -> tuple[int, int]:
         """How many words the model had foretold, of how many that it spoke of and were judged."""

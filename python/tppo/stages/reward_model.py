@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.errors import DataError
+from tppo.labels.hand import BY_HAND
 from tppo.labels.label import iter_labels
 from tppo.methods.reward_model import (
     PolicyTokens,
     Reader,
+    enough_passes,
     evaluate_reward_model,
     relevant_share,
     train_reward_model,
@@ -49,13 +51,16 @@ def train_rm(run: Run) -> None:
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
         repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
+        labeller = next(iter_labels(run.path(LABELS))).labeller
+        if labeller.startswith(BY_HAND):  # a person labels few, and a pass over few is no training
+            config = enough_passes(config, len(train + repeated))
         with followed(run.config.report_to, out, run.out, config) as journal:
             train_reward_model(reader, train + repeated, config, seed=run.seed, each=journal.write)
         report = evaluate_reward_model(reader, heldout, config)
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
-        report["labeller"] = next(iter_labels(run.path(LABELS))).labeller
+        report["labeller"] = labeller
         report["relevant_share"] = relevant_share(train + heldout)
         report["own_tokens"] = model.config.own_tokens
         save_reward_model(run, model, tokenizer, out / REWARD_MODEL.name, run.own_reward_model)

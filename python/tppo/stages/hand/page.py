@@ -96,7 +96,6 @@ function show(found) {
   whole = found.words ? found.sentence : null;
   $("history").replaceChildren(...item.history.map(line => {
     const made = element("li");
-    made.dir = "auto";
     made.append(element("bdi", "", visible(line)));
     return made;
   }));
@@ -109,7 +108,7 @@ function show(found) {
   buttons = [];
   $("answer").replaceChildren(...item.lines.map((line, number) => {
     const made = element("li", "query");
-    made.dir = "auto";
+    made.dir = item.rtl[number] ? "rtl" : "ltr";
     made.setAttribute("role", "group");
     made.setAttribute("aria-label", "query " + (number + 1));
     for (const part of line) {

@@ -50,8 +50,8 @@ button { cursor: pointer; }
   font-size: 1.125rem; background: var(--card);
 }
 .word::before { content: "?"; position: absolute; left: .6rem; color: var(--soft); }
-[dir=rtl] .word, .word:dir(rtl) { padding: .3rem 1.75rem .3rem .7rem; }
-.word:dir(rtl)::before { left: auto; right: .6rem; }
+[dir=rtl] .word { padding: .3rem 1.75rem .3rem .7rem; }
+[dir=rtl] .word::before { left: auto; right: .6rem; }
 .word[aria-checked=true] {
   background: color-mix(in oklab, var(--pos) 30%, var(--card)); border-color: var(--pos);
 }

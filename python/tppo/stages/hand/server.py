@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import threading
+import unicodedata
 import webbrowser
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -187,8 +188,15 @@ def shown(item: Item, targets: bool) -> dict[str, Any]:
         "history": [_cut(line) for line in history_lines(item.session)],
         "targets": [_cut(line) for line in item.session.targets] if targets else None,
         "lines": [line for line in lines if line],
+        "rtl": [_from_right(line) for line in lines if line],
         "texts": [_cut(text[a:b]) for a, b in spans],
     }
+
+
+def _from_right(line: list[dict[str, Any]]) -> bool:
+    """Whether the first letter of a line is of a script that is written from right to left."""
+    kinds = (unicodedata.bidirectional(c) for part in line for c in part["text"])
+    return next((kind for kind in kinds if kind in ("L", "R", "AL")), "L") != "L"
 
 
 def _cut(text: str) -> str:

@@ -1,0 +1,443 @@
+"""Labels by hand: the journal, who is asked what, what is refused, and the page in a browser."""
+
+import http.client
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+from browser import browser, chromium
+
+from tppo.errors import DataError
+from tppo.labels.config import HandConfig
+from tppo.labels.hand import HandLabels, Judged, Without
+from tppo.labels.words import word_spans
+from tppo.sessions.session import Event, Session
+from tppo.stages.answers import Answer
+from tppo.stages.hand.desk import CHECK, FIRST, Desk, drawn, unsureness
+from tppo.stages.hand.server import LabelServer
+
+HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>\u202e"
+TEXTS = ["red shoes\ntrail running shoes\nbuy", "海鲜上海\nred 鞋", "אבג דהו\nshoes, red"]
+
+
+def session(number):
+    history = (Event("search", f"query {number}"), Event("click", HOSTILE))
+    return Session(f"s{number}", f"u{number % 40}", "test", (), history, ("red shoes", HOSTILE))
+
+
+def answers(n=120, texts=TEXTS):
+    return [Answer(f"s{i}#0", f"s{i}", [1], [2], "eos", texts[i % len(texts)]) for i in range(n)]
+
+
+def session_of(answer):
+    return session(int(answer.session[1:]))
+
+
+def desk_of(path, texts=TEXTS, n=120, **config):
+    return Desk(answers(n, texts), session_of, HandLabels(path), HandConfig(**config), 0)
+
+
+def judge(desk, client="a", annotator="me", by=lambda word: int("red" in word)):
+    """Judge what is next, every word by a rule; its item."""
+    item = desk.next(client, annotator)
+    text = item.answer.text
+    words = [by(text[a:b]) for a, b in word_spans(text)]
+    desk.judge(client, annotator, item.answer.id, words, 1)
+    return item
+
+
+class Told:
+    """A teacher who has learnt and is unsure of one answer alone."""
+
+    def __init__(self, unsure):
+        self.unsure, self.learnt, self.given = unsure, 20, []
+
+    def learn(self, judged):
+        self.given = list(judged)
+
+    def foretell(self, id):
+        return (0.5, 0.6) * 3 if id == self.unsure else (0.99, 0.01) * 3  # at least 6 words
+
+
+# --- the journal
+
+
+def judged(id="a", annotator="me", words=(1, -1), **other):
+    given = {"kind": "random", "guidance": "g", "seconds": 1.5, "sentence": 1} | other
+    return Judged(id, annotator, "red shoes", words, **given)
+
+
+def test_a_journal_reads_what_it_wrote_and_what_was_taken_back(tmp_path):
+    path = tmp_path / "hand.jsonl"
+    labels = HandLabels(path)
+    entries = [judged(), judged("b", foretold=(0.25, 0.75)), judged(words=(0, 0)),
+               Without("b", "me", "undone"), Without("c", "me", "skipped")]  # fmt: skip
+    for entry in entries:
+        labels.add(entry)
+    again = HandLabels(path)
+    assert list(again) == list(labels) == [judged(words=(0, 0))]
+    assert ("me", "c") in again and ("me", "b") not in again and ("you", "a") not in again
+    (label,) = [found.label() for found in again]
+    assert (label.words, label.labeller) == ((("red", 0), ("shoes", 0)), "hand:me")
+    assert judged().label().words == (("red", 1), ("shoes", -1))
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "words"])
+def test_a_damaged_line_costs_its_own_answer(tmp_path, damage, capsys):
+    path = tmp_path / "hand.jsonl"
+    labels = HandLabels(path)
+    labels.add(judged())
+    labels.add(judged("b"))
+    raw = path.read_bytes()
+    bad = {"cut": raw[:-9], "other": raw + b'{"id": "z"}\n',
+           "words": raw.replace(b'"words": [1, -1]', b'"words": [1]', 1)}[damage]  # fmt: skip
+    path.write_bytes(bad)
+    again = HandLabels(path)
+    assert "1 damaged line" in capsys.readouterr().err
+    left = {"cut": ["a"], "other": ["a", "b"], "words": ["b"]}[damage]
+    assert [found.id for found in again] == left
+    again.add(judged("c"))  # not glued to half a line
+    assert [found.id for found in HandLabels(path)] == [*left, "c"]
+
+
+# --- who is asked what
+
+
+def test_answers_are_drawn_at_random_and_spread_over_users():
+    first = drawn(answers(), session_of, 100, seed=0)
+    assert len({session_of(answer).user for answer in first[:25]}) == 25
+    assert first[:40] != drawn(answers(), session_of, 100, seed=1)[:40]
+    assert [a.id for a in first[:25]] != [a.id for a in answers()[:25]]
+    wordless = [answer._replace(text=" \n") for answer in answers(3)]
+    assert drawn(wordless, session_of, 100, seed=0) == []
+
+
+def test_the_first_are_drawn_and_the_check_is_not_learnt_from(tmp_path):
+    desk = desk_of(tmp_path / "hand.jsonl", answers=40)
+    last = desk.drawn[-1].id
+    teacher = Told(last)
+    desk.taught_by(teacher)
+    kinds = Counter(judge(desk).kind for _ in range(FIRST))
+    assert kinds == {"check": CHECK, "random": FIRST - CHECK}
+    assert {found.kind for found in teacher.given} == {"random"}
+    desk.model_changed()
+    figures = desk.progress()["agreement"]
+    assert figures["words"] == sum(len(f.words) for f in desk.labels if f.kind == "check")
+    assert figures["low"] < figures["share"] < figures["high"] and figures["before"] is None
+    users = Counter(session_of(answer).user for answer in desk.drawn)
+    chosen = judge(desk)
+    assert chosen.kind == "chosen" and users[session(int(last[1:-2])).user] > 1
+    assert chosen.foretold == teacher.foretell(chosen.answer.id)
+    assert desk.count() == FIRST + 1
+
+
+def test_the_most_unsure_answer_of_the_users_asked_least_comes_next(tmp_path):
+    desk = desk_of(tmp_path / "hand.jsonl", answers=40)
+    for _ in range(FIRST):
+        judge(desk)
+    asked = {session_of(desk._known[found.id]).user for found in desk.labels}
+    fresh = [a for a in desk.drawn[FIRST:] if session_of(a).user not in asked]
+    desk.taught_by(Told(fresh[-1].id))
+    assert desk.next("a", "me").answer == fresh[-1]
+    stale = [a for a in desk.drawn[FIRST:] if session_of(a).user in asked]
+    other = desk_of(tmp_path / "hand.jsonl", answers=40)
+    other.taught_by(Told(stale[-1].id))
+    assert other.next("a", "me").answer != stale[-1]
+    assert unsureness((0.5, 0.5)) == 1 and unsureness((1.0, 0.0)) == 0
+
+
+def test_two_tabs_get_other_answers_and_two_people_share_the_check(tmp_path):
+    desk = desk_of(tmp_path / "hand.jsonl", answers=60)
+    one, two = desk.next("a", "me"), desk.next("b", "me")
+    assert one.answer.id != two.answer.id
+    assert desk.next("a", "me").answer == one.answer  # the same until it is judged
+    for _ in range(FIRST - 2):
+        judge(desk, "c")
+    judge(desk, "a")
+    judge(desk, "b")
+    hers = [judge(desk, "x", "anna") for _ in range(CHECK + 3)]
+    assert [item.kind for item in hers[:CHECK]] == ["check"] * CHECK
+    mine = {found.id for found in desk.labels if found.annotator == "me"}
+    assert not mine & {item.answer.id for item in hers[CHECK:]}
+    assert desk.progress()["annotators"] == {"me": FIRST, "anna": CHECK + 3}
+    assert desk.count() == FIRST + 3
+
+
+def test_undo_shows_the_last_one_again_and_a_skipped_answer_does_not_come_back(tmp_path):
+    desk = desk_of(tmp_path / "hand.jsonl")
+    assert desk.undo("a", "me") is None
+    first, second = judge(desk), judge(desk)
+    item, before = desk.undo("a", "me")
+    assert item.answer == second.answer and before.sentence == 1
+    assert desk.next("a", "me").answer == second.answer and desk.count() == 1
+    desk.skip("a", "me", second.answer.id)
+    seen = {judge(desk).answer.id for _ in range(30)}
+    assert not seen & {first.answer.id, second.answer.id}
+
+
+@pytest.mark.parametrize(("words", "sentence", "problem"), [
+    ([1], 1, "expected 6 of"), ([1, 0, 2, 0, 0, 0], 1, "expected 6 of"),
+    ([1] * 6, 2, "0 or 1"), ([-1] * 6, 0, "no word was judged"),
+])  # fmt: skip
+def test_a_verdict_that_does_not_fit_is_refused(tmp_path, words, sentence, problem):
+    desk = desk_of(tmp_path / "hand.jsonl", TEXTS[:1])
+    item = desk.next("a", "me")
+    with pytest.raises(ValueError, match=problem):
+        desk.judge("a", "me", item.answer.id, words, sentence)
+    with pytest.raises(ValueError, match="expected that of the answer on the screen"):
+        desk.judge("b", "me", item.answer.id, [1] * 6, 1)
+    assert not (tmp_path / "hand.jsonl").exists()
+
+
+# --- the server
+
+
+@pytest.fixture
+def server(tmp_path):
+    with LabelServer(desk_of(tmp_path / "hand.jsonl", answers=4), 0, 0.6) as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        made.thread = thread
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def call(server, path, body=None, method="POST", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    given = {"Content-Type": "application/json", "X-Tppo-Key": server.key}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    sent = {name: value for name, value in given.items() if value is not None}
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, raw if method == "POST" else None, sent)
+    reply = connection.getresponse()
+    data = reply.read()
+    connection.close()
+    kind = reply.headers["Content-Type"]
+    return reply.status, json.loads(data) if kind == "application/json" else data.decode()
+
+
+ME = {"client": "a", "annotator": "me"}
+
+
+@pytest.mark.parametrize("change", [
+    {"X_Tppo_Key": None}, {"X_Tppo_Key": "wrong"}, {"X_Tppo_Key": "schlüssel"},
+    {"Host": "evil.example"}, {"Origin": "http://evil.example"},
+    {"Content_Type": "text/plain"},
+])  # fmt: skip
+def test_a_stranger_is_refused_and_sees_nothing(server, change):
+    status, found = call(server, "/next", ME, **change)
+    assert status in (403, 415) and "error" in found
+    assert "query" not in json.dumps(found)
+    status, found = call(server, "/", method="GET", **change)
+    assert status == 403 and "key" in json.dumps(found) or "refused" in json.dumps(found)
+
+
+def test_the_page_opens_with_its_key_alone(server):
+    address = server.address.removeprefix(f"http://127.0.0.1:{server.port}")
+    status, page = call(server, address, method="GET")
+    assert status == 200 and "<h1>" in page and server.key not in page
+    assert call(server, "/other", method="GET")[0] == 404
+    assert call(server, "/other", {})[0] == 404
+
+
+@pytest.mark.parametrize(("path", "body", "problem"), [
+    ("/next", [], "a JSON object"), ("/next", {"annotator": "me"}, "client was None"),
+    ("/next", ME | {"annotator": "x" * 201}, "at most 200"),
+    ("/next", ME | {"annotator": "\ud800"}, "UTF-8"),
+    ("/label", ME | {"id": "s1#0", "words": [True], "sentence": 1}, "words were"),
+    ("/label", ME | {"id": "s1#0", "words": [1], "sentence": None}, "sentence was None"),
+    ("/label", ME | {"id": "s1#0", "words": [1], "sentence": 1}, "on the screen"),
+    ("/skip", ME | {"id": "zz"}, "on the screen"), ("/undo", ME, "nothing of yours"),
+    ("/guidance", ME | {"text": " "}, "text was ' '"), ("/finish", ME, "nothing is judged yet"),
+    ("/next", b"{", "no JSON"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_request_is_named(server, path, body, problem):
+    status, found = call(server, path, body)
+    assert status == 400 and problem in found["error"]["message"]
+
+
+def test_words_are_shown_in_their_lines_and_the_truth_only_if_asked_for(server, tmp_path):
+    item = call(server, "/next", ME)[1]["item"]
+    text = next(a.text for a in answers() if a.id == item["id"])
+    assert item["texts"] == [text[a:b] for a, b in word_spans(text)] and item["targets"] is None
+    shown = [[part["text"] for part in line if part["word"] is not None] for line in item["lines"]]
+    assert sum(shown, []) == item["texts"] and len(shown) == text.count("\n") + 1
+    assert item["history"][-1] == f"click: {HOSTILE}"
+    desk = desk_of(tmp_path / "other.jsonl", ["x" * 1_000_000], 2, show_targets=True)
+    with LabelServer(desk, 0, 0.6) as long:
+        threading.Thread(target=long.serve_forever, args=(0.05,), daemon=True).start()
+        item = call(long, "/next", ME)[1]["item"]
+        long.shutdown()
+    assert item["targets"] == ["red shoes", HOSTILE]
+    assert item["texts"] == ["x" * 2000 + " … (998,000 more characters)"]
+
+
+def test_a_port_that_is_taken_is_named(server, tmp_path):
+    with pytest.raises(DataError, match=f"--label.hand.port was {server.port}, which cannot be"):
+        LabelServer(desk_of(tmp_path / "x.jsonl"), server.port, 0.6)
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    program = chromium()
+    if program is None:
+        pytest.skip("no chromium is installed to open the page in")
+    with browser(program, tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+CODES = {"1": "Digit1", "0": "Digit0", " ": "Space", "Enter": "Enter"}
+IDLE = "!busy"
+
+
+def press(page, *keys, shift=False):
+    for key in keys:
+        text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else None)
+        named = {} if text is None else {"text": text}
+        for kind in ("keyDown", "keyUp"):
+            page.send("Input.dispatchKeyEvent", type=kind, key=key, code=CODES.get(key, key),
+                      modifiers=8 if shift else 0, **named)  # fmt: skip
+    page.wait(IDLE)
+
+
+def opened(page, server, **how):
+    page.open(server.address, **how)
+    page.run("sessionStorage.clear()")
+    page.open(server.address, **how)
+    page.wait("item && !busy")
+
+
+def words_of(page):
+    return page.run("words")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, True)])
+def test_somebody_labels_by_keys_alone(server, page, width, dark):
+    opened(page, server, width=width, dark=dark)
+    keys = 0
+    for _ in range(4):
+        texts = page.run("item.texts")
+        wanted = [int("red" in text) for text in texts]
+        press(page, *map(str, wanted))
+        assert words_of(page) == wanted
+        page.wait("document.activeElement.classList.contains('word')")
+        press(page, "Enter")
+        keys += len(texts) + 1
+    assert keys <= 4 * 8  # a key a word and one an answer
+    page.wait("document.getElementById('work').hidden")
+    assert [found.label().words for found in server.desk.labels]
+    for found in server.desk.labels:
+        spans = word_spans(found.response)
+        assert found.words == tuple(int("red" in found.response[a:b]) for a, b in spans)
+        assert found.seconds > 0
+    press(page, "u")
+    page.wait("item && words.every(word => word >= 0)")
+    press(page, "Enter")
+    page.wait("document.activeElement.id === 'finish'")
+    press(page, "Enter")
+    page.wait("document.body.innerText.includes('can be closed')")
+    server.thread.join(60)
+    assert not server.thread.is_alive() and page.complaints() == []
+
+
+def test_keys_walk_turn_and_judge_whole_queries(server, page):
+    opened(page, server)
+    while page.run("item.texts.length") != 6:
+        press(page, "s")
+    press(page, "1", shift=True)  # "red shoes"
+    assert words_of(page) == [1, 1, -1, -1, -1, -1]
+    press(page, " ", " ")
+    assert words_of(page) == [1, 1, 0, -1, -1, -1]
+    press(page, "ArrowRight", "ArrowDown", "ArrowUp", "ArrowUp", "ArrowUp")
+    assert page.run("at") == 0
+    press(page, " ", shift=True)
+    assert words_of(page) == [0, 0, 0, -1, -1, -1]
+    assert page.run("document.getElementById('bad').getAttribute('aria-pressed')") == "true"
+    press(page, "a", "Enter")
+    (found,) = server.desk.labels
+    assert (found.words, found.sentence) == ((0, 0, 0, -1, -1, -1), 1)
+    press(page, "Enter")
+    assert "no word was judged" in page.run("document.getElementById('error').textContent")
+    press(page, "?")
+    assert not page.run("document.getElementById('help').hidden")
+    press(page, "Escape")
+    assert page.run("document.getElementById('help').hidden")
+
+
+def test_a_query_from_right_to_left_is_walked_from_right_to_left(server, page):
+    opened(page, server)
+    while not page.run("item.texts[0]").startswith("א"):
+        press(page, "s")
+    press(page, "ArrowLeft")
+    assert page.run("at") == 1
+    press(page, "ArrowRight")
+    assert page.run("at") == 0
+
+
+def test_somebody_labels_by_touch(server, page):
+    opened(page, server, width=390)
+    page.run("buttons[0].click(); buttons[1].click(); buttons[1].click()")
+    assert words_of(page)[:2] == [1, 0]
+    assert page.run("buttons[0].getAttribute('aria-checked')") == "true"
+    assert page.run("buttons[1].getAttribute('aria-label')").endswith(", not wanted")
+    small = page.run("[...document.querySelectorAll('.word, .actions button')]"
+                     ".map(b => b.getBoundingClientRect().height).filter(h => h > 0 && h < 44).length")
+    assert small == 0 and not page.run("document.documentElement.scrollWidth > innerWidth")
+    page.run("document.getElementById('guidance').value = 'only shoes'; "
+             "document.getElementById('guidance').dispatchEvent(new Event('change'))")
+    page.run("document.getElementById('next').click()")
+    page.wait(f"{IDLE} && words.every(word => word < 0)")
+    (found,) = server.desk.labels
+    assert found.words[:3] == (1, 0, -1)[: len(found.words[:3])]
+    assert found.guidance == "only shoes"
+
+
+def test_hostile_texts_are_texts(server, page):
+    opened(page, server)
+    assert page.run("document.title") == "Label by hand" and page.run("document.images.length") == 0
+    seen = page.run("document.getElementById('history').innerText")
+    assert "<img src=x" in seen and "\\u202e" in seen and "\u202e" not in seen
+    own = f"http://127.0.0.1:{server.port}/"
+    asked = [address for address in page.asked_for() if address.startswith("http")]
+    assert [address for address in asked if address.startswith(own)]
+    assert all(address.startswith("http://127.0.0.1:") for address in asked)
+
+
+# --- killed
+
+
+LABELLER = """
+import sys
+sys.path[:0] = {path!r}
+import pathlib
+import test_hand
+desk = test_hand.desk_of(pathlib.Path({file!r}), n=600, answers=400)
+while True:
+    item = test_hand.judge(desk)
+    print(item.answer.id, flush=True)
+"""
+
+
+def test_a_kill_loses_nothing_that_was_kept(tmp_path):
+    file, rng, seen = tmp_path / "hand.jsonl", random.Random(0), []
+    code = LABELLER.format(path=[p for p in sys.path if p], file=str(file))
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        seen.append(process.stdout.readline().strip())  # it is at work
+        time.sleep(0.2 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        seen += process.stdout.read().split()
+        process.stdout.close()
+        process.wait(60)
+    assert len(seen) == len(set(seen)) >= 4  # what is kept is not asked again
+    assert {found.id for found in HandLabels(file)} >= set(seen)
