@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import pty
 import random
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from tppo.sessions.session import Event, Session
 from tppo.stages.answers import Answer
 from tppo.stages.hand.desk import CHECK, FIRST, Desk, drawn, unsureness
 from tppo.stages.hand.server import LabelServer
+from tppo.stages.hand.terminal import label_in_terminal
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>\u202e"
 TEXTS = ["red shoes\ntrail running shoes\nbuy", "海鲜上海\nred 鞋", "אבג דהו\nshoes, red"]
@@ -390,8 +393,8 @@ def test_somebody_labels_by_touch(server, page):
     assert words_of(page)[:2] == [1, 0]
     assert page.run("buttons[0].getAttribute('aria-checked')") == "true"
     assert page.run("buttons[1].getAttribute('aria-label')").endswith(", not wanted")
-    small = page.run("[...document.querySelectorAll('.word, .actions button')]"
-                     ".map(b => b.getBoundingClientRect().height).filter(h => h > 0 && h < 44).length")
+    small = page.run("[...document.querySelectorAll('.word, .actions button')].filter("
+                     "b => b.offsetHeight > 0 && b.offsetHeight < 44).length")  # fmt: skip
     assert small == 0 and not page.run("document.documentElement.scrollWidth > innerWidth")
     page.run("document.getElementById('guidance').value = 'only shoes'; "
              "document.getElementById('guidance').dispatchEvent(new Event('change'))")
@@ -441,3 +444,60 @@ def test_a_kill_loses_nothing_that_was_kept(tmp_path):
         process.wait(60)
     assert len(seen) == len(set(seen)) >= 4  # what is kept is not asked again
     assert {found.id for found in HandLabels(file)} >= set(seen)
+
+
+# --- the terminal
+
+
+AT_TERMINAL = """
+import sys
+sys.path[:0] = {path!r}
+import pathlib
+import test_hand
+from tppo.stages.hand.terminal import label_in_terminal
+label_in_terminal(test_hand.desk_of(pathlib.Path({file!r}), test_hand.TEXTS[:1], answers=3), 0.6)
+"""
+
+
+def test_somebody_labels_in_a_terminal(tmp_path):
+    file = tmp_path / "hand.jsonl"
+    code = AT_TERMINAL.format(path=[p for p in sys.path if p], file=str(file))
+    ours, its = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    seen = b""
+
+    def until(text):
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 4096)
+        seen = seen[seen.index(text) + len(text) :]
+
+    def press(*keys):
+        for key in keys:
+            os.write(ours, key)
+            until(b"q: stop labelling")
+
+    until(b"q: stop labelling")
+    press(b"1", b"0", b"\x1b[C", b" ", b"\x1b[B", b"1")  # red shoes / trail running shoes / buy
+    press(b"\r")
+    press(b"+", b"-", b"a", b"\r", b"u", b"\r")
+    press(b"\r")  # no word is judged
+    os.write(ours, b"+\r")
+    while True:
+        try:
+            if not os.read(ours, 4096):
+                break
+        except OSError:  # the program has ended
+            break
+    assert process.wait(60) == 0
+    os.close(ours)
+    found = {f.id: (f.words, f.sentence) for f in HandLabels(file)}
+    assert [*found.values()] == [
+        ((1, 0, -1, 1, -1, 1), 1), ((1, 1, 0, 0, 0, -1), 1), ((1, 1, -1, -1, -1, -1), 1),
+    ]  # fmt: skip
+
+
+def test_a_pipe_is_no_terminal(tmp_path):
+    with pytest.raises(DataError, match="standard input is no terminal"):
+        label_in_terminal(desk_of(tmp_path / "hand.jsonl"), 0.6)

@@ -18,6 +18,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tppo.errors import DataError, short
+from tppo.labels.hand import BY_HAND
 from tppo.labels.queries import distinct_queries, has_format, parse_answer
 from tppo.labels.rule import label_by_rule, relevance_share
 from tppo.labels.shares import Z, wilson
@@ -160,6 +161,8 @@ SPOKEN = {RULE: "the rule", "intent": "the latent intent", "next-query": "the tr
 
 def spoken(name: str) -> str:
     """A judge's or labeller's name within a sentence."""
+    if name.startswith(BY_HAND):
+        return f"{name.removeprefix(BY_HAND)}, by hand"
     return SPOKEN.get(name, name)
 
 
