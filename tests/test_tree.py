@@ -23,9 +23,9 @@ ROOMS = {  # of the kernel library, beside its operators
     "_kernels": {"chunks", "launch", "memory", "losses", "products", "selection",
                  "structs", "triton_losses", "triton_prefix", "triton_rows", "triton_softmax",
                  "values", "varlen"},
-    "models": {"lm_head", "shared_prefix", "align"},
-    "integrations": {"_peer", "_reward_model", "_verl_plugin", "nemo_rl", "openrlhf", "skyrl",
-                     "slime", "verl"},
+    "models": {"lm_head", "shared_prefix", "align", "pieces"},
+    "integrations": {"_peer", "_reward_model", "_token_rewards", "_trl_grpo", "_verl_plugin",
+                     "nemo_rl", "openrlhf", "skyrl", "slime", "trl", "verl"},
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",
@@ -39,7 +39,7 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
                 "test_hops.py", "test_docs.py", "fuzz_gradients.py", "test_fuzz_gradients.py",
                 "test_integrations.py", "test_rooms.py", "test_ppo_objectives.py",
-                "test_peer.py", "test_peers_from_source.py"}
+                "test_peer.py", "test_peers_from_source.py", "test_trl.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 155,
@@ -158,6 +158,7 @@ def test_an_argument_is_written_down_few_times():
     to the kernels: a record carries it."""
     lines = [line for file in files()
              if file.startswith(("tppo_kernels/", "csrc/")) and not file.endswith(".md")
+             and not file.startswith("tppo_kernels/integrations/")  # users of the function
              for line in (ROOT / file).read_text().splitlines() if "max_log_ratio" in line]
     assert 2 < len(lines) <= 12
 

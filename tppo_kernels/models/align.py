@@ -1,4 +1,4 @@
-"""Token values between two tokenizers of one text, by character offsets.
+"""Characters of tokens, and token values between two tokenizers of one text by them.
 
 A reward model may cut a text into other tokens than the policy does. Both tokenizers know which
 characters each token stands for (`offset_mapping` of a fast tokenizer), and through these
@@ -7,12 +7,97 @@ characters values are moved from one to the other.
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Collection, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._core.check import describe
+from .pieces import pieces_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger("tppo_kernels")
+
+
+def decode(
+        tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Collection[int] = ()
+) -> str:
+    """The text of token ids, special tokens left out.
+
+    eos_ids: ids that end an answer; the last token is left out where it is one of them, because
+    not every end is a special token of the tokenizer.
+    """
+    shown = ids[:-1] if ids and ids[-1] in eos_ids else ids
+    text = tokenizer.decode(
+        list(shown), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)  # a list only for a batch
+    return text
+
+
+def token_offsets(
+        tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], eos_ids: Collection[int] = ()
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of sampled ids and the half-open character span of each of them, in linear time.
+
+    Sampled ids need not be those that the tokenizer, a fast one, gives for their text. Tokens that
+    share one character (bytes of it) all get that character; a special token gets (s, s), and so
+    does a last one that is one of `eos_ids`.
+    """
+    if ids and ids[-1] in eos_ids:
+        text, before = token_offsets(tokenizer, ids[:-1])
+        return text, [*before, (len(text), len(text))]
+    text = decode(tokenizer, ids)
+    spans = pieces_of(tokenizer, partial(decode, tokenizer)).spans(text, ids)
+    if spans is None:
+        _log_slow(type(tokenizer).__name__)
+        spans = _spans_by_prefixes(tokenizer, text, ids)
+    return text, spans
+
+
+def last_writer(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
+    """The last token that writes one of the characters start..end-1, None where none does.
+
+    offsets: the characters of each token, half-open, as `token_offsets` gives them.
+    """
+    written = (t for t, (a, b) in enumerate(offsets) if a < min(b, end) and b > start)
+    return max(written, default=None)
+
+
+def _spans_by_prefixes(
+        tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The spans from decoding every prefix: for tokenizers whose tokens change their neighbours.
+
+    Where a prefix ends in half a character, it differs from the text there: that character is the
+    token's. A token that shows nothing gets (s, s).
+    """
+    spans, start = [], 0
+    for i in range(len(ids)):
+        prefix = decode(tokenizer, ids[:i + 1])
+        end = _common(text, prefix)
+        half = end < min(len(prefix), len(text))
+        spans.append((start, max(start, end + half)))
+        start = max(start, end)
+    return spans
+
+
+@cache
+def _log_slow(name: str) -> None:
+    _log.warning("%s: what a token adds depends on its neighbours; offsets come from decoding "
+                 "prefixes", name)
+
+
+def _common(text: str, prefix: str) -> int:
+    """Length of the longest common prefix; half a character decodes to another one."""
+    if text.startswith(prefix):
+        return len(prefix)
+    return next(i for i, character in enumerate(prefix) if text[i:i + 1] != character)
 
 
 def transfer(offsets_from: Any, offsets_to: Any, x: Any) -> Any:

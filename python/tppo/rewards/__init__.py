@@ -102,15 +102,6 @@ class Reward(Protocol):
         ...
 
 
-def last_writer(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
-    """The last token that writes one of the characters start..end-1, None where none does.
-
-    offsets: the characters of each token, half-open, as `Answers.offsets` has them.
-    """
-    written = (t for t, (a, b) in enumerate(offsets) if a < min(b, end) and b > start)
-    return max(written, default=None)
-
-
 def _taken(rows: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [rows[i] for i in index] if len(rows) else []
 

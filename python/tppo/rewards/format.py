@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import tppo_kernels as tk
 from tppo.labels.queries import SEPARATOR, repeats
 from tppo.models.batch import Batch
-from tppo.rewards import Answers, Reward, TokenReward, last_writer
+from tppo.rewards import Answers, Reward, TokenReward
 
 QUERIES = "queries"  # the column that holds how many queries are asked for
 
@@ -59,7 +60,7 @@ class FormatReward(nn.Module):
         for k, (line, again) in enumerate(zip(lines, repeats(lines), strict=True)):
             if again or k >= asked or not line.strip():
                 # An empty line has no character but its separator.
-                t = last_writer(offsets, start, max(start + len(line), start + 1))
+                t = tk.align.last_writer(offsets, start, max(start + len(line), start + 1))
                 found.append(last if t is None else t)
             start += len(line) + len(SEPARATOR)
         cut = not ids or ids[-1] not in answers.eos_ids

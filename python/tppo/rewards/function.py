@@ -14,7 +14,7 @@ from torch import Tensor
 import tppo_kernels as tk
 from tppo.errors import DataError, short
 from tppo.models.batch import Batch
-from tppo.rewards import Answers, TokenReward, last_writer
+from tppo.rewards import Answers, TokenReward
 from tppo.rewards.user_function import GIVEN, UserFunction
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -154,7 +154,7 @@ class _Entry:
         if not 0 <= start < end <= len(text):
             raise self.error(part, span, f"0 <= start < end <= {len(text)}, the characters of the "
                              "answer")  # fmt: skip
-        t = last_writer(self.answers.offsets[self.b], start, end)
+        t = tk.align.last_writer(self.answers.offsets[self.b], start, end)
         if t is None:
             raise self.error(part, span, "characters that a token of the answer writes")
         paid.spans.append((self.b, t, t + 1, value))
