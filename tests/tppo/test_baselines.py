@@ -8,8 +8,11 @@ import pytest
 from tppo.cli import main
 from tppo.commands import _names
 from tppo.evaluation.table import reached_line
+from tppo.rewards.sentence_model import SentenceModelReward
+from tppo.stages import baselines
 from tppo.stages.artifacts import BASELINES
 from tppo.stages.registry import before
+from tppo.stages.study.presets import OF_FEW
 
 TINY = {
     "sessions": {"train_users": 64, "heldout_users": 8, "test_users": 12, "transfer_users": 0},
@@ -37,9 +40,25 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(finished, tmp_path_factory):
     out = shutil.copytree(finished, tmp_path_factory.mktemp("baselines") / "out")
-    for stage in ("baselines", "eval"):
-        main([stage, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "SentenceModelReward", paid)
+        main(["baselines", "--out", str(out)])
+    main(["eval", "--out", str(out)])
     return out
+
+
+PAID = []
+
+
+def paid(model, **options):
+    """The reward of whole answers, of which the test wants to know how it pays."""
+    PAID.append((model.pooling, options["mode"], options["scale"]))
+    return SentenceModelReward(model, **options)
+
+
+def test_labels_of_wholes_are_paid_as_the_study_was_tuned(compared):
+    arm = OF_FEW  # 48 answers are few
+    assert PAID == [(arm.pooling, arm.mode, arm.scale)] and arm.mode == "score"
 
 
 def test_baselines_take_as_many_steps_and_stand_in_the_table(compared, finished):

@@ -28,7 +28,7 @@ from tppo.stages.models import new_ppo
 from tppo.stages.ppo import loop_of, policy_and_ref, recipe, run_reward
 from tppo.stages.reward_rows import policy_rows, policy_twins
 from tppo.stages.run import Run
-from tppo.stages.study.presets import SENTENCES
+from tppo.stages.study.presets import FEW, OF_FEW, OF_MANY
 
 
 def baselines(run: Run) -> None:
@@ -65,13 +65,17 @@ def sentence_labels(run: Run, ref: PreTrainedModel) -> Reward:
     data += [row._replace(sentence=IRRELEVANT) for session in sorted(twins)
              for row in twins[session]]  # fmt: skip
     random.Random(f"{run.seed}/sentences").shuffle(data)
+    answers = sum(map(len, rows.values()))
+    arm = OF_FEW if answers <= FEW else OF_MANY  # as the study was tuned
     model = SentenceModel.from_policy(
-        run.path(SFT_MODEL), run.device, SENTENCES.pooling, run.config.model.dtype, run.seed
+        run.path(SFT_MODEL), run.device, arm.pooling, run.config.model.dtype, run.seed
     )
     reader = SentenceReader(model, run.tokenizer.pad_token_id, run.config.prefix, config.max_tokens)
     train_sentence_model(reader, data, [], config, seed=run.seed)
     ppo = run.config.ppo
-    paid = SentenceModelReward(model, scale=SENTENCES.scale, max_tokens=ppo.max_tokens)
+    paid = SentenceModelReward(
+        model, mode=arm.mode, scale=arm.scale, max_tokens=ppo.max_tokens
+    )
     return FormatReward(paid, ppo.format_cost) if ppo.format_cost else paid
 
 
