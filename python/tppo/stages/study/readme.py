@@ -19,6 +19,7 @@ from tppo.store.jsonl import read_object, write_json, write_text
 
 WIDTH = 120  # columns of the README
 DEMO = "demo.json"
+LITTLE = 0.05  # of rank correlation
 ROWS = {  # of result.json -> what the table of the demo calls them
     "repeat_last": "repeat the last query",
     "sft": "SFT, temperature 1",
@@ -140,13 +141,16 @@ def _labels(figures: Mapping[str, Any]) -> str:
 
 
 def _enough(figures: Mapping[str, Any]) -> str:
-    """The fewest labels by word to which the most add no relevance that is sure, wrong labels or
-    none.
+    """The fewest labels by word to which the most add no relevance that is sure, and surely less
+    than `LITTLE` to the rank correlation, wrong labels or none.
     """
     arms = [_setting(figures, noisy, True)["arms"]["words"] for noisy in (0, 1)]
     answers = [_count(n) for n in arms[0]["answers"]]
-    gains = zip(*(arm["more"]["relevance"] for arm in arms), strict=True)
-    enough = [all(low <= 0 <= high for _, low, high in gain) for gain in gains]
+    enough = [
+        all(arm["more"]["relevance"][i][1] <= 0 <= arm["more"]["relevance"][i][2]
+            and arm["more"]["correlation"][i][2] < LITTLE for arm in arms)
+        for i in range(len(answers))
+    ]  # fmt: skip
     return f"{answers[enough.index(True)]} by word do what {answers[-1]} do"
 
 
