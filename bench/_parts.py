@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GOAL_BENCHES = ("token_logprobs", "linear_logprobs", "linear_ppo_loss", "token_advantages", "gae",
                 "ppo_loss", "token_head")
-OTHER_BENCHES = ("prefix_attention", "value_loss", "whiten")
+OTHER_BENCHES = ("entropy", "kl", "prefix_attention", "reduce", "value_loss", "whiten")
 STEP = "step"  # a process of its own: it wants another release of TRL
 SMALL = {
     "sessions": {"train_users": 2000, "heldout_users": 96, "test_users": 96, "transfer_users": 16},

@@ -23,14 +23,15 @@ struct TokenRows {
   const void* logits;
   int dtype;
   int64_t N, columns, inner, outer_stride, inner_stride;
-  const int64_t* targets;
+  const int64_t* targets;  // or null: entropy alone is wanted
   const uint8_t* mask;
   const double* row_temperature;
   double temperature, softcap, logit_scale;
   int threads;
 };
 
-// All results [N]; logsumexp = top + log_sum. A target outside [0, columns) gives NaN.
+// All results [N], logprobs null without targets; logsumexp = top + log_sum. A target outside
+// [0, columns) gives NaN.
 void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, float* top,
                         float* log_sum);
 

@@ -200,8 +200,11 @@ Scaling scaling_at(const TokenRows& in, int64_t i) {
   return {in.row_temperature ? in.row_temperature[i] : in.temperature, in.softcap, in.logit_scale};
 }
 
+// -1 where none is asked for: it is no column.
+int64_t target_of(const TokenRows& in, int64_t i) { return in.targets ? in.targets[i] : -1; }
+
 bool good_target(const TokenRows& in, int64_t i) {
-  return in.targets[i] >= 0 && in.targets[i] < in.columns;
+  return !in.targets || (in.targets[i] >= 0 && in.targets[i] < in.columns);
 }
 
 // Rows whose mask is `wanted`: threads share the rows that cost something evenly.
@@ -224,20 +227,25 @@ void for_rows(const std::vector<int64_t>& rows, const TokenRows& in, const Body&
 
 void token_logprobs_fwd(const TokenRows& in, float* logprobs, float* entropy, float* top,
                         float* log_sum) {
-  for (int64_t i : rows_where(in, false)) logprobs[i] = entropy[i] = top[i] = log_sum[i] = 0.f;
+  const auto put = [=](int64_t i, float logprob, float h, float largest, float log_of_sum) {
+    if (logprobs) logprobs[i] = logprob;
+    entropy[i] = h;
+    top[i] = largest;
+    log_sum[i] = log_of_sum;
+  };
+  for (int64_t i : rows_where(in, false)) put(i, 0.f, 0.f, 0.f, 0.f);
   for_rows(rows_where(in, true), in, [&](int64_t i) {
     if (!good_target(in, i)) {
-      logprobs[i] = entropy[i] = top[i] = log_sum[i] = std::nanf("");
+      const float nan = std::nanf("");
+      put(i, nan, nan, nan, nan);
       return;
     }
     const Scaling scaling = scaling_at(in, i);
-    const RowSums row = row_sums_of(in, row_at(in, i), in.targets[i], scaling);
+    const RowSums row = row_sums_of(in, row_at(in, i), target_of(in, i), scaling);
     const double log_of_sum = std::log1p(row.sum + (row.tops - 1));
     const double d = (double(row.target) - row.top) * scaling.factor;
-    logprobs[i] = float(d - log_of_sum);
-    entropy[i] = float(log_of_sum - row.weighted / (row.sum + row.tops));
-    top[i] = row.top * float(scaling.factor);
-    log_sum[i] = float(log_of_sum);
+    put(i, float(d - log_of_sum), float(log_of_sum - row.weighted / (row.sum + row.tops)),
+        row.top * float(scaling.factor), float(log_of_sum));
   });
 }
 
@@ -260,7 +268,7 @@ void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const f
   for_rows(rows_where(in, false), in, [&](int64_t i) { std::memset(out + i * bytes, 0, bytes); });
   for_rows(rows_where(in, true), in, [&](int64_t i) {
     RowGrad g{grad_logprobs ? grad_logprobs[i] : 0.f, grad_entropy ? grad_entropy[i] : 0.f,
-              entropy[i], good_target(in, i) ? top[i] : std::nanf(""), log_sum[i], in.targets[i]};
+              entropy[i], good_target(in, i) ? top[i] : std::nanf(""), log_sum[i], target_of(in, i)};
     row_grad_of(in, row_at(in, i), scaling_at(in, i), g, out + i * bytes);
     std::memset(out + i * bytes + in.columns * size, 0, bytes - in.columns * size);
   });

@@ -72,6 +72,18 @@ def token_logprobs_varied(i, dtype):
                         logit_scale=1.0 - i, valid_vocab=1 + 430 * i)
 
 
+def entropy_launches():
+    x = torch.randn(1024, 65).requires_grad_()
+    tk.entropy(x).sum().backward()
+    x = torch.randn(2, 20_001).bfloat16().requires_grad_()
+    tk.entropy(x, x[:, 0] > 0, softcap=30.0).sum().backward()
+
+
+def entropy_varied(i, dtype):
+    x = torch.randn(1 + i % 7, 1 + 531 * i).to(dtype).requires_grad_()
+    tk.entropy(x, temperature=0.5 + i / 50).sum().backward()
+
+
 def gae_launches():
     for dtype, (batch, tokens) in zip(HALVES, ((9, 24), (3, 3000), (9, 24)), strict=True):
         x, lam = torch.randn(batch, tokens).to(dtype), torch.rand(batch)
@@ -127,6 +139,31 @@ def value_loss_varied(i, dtype):
     values, returns, old, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
     tk.value_loss(values, returns, mask, old_values=old, clip=i / 100, num_sequences=1 + i,
                   reduction="seq-mean-token-mean").loss.backward()
+
+
+def kl_launches():
+    for dtype, estimator in zip(HALVES, ("k3", "abs", "k3+"), strict=True):
+        lp, ref, _, mask = loss_arguments(3, 200, dtype)
+        tk.kl(lp, ref, mask, estimator=estimator, clamp=10.0).sum().backward()
+
+
+def kl_varied(i, dtype):
+    lp, ref, _, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
+    tk.kl(lp, ref, mask, estimator="k3", clamp=0.5 + i).sum().backward()
+
+
+def reduce_launches():
+    for dtype, tokens, reduction in zip(HALVES, (200, 24, 600), (
+            "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), strict=True):
+        x, _, _, mask = loss_arguments(9, tokens, dtype)
+        tk.reduce(x, mask, reduction=reduction).backward()
+        cu = torch.arange(10, dtype=torch.int32) * tokens
+        tk.reduce(x.flatten(), reduction=reduction, cu_seqlens=cu).backward()
+
+
+def reduce_varied(i, dtype):
+    x, _, _, mask = loss_arguments(1 + i % 3, 2 + 31 * i, dtype)
+    tk.reduce(x, mask, reduction="seq-mean-token-mean", num_sequences=1 + i).backward()
 
 
 def token_head_call(shape, K, D, dtype, weight_dtype, masked=True, leaf=lambda x: x):
@@ -317,7 +354,8 @@ def test_triton_compiles_without_spills(op, arch, compile_for, tmp_path):
     assert launched
     for name, kernels in launched.items():
         own = ROW_KERNELS if op.startswith("linear_") else f"_{op}_"
-        own = ("_gae_", "_whiten_") if op == "token_advantages" else own  # their composition
+        own = {"token_advantages": ("_gae_", "_whiten_"),  # their composition
+               "entropy": "_token_logprobs_"}.get(op, own)
         assert name.startswith(own) and name.endswith("_kernel"), name
         for kernel in kernels:
             assert kernel.metadata.target.arch == arch

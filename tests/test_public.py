@@ -485,6 +485,7 @@ def test_rows_chosen_inside_a_compiled_function(call):
 
 
 TRAINED = {
+    "entropy": ("logits",),
     "kl": ("logprobs", "ref_logprobs"), "reduce": ("x",),
     "linear_logprobs": ("hidden", "weight"), "linear_ppo_loss": ("hidden", "weight"),
     "ppo_loss": ("logprobs", "entropy"), "prefix_attention": ("q", "k", "v"),

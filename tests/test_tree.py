@@ -11,8 +11,9 @@ import tppo_kernels as tk
 from tppo_kernels._core.op import OPS
 
 ROOT = Path(__file__).parent.parent
-BENCHED = {"gae", "linear_logprobs", "linear_ppo_loss", "ppo_loss", "prefix_attention", "step",
-          "token_advantages", "token_head", "token_logprobs", "value_loss", "whiten"}
+BENCHED = {"entropy", "gae", "kl", "linear_logprobs", "linear_ppo_loss", "ppo_loss",
+           "prefix_attention", "reduce", "step", "token_advantages", "token_head", "token_logprobs",
+           "value_loss", "whiten"}
 READMES = {"gae", "linear_logprobs", "ppo_loss", "prefix_attention"}  # whose derivation is long
 ENGINES = {"token_advantages": {"_composed.py"}}  # what several backends of an op share
 KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py", "py.typed"}

@@ -19,6 +19,7 @@ from ._math.rows import response_mask, valid_rows
 from .models import align
 from .models.lm_head import FusedLMHead
 from .models.shared_prefix import shared_prefix
+from .ops.entropy import entropy
 from .ops.gae import gae
 from .ops.kl import kl
 from .ops.linear_logprobs import linear_logprobs
@@ -39,8 +40,8 @@ from .ops.whiten import whiten
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Explanation", "FusedLMHead", "PrefixLayout", "align", "doctor", "explain",
-    "gae", "kl", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss",
+    "BackendError", "Explanation", "FusedLMHead", "PrefixLayout", "align", "doctor", "entropy",
+    "explain", "gae", "kl", "linear_logprobs", "linear_ppo_loss", "place_rewards", "ppo_loss",
     "prefix_attention", "reduce", "response_mask", "response_states", "shared_prefix",
     "token_advantages", "token_head", "token_logprobs", "token_reward_loss", "token_rewards",
     "use_backend", "valid_rows", "value_loss", "whiten",

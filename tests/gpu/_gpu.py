@@ -48,6 +48,7 @@ def inputs(op, batch, tokens, kind="interior", dtype=torch.float32, seed=0):
             "dual_clip": 1.5, "entropy": r(*grid).abs(), "entropy_coef": 0.1, "kl_coef": 0.3,
             "ref_logprobs": r(*grid), "weights": r(batch).abs()}),
         "value_loss": lambda: ((r(*grid), r(*grid), mask), {"old_values": r(*grid), "clip": 0.5}),
+        "entropy": lambda: ((r(*grid, V, scale=3.0), mask), {"temperature": 0.7}),
         "kl": lambda: ((near, old, mask), {"estimator": "k3", "clamp": 0.1}),
         "reduce": lambda: ((r(*grid), mask), {"reduction": "seq-mean-token-mean"}),
         "token_head": lambda: ((r(*grid, D), r(K, D), r(K), mask), {}),
@@ -55,7 +56,7 @@ def inputs(op, batch, tokens, kind="interior", dtype=torch.float32, seed=0):
 
 
 GRIDS = ("gae", "whiten", "token_advantages", "token_logprobs", "ppo_loss", "value_loss",
-         "token_head", "kl", "reduce")
+         "token_head", "kl", "reduce", "entropy")
 
 
 def sample(op):

@@ -100,6 +100,16 @@ def column(x, place, valid, STEP: tl.constexpr):
 
 
 @triton.jit
+def length_of(mask, sequence, BLOCK: tl.constexpr):
+    """The valid tokens of a sequence, at least 1."""
+    tokens = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, sequence[3], BLOCK):
+        valid = valid_tokens(mask, (sequence, start + tl.arange(0, BLOCK)))
+        tokens += valid.to(tl.int32)
+    return tl.maximum(tl.sum(tokens, 0), 1).to(tl.float32)
+
+
+@triton.jit
 def times(weight, x):
     """weight * x, and 0 where the weight is 0: by selection, so that 0 * inf is 0."""
     return tl.where(weight == 0.0, 0.0, weight * x)

@@ -17,7 +17,7 @@ from ..._math.sequence import KL_ESTIMATORS, compute_dtype
 from . import reference
 from .reference import KlCall, KlGradient
 
-_op = Op("kl", cpu=("cpp", "reference"), cuda=("reference",))
+_op = Op("kl", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 NBYTES_PER_TOKEN = 30  # two log-probs in fp32 and the mask, read twice; the result, and a gradient
 

@@ -14,7 +14,7 @@ from ..._math.sequence import compute_dtype
 from . import reference
 from .reference import ReduceCall, ReduceGradient
 
-_op = Op("reduce", cpu=("cpp", "reference"), cuda=("reference",))
+_op = Op("reduce", cpu=("cpp", "reference"), cuda=("triton", "reference"))
 
 NBYTES_PER_TOKEN = 10  # x in fp32 and the mask; the mask once more, and the gradient
 

@@ -151,6 +151,19 @@ def _check_in_place(logits: Tensor) -> None:
                          "becomes the gradient's; give logits.contiguous()")
 
 
+def check_columns(check: Check, logits: Any, valid_vocab: Any) -> int | None:
+    """Checks logits [..., V] with at least one column, of which `valid_vocab` are live."""
+    check.tensor("logits", logits, "... V")
+    columns = logits.shape[-1]
+    if columns == 0:
+        raise ValueError(f"{check.op}: logits has shape {list(logits.shape)}, expected at least "
+                         "one column")
+    if valid_vocab is None:
+        return None
+    live: int = check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
+    return live
+
+
 def check_scaling(check: Check, tokens: str, temperature: Any, softcap: Any, logit_scale: Any,
                   differentiable: str = "only logits are differentiable here") -> Scaling:
     """The checked arguments that shape z; temperature: a number, 0-d, or a value a token."""
@@ -210,16 +223,10 @@ def token_logprobs(
     NaN. Source: TRL's selective_log_softmax and entropy_from_logits, as one operator.
     """
     check = Check("token_logprobs")
-    check.tensor("logits", logits, "... V")
-    columns = logits.shape[-1]
-    if columns == 0:
-        raise ValueError(f"token_logprobs: logits has shape {list(logits.shape)}, expected at "
-                         "least one column")
+    valid_vocab = check_columns(check, logits, valid_vocab)
     check.tensor("targets", targets, "...", LABELS)
     mask = check.mask("mask", mask, "...")
     scaling = check_scaling(check, "...", temperature, softcap, logit_scale)
-    if valid_vocab is not None:
-        valid_vocab = check.number("valid_vocab", valid_vocab, low=1, high=columns, kind=int)
     call = TokenLogprobsCall(logits, targets, mask, scaling, valid_vocab)
     if not wanted(logits):
         return TokenLogprobs(*_fwd(call)[:2])

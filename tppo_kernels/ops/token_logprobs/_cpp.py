@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,12 @@ from torch import Tensor
 import tppo_kernels._C as _C
 
 from ..._kernels.memory import DTYPES, address, refuses_fp64
-from .reference import TokenLogprobsCall, TokenLogprobsGradient
+from .reference import Call, Gradient
 
 
-def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
+def supports(call: Call | Gradient) -> str | None:
     """The reason for refusing, or None."""
-    logits = call.logits if isinstance(call, TokenLogprobsCall) else call.call.logits
-    return refuses_fp64((logits,))
+    return refuses_fp64((getattr(call, "call", call).logits,))
 
 
 class TokenRows(NamedTuple):
@@ -30,7 +30,7 @@ class TokenRows(NamedTuple):
     inner: int
     outer_stride: int
     inner_stride: int
-    targets: int  # [N] int64
+    targets: int  # [N] int64, or none: entropy alone
     mask: int  # [N] bool
     row_temperature: int  # [N] fp64
     temperature: float
@@ -39,20 +39,21 @@ class TokenRows(NamedTuple):
     threads: int
 
 
-def rows_of(call: TokenLogprobsCall) -> tuple[TokenRows, tuple[Tensor | None, ...]]:
+def rows_of(call: Call) -> tuple[TokenRows, tuple[Tensor | None, ...]]:
     """The struct of a call, and what keeps its addresses alive."""
     x, columns = call.logits.detach(), call.valid_vocab
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     x = x.reshape(1, 1, -1) if x.dim() == 1 else x[None] if x.dim() == 2 else x.flatten(0, -3)
-    target = call.targets.reshape(-1).long().contiguous()  # [N]
+    target = call.targets if call.targets is None else (
+        call.targets.reshape(-1).long().contiguous())  # [N]
     valid = None if call.mask is None else call.mask.reshape(-1).contiguous()  # [N]
     temperature, softcap, logit_scale = call.scaling
     by_row = temperature.reshape(-1).double().contiguous() if temperature.dim() else None  # [N]
     rows = TokenRows(
-        x.data_ptr(), DTYPES[x.dtype], target.shape[0],
+        x.data_ptr(), DTYPES[x.dtype], math.prod(call.logits.shape[:-1]),
         x.shape[-1] if columns is None else columns, x.shape[1], x.stride(0), x.stride(1),
-        target.data_ptr(), address(valid), address(by_row),
+        address(target), address(valid), address(by_row),
         1.0 if by_row is not None else float(temperature),
         0.0 if softcap is None else float(softcap), float(logit_scale), torch.get_num_threads())
     return rows, (x, target, valid, by_row)
@@ -69,22 +70,24 @@ def addresses(*tensors: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
     return [address(x) for x in alive], alive
 
 
-def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`."""
+def fwd(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`. Without targets the log-probs
+    are not computed, and empty."""
     rows, alive = rows_of(call)
     logits = call.logits
-    logprobs, entropy, top, log_sum = (
-        logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
-    _C.token_logprobs_fwd(rows, logprobs.data_ptr(), entropy.data_ptr(), top.data_ptr(),
-                          log_sum.data_ptr())
+    entropy, top, log_sum = (
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3))
+    logprobs = torch.empty_like(top) if rows.targets else top.new_empty(0)
+    _C.token_logprobs_fwd(rows, logprobs.data_ptr() if rows.targets else 0, entropy.data_ptr(),
+                          top.data_ptr(), log_sum.data_ptr())
     return logprobs, entropy, top, log_sum
 
 
-def bwd(backward: TokenLogprobsGradient) -> Tensor:
+def bwd(backward: Gradient) -> Tensor:
     """The gradient of the logits; see `reference.bwd`."""
-    g_logprobs, g_entropy, call, *kept = backward  # kept: entropy, top, log_sum
+    call, kept = backward.call, backward[-3:]  # kept: entropy, top, log_sum
     rows, alive = rows_of(call)
     grad = call.logits.new_empty(call.logits.shape)
-    given, numbers = addresses(g_logprobs, g_entropy, *kept)
+    given, numbers = addresses(backward.grad_logprobs, backward.grad_entropy, *kept)
     _C.token_logprobs_bwd(rows, *given, call.logits.shape[-1], grad.data_ptr())
     return grad

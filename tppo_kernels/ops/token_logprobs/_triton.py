@@ -13,14 +13,13 @@ for many, backward one for rows that begin as those of a contiguous tensor do an
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._core.record import flat
 from ..._kernels.launch import launching_on, row_layout, scalar
 from ..._kernels.memory import refuses_fp64
 from ..._kernels.triton_rows import (
@@ -44,7 +43,7 @@ from ..._kernels.triton_softmax import (
     row_gradients,
 )
 from ..._math.linear import Scaling
-from .reference import TokenLogprobsCall, TokenLogprobsGradient
+from .reference import Call, Gradient
 
 WARPS = 4  # small programs: 6 to 8 an SM, of which some load while others add up
 UNROLL = 4  # 64 bytes a thread in flight
@@ -55,24 +54,28 @@ MAX_PARTS = 64
 @triton.jit
 def _finish(x_ptr, x_off, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, row, columns,
             m, s, w, sign, pre, factor, CAPPED: tl.constexpr):
-    """The four results of a row; NaN where its target is none or its largest z is not finite.
+    """The results of a row, without log-probs where there are no targets; NaN where its target is
+    none or its largest z is not finite.
 
     In fp64: at |z| = 1e4 the rounding of each z to fp32 would cost 5e-4. log_sum takes up what
     `top` lost in rounding, for backward, which forms u * factor - top in one rounding.
     """
-    target = tl.load(target_ptr + row).to(tl.int64)
-    good = (target >= 0) & (target < columns)
-    v = tl.load(x_ptr + x_off + target, mask=good, other=0.0).to(tl.float64) * sign
-    d = (v - m) * factor
     u = m
     if CAPPED:
-        d = (capped_exactly(v, pre) - capped_exactly(m.to(tl.float64), pre)) * factor
         u = capped(m, pre.to(tl.float32))
-    log_s = log1p(s) + tl.where(good & (m > NEG_INF), 0.0, float("nan"))
+    log_s = log1p(s) + tl.where(m > NEG_INF, 0.0, float("nan"))
+    if target_ptr is not None:
+        target = tl.load(target_ptr + row).to(tl.int64)
+        good = (target >= 0) & (target < columns)
+        v = tl.load(x_ptr + x_off + target, mask=good, other=0.0).to(tl.float64) * sign
+        d = (v - m) * factor
+        if CAPPED:
+            d = (capped_exactly(v, pre) - capped_exactly(m.to(tl.float64), pre)) * factor
+        log_s += tl.where(good, 0.0, float("nan"))
+        tl.store(logprob_ptr + row, (d - log_s).to(tl.float32))
     factor32 = factor.to(tl.float32)
     top = u * factor32
     lost = u.to(tl.float64) * factor32 - top
-    tl.store(logprob_ptr + row, (d - log_s).to(tl.float32))
     tl.store(entropy_ptr + row, (log_s - w / (1.0 + s) / LOG2E).to(tl.float32))  # d: log 2
     tl.store(top_ptr + row, tl.where(log_s == log_s, top, float("nan")))
     tl.store(log_sum_ptr + row, (log_s + lost).to(tl.float32))
@@ -81,7 +84,8 @@ def _finish(x_ptr, x_off, target_ptr, logprob_ptr, entropy_ptr, top_ptr, log_sum
 @triton.jit
 def _skip(logprob_ptr, entropy_ptr, top_ptr, log_sum_ptr, row):
     """The results of a masked row."""
-    tl.store(logprob_ptr + row, 0.0)
+    if logprob_ptr is not None:
+        tl.store(logprob_ptr + row, 0.0)
     tl.store(entropy_ptr + row, 0.0)
     tl.store(top_ptr + row, 0.0)
     tl.store(log_sum_ptr + row, 0.0)
@@ -214,7 +218,9 @@ def _token_logprobs_bwd_kernel(
     entropy = tl.load(entropy_ptr + row)
     top = tl.load(top_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    column = tl.load(target_ptr + row).to(tl.int32)  # of a target that is none all is NaN
+    column = tl.full([], -1, tl.int32)
+    if target_ptr is not None:
+        column = tl.load(target_ptr + row).to(tl.int32)  # of a target that is none all is NaN
 
     x_off = shift + row // inner * stride_outer + row % inner * stride_inner  # 64-bit
     body_off, lead, body = row_body(dx_off, V, G)
@@ -251,16 +257,17 @@ def _token_logprobs_bwd_kernel(
     tl.store(dx_ptr + dx_off + edge, tl.where(edge < columns, dx, 0.0), mask=there)
 
 
-def supports(call: TokenLogprobsCall | TokenLogprobsGradient) -> str | None:
+def supports(call: Call | Gradient) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64(flat(call)[:3])  # the logits, and the gradients that come in
+    inner = getattr(call, "call", call)  # the logits, and the gradients that come in
+    return refuses_fp64((inner.logits, *call[:2]))
 
 
 class _Rows(NamedTuple):
     """The rows of the logits: row i begins at shift + i // inner * outer + i % inner * stride."""
 
     x: Tensor
-    targets: Tensor  # [N]
+    targets: Tensor | None  # [N]
     mask: Tensor | None  # [N]
     place: tuple  # arguments of the kernels, from `temperature` to `stride_inner`
     columns: int
@@ -274,13 +281,14 @@ def place_scaling(scaling: Scaling) -> tuple:
             *((0.0, None) if cap is None else scalar(cap)), *scalar(scaling.logit_scale))
 
 
-def _rows(call: TokenLogprobsCall) -> _Rows:
-    logits, targets, mask, scaling, valid_vocab = call
+def _rows(call: Call) -> _Rows:
+    logits, targets, mask, scaling, valid_vocab = (
+        call.logits, call.targets, call.mask, call.scaling, call.valid_vocab)
     V = logits.shape[-1]
     x, inner, outer, stride = row_layout(logits)
     start, shift = aligned(x)
     group = 16 // x.element_size()
-    return _Rows(start, targets.reshape(-1).contiguous(),
+    return _Rows(start, None if targets is None else targets.reshape(-1).contiguous(),
                  None if mask is None else mask.reshape(-1).contiguous(),
                  (*place_scaling(scaling), shift, inner, outer, stride),
                  V if valid_vocab is None else valid_vocab,
@@ -297,11 +305,13 @@ def _shape(x: Tensor) -> dict[str, int]:
     return {"U": UNROLL, "L": 32 * WARPS, "G": 16 // x.element_size()}
 
 
-def fwd(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
-    """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`. Two launches for few rows."""
+def fwd(call: Call) -> tuple[Any, ...]:
+    """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`. Two launches for few rows.
+    Without targets the log-probs are not computed, and None."""
     logits = call.logits
-    out = tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(4))
-    count, V = out[0].numel(), logits.shape[-1]
+    out = tuple(None if i == 0 and call.targets is None else logits.new_empty(
+        logits.shape[:-1], dtype=torch.float32) for i in range(4))
+    count, V = math.prod(logits.shape[:-1]), logits.shape[-1]
     if count == 0:
         return out
     rows, capped, shape = _rows(call), call.scaling.softcap is not None, _shape(logits)
@@ -318,16 +328,16 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, ...]:
     return out
 
 
-def bwd(backward: TokenLogprobsGradient) -> Tensor:
+def bwd(backward: Gradient) -> Tensor:
     """The gradient of the logits; see `reference.bwd`. One launch."""
     call, logits = backward.call, backward.call.logits
     grad = logits.new_empty(logits.shape)
     if grad.numel() == 0:
         return grad
     rows, V, shape = _rows(call), logits.shape[-1], _shape(logits)
-    kept = [x.reshape(-1).contiguous() for x in backward[3:]]  # entropy, top, log_sum
+    kept = [x.reshape(-1).contiguous() for x in backward[-3:]]  # entropy, top, log_sum
     grads: list = []
-    for g in backward[:2]:
+    for g in (backward.grad_logprobs, backward.grad_entropy):
         flat = None if g is None else g.reshape(-1)  # a view where expanded from one number
         grads += [flat, 0 if flat is None else flat.stride(0)]
     parts = _parts(kept[0].numel(), V, math.prod(shape.values()))

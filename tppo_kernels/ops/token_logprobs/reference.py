@@ -32,6 +32,37 @@ class TokenLogprobsGradient(NamedTuple):
     log_sum: Tensor  # [...]
 
 
+class EntropyCall(NamedTuple):
+    """The arguments of `entropy`: the same without targets."""
+
+    logits: Tensor  # [..., V]
+    mask: Tensor | None  # [...] bool
+    scaling: Scaling
+    valid_vocab: int | None  # columns from here on are dead
+
+    @property
+    def targets(self) -> None:
+        """None: every backend then leaves the log-probs out."""
+
+
+class EntropyGradient(NamedTuple):
+    """The arguments of the backward of `entropy`."""
+
+    grad_entropy: Tensor  # [...]
+    call: EntropyCall
+    entropy: Tensor  # [...]
+    top: Tensor  # [...]
+    log_sum: Tensor  # [...]
+
+    @property
+    def grad_logprobs(self) -> None:
+        """None, as where the log-probs of `token_logprobs` are not used."""
+
+
+Call = TokenLogprobsCall | EntropyCall
+Gradient = TokenLogprobsGradient | EntropyGradient
+
+
 def scaled(x: Tensor, scaling: Scaling) -> Tensor:
     """z = softcap(logit_scale x) / temperature; temperature 0-d, or [N, 1]."""  # [N, v]
     z = x * scaling.logit_scale
@@ -51,7 +82,7 @@ class Rows(NamedTuple):
 
     x: Tensor  # [N, v], the live columns in the dtype of the computation
     target: Tensor  # [N], 0 in the place of a bad one, so that no row is read out of bounds
-    good: Tensor  # [N] bool: the target is a live column
+    good: Tensor  # [N] bool: the target is a live column, or there is none
     valid: Tensor | None  # [N] bool
     scaling: Scaling  # its temperature is 0-d, or [N, 1]
 
@@ -61,14 +92,16 @@ class Rows(NamedTuple):
         return select(x, valid if valid is None or x.dim() == 1 else valid[:, None], self.x.dtype)
 
 
-def rows_of(call: TokenLogprobsCall) -> Rows:
-    """The rows of a call."""
+def rows_of(call: Call) -> Rows:
+    """The rows of a call; without targets those of column 0."""
     logits, valid_vocab, temperature = call.logits, call.valid_vocab, call.scaling.temperature
     v = logits.shape[-1] if valid_vocab is None else valid_vocab
     valid = None if call.mask is None else call.mask.reshape(-1)
     x = logits.reshape(-1, logits.shape[-1])[:, :v]
     x = select(x, None if valid is None else valid[:, None], compute_dtype(logits))
-    target = select(call.targets.reshape(-1).long(), valid)
+    target = x.new_zeros(x.shape[0], dtype=torch.int64)
+    if call.targets is not None:
+        target = select(call.targets.reshape(-1).long(), valid)
     good = (target >= 0) & (target < v)
     if temperature.dim():
         temperature = temperature.to(x.dtype).reshape(-1)
@@ -79,7 +112,7 @@ def rows_of(call: TokenLogprobsCall) -> Rows:
                 call.scaling._replace(temperature=temperature))
 
 
-def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, top, log_sum); logsumexp = top + log_sum, apart because of rounding.
 
     All of logits.shape[:-1]. The z of the target and of the largest column are taken in fp64: at
@@ -103,9 +136,10 @@ def fwd(call: TokenLogprobsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             top.reshape(shape), log_sum.reshape(shape))
 
 
-def bwd(backward: TokenLogprobsGradient) -> Tensor:
+def bwd(backward: Gradient) -> Tensor:
     """The gradient of the logits, in their dtype, contiguous; 0 in masked rows and dead columns."""
-    g_logprobs, g_entropy, call, entropy, top, log_sum = backward
+    g_logprobs, g_entropy, call = backward.grad_logprobs, backward.grad_entropy, backward.call
+    entropy, top, log_sum = backward[-3:]
     rows, logits = rows_of(call), call.logits
     z = scaled(rows.x, rows.scaling)  # [N, v]
     log_p = z - top.reshape(-1, 1) - log_sum.reshape(-1, 1)

@@ -19,6 +19,7 @@ from ..._kernels.triton_losses import (
     column,
     is_last,
     leave,
+    length_of,
     number,
     scale_of,
     scaled,
@@ -49,16 +50,6 @@ def _squared(value, target, old, clip):
     clipped = held > free
     loss = tl.where(clipped, held, tl.where(free >= held, free, free + held))
     return loss, tl.where(free >= held, error, 0.0 * held), clipped
-
-
-@triton.jit
-def _length(mask, sequence, BLOCK: tl.constexpr):
-    """The valid tokens of a sequence, at least 1."""
-    tokens = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, sequence[3], BLOCK):
-        valid = valid_tokens(mask, (sequence, start + tl.arange(0, BLOCK)))
-        tokens += valid.to(tl.int32)
-    return tl.maximum(tl.sum(tokens, 0), 1).to(tl.float32)
 
 
 @triton.jit
@@ -115,7 +106,7 @@ def _value_loss_fwd_kernel(
         sequence = (offsets_ptr, b, begin, tokens)  # here: Triton 3.6 returns no pointer of None
         c = tl.full([], 1.0, tl.float32)
         if BY_LENGTH:
-            c = tl.div_rn(1.0, _length(mask, sequence, BLOCK))
+            c = tl.div_rn(1.0, length_of(mask, sequence, BLOCK))
         before = sums[1]
         for start in range(0, sequence[3], BLOCK):
             place = (sequence, start + tl.arange(0, BLOCK))
