@@ -268,7 +268,8 @@ void token_logprobs_bwd(const TokenRows& in, const float* grad_logprobs, const f
   for_rows(rows_where(in, false), in, [&](int64_t i) { std::memset(out + i * bytes, 0, bytes); });
   for_rows(rows_where(in, true), in, [&](int64_t i) {
     RowGrad g{grad_logprobs ? grad_logprobs[i] : 0.f, grad_entropy ? grad_entropy[i] : 0.f,
-              entropy[i], good_target(in, i) ? top[i] : std::nanf(""), log_sum[i], target_of(in, i)};
+              entropy[i], good_target(in, i) ? top[i] : std::nanf(""), log_sum[i],
+              target_of(in, i)};
     row_grad_of(in, row_at(in, i), scaling_at(in, i), g, out + i * bytes);
     std::memset(out + i * bytes + in.columns * size, 0, bytes - in.columns * size);
   });
