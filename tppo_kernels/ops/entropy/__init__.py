@@ -47,11 +47,12 @@ def _check_values(call: EntropyCall) -> None:
 
 def _fake(call: EntropyCall) -> tuple[Tensor, ...]:
     logits, dtype = call.logits, compute_dtype(call.logits)
-    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
+    rows = tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
+    return (logits.new_empty(0, dtype=dtype), *rows)
 
 
-_fwd = _op.define("entropy_fwd -> (Tensor, Tensor, Tensor)", reference.fwd, _fake, _check_values,
-                  record=EntropyCall)
+_fwd = _op.define("entropy_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
+                  _check_values, record=EntropyCall)
 _bwd = _op.define("entropy_bwd -> Tensor", reference.bwd, lambda backward: (
     backward.call.logits.new_empty(backward.call.logits.shape)), record=EntropyGradient)
 
@@ -61,7 +62,7 @@ class _Entropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: EntropyCall) -> Tensor:
-        entropy, top, log_sum = _fwd(EntropyCall(logits, *call[1:]))
+        _, entropy, top, log_sum = _fwd(EntropyCall(logits, *call[1:]))
         ctx.valid_vocab = call.valid_vocab
         ctx.save_for_backward(logits, *map(savable, (call.mask, *call.scaling)), entropy, top,
                               log_sum)
@@ -108,4 +109,4 @@ def entropy(
     mask = check.mask("mask", mask, "...")
     scaling = check_scaling(check, "...", temperature, softcap, logit_scale)
     call = EntropyCall(logits, mask, scaling, valid_vocab)
-    return recorded(_Entropy, logits, call) if wanted(logits) else _fwd(call)[0]
+    return recorded(_Entropy, logits, call) if wanted(logits) else _fwd(call)[1]

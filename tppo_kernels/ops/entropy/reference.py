@@ -8,10 +8,10 @@ from ..token_logprobs import reference
 from ..token_logprobs.reference import EntropyCall, EntropyGradient
 
 
-def fwd(call: EntropyCall) -> tuple[Tensor, Tensor, Tensor]:
-    """(entropy, top, log_sum), all of logits.shape[:-1]: see the `fwd` that computes them."""
+def fwd(call: EntropyCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(nothing [0], entropy, top, log_sum): see the `fwd` that computes them, log-probs first."""
     _, entropy, top, log_sum = reference.fwd(call)
-    return entropy, top, log_sum
+    return entropy.new_empty(0), entropy, top, log_sum
 
 
 def bwd(backward: EntropyGradient) -> Tensor:

@@ -77,8 +77,9 @@ def fwd(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = call.logits
     entropy, top, log_sum = (
         logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3))
-    logprobs = torch.empty_like(top) if rows.targets else top.new_empty(0)
-    _C.token_logprobs_fwd(rows, logprobs.data_ptr() if rows.targets else 0, entropy.data_ptr(),
+    alone = call.targets is None
+    logprobs = top.new_empty(0) if alone else torch.empty_like(top)
+    _C.token_logprobs_fwd(rows, 0 if alone else logprobs.data_ptr(), entropy.data_ptr(),
                           top.data_ptr(), log_sum.data_ptr())
     return logprobs, entropy, top, log_sum
 

@@ -13,7 +13,7 @@ for many, backward one for rows that begin as those of a contiguous tensor do an
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -305,25 +305,26 @@ def _shape(x: Tensor) -> dict[str, int]:
     return {"U": UNROLL, "L": 32 * WARPS, "G": 16 // x.element_size()}
 
 
-def fwd(call: Call) -> tuple[Any, ...]:
+def fwd(call: Call) -> tuple[Tensor, ...]:
     """(logprobs, entropy, top, log_sum), fp32; see `reference.fwd`. Two launches for few rows.
-    Without targets the log-probs are not computed, and None."""
-    logits = call.logits
-    out = tuple(None if i == 0 and call.targets is None else logits.new_empty(
-        logits.shape[:-1], dtype=torch.float32) for i in range(4))
+    Without targets the log-probs are not computed, and empty."""
+    logits, alone = call.logits, call.targets is None
+    out = tuple(logits.new_empty(0 if alone and i == 0 else logits.shape[:-1], dtype=torch.float32)
+                for i in range(4))
     count, V = math.prod(logits.shape[:-1]), logits.shape[-1]
     if count == 0:
         return out
     rows, capped, shape = _rows(call), call.scaling.softcap is not None, _shape(logits)
     parts = _parts(count, V, math.prod(shape.values()))
+    written = (None if alone else out[0], *out[1:])
     kept = None if parts == 1 else logits.new_empty((count, parts, 3), dtype=torch.float64)
     with launching_on(logits):
         _token_logprobs_fwd_kernel[(count, parts)](
-            rows.x, rows.targets, rows.mask, *out, kept, *rows.place, V, rows.columns, parts,
+            rows.x, rows.targets, rows.mask, *written, kept, *rows.place, V, rows.columns, parts,
             CAPPED=capped, **shape, num_warps=WARPS)
         if parts > 1:
             _token_logprobs_merge_kernel[(count,)](
-                rows.x, rows.targets, rows.mask, *out, kept, *rows.place, rows.columns, parts,
+                rows.x, rows.targets, rows.mask, *written, kept, *rows.place, rows.columns, parts,
                 CAPPED=capped, P=MAX_PARTS, num_warps=1)
     return out
 
