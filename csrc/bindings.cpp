@@ -73,7 +73,8 @@ TPPO_STRUCT(ValueBatch, x.layout, x.values, x.returns, x.old_values, x.clip, x.s
             x.loss, x.metrics, x.scale);
 TPPO_STRUCT(PolicyBatch, x.layout, x.logprobs, x.old_logprobs, x.advantages, x.entropy,
             x.ref_logprobs, x.weights, x.clip_low, x.clip_high, x.dual_clip, x.limit,
-            x.entropy_coef, x.kl_coef, x.share, x.estimator, x.sequence_ratio, x.dlogprobs,
+            x.entropy_coef, x.kl_coef, x.kl_clamp, x.tau_pos, x.tau_neg, x.share, x.estimator,
+            x.objective, x.sequence_ratio, x.kl_ratio_weighted, x.kl_clamped, x.dlogprobs,
             x.dentropy, x.loss, x.metrics, x.scale);
 TPPO_STRUCT(KlTokens, x.logprobs, x.ref_logprobs, x.mask, x.N, x.estimator, x.clamp);
 TPPO_STRUCT(ReduceBatch, x.layout, x.x, x.share, x.total, x.scale);

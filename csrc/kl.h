@@ -39,16 +39,13 @@ struct Kl {
   float value, slope;
 };
 
-constexpr float kNoClamp = 3.4028234e38f;  // no finite value lies beyond
-
-// d = logprob - ref clamped to +-20, the value to +-clamp; the slope, d value / d logprob, is 0
-// beyond either. The slope of k1+ and k3+ is k2's: the clamp of another value does not reach it.
+// d = logprob - ref clamped to +-20; the slope, d value / d logprob, is 0 beyond.
 template <int kEstimator>
-TPPO_INLINE Kl kl_of(float logprob, float ref, float clamp = kNoClamp) {
+TPPO_INLINE Kl kl_of(float logprob, float ref) {
   constexpr float kLimit = 20.f;
   const float raw = logprob - ref;
   const float d = clamp_to(raw, -kLimit, kLimit);
-  Bits outside = bits_if(raw > kLimit) | bits_if(raw < -kLimit);
+  const Bits outside = bits_if(raw > kLimit) | bits_if(raw < -kLimit);
   float value = d, slope = 1.f;
   if (kEstimator == kK2) value = 0.5f * d * d;
   if (kEstimator == kAbs) {
@@ -60,9 +57,17 @@ TPPO_INLINE Kl kl_of(float logprob, float ref, float clamp = kNoClamp) {
     slope = d - value;  // 1 - e^-d
   }
   if (kEstimator == kK2 || kEstimator == kK1Plus || kEstimator == kK3Plus) slope = d;
-  if (kEstimator != kK1Plus && kEstimator != kK3Plus)
-    outside |= bits_if(value > clamp) | bits_if(value < -clamp);
-  return {clamp_to(value, -clamp, clamp), keep(~outside, slope)};
+  return {value, keep(~outside, slope)};
+}
+
+// The value clamped to +-clamp, with slope 0 beyond too. The slope of k1+ and k3+ is k2's: the clamp
+// of another value does not reach it.
+template <int kEstimator>
+TPPO_INLINE Kl kl_of(float logprob, float ref, float clamp) {
+  const Kl x = kl_of<kEstimator>(logprob, ref);
+  const bool own = kEstimator != kK1Plus && kEstimator != kK3Plus;
+  const Bits beyond = bits_if(x.value > clamp) | bits_if(x.value < -clamp);
+  return {clamp_to(x.value, -clamp, clamp), own ? keep(~beyond, x.slope) : x.slope};
 }
 
 struct KlTokens {

@@ -13,6 +13,7 @@ struct Block {
   alignas(64) float d[kBlock], clamped[kBlock], ratio[kBlock], loss[kBlock], slope[kBlock],
       minus_d[kBlock], k3[kBlock], low[kBlock], high[kBlock], dual[kBlock], kl[kBlock],
       kl_slope[kBlock];
+  alignas(64) float by_logprob[kBlock];  // of kCispo
 };
 
 TPPO_CLONES void log_ratios(float limit, Block& x) {
@@ -44,15 +45,14 @@ void load_ratios(const PolicyBatch& in, const PolicyScalars& s, int64_t b, const
 void load_rest(const PolicyBatch& in, int64_t b, const Span& whole, int64_t start, Block& x) {
   load(in, in.advantages, b, whole, start, x, x.advantage);
   load(in, in.entropy, b, whole, start, x, x.entropy);
-  load(in, in.ref_logprobs, b, whole, start, x, x.ref);
   if (in.weights.data)
     load(in, in.weights, b, whole, start, x, x.weight);
   else
     std::fill(x.weight, x.weight + kBlock, 1.f);
 }
 
-// The loss's clipped part of a block. sequence_d: null, or the mean d of the sequence.
-TPPO_CLONES void clipped_part(const PolicyScalars& s, const float* sequence_d, Block& x) {
+template <int kObjective>
+TPPO_INLINE void policy_loop(const PolicyScalars& s, const float* sequence_d, Block& x) {
   const bool by_sequence = sequence_d != nullptr;
   const float shared = by_sequence ? exp_of(*sequence_d) : 0.f;
   for (int64_t i = 0; i < kBlock; ++i) {
@@ -60,34 +60,67 @@ TPPO_CLONES void clipped_part(const PolicyScalars& s, const float* sequence_d, B
     const float e = exp_of(x.d[i]);
     const float k3 = exp_beyond_linear(x.d[i], e);
     const float ratio = by_sequence ? shared : e;
-    const Clipped at = clipped_loss(ratio, x.advantage[i], x.weight[i], s);
+    const Policy at =
+        policy_loss<kObjective>(ratio, x.logprob[i], x.advantage[i], x.weight[i], s);
     x.ratio[i] = keep(valid, ratio);
     x.loss[i] = keep(valid, at.loss);
-    x.slope[i] = keep(valid, at.slope);
+    x.slope[i] = keep(valid, at.by_ratio);
+    if (kObjective == kCispo) x.by_logprob[i] = keep(valid, at.by_logprob);
     x.minus_d[i] = -x.d[i];
     x.k3[i] = k3;
-    x.low[i] = keep(at.low, 1.f);
-    x.high[i] = keep(at.high, 1.f);
+    const Bits counted = kObjective == kCispo ? valid : ~0u;  // others need an advantage
+    x.low[i] = keep(at.low & counted, 1.f);
+    x.high[i] = keep(at.high & counted, 1.f);
     x.dual[i] = keep(at.dual, 1.f);
   }
 }
 
-template <int kEstimator>
-TPPO_INLINE void kl_loop(Block& x) {
+// The loss of a block without KL and entropy. sequence_d: null, or the mean d of the sequence.
+TPPO_CLONES void clip_part(const PolicyScalars& s, const float* sequence_d, Block& x) {
+  policy_loop<kClip>(s, sequence_d, x);
+}
+
+TPPO_CLONES void cispo_part(const PolicyScalars& s, const float* sequence_d, Block& x) {
+  policy_loop<kCispo>(s, sequence_d, x);
+}
+
+TPPO_CLONES void sapo_part(const PolicyScalars& s, const float* sequence_d, Block& x) {
+  policy_loop<kSapo>(s, sequence_d, x);
+}
+
+template <int kEstimator, bool kClamps>
+TPPO_INLINE void kl_loop(float clamp, Block& x) {
   for (int64_t i = 0; i < kBlock; ++i) {
-    const Kl at = kl_of<kEstimator>(x.logprob[i], x.ref[i]);
+    const Kl at = kClamps ? kl_of<kEstimator>(x.logprob[i], x.ref[i], clamp)
+                          : kl_of<kEstimator>(x.logprob[i], x.ref[i]);
     x.kl[i] = at.value;
     x.kl_slope[i] = at.slope;
   }
 }
 
-TPPO_CLONES void kl_part(int estimator, Block& x) {
-  if (estimator == kK1) kl_loop<kK1>(x);
-  if (estimator == kK2) kl_loop<kK2>(x);
-  if (estimator == kK3) kl_loop<kK3>(x);
-  if (estimator == kAbs) kl_loop<kAbs>(x);
-  if (estimator == kK1Plus) kl_loop<kK1Plus>(x);
-  if (estimator == kK3Plus) kl_loop<kK3Plus>(x);
+template <bool kClamps>
+TPPO_INLINE void kl_of_block(int estimator, float clamp, Block& x) {
+  if (estimator == kK1) kl_loop<kK1, kClamps>(clamp, x);
+  if (estimator == kK2) kl_loop<kK2, kClamps>(clamp, x);
+  if (estimator == kK3) kl_loop<kK3, kClamps>(clamp, x);
+  if (estimator == kAbs) kl_loop<kAbs, kClamps>(clamp, x);
+  if (estimator == kK1Plus) kl_loop<kK1Plus, kClamps>(clamp, x);
+  if (estimator == kK3Plus) kl_loop<kK3Plus, kClamps>(clamp, x);
+}
+
+TPPO_CLONES void kl_part(int estimator, Block& x) { kl_of_block<false>(estimator, 0.f, x); }
+
+TPPO_CLONES void clamped_kl_part(int estimator, float clamp, Block& x) {
+  kl_of_block<true>(estimator, clamp, x);
+}
+
+// KL times r, which has a part in the derivative by the ratio.
+TPPO_CLONES void weight_kl(float kl_coef, Block& x) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    x.kl[i] = keep(x.valid[i], x.ratio[i] * x.kl[i]);
+    x.kl_slope[i] = keep(x.valid[i], x.ratio[i] * x.kl_slope[i]);
+    x.slope[i] += times(kl_coef, x.kl[i]);
+  }
 }
 
 TPPO_CLONES void add_other_terms(const PolicyScalars& s, Block& x) {
@@ -111,11 +144,44 @@ TPPO_CLONES void write_gradients(const PolicyScalars& s, float c, const float* s
     for (int64_t i = 0; i < x.count; ++i) dentropy[x.begin + i] = keep(x.valid[i], by_entropy);
 }
 
+TPPO_CLONES void add_by_logprob(float c, const Block& x, float* dlogprobs) {
+  for (int64_t i = 0; i < x.count; ++i) dlogprobs[x.begin + i] += c * x.by_logprob[i];
+}
+
 TPPO_CLONES float largest_of(const float* x) {
   float lanes[16] = {};
   for (int64_t i = 0; i < kBlock; i += 16)
     for (int j = 0; j < 16; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
   return *std::max_element(lanes, lanes + 16);
+}
+
+void load_kl(const PolicyBatch& in, const PolicyScalars& s, int64_t b, const Span& whole,
+             int64_t start, Block& x) {
+  if (!in.ref_logprobs.data) return;
+  load(in, in.ref_logprobs, b, whole, start, x, x.ref);
+  if (in.kl_clamped)
+    clamped_kl_part(in.estimator, s.kl_clamp, x);
+  else
+    kl_part(in.estimator, x);
+}
+
+// All terms of a block but the entropy's.
+void load_terms(const PolicyBatch& in, const PolicyScalars& s, int64_t b, const Span& whole,
+                int64_t start, const float* sequence_d, Block& x) {
+  load_ratios(in, s, b, whole, start, x);
+  load_rest(in, b, whole, start, x);
+  if (in.objective == kClip) clip_part(s, sequence_d, x);
+  if (in.objective == kCispo) cispo_part(s, sequence_d, x);
+  if (in.objective == kSapo) sapo_part(s, sequence_d, x);
+  load_kl(in, s, b, whole, start, x);
+  if (in.ref_logprobs.data && in.kl_ratio_weighted) weight_kl(s.kl_coef, x);
+}
+
+// slope: null, or what the tokens of a sequence have in common.
+void write(const PolicyBatch& in, const PolicyScalars& s, float c, const float* slope,
+           const Block& x) {
+  write_gradients(s, c, slope, x, in.dlogprobs, in.dentropy);
+  if (in.objective == kCispo && in.dlogprobs) add_by_logprob(c, x, in.dlogprobs);
 }
 
 // The sums of one sequence are added to sums [kPolicySums]; its gradients are written.
@@ -131,10 +197,7 @@ void sequence(const PolicyBatch& in, const PolicyScalars& s, int64_t b, Block& x
   }
   const float mean_d = float(d / length);
   for (int64_t start = 0; start < whole.count; start += kBlock) {
-    load_ratios(in, s, b, whole, start, x);
-    load_rest(in, b, whole, start, x);
-    clipped_part(s, in.sequence_ratio ? &mean_d : nullptr, x);
-    if (in.ref_logprobs.data) kl_part(in.estimator, x);
+    load_terms(in, s, b, whole, start, in.sequence_ratio ? &mean_d : nullptr, x);
     add_other_terms(s, x);
     sums[kLoss] += c * block_sum(x.loss);
     const float* columns[] = {x.low, x.high, x.dual, x.clamped, x.minus_d, x.k3, x.ratio,
@@ -144,19 +207,20 @@ void sequence(const PolicyBatch& in, const PolicyScalars& s, int64_t b, Block& x
     if (in.sequence_ratio)
       slopes += block_sum(x.slope);
     else
-      write_gradients(s, float(c), nullptr, x, in.dlogprobs, in.dentropy);
+      write(in, s, float(c), nullptr, x);
   }
   sums[kTokens] += tokens;
   sums[kLive] += tokens > 0;
   if (!in.sequence_ratio || !(in.dlogprobs || in.dentropy)) return;
   const float shared = float(slopes / length);
   for (int64_t start = 0; start < whole.count; start += kBlock) {
-    load_ratios(in, s, b, whole, start, x);
-    if (in.ref_logprobs.data) {
-      load(in, in.ref_logprobs, b, whole, start, x, x.ref);
-      kl_part(in.estimator, x);
+    if (in.objective == kCispo || in.kl_ratio_weighted) {  // by_logprob, kl_slope hold the ratio
+      load_terms(in, s, b, whole, start, &mean_d, x);
+    } else {
+      load_ratios(in, s, b, whole, start, x);
+      load_kl(in, s, b, whole, start, x);
     }
-    write_gradients(s, float(c), &shared, x, in.dlogprobs, in.dentropy);
+    write(in, s, float(c), &shared, x);
   }
 }
 

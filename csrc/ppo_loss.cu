@@ -36,14 +36,20 @@ __device__ __forceinline__ Token load_token(const PolicyBatch& in, const Firsts&
   return x;
 }
 
-__device__ __forceinline__ Kl kl(int estimator, float logprob, float ref) {
+template <int kEstimator, bool kClamps>
+__device__ __forceinline__ Kl kl_of_token(float logprob, float ref, float clamp) {
+  return kClamps ? kl_of<kEstimator>(logprob, ref, clamp) : kl_of<kEstimator>(logprob, ref);
+}
+
+template <bool kClamps>
+__device__ __forceinline__ Kl kl(int estimator, float logprob, float ref, float clamp) {
   switch (estimator) {
-    case kK1: return kl_of<kK1>(logprob, ref);
-    case kK2: return kl_of<kK2>(logprob, ref);
-    case kK3: return kl_of<kK3>(logprob, ref);
-    case kAbs: return kl_of<kAbs>(logprob, ref);
-    case kK1Plus: return kl_of<kK1Plus>(logprob, ref);
-    default: return kl_of<kK3Plus>(logprob, ref);
+    case kK1: return kl_of_token<kK1, kClamps>(logprob, ref, clamp);
+    case kK2: return kl_of_token<kK2, kClamps>(logprob, ref, clamp);
+    case kK3: return kl_of_token<kK3, kClamps>(logprob, ref, clamp);
+    case kAbs: return kl_of_token<kAbs, kClamps>(logprob, ref, clamp);
+    case kK1Plus: return kl_of_token<kK1Plus, kClamps>(logprob, ref, clamp);
+    default: return kl_of_token<kK3Plus, kClamps>(logprob, ref, clamp);
   }
 }
 
@@ -52,35 +58,63 @@ struct Sequence {
   int64_t begin;   // its first token in a result
 };
 
-// Adds a valid token to the sums; returns the part of d loss/d logprob that comes from the ratio,
-// before c and the clamp.
-__device__ __forceinline__ float add_token(const PolicyBatch& in, const PolicyScalars& s,
-                                           const Token& x, const LogRatio& at, const Kl& apart,
-                                           const Sequence& own, double (&sums)[kPolicySums]) {
-  const float e = exp_of(at.d);
-  const float ratio = in.sequence_ratio ? own.ratio : e;
-  const Clipped clipped = clipped_loss(ratio, x.advantage, x.weight, s);
+struct Terms {
+  Policy policy;  // by_ratio and by_logprob with the parts that KL has in them
+  float kl;
+};
+
+// kPlain: of kClip, with KL neither clamped nor weighted.
+template <bool kPlain>
+__device__ __forceinline__ Terms terms_of(const PolicyBatch& in, const PolicyScalars& s,
+                                          const Token& x, float ratio) {
+  Terms at;
+  if (kPlain || in.objective == kClip)
+    at.policy = policy_loss<kClip>(ratio, x.logprob, x.advantage, x.weight, s);
+  else if (in.objective == kCispo)
+    at.policy = policy_loss<kCispo>(ratio, x.logprob, x.advantage, x.weight, s);
+  else
+    at.policy = policy_loss<kSapo>(ratio, x.logprob, x.advantage, x.weight, s);
+  Kl apart{0.f, 0.f};
+  if (in.ref_logprobs.data) {
+    apart = kl<!kPlain>(in.estimator, x.logprob, x.ref, s.kl_clamp);  // infinite: no clamp
+    if (!kPlain && in.kl_ratio_weighted) {
+      apart = {ratio * apart.value, ratio * apart.slope};
+      at.policy.by_ratio += times(s.kl_coef, apart.value);  // d(r k)/dd = r k
+    }
+  }
+  const float by_kl = times(s.kl_coef, apart.slope);
+  const bool has_own = !kPlain && in.objective == kCispo;
+  at.policy.by_logprob = has_own ? at.policy.by_logprob + by_kl : by_kl;
+  at.kl = apart.value;
+  return at;
+}
+
+// Adds a valid token to the sums.
+__device__ __forceinline__ void add_token(const PolicyBatch& in, const PolicyScalars& s,
+                                          const Token& x, const LogRatio& at, const Terms& terms,
+                                          float e, float ratio, float c,
+                                          double (&sums)[kPolicySums]) {
+  const Policy& policy = terms.policy;
   const float loss =
-      clipped.loss + times(-s.entropy_coef, x.entropy) + times(s.kl_coef, apart.value);
-  sums[kLoss] += double(own.c) * double(loss);
+      policy.loss + times(-s.entropy_coef, x.entropy) + times(s.kl_coef, terms.kl);
+  sums[kLoss] += double(c) * double(loss);
   sums[kTokens] += 1.0;
-  if (clipped.low) sums[kLow] += 1.0;
-  if (clipped.high) sums[kHigh] += 1.0;
-  if (clipped.dual) sums[kDual] += 1.0;
+  if (policy.low) sums[kLow] += 1.0;
+  if (policy.high) sums[kHigh] += 1.0;
+  if (policy.dual) sums[kDual] += 1.0;
   if (at.clamped) sums[kClamped] += 1.0;
   sums[kK1Sum] -= double(at.d);
   sums[kK3Sum] += double(exp_beyond_linear(at.d, e));
   sums[kRatio] += double(ratio);
   sums[kEntropySum] += double(x.entropy);
-  sums[kKlSum] += double(apart.value);
+  sums[kKlSum] += double(terms.kl);
   sums[kMax] = join<true>(double(ratio), sums[kMax]);
-  return clipped.slope;
 }
 
 __device__ __forceinline__ void write(const PolicyBatch& in, const PolicyScalars& s, const Token& x,
-                                      Bits clamped, float slope, float kl_slope, float c,
+                                      Bits clamped, float by_ratio, float by_logprob, float c,
                                       int64_t i) {
-  const float all = c * (keep(~clamped, slope) + times(s.kl_coef, kl_slope));
+  const float all = c * (keep(~clamped, by_ratio) + by_logprob);
   if (in.dlogprobs) in.dlogprobs[i] = x.valid ? all : 0.f;
   if (in.dentropy) in.dentropy[i] = x.valid ? c * -s.entropy_coef : 0.f;
 }
@@ -100,8 +134,8 @@ __device__ double sum_ratios(const PolicyBatch& in, const PolicyScalars& s, cons
 // One pass over a token's columns; 33 B a token with all of them and both gradients in fp32. One
 // more over the whole sequence's mask where its length is asked for; under a sequence ratio, whose
 // sequences are never split, one more over logprobs, old and mask, and one more over those and ref
-// for the gradient: from the L2 cache.
-template <bool kFloats>
+// (all columns unless kPlain) for the gradient: from the L2 cache.
+template <bool kFloats, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     ppo_loss_fwd_kernel(PolicyBatch in, int parts, double* sums_of_blocks) {
   __shared__ double shared[kWarps], totals[kPolicySums];
@@ -137,31 +171,49 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       for (int j = 0; j < kItems; ++j) {
         const int64_t t = start + j * kThreads;
         if (t >= range.last) break;
-        float slope = 0.f;
-        Kl apart{0.f, 0.f};
-        LogRatio ratio{0.f, 0u};
+        float by_ratio = 0.f, by_logprob = 0.f;
+        LogRatio d{0.f, 0u};
         if (x[j].valid) {
-          ratio = log_ratio(x[j].logprob, x[j].old, s.limit);
-          if (in.ref_logprobs.data) apart = kl(in.estimator, x[j].logprob, x[j].ref);
-          slope = add_token(in, s, x[j], ratio, apart, own, sums);
-          slopes += double(slope);
+          d = log_ratio(x[j].logprob, x[j].old, s.limit);
+          const float e = exp_of(d.d), ratio = in.sequence_ratio ? own.ratio : e;
+          const Terms terms = terms_of<kPlain>(in, s, x[j], ratio);
+          add_token(in, s, x[j], d, terms, e, ratio, own.c, sums);
+          by_ratio = terms.policy.by_ratio;
+          by_logprob = terms.policy.by_logprob;
+          slopes += double(by_ratio);
         }
         if (!in.sequence_ratio)
-          write(in, s, x[j], ratio.clamped, slope, apart.slope, own.c, own.begin + t);
+          write(in, s, x[j], d.clamped, by_ratio, by_logprob, own.c, own.begin + t);
       }
     }
     if (!in.sequence_ratio) continue;
     const float slope = float(block_total(slopes, shared) / length);
     for (int64_t t = threadIdx.x; t < whole.count; t += kThreads) {
-      const Token x = load_ratio<kFloats>(in, first, mask, t, whole.count);
-      const LogRatio ratio = log_ratio(x.logprob, x.old, s.limit);
-      Kl apart{0.f, 0.f};
-      if (in.ref_logprobs.data)
-        apart = kl(in.estimator, x.logprob, read<kFloats>(in.ref_logprobs, first.ref, t));
-      write(in, s, x, ratio.clamped, slope, apart.slope, own.c, own.begin + t);
+      Token x;
+      float by_logprob = 0.f;
+      if (kPlain) {
+        x = load_ratio<kFloats>(in, first, mask, t, whole.count);
+        if (in.ref_logprobs.data) {
+          const float ref = read<kFloats>(in.ref_logprobs, first.ref, t);
+          by_logprob = times(s.kl_coef, kl<false>(in.estimator, x.logprob, ref, 0.f).slope);
+        }
+      } else {
+        x = load_token<kFloats>(in, first, mask, t, whole.count);
+        by_logprob = terms_of<kPlain>(in, s, x, own.ratio).policy.by_logprob;
+      }
+      const LogRatio d = log_ratio(x.logprob, x.old, s.limit);
+      write(in, s, x, d.clamped, slope, by_logprob, own.c, own.begin + t);
     }
   }
   if (grid_totals<kPolicySums, kMax>(sums, sums_of_blocks, totals)) finish(in, totals);
+}
+
+template <bool kFloats>
+const char* launch(const PolicyBatch& in, double* sums, void* stream) {
+  const bool plain = in.objective == kClip && !in.kl_clamped && !in.kl_ratio_weighted;
+  const bool divisible = !in.sequence_ratio;
+  return plain ? launch_over<ppo_loss_fwd_kernel<kFloats, true>>(in, divisible, sums, stream)
+               : launch_over<ppo_loss_fwd_kernel<kFloats, false>>(in, divisible, sums, stream);
 }
 
 }  // namespace
@@ -171,8 +223,7 @@ const char* ppo_loss_fwd_cuda(const PolicyBatch& in, double* sums, void* stream)
   for (const Column* x : {&in.logprobs, &in.old_logprobs, &in.advantages, &in.entropy,
                           &in.ref_logprobs, &in.weights})
     floats = floats && (!x->data || x->dtype == kFp32);
-  return floats ? launch_over<ppo_loss_fwd_kernel<true>>(in, !in.sequence_ratio, sums, stream)
-                : launch_over<ppo_loss_fwd_kernel<false>>(in, !in.sequence_ratio, sums, stream);
+  return floats ? launch<true>(in, sums, stream) : launch<false>(in, sums, stream);
 }
 
 }  // namespace tppo

@@ -5,10 +5,14 @@
 
 namespace tppo {
 
+enum Objective { kClip, kCispo, kSapo };
+
 struct PolicyScalars {
   float low, high;  // 1 - clip_low, 1 + clip_high
   float dual;       // infinite: none
   float limit, entropy_coef, kl_coef;
+  float kl_clamp;          // infinite: none
+  float tau_pos, tau_neg;  // of kSapo
 };
 
 struct LogRatio {
@@ -21,14 +25,14 @@ TPPO_INLINE LogRatio log_ratio(float logprob, float old, float limit) {
   return {clamp_to(raw, -limit, limit), bits_if(raw > limit) | bits_if(raw < -limit)};
 }
 
-struct Clipped {
-  float loss, slope;  // w l and w dl/dd
+struct Policy {
+  float loss, by_ratio;  // w l and w dl/dd, r = e^d
+  float by_logprob;      // w dl/dlogprob beside it
   Bits low, high, dual;
 };
 
-// l = max(-A r, -A clip(r)), then min(l, -c A) where A < 0; r = e^d.
-TPPO_INLINE Clipped clipped_loss(float ratio, float advantage, float weight,
-                                 const PolicyScalars& s) {
+// l = max(-A r, -A clip(r)), then min(l, -c A) where A < 0.
+TPPO_INLINE Policy clip_loss(float ratio, float advantage, float weight, const PolicyScalars& s) {
   const float free = -advantage * ratio;
   const float held = -advantage * clamp_to(ratio, s.low, s.high);
   const Bits clipped = bits_if(held > free);
@@ -36,7 +40,37 @@ TPPO_INLINE Clipped clipped_loss(float ratio, float advantage, float weight,
   const float ceiling = -s.dual * advantage;
   const Bits dual = bits_if(advantage < 0.f) & bits_if(higher > ceiling);
   return {times(weight, pick(dual, ceiling, higher)), times(weight, keep(~(clipped | dual), free)),
-          clipped & bits_if(ratio < s.low), clipped & bits_if(ratio > s.high), dual};
+          0.f, clipped & bits_if(ratio < s.low), clipped & bits_if(ratio > s.high), dual};
+}
+
+// l = -A clip(r) logprob, where clip(r) is a constant of the differentiation.
+TPPO_INLINE Policy cispo_loss(float ratio, float logprob, float advantage, float weight,
+                              const PolicyScalars& s) {
+  const float slope = -advantage * clamp_to(ratio, s.low, s.high);
+  return {times(weight, slope * logprob), 0.f, times(weight, slope), bits_if(ratio < s.low),
+          bits_if(ratio > s.high), 0u};
+}
+
+// l = -A (4 / tau) sigmoid(x), x = tau (r - 1); of |x| and -|x| with e^-|x|, which never overflows.
+TPPO_INLINE Policy sapo_loss(float ratio, float advantage, float weight, const PolicyScalars& s) {
+  const float tau = pick(bits_if(advantage > 0.f), s.tau_pos, s.tau_neg);
+  const float x = tau * (ratio - 1.f);
+  const Bits below = bits_if(x < 0.f);
+  const float e = exp_of(pick(below, x, -x));
+  const float of_size = 1.f / (1.f + e), of_minus = e * of_size;
+  const float loss = -advantage * (4.f / tau) * pick(below, of_minus, of_size);
+  const float slope = -advantage * 4.f * times(of_size * of_minus, ratio);  // flat: 0 * inf is 0
+  return {times(weight, loss), times(weight, slope), 0.f,
+          bits_if(advantage < 0.f) & bits_if(ratio < s.low),
+          bits_if(advantage > 0.f) & bits_if(ratio > s.high), 0u};
+}
+
+template <int kObjective>
+TPPO_INLINE Policy policy_loss(float ratio, float logprob, float advantage, float weight,
+                               const PolicyScalars& s) {
+  if (kObjective == kCispo) return cispo_loss(ratio, logprob, advantage, weight, s);
+  if (kObjective == kSapo) return sapo_loss(ratio, advantage, weight, s);
+  return clip_loss(ratio, advantage, weight, s);
 }
 
 // Sums over the mask. kLoss is weighted by c_b; kLive counts sequences with a valid token; kMax,
@@ -48,9 +82,10 @@ struct PolicyBatch {
   Layout layout;
   Column logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights;
   Scalar clip_low, clip_high, dual_clip, limit, entropy_coef, kl_coef;  // limit: max_log_ratio
+  Scalar kl_clamp, tau_pos, tau_neg;
   Share share;
-  int estimator;
-  bool sequence_ratio;
+  int estimator, objective;
+  bool sequence_ratio, kl_ratio_weighted, kl_clamped;
   float *dlogprobs, *dentropy;  // [N] or null
   float *loss, *metrics, *scale;
 };
@@ -58,7 +93,8 @@ struct PolicyBatch {
 TPPO_HD inline PolicyScalars scalars_of(const PolicyBatch& in) {
   return {float(1.0 - value_of(in.clip_low)), float(1.0 + value_of(in.clip_high)),
           float(value_of(in.dual_clip)), float(value_of(in.limit)),
-          float(value_of(in.entropy_coef)), float(value_of(in.kl_coef))};
+          float(value_of(in.entropy_coef)), float(value_of(in.kl_coef)),
+          float(value_of(in.kl_clamp)), float(value_of(in.tau_pos)), float(value_of(in.tau_neg))};
 }
 
 // Loss, metrics and scale from the sums [kPolicySums]. A coefficient that is not 0 without its

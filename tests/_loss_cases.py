@@ -1,12 +1,18 @@
 """Cases of `ppo_loss` and `value_loss` that every backend must pass, wherever it runs."""
 
+import itertools
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tppo_kernels as tk
-from tppo_kernels._core.check import Reduction
+from tppo_kernels._core.check import REDUCTIONS, Reduction
+from tppo_kernels._math.sequence import KL_ESTIMATORS
 from tppo_kernels.ops.ppo_loss.reference import Formula, PolicyTerms
 from tppo_kernels.testing import (
+    DTYPES,
+    MASKS,
+    POISONS,
     assert_accurate,
     assert_same_bits,
     pack,
@@ -224,3 +230,46 @@ def terms_of(old_logprobs, advantages, ref_logprobs=None, weights=None, *, ratio
     return PolicyTerms(old_logprobs, advantages, ref_logprobs, weights,
                        Formula(*numbers[:9], ratio, kl_estimator, kl_ratio_weighted, objective),
                        Reduction(*numbers[9:], reduction), cu_seqlens)
+
+
+# every objective with every KL term, but those of the plain clipped loss
+OBJECTIVES = [{"objective": objective, "kl_clamp": clamp, "kl_ratio_weighted": weighted}
+              for objective, clamp, weighted in itertools.product(
+                  ("clip", "cispo", "sapo"), (None, 0.05), (False, True))][1:]
+
+
+def objective_options(variant):
+    """The options of (ratio, reduction, estimator, of OBJECTIVES)."""
+    ratio, reduction, estimator, terms = variant
+    return {"entropy_coef": 0.1, "kl_coef": 0.3, "tau_pos": 0.7, "tau_neg": 1.9, "clip_high": 0.3,
+            "kl_estimator": estimator, "ratio": ratio, "reduction": reduction, **terms,
+            "dual_clip": 1.5 if terms["objective"] == "clip" else None}
+
+
+def check_objectives(shapes, chosen=list):
+    """Every objective and KL term on the present backend against fp64: accuracy over dtypes,
+    shapes, masks and strides; packed; poisoned; NaN and infinite ratios.
+
+    chosen: which of all combinations.
+    """
+    variants = chosen(itertools.product(("token", "sequence"), KL_ESTIMATORS, OBJECTIVES))
+    cases = [(DTYPES[i % 3], shapes[i % len(shapes)], MASKS[i % len(MASKS)], i % 2 == 1,
+              (ratio, REDUCTIONS[i % len(REDUCTIONS)], estimator, terms))
+             for i, (ratio, estimator, terms) in enumerate(variants)]
+    check_layouts(policy_run, policy_sample, cases, objective_options)
+    for i, (terms, ratio) in enumerate(itertools.product(OBJECTIVES, ("token", "sequence"))):
+        options = objective_options((ratio, REDUCTIONS[i % 4], "k3", terms))
+        per_sequence = ("advantages", "weights")
+        if i % 3 == 0 or ratio == "sequence":
+            check_packed(policy_run, policy_sample, options, per_sequence)
+        check_poison(policy_run, policy_sample, POISONS[i % len(POISONS)], options, per_sequence)
+    extreme = {"logprobs": torch.tensor([[-1.0, -300.0, 80.0, -1.0]]), "old_logprobs": torch.tensor(
+        [[-300.0, 0.0, 0.0, -1.0]]), "advantages": torch.tensor([[1.0, 1.0, -1.0, 1.0]])}
+    for objective in ("cispo", "sapo"):
+        for name in ("logprobs", "advantages", "ref_logprobs"):
+            check_mixed_dtypes_and_nan(policy_run, policy_sample, {
+                "objective": objective, "kl_coef": 0.1, "kl_clamp": 0.5,
+                "kl_ratio_weighted": True}, name)
+        for limit in (20.0, 100.0, float("inf")):
+            hold_to_fp64(policy_run, extreme, None, max_log_ratio=limit, reduction="token-sum",
+                         objective=objective)

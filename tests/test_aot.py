@@ -117,6 +117,13 @@ def ppo_loss_launches():
     lp, old, advantages, _ = (x.flatten() for x in loss_arguments(3, 200, torch.float32))
     cu = torch.tensor([0, 9, 600], dtype=torch.int32)
     tk.ppo_loss(lp, old, advantages[:2], ratio="sequence", cu_seqlens=cu)
+    for objective, ratio, kl, clamp in (("cispo", "sequence", "k3", 10.0), ("sapo", "token", "k2",
+                                         None), ("sapo", "sequence", "k3+", 10.0)):
+        lp, old, advantages, mask = loss_arguments(3, 200, torch.bfloat16)
+        tk.ppo_loss(lp, old, advantages, mask, entropy=lp, ref_logprobs=old, weights=old[:, 0],
+                    objective=objective, ratio=ratio, kl_estimator=kl, kl_clamp=clamp,
+                    kl_ratio_weighted=True, reduction="seq-mean-token-mean", entropy_coef=0.1,
+                    kl_coef=0.3).loss.backward()
 
 
 def ppo_loss_varied(i, dtype):

@@ -3,16 +3,20 @@ one that the ratio weights, and sequences that have no valid token."""
 
 import math
 
+import _emulated
 import pytest
 import torch
+from _loss_cases import check_objectives, hold_to_fp64, terms_of
 from _loss_cases import policy_run as run
 from _loss_cases import policy_sample as sample
 from _matrix import third
 
 import tppo_kernels as tk
+from tppo_kernels._core import record
 from tppo_kernels._core.check import REDUCTIONS
 from tppo_kernels._math.sequence import KL_ESTIMATORS
-from tppo_kernels.testing import assert_same_bits, pack, sample_mask
+from tppo_kernels.ops.ppo_loss.reference import PolicyLossCall
+from tppo_kernels.testing import assert_same_bits, count_graphs, pack, sample_mask
 
 OBJECTIVES = ("clip", "cispo", "sapo")
 RATIOS = ("token", "sequence")
@@ -220,3 +224,71 @@ def test_bad_input(change, error, words):
             5, 4), torch.ones(2, 3).long()))):
         with pytest.raises(error, match=f"{op}: {words}"):
             getattr(tk, op)(*before, X, X, **change)
+
+
+def test_cpp():
+    with tk.use_backend("cpp"):
+        check_objectives((1, 255, 256, 257, 600, 24, 64), third)
+
+
+def test_cuda_kernel_emulated(monkeypatch):
+    """csrc/ppo_loss.cu run on the CPU; numbers that lie on a GPU are read by pointer."""
+    _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
+    check_objectives((1, 255, 257, 1030, 24), lambda cases: third(third(cases)))
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
+    hold_to_fp64(run, sample(3, 9), sample_mask("row", 3, 9), objective="sapo", kl_coef=0.1,
+                 tau_pos=torch.tensor(2.0).bfloat16(), kl_clamp=torch.tensor(0.02))
+
+
+@pytest.mark.parametrize("objective", ("cispo", "sapo"))
+def test_opcheck(objective):
+    x, mask = sample(3, 4), sample_mask("interior", 3, 4)
+    taus = {"tau_pos": 1.0, "tau_neg": 1.05} if objective == "sapo" else {}
+    terms = terms_of(x["old_logprobs"], x["advantages"], x["ref_logprobs"], x["weights"],
+                     objective=objective, kl_ratio_weighted=True, kl_clamp=0.1, kl_coef=0.1,
+                     num_sequences=3, reduction="seq-mean-token-mean", **taus)
+    call = PolicyLossCall(x["logprobs"], x["entropy"], mask, terms, True, True)
+    torch.library.opcheck(torch.ops.tppo_kernels.ppo_loss_fwd.default, record.flat(call))
+
+
+def test_compile():
+    """One graph and the same bits; one or two for 50 lengths, batches, bounds and temperatures."""
+    def loss(x, mask, tau, bound):
+        return sum(tk.ppo_loss(mask=mask, **x, objective=objective, tau_neg=tau, kl_clamp=bound,
+                               kl_ratio_weighted=True, kl_coef=0.1, num_sequences="all",
+                               reduction="seq-mean-token-mean").loss for objective in OBJECTIVES)
+    calls = [({k: v.requires_grad_(k == "logprobs") for k, v in sample(t, 51 - t).items()},
+              torch.ones(t, 51 - t, dtype=torch.bool), torch.tensor(0.1 + t / 100),
+              torch.tensor(t / 100)) for t in range(2, 50)]
+    expected = loss(*calls[7])
+    assert count_graphs(loss, calls) <= 2
+    assert_same_bits(torch.compile(loss, fullgraph=True, backend="aot_eager")(*calls[7]).detach(),
+                     expected.detach())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_from_hidden_states(objective, ratio):
+    """`linear_ppo_loss` has the numbers of `ppo_loss(linear_logprobs(...))` in every backend."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(3, 7, 8, generator=g), torch.randn(20, 8, generator=g)
+    targets, mask = torch.randint(20, (3, 7), generator=g), sample_mask("row", 3, 7)
+    with torch.no_grad():
+        logprobs = tk.linear_logprobs(hidden, weight, targets, mask).logprobs
+    old, ref = (logprobs + 0.3 * torch.randn(3, 7, generator=g) for _ in range(2))
+    advantages = torch.randn(3, 7, generator=g)
+    options = dict(objective=objective, ratio=ratio, ref_logprobs=ref, kl_estimator="k3",
+                   entropy_coef=0.1, num_sequences="all", reduction="seq-mean-token-mean", **KL)
+    results = []
+    for backend in ("apart", "reference", "chunked", "cpp"):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if backend == "apart":
+            row = tk.linear_logprobs(*leaves, targets, mask)
+            out = tk.ppo_loss(row.logprobs, old, advantages, mask, entropy=row.entropy, **options)
+        else:
+            with tk.use_backend(backend):
+                out = tk.linear_ppo_loss(*leaves, targets, old, advantages, mask, **options)
+        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaves),
+                        torch.stack(tuple(out.metrics))))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)

@@ -57,6 +57,26 @@ def test_accuracy_over_dtypes_shapes_masks(op, backend, forced):
                             floor=FLOORS.get(op, FLOOR), name=f"{name} of {CASES[case]}")
 
 
+@pytest.mark.parametrize("terms", [
+    {"objective": "clip", "kl_clamp": 1.0, "kl_estimator": "k3+"},
+    {"objective": "cispo", "kl_clamp": 1.0, "kl_ratio_weighted": True, "kl_estimator": "k3"},
+    {"objective": "cispo", "ratio": "sequence", "kl_ratio_weighted": True},
+    {"objective": "sapo", "kl_ratio_weighted": True, "kl_estimator": "abs"},
+    {"objective": "sapo", "ratio": "sequence", "num_sequences": "all",
+     "reduction": "seq-mean-token-mean"}], ids=str)
+@pytest.mark.parametrize("op, backend", pairs(["ppo_loss"]))
+def test_objectives_and_kl_terms(op, backend, forced, terms):
+    for dtype, shape in zip((*DTYPES, *DTYPES), SHAPES, strict=False):
+        args, kwargs = inputs(op, *shape, "row", dtype)
+        given = args, kwargs | {"dual_clip": None} | terms
+        actual = run(op, placed(given, dtype=dtype))
+        with tk.use_backend("reference"):
+            exact = run(op, placed(given, "cpu", torch.float64))
+            eager = run(op, placed(given, "cpu", dtype))
+        for name, value in exact.items():
+            assert_accurate(actual[name].cpu(), value, eager[name], name=f"{name} of {terms}")
+
+
 @pytest.mark.parametrize("op, backend", pairs(GRIDS))
 def test_poison_and_repetition_change_no_bit(op, backend, forced):
     mask = sample_mask("interior", 5, 65)

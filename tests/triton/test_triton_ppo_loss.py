@@ -9,6 +9,7 @@ from _loss_cases import (
     check_layouts,
     check_mixed_dtypes_and_nan,
     check_nothing_but_kernels,
+    check_objectives,
     check_packed,
     check_poison,
     flat,
@@ -155,3 +156,14 @@ def test_two_launches_and_nothing_else(monkeypatch):
             kl_estimator="k3", reduction="seq-mean-token-sum-norm"), True, True),
         lambda *results: PolicyLossGradient(*results, torch.bfloat16, torch.float16))
     assert launches == ["_ppo_loss_fwd_kernel", "_ppo_loss_bwd_kernel"]
+
+
+def test_objectives_and_kl_terms(triton):
+    check_objectives((1, 40, 130), lambda cases: third(third(third(cases))))
+
+
+def test_numbers_of_the_objectives_by_pointer(triton, monkeypatch):
+    options = {"objective": "sapo", "kl_coef": 0.1, "tau_pos": torch.tensor(2.0).bfloat16(),
+               "kl_clamp": torch.tensor(0.02)}
+    monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
+    hold_to_fp64(policy_run, policy_sample(3, 9), sample_mask("row", 3, 9), **options)

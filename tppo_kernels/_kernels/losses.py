@@ -20,10 +20,6 @@ WORKSPACE = 1024 * 13  # doubles: kMaxBlocks of csrc/loss.cuh x kPolicySums of c
 def supports(call: tuple) -> str | None:
     """The reason for refusing, or None."""
     # the tensors of tokens come first in a record, and in the terms of one
-    terms = getattr(call, "terms", None)
-    if terms is not None and (terms.formula.objective != "clip" or terms.formula.kl_ratio_weighted
-                              or terms.formula.kl_clamp is not None):
-        return "it does not have this objective or KL term"
     return refuses_fp64((*call[:4], *getattr(call, "terms", ())[:4]))
 
 
@@ -119,8 +115,8 @@ def pair(x: Tensor | float | None, absent: float = 0.0) -> tuple[float, Tensor |
 
 
 def policy_numbers(formula: Sequence) -> list[tuple[float, Tensor | None]]:
-    """The six scalars of `ppo_loss` as a kernel takes them; no dual clip is an infinite one."""
-    return [pair(x, math.inf) for x in formula[:6]]
+    """The nine scalars of `ppo_loss` as a kernel takes them; no bound is an infinite one."""
+    return [pair(x, math.inf) for x in formula[:9]]
 
 
 def workspace(like: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from ..._kernels.losses import arrange, like_slopes, policy_numbers, share_of, s
 from ..._kernels.structs import Column, Layout, Scalar, Share
 from ..._math.sequence import KL_ESTIMATORS
 from . import reference
-from .reference import METRICS, PolicyLossCall, PolicyLossGradient, columns_of
+from .reference import METRICS, OBJECTIVES, PolicyLossCall, PolicyLossGradient, columns_of
 
 __all__ = ["Call", "PolicyBatch", "bwd", "fwd", "supports"]
+
+_OBJECTIVES = tuple(OBJECTIVES)  # enum Objective of csrc/ppo_loss.h
 
 
 class PolicyBatch(NamedTuple):
@@ -35,9 +37,15 @@ class PolicyBatch(NamedTuple):
     limit: Scalar  # of |logprob - old_logprob|
     entropy_coef: Scalar
     kl_coef: Scalar
+    kl_clamp: Scalar  # infinite: none
+    tau_pos: Scalar  # this and the next: of "sapo"
+    tau_neg: Scalar
     share: Share
     estimator: int  # of KL_ESTIMATORS
+    objective: int  # of OBJECTIVES
     sequence_ratio: bool
+    kl_ratio_weighted: bool
+    kl_clamped: bool
     dlogprobs: int  # [N], or none
     dentropy: int  # [N], or none
     loss: int  # []
@@ -67,7 +75,9 @@ class Call:
         self.struct = PolicyBatch._make((
             structs.layout(batch), *structs.columns(batch),
             *(structs.scalar(x, alive) for x in policy_numbers(formula)),
-            structs.share(share, alive), KL_ESTIMATORS.index(formula.kl_estimator), sequence,
+            structs.share(share, alive), KL_ESTIMATORS.index(formula.kl_estimator),
+            _OBJECTIVES.index(formula.objective), sequence, formula.kl_ratio_weighted,
+            formula.kl_clamp is not None,
             self.dlogprobs.data_ptr() if grad_logprobs else 0,
             self.dentropy.data_ptr() if grad_entropy else 0, self.loss.data_ptr(),
             self.metrics.data_ptr(), self.scale.data_ptr()))

@@ -37,6 +37,7 @@ from ..._kernels.triton_losses import (
     total,
     valid_tokens,
 )
+from ..._kernels.triton_policy import policy_loss
 from . import reference
 from .reference import METRICS, PolicyLossCall, PolicyLossGradient, columns_of
 
@@ -46,26 +47,12 @@ SUMS = 13  # loss, the metrics in their order, sequences with a valid token
 
 
 @triton.jit
-def _clipped(ratio, advantage, weight, low, high, dual):
-    """w l, w dl/dd, and where it was clipped low, high and by the dual clip (inf: none)."""
-    free = -advantage * ratio
-    held = -advantage * clamped_to(ratio, low, high)
-    clipped = held > free
-    loss = tl.where(clipped, held, free)
-    ceiling = -dual * advantage
-    is_dual = (advantage < 0.0) & (loss > ceiling)
-    slope = tl.where(clipped | is_dual, 0.0, free)
-    return (times(weight, tl.where(is_dual, ceiling, loss)), times(weight, slope),
-            clipped & (ratio < low), clipped & (ratio > high), is_dual)
-
-
-@triton.jit
-def _write(grads, place, valid, clamped, slope, kl_slope, c, numbers):
-    """The derivatives of a block without the scale."""
+def _write(grads, place, valid, clamped, slope, by_logprob, c, numbers):
+    """The derivatives of a block without the scale: through the ratio, and beside it."""
     dlogprobs_ptr, dentropy_ptr = grads
     sequence, off = place
     if dlogprobs_ptr is not None:
-        both = c * (tl.where(clamped, 0.0, slope) + times(numbers[5], kl_slope))
+        both = c * (tl.where(clamped, 0.0, slope) + by_logprob)
         tl.store(dlogprobs_ptr + sequence[2] + off, tl.where(valid, both, 0.0),
                  mask=off < sequence[3])
     if dentropy_ptr is not None:
@@ -113,26 +100,39 @@ def _sequence(logprobs, old, mask, sequence, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sequence_slopes(logprobs, old, ref, mask, sequence, grads, slope, c, numbers,
-                     ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+def _sequence_slopes(columns, mask, sequence, grads, slope, mean_d, c, numbers,
+                     ADVANTAGE_STEP: tl.constexpr, WEIGHT_STEP: tl.constexpr,
+                     OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, CLAMPED: tl.constexpr,
+                     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the derivatives of a sequence whose tokens share the ratio and so its slope."""
     for start in range(0, sequence[3], BLOCK):
         place = (sequence, start + tl.arange(0, BLOCK))
         valid = valid_tokens(mask, place)
-        logprob, _, clamped = _log_ratio(logprobs, old, place, valid, numbers[3])
-        kl_slope = tl.zeros([BLOCK], tl.float32)
-        if ref[0] is not None:
-            _, kl_slope = kl(logprob, column(ref, place, valid, 1), None, ESTIMATOR)
-        _write(grads, place, valid, clamped, slope, kl_slope, c, numbers)
+        logprob, _, clamped = _log_ratio(columns[0], columns[1], place, valid, numbers[3])
+        if OBJECTIVE == "cispo" or WEIGHTED:  # the ratio is in what comes beside it
+            _, _, by_logprob = _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP,
+                                      WEIGHT_STEP, True, OBJECTIVE, ESTIMATOR, CLAMPED, WEIGHTED)
+        else:
+            kl_slope = tl.zeros([BLOCK], tl.float32)
+            if columns[4][0] is not None:
+                ref = column(columns[4], place, valid, 1)
+                if CLAMPED:
+                    _, kl_slope = kl(logprob, ref, numbers[6], ESTIMATOR)
+                else:
+                    _, kl_slope = kl(logprob, ref, None, ESTIMATOR)
+            by_logprob = times(numbers[5], kl_slope)
+        _write(grads, place, valid, clamped, slope, by_logprob, c, numbers)
 
 
 @triton.jit
 def _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP: tl.constexpr,
-           WEIGHT_STEP: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr):
-    """What each token adds to the sums, whether it was clamped, and the slopes of l and KL."""
+           WEIGHT_STEP: tl.constexpr, SEQUENCE: tl.constexpr, OBJECTIVE: tl.constexpr,
+           ESTIMATOR: tl.constexpr, CLAMPED: tl.constexpr, WEIGHTED: tl.constexpr):
+    """What each token adds to the sums, whether it was clamped in the fifth place, and the slopes
+    of its loss without entropy: through the ratio, and beside it."""
     logprobs, old, advantages, entropies, refs, weights = columns
-    low, high, dual, limit, entropy_coef, kl_coef = numbers
-    logprob, d, clamped = _log_ratio(logprobs, old, place, valid, limit)
+    entropy_coef, kl_coef = numbers[4], numbers[5]
+    logprob, d, clamped = _log_ratio(logprobs, old, place, valid, numbers[3])
     advantage = column(advantages, place, valid, ADVANTAGE_STEP)
     weight = tl.full(d.shape, 1.0, tl.float32)
     if weights[0] is not None:
@@ -142,16 +142,27 @@ def _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP: tl.constexpr,
     if SEQUENCE:
         ratio = exp(mean_d) + tl.zeros(d.shape, tl.float32)
     ratio = tl.where(valid, ratio, 0.0)
-    loss, slope, is_low, is_high, is_dual = _clipped(ratio, advantage, weight, low, high, dual)
+    loss, slope, own, is_low, is_high, is_dual = policy_loss(ratio, logprob, advantage, weight,
+                                                             numbers, OBJECTIVE)
     entropy = tl.zeros(d.shape, tl.float32)
     kl_value, kl_slope = entropy, entropy
     if entropies[0] is not None:
         entropy = column(entropies, place, valid, 1)
     if refs[0] is not None:
-        kl_value, kl_slope = kl(logprob, column(refs, place, valid, 1), None, ESTIMATOR)
+        ref = column(refs, place, valid, 1)
+        if CLAMPED:
+            kl_value, kl_slope = kl(logprob, ref, numbers[6], ESTIMATOR)
+        else:
+            kl_value, kl_slope = kl(logprob, ref, None, ESTIMATOR)
+        if WEIGHTED:
+            kl_value, kl_slope = ratio * kl_value, ratio * kl_slope
+            slope += times(kl_coef, kl_value)  # d(r k)/dd = r k
+    by_logprob = times(kl_coef, kl_slope)
+    if OBJECTIVE == "cispo":
+        by_logprob += own
     loss = loss + times(-entropy_coef, entropy) + times(kl_coef, kl_value)
     return ((tl.where(valid, loss, 0.0), valid, is_low & valid, is_high & valid, is_dual, clamped,
-             -d, exp_beyond_linear(d, e), ratio, entropy, kl_value), slope, kl_slope)
+             -d, exp_beyond_linear(d, e), ratio, entropy, kl_value), slope, by_logprob)
 
 
 @triton.jit
@@ -173,6 +184,18 @@ def _numbers(low, high, dual, limit, entropy_coef, kl_coef):
             number(entropy_coef), number(kl_coef))
 
 
+@triton.jit
+def _further_numbers(kl_clamp, tau_pos, tau_neg, OBJECTIVE: tl.constexpr, CLAMPED: tl.constexpr):
+    """The numbers that a loss has which asks for them; they are None otherwise."""
+    zero = tl.zeros([], tl.float32)
+    bound, pos, neg = zero, zero, zero
+    if CLAMPED:
+        bound = number(kl_clamp)
+    if OBJECTIVE == "sapo":
+        pos, neg = number(tau_pos), number(tau_neg)
+    return bound, pos, neg
+
+
 @triton.jit(do_not_specialize=[
     "logprobs_stride", "old_stride", "advantages_stride", "entropy_stride", "ref_stride",
     "weights_stride", "mask_stride", "B", "T", "N"])
@@ -181,13 +204,19 @@ def _ppo_loss_fwd_kernel(
         logprobs_stride, old_stride, advantages_stride, entropy_stride, ref_stride, weights_stride,
         mask_stride, offsets_ptr, B, T, N, low, high, dual, limit, entropy_coef, kl_coef, count,
         length, low_ptr, high_ptr, dual_ptr, limit_ptr, entropy_coef_ptr, kl_coef_ptr, count_ptr,
-        length_ptr, dlogprobs_ptr, dentropy_ptr, loss_ptr, metrics_ptr, scale_ptr, parts_ptr,
+        length_ptr, kl_clamp, tau_pos, tau_neg, kl_clamp_ptr, tau_pos_ptr, tau_neg_ptr,
+        dlogprobs_ptr, dentropy_ptr, loss_ptr, metrics_ptr, scale_ptr, parts_ptr,
         ticket_ptr, ADVANTAGE_STEP: tl.constexpr, WEIGHT_STEP: tl.constexpr,
         SEQUENCE: tl.constexpr, BY_LENGTH: tl.constexpr, COUNT_OF: tl.constexpr,
-        ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
+        OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, CLAMPED: tl.constexpr,
+        WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
     """Loss, derivatives without the scale, metrics and scale of all sequences."""
     numbers = _numbers((low, low_ptr), (high, high_ptr), (dual, dual_ptr), (limit, limit_ptr),
                        (entropy_coef, entropy_coef_ptr), (kl_coef, kl_coef_ptr))
+    further = _further_numbers((kl_clamp, kl_clamp_ptr), (tau_pos, tau_pos_ptr),
+                               (tau_neg, tau_neg_ptr), OBJECTIVE, CLAMPED)
+    numbers = (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], further[0],
+               further[1], further[2])
     logprobs, old = (logprobs_ptr, logprobs_stride), (old_ptr, old_stride)
     refs, mask = (ref_ptr, ref_stride), (mask_ptr, mask_stride)
     columns = (logprobs, old, (advantages_ptr, advantages_stride), (entropy_ptr, entropy_stride),
@@ -208,17 +237,19 @@ def _ppo_loss_fwd_kernel(
         for start in range(0, sequence[3], BLOCK):
             place = (sequence, start + tl.arange(0, BLOCK))
             valid = valid_tokens(mask, place)
-            terms, slope, kl_slope = _terms(columns, place, valid, mean_d, numbers, ADVANTAGE_STEP,
-                                            WEIGHT_STEP, SEQUENCE, ESTIMATOR)
+            terms, slope, by_logprob = _terms(columns, place, valid, mean_d, numbers,
+                                              ADVANTAGE_STEP, WEIGHT_STEP, SEQUENCE, OBJECTIVE,
+                                              ESTIMATOR, CLAMPED, WEIGHTED)
             sums = _add(sums, terms, c)
             slopes += slope.to(tl.float64)
             if not SEQUENCE:
-                _write(grads, place, valid, terms[5], slope, kl_slope, c, numbers)
+                _write(grads, place, valid, terms[5], slope, by_logprob, c, numbers)
         live += (tl.max(sums[1] - before, 0) > 0).to(tl.int32)
         if SEQUENCE:
             slope = tl.div_rn(tl.sum(slopes, 0).to(tl.float32), size)
-            _sequence_slopes(logprobs, old, refs, mask, sequence, grads, slope, c, numbers,
-                             ESTIMATOR, BLOCK)
+            _sequence_slopes(columns, mask, sequence, grads, slope, mean_d, c, numbers,
+                             ADVANTAGE_STEP, WEIGHT_STEP, OBJECTIVE, ESTIMATOR, CLAMPED, WEIGHTED,
+                             BLOCK)
     for k in tl.static_range(11):
         leave(parts_ptr, k, tl.sum(sums[k], 0), PROGRAMS)
     leave(parts_ptr, 11, tl.max(sums[11], 0), PROGRAMS)
@@ -249,7 +280,11 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return reference.fwd(call)
     share, sequence = share_of(terms.over, logprobs), formula.ratio == "sequence"
     batch = arrange(columns_of(call), call.mask, terms.cu_seqlens, share.of_sequences or sequence)
-    numbers = [*policy_numbers(formula), pair(share.denominator), pair(share.length)]
+    numbers, further = policy_numbers(formula), [(None, None)] * 3
+    for i, given in enumerate((formula.kl_clamp, formula.tau_pos, formula.tau_neg)):
+        if given is not None:  # a kernel whose loss has no such number is compiled without it
+            further[i] = numbers[6 + i]
+    numbers = [*numbers[:6], pair(share.denominator), pair(share.length)]
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
     loss, metrics, scale = empty(()), empty(METRICS), empty(())
     dlogprobs = empty(logprobs.shape if call.grad_logprobs else 0)
@@ -259,11 +294,14 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _ppo_loss_fwd_kernel[(min(batch.batch, PROGRAMS),)](
             *batch.columns, batch.mask, *batch.strides, batch.mask_stride, batch.cu_seqlens,
             batch.batch, batch.tokens, batch.total, *(x for x, _ in numbers),
-            *(p for _, p in numbers), dlogprobs if call.grad_logprobs else None,
+            *(p for _, p in numbers), *(x for x, _ in further), *(p for _, p in further),
+            dlogprobs if call.grad_logprobs else None,
             dentropy if call.grad_entropy else None, loss, metrics, scale, parts, ticket(logprobs),
             ADVANTAGE_STEP=batch.steps[2], WEIGHT_STEP=batch.steps[5],
             SEQUENCE=sequence, BY_LENGTH=share.by_length, COUNT_OF=share.count_of,
-            ESTIMATOR=formula.kl_estimator, PROGRAMS=PROGRAMS, **shape_of(batch))
+            OBJECTIVE=formula.objective, ESTIMATOR=formula.kl_estimator,
+            CLAMPED=formula.kl_clamp is not None, WEIGHTED=formula.kl_ratio_weighted,
+            PROGRAMS=PROGRAMS, **shape_of(batch))
     return loss, dlogprobs, dentropy, metrics, scale
 
 
