@@ -1,5 +1,5 @@
-// The per-token formula of the clipped policy loss, shared by the C++ and the CUDA kernel. In
-// Python it stands in ops/ppo_loss/reference.py; tests/test_ppo_loss.py compares the two.
+// The per-token formula of the policy loss, shared by the C++ and the CUDA kernel. In Python it
+// stands in ops/ppo_loss/reference.py; tests/test_ppo_loss_backends.py compares the two.
 #pragma once
 #include "kl.h"
 

@@ -40,6 +40,7 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
                 "test_hops.py", "test_docs.py", "fuzz_gradients.py", "test_fuzz_gradients.py",
                 "test_integrations.py", "test_rooms.py", "test_ppo_objectives.py",
+                "test_ppo_loss_backends.py", "test_ppo_loss_torch.py",
                 "test_peer.py", "test_peers_from_source.py", "test_trl.py"}
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
