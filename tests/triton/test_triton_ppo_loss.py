@@ -159,7 +159,7 @@ def test_two_launches_and_nothing_else(monkeypatch):
 
 
 def test_objectives_and_kl_terms(triton):
-    check_objectives((1, 40, 130), lambda cases: third(third(third(cases))))
+    check_objectives((1, 40, 130), lambda cases: third(third(cases)))
 
 
 def test_numbers_of_the_objectives_by_pointer(triton, monkeypatch):
