@@ -60,8 +60,8 @@ TPPO_INLINE Kl kl_of(float logprob, float ref) {
   return {value, keep(~outside, slope)};
 }
 
-// The value clamped to +-clamp, with slope 0 beyond too. The slope of k1+ and k3+ is k2's: the clamp
-// of another value does not reach it.
+// The value clamped to +-clamp, with slope 0 beyond too. The slope of k1+ and k3+ is k2's: the
+// clamp of another value does not reach it.
 template <int kEstimator>
 TPPO_INLINE Kl kl_of(float logprob, float ref, float clamp) {
   const Kl x = kl_of<kEstimator>(logprob, ref);
