@@ -178,22 +178,18 @@ def _add(sums, terms, c):
 
 
 @triton.jit
-def _numbers(low, high, dual, limit, entropy_coef, kl_coef):
-    """1 - clip_low, 1 + clip_high and the others, from (number, pointer) of each."""
-    return (1.0 - number(low), 1.0 + number(high), number(dual), number(limit),
-            number(entropy_coef), number(kl_coef))
-
-
-@triton.jit
-def _further_numbers(kl_clamp, tau_pos, tau_neg, OBJECTIVE: tl.constexpr, CLAMPED: tl.constexpr):
-    """The numbers that a loss has which asks for them; they are None otherwise."""
-    zero = tl.zeros([], tl.float32)
-    bound, pos, neg = zero, zero, zero
+def _numbers(low, high, dual, limit, entropy_coef, kl_coef, kl_clamp, tau_pos, tau_neg,
+             OBJECTIVE: tl.constexpr, CLAMPED: tl.constexpr):
+    """1 - clip_low, 1 + clip_high and the others, from (number, pointer) of each; the last three
+    are None where the formula does not have them."""
+    bound = tl.zeros([], tl.float32)
+    pos, neg = bound, bound
     if CLAMPED:
         bound = number(kl_clamp)
     if OBJECTIVE == "sapo":
         pos, neg = number(tau_pos), number(tau_neg)
-    return bound, pos, neg
+    return (1.0 - number(low), 1.0 + number(high), number(dual), number(limit),
+            number(entropy_coef), number(kl_coef), bound, pos, neg)
 
 
 @triton.jit(do_not_specialize=[
@@ -212,11 +208,9 @@ def _ppo_loss_fwd_kernel(
         WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
     """Loss, derivatives without the scale, metrics and scale of all sequences."""
     numbers = _numbers((low, low_ptr), (high, high_ptr), (dual, dual_ptr), (limit, limit_ptr),
-                       (entropy_coef, entropy_coef_ptr), (kl_coef, kl_coef_ptr))
-    further = _further_numbers((kl_clamp, kl_clamp_ptr), (tau_pos, tau_pos_ptr),
-                               (tau_neg, tau_neg_ptr), OBJECTIVE, CLAMPED)
-    numbers = (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], further[0],
-               further[1], further[2])
+                       (entropy_coef, entropy_coef_ptr), (kl_coef, kl_coef_ptr),
+                       (kl_clamp, kl_clamp_ptr), (tau_pos, tau_pos_ptr), (tau_neg, tau_neg_ptr),
+                       OBJECTIVE, CLAMPED)
     logprobs, old = (logprobs_ptr, logprobs_stride), (old_ptr, old_stride)
     refs, mask = (ref_ptr, ref_stride), (mask_ptr, mask_stride)
     columns = (logprobs, old, (advantages_ptr, advantages_stride), (entropy_ptr, entropy_stride),
