@@ -256,6 +256,34 @@ def test_a_loaded_module_calls_back_at_once_and_another_when_it_is_loaded(peer):
     assert called == ["core", "theirs"] and sys.meta_path == before
 
 
+def part(name, new, parameters, line):
+    return _peer.Part(Replacements("oldtrainer"), {name: parameters}, {name: new}, line)
+
+
+def test_parts_are_put_in_place_together_or_not_at_all(peer, capsys):
+    parts = [part("oldtrainer.core:advantages", ours, "rewards, values, lam", "advantages"),
+             part("oldtrainer.core:loss", our_loss, "values, clip", "the loss")]
+    moved = part("oldtrainer.core:Maker.make", lambda: 1, "self, rows", "never said")
+    with pytest.raises(PeerError, match="Maker.make takes"):
+        _peer.patch_parts(">=1.4,<2", *parts, moved)
+    assert peer.step() == ("theirs", "their loss") and capsys.readouterr().err == ""
+    for _ in range(2):
+        _peer.patch_parts(">=1.4,<2", *parts)
+    assert peer.step() == ("ours", "our loss")
+    assert capsys.readouterr().err == ("tppo_kernels in oldtrainer 1.4.2: advantages\n"
+                                       "tppo_kernels in oldtrainer 1.4.2: the loss\n")
+    _peer.unpatch_parts(*parts)
+    assert peer.step() == ("theirs", "their loss") and capsys.readouterr().err == ""
+
+
+def test_parts_of_modules_to_come_are_told_and_do_not_raise(peer, capsys):
+    moved = part("oldtrainer.late:run", lambda: "ours", "nothing, of, this", "never said")
+    _peer.patch_when_imported(">=1.4,<2", {"oldtrainer.late": moved})
+    assert importlib.import_module("oldtrainer.late").run() == "theirs"
+    assert capsys.readouterr().err.startswith(
+        "tppo_kernels in oldtrainer: nothing is replaced: oldtrainer 1.4.2: oldtrainer.late:run")
+
+
 def test_what_is_told_is_one_line_on_stderr(capsys):
     _peer.say("oldtrainer 1.4.2", "two functions are ours")
     assert capsys.readouterr() == ("", "tppo_kernels in oldtrainer 1.4.2: two functions are ours\n")

@@ -9,7 +9,7 @@ import time
 from functools import partial
 from importlib.metadata import files, version
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -27,12 +27,20 @@ from tppo_kernels.integrations import verl as ours
 CASES = 500
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
          "seq-mean-token-sum-norm")
+
+
+def stock(function):
+    """verl's function, which calls verl's own functions while ours stand in their place."""
+    held = {**vars(core_algos), "verl_F": SimpleNamespace(**vars(verl_F))}
+    return FunctionType(function.__code__, held, function.__name__, function.__defaults__)
+
+
 STOCK = SimpleNamespace(
-    gae=core_algos.compute_gae_advantage_return, policy=core_algos.compute_policy_loss_vanilla,
-    value=core_algos.compute_value_loss, whiten=verl_F.masked_whiten,
+    gae=stock(core_algos.compute_gae_advantage_return), value=stock(core_algos.compute_value_loss),
+    policy=stock(core_algos.compute_policy_loss_vanilla), kl=stock(core_algos.kl_penalty),
+    agg=stock(core_algos.agg_loss), whiten=verl_F.masked_whiten,
     logprobs=verl_F.logprobs_from_logits, entropy=verl_F.entropy_from_logits,
     chunked=verl_F.entropy_from_logits_with_chunking, fused=FusedLinearForPPO.forward,
-    agg=core_algos.agg_loss, kl=core_algos.kl_penalty,
     scores=base.RewardManagerBase.assemble_rm_scores)
 
 

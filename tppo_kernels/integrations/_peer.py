@@ -14,6 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -236,6 +237,50 @@ def _who(value: Any) -> str:
 def say(peer: str, line: str) -> None:
     """One line on stderr about what was done to a trainer, which shows in each worker's log."""
     print(f"tppo_kernels in {peer}: {line}", file=sys.stderr, flush=True)
+
+
+class Part(NamedTuple):
+    """Names of a trainer that are replaced together, and what is said of it."""
+
+    swap: Replacements
+    interface: Mapping[str, str | None]  # as `require` takes it
+    ours: Mapping[str, Any]  # as `Replacements.install` takes it
+    line: str
+
+
+def patch_parts(versions: str, *parts: Part, distribution: str | None = None) -> None:
+    """Puts parts of an integration in place: all of them or, where the trainer is not the one we
+    know, none. A part that is in place stays so. Errors: as of `require`."""
+    peer = parts[0].swap.peer
+    fresh = [part for part in parts if not part.swap.installed]
+    names = {name: each for part in fresh for name, each in part.interface.items()}
+    version = require(peer, versions, names, distribution=distribution)
+    for part in parts:
+        told = part.swap.install(part.ours)
+        for line in [part.line, *told] if part in fresh else told:
+            say(f"{peer} {version}", line)
+
+
+def unpatch_parts(*parts: Part) -> None:
+    """Puts the trainer's own functions back; says which ones another library has replaced since."""
+    for part in parts:
+        for line in part.swap.undo():
+            say(part.swap.peer, line)
+
+
+def patch_when_imported(versions: str, parts: Mapping[str, Part], *,
+                        distribution: str | None = None) -> None:
+    """Puts each part in place once its module is imported, for a process that others have started:
+    it pays nothing for what it does not need, and a trainer that we do not know is told and kept.
+    """
+    def install(part: Part) -> None:
+        try:
+            patch_parts(versions, part, distribution=distribution)
+        except PeerError as error:
+            say(part.swap.peer, f"nothing is replaced: {error}")
+
+    for module, part in parts.items():
+        when_imported(module, partial(install, part))
 
 
 def when_imported(module: str, then: Callable[[], None]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import tppo_kernels as tk
 
-from ._peer import Replacements, require, say
+from . import _peer
+from ._peer import Part, Replacements
 
 VERSIONS = ">=0.5,<1"
 _GAE = ("nemo_rl.algorithms.advantage_estimator:"
@@ -38,18 +39,16 @@ def compute_gae(self: Any, token_level_rewards: Tensor, values: Tensor, mask: Te
     return found.advantages, found.returns
 
 
+_PART = Part(_swap, _INTERFACE, {_GAE: compute_gae},
+             "GeneralizedAdvantageEstimator._compute_gae is ours, with NeMo-RL's numbers")
+
+
 def patch() -> None:
     """Puts our GAE in the place of NeMo-RL's, in this process, and says so on one line. Twice is
     once. Raises PeerError where NeMo-RL is absent, outside `VERSIONS`, or has another interface."""
-    again = _swap.installed
-    version = require("nemo_rl", VERSIONS, None if again else _INTERFACE, distribution="nemo-rl")
-    told = _swap.install({_GAE: compute_gae})
-    for line in told if again else ["GeneralizedAdvantageEstimator._compute_gae is ours, with "
-                                    "NeMo-RL's numbers", *told]:
-        say(f"nemo_rl {version}", line)
+    _peer.patch_parts(VERSIONS, _PART, distribution="nemo-rl")
 
 
 def unpatch() -> None:
     """Puts NeMo-RL's own function back; says so where another library has replaced it since."""
-    for line in _swap.undo():
-        say("nemo_rl", line)
+    _peer.unpatch_parts(_PART)

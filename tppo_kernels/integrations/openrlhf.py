@@ -21,7 +21,6 @@ OpenRLHF's own code, and so is a loss without a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from torch import Tensor
 
 import tppo_kernels as tk
 
-from ._peer import PeerError, Replacements, require, say, when_imported
+from . import _peer
+from ._peer import Part, Replacements
 
 VERSIONS = ">=0.11,<0.12"
 HOOK = "tppo_kernels.integrations.openrlhf.patch_when_imported"
@@ -122,52 +122,31 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     return tk.token_logprobs(logits, labels).logprobs
 
 
-_MODELS_OURS = {_POLICY: policy_loss_forward, _VALUE: value_loss_forward,
-                _LOGPROBS: log_probs_from_logits}
+_PARTS = {
+    "openrlhf.models.loss": Part(
+        _models, _MODELS_INTERFACE,
+        {_POLICY: policy_loss_forward, _VALUE: value_loss_forward,
+         _LOGPROBS: log_probs_from_logits},
+        "PolicyLoss, ValueLoss and log_probs_from_logits are ours, with OpenRLHF's numbers"),
+    _MAKER: Part(_maker, _MAKER_INTERFACE, {_GAE: get_advantages_and_returns},
+                 "get_advantages_and_returns is ours, with OpenRLHF's numbers"),
+}
 
 
 def patch() -> None:
-    """Puts our functions in the place of OpenRLHF's, in this process, and says so on one line
-    for each of its two parts. Twice is once. Raises PeerError where OpenRLHF is absent, of a
-    version outside `VERSIONS`, or has another interface.
+    """Puts our functions in the place of OpenRLHF's, in this process, and says so on two lines.
+    Twice is once. Raises PeerError where OpenRLHF is absent, of a version outside `VERSIONS`, or
+    has another interface.
     """
-    _patch_models()
-    _patch_maker()
-
-
-def _patch(swap: Replacements, interface: dict[str, str | None], ours: dict[str, Any],
-           line: str) -> None:
-    again = swap.installed
-    version = require("openrlhf", VERSIONS, None if again else interface)
-    told = swap.install(ours)
-    for each in told if again else [line, *told]:
-        say(f"openrlhf {version}", each)
-
-
-def _patch_models() -> None:
-    _patch(_models, _MODELS_INTERFACE, _MODELS_OURS,
-           "PolicyLoss, ValueLoss and log_probs_from_logits are ours, with OpenRLHF's numbers")
-
-
-def _patch_maker() -> None:
-    _patch(_maker, _MAKER_INTERFACE, {_GAE: get_advantages_and_returns},
-           "get_advantages_and_returns is ours, with OpenRLHF's numbers")
+    _peer.patch_parts(VERSIONS, *_PARTS.values())
 
 
 def unpatch() -> None:
     """Puts OpenRLHF's own functions back; says which ones another library has replaced since."""
-    for line in _models.undo() + _maker.undo():
-        say("openrlhf", line)
+    _peer.unpatch_parts(*_PARTS.values())
 
 
 def patch_when_imported() -> None:
     """For a process that Ray starts: patches each part of OpenRLHF once it is imported there. An
     OpenRLHF that we do not know is told and kept."""
-    def told(install: Callable[[], None]) -> None:
-        try:
-            install()
-        except PeerError as error:
-            say("openrlhf", f"nothing is replaced: {error}")
-
-    when_imported("openrlhf.models.loss", lambda: told(_patch_models))
-    when_imported(_MAKER, lambda: told(_patch_maker))
+    _peer.patch_when_imported(VERSIONS, _PARTS)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 import tppo_kernels as tk
 
-from ._peer import PeerError, Replacements, require, say, when_imported
+from . import _peer
+from ._peer import Part, Replacements
 
 VERSIONS = ">=0.3,<0.5"
 HOOK = "tppo_kernels.integrations.slime.patch_when_imported"
@@ -103,30 +104,22 @@ def token_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     rollout_data["returns"] = list(found.returns.split(lengths))
 
 
+_PART = Part(_swap, _INTERFACE, {_GAE: get_advantages_and_returns_batch},
+             "get_advantages_and_returns_batch is ours, with slime's numbers")
+
+
 def patch() -> None:
     """Puts our GAE in the place of slime's, in this process, and says so on one line. Twice is
     once. Raises PeerError where slime is absent, outside `VERSIONS`, or has another interface."""
-    again = _swap.installed
-    version = require("slime", VERSIONS, None if again else _INTERFACE)
-    told = _swap.install({_GAE: get_advantages_and_returns_batch})
-    for line in told if again else ["get_advantages_and_returns_batch is ours, with slime's "
-                                    "numbers", *told]:
-        say(f"slime {version}", line)
+    _peer.patch_parts(VERSIONS, _PART)
 
 
 def unpatch() -> None:
     """Puts slime's own function back; says so where another library has replaced it since."""
-    for line in _swap.undo():
-        say("slime", line)
+    _peer.unpatch_parts(_PART)
 
 
 def patch_when_imported() -> None:
     """For a process that Ray starts: patches slime once its functions are imported there. A slime
     that we do not know is told and kept."""
-    def told() -> None:
-        try:
-            patch()
-        except PeerError as error:
-            say("slime", f"nothing is replaced: {error}")
-
-    when_imported(_UTILS, told)
+    _peer.patch_when_imported(VERSIONS, {_UTILS: _PART})

@@ -38,7 +38,8 @@ from torch import Tensor
 
 import tppo_kernels as tk
 
-from ._peer import PeerError, Replacements, require, say, when_imported
+from . import _peer
+from ._peer import Part, Replacements
 
 VERSIONS = ">=0.9.1,<0.10"
 _ALGOS = "verl.trainer.ppo.core_algos"
@@ -320,52 +321,32 @@ _OURS: dict[str, Any] = {
 }
 
 
+_PARTS = {
+    _ALGOS: Part(_algorithms, _INTERFACE, _OURS,
+                 "GAE, whitening, the policy loss, the value loss, agg_loss, k3, log-probs, "
+                 "entropy and the fused head are ours, with verl's numbers; loss_mode=tppo is "
+                 "there"),
+    _MANAGER: Part(_rewards, {_SCORES: "cls, data, scores"},
+                   {_SCORES: classmethod(assemble_rm_scores)},
+                   "reward managers may give a number for each token of a response"),
+}
+
+
 def patch() -> None:
-    """Puts our functions in the place of verl's, in this process, and says so on one line.
+    """Puts our functions in the place of verl's, in this process, and says so on two lines.
 
     Call it after `import verl` and before anything is built from it. Twice is once. Raises
     PeerError where verl is absent, of a version outside `VERSIONS`, or has another interface.
     """
-    _patch_algorithms()
-    _patch_rewards()
-
-
-def _patch_algorithms() -> None:
-    again = _algorithms.installed
-    version = require("verl", VERSIONS, None if again else _INTERFACE)
-    told = _algorithms.install(_OURS)
-    if not again:
-        told.insert(0, "GAE, whitening, the policy loss, the value loss, agg_loss, k3, log-probs, "
-                       "entropy and the fused head are ours, with verl's numbers; loss_mode=tppo "
-                       "is there")
-    for line in told:
-        say(f"verl {version}", line)
-
-
-def _patch_rewards() -> None:
-    again = _rewards.installed
-    version = require("verl", VERSIONS, None if again else {_SCORES: "cls, data, scores"})
-    told = _rewards.install({_SCORES: classmethod(assemble_rm_scores)})
-    if not again:
-        told.insert(0, "reward managers may give a number for each token of a response")
-    for line in told:
-        say(f"verl {version}", line)
+    _peer.patch_parts(VERSIONS, *_PARTS.values())
 
 
 def unpatch() -> None:
     """Puts verl's own functions back; says which ones another library has replaced since."""
-    for line in _algorithms.undo() + _rewards.undo():
-        say("verl", line)
+    _peer.unpatch_parts(*_PARTS.values())
 
 
 def patch_when_imported() -> None:
-    """What the entry point calls: patches each module of verl once verl imports it, so that a
-    process that needs none of them pays nothing; a verl that we do not know is told and kept."""
-    def told(install: Callable[[], None]) -> None:
-        try:
-            install()
-        except PeerError as error:
-            say("verl", f"nothing is replaced: {error}")
-
-    when_imported(_ALGOS, lambda: told(_patch_algorithms))
-    when_imported(_MANAGER, lambda: told(_patch_rewards))
+    """What the entry point calls: patches each module of verl once verl imports it. A verl that we
+    do not know is told and kept."""
+    _peer.patch_when_imported(VERSIONS, _PARTS)
