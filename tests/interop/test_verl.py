@@ -450,6 +450,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_verls_own_tests_pass_stock_and_patched(tmp_path):
     own = [f.locate() for f in files("verl") if str(f) in OWN]
     assert len(own) == len(OWN)
