@@ -1,6 +1,7 @@
 """`tppo study`: what it compares is equal, what it is given is checked; a kill costs one arm."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -50,6 +51,16 @@ def test_presets_are_studies_and_report_no_seed_that_they_were_tuned_on():
         assert len(study.cells()) == len(set(study.cells()))
         used = {cell.seed for cell in study.cells()}
         assert bool(used & set(TUNING_SEEDS)) == (name == "tuning")
+
+
+def test_labels_of_wholes_are_tuned_at_least_as_hard_as_those_of_words():
+    (part,) = PRESETS["tuning"]().parts
+    both = ("scale", "lam", "fit_critic")
+    for kind, knobs in {"words": both, "sentences": (*both, "pooling")}.items():
+        arms = [arm for arm in part.arms if arm.labels == kind]
+        tried = [{getattr(arm, knob) for arm in arms} for knob in knobs]
+        assert all(len(values) >= 2 for values in tried)
+        assert len(arms) == math.prod(map(len, tried))  # each with each
 
 
 def test_arms_of_a_part_sample_equally_many_answers_and_see_the_same_labels():

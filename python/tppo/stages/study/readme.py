@@ -14,7 +14,14 @@ from typing import Any
 from tppo.errors import DataError
 from tppo.stages.study.figures import AT_KL, LEVELS
 from tppo.stages.study.summary import replace_between
-from tppo.stages.study.tables import Point, number, share
+from tppo.stages.study.tables import (
+    MAX_KL,
+    MIN_FORMAT,
+    Point,
+    number,
+    share,
+    within_limits,
+)
 from tppo.store.jsonl import read_object, write_json, write_text
 
 WIDTH = 120  # columns of the README
@@ -196,8 +203,21 @@ def _plateau(figures: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
     return (
         f"{most} labels by word or as a whole end at relevance {_values(last)}; rewards at tokens, "
         f"at the end, and there with the critic fitted at {_values(at_end)} after {sampled} "
-        f"answers, and are at {_values(at_kl)} at KL {AT_KL:g}."
+        f"answers, and are at {_values(at_kl)} at KL {AT_KL:g}. {_beside(arms, three)}"
     )
+
+
+def _beside(labels: Sequence[Mapping[str, Any]], credit: Sequence[Mapping[str, Any]]) -> str:
+    """Whether all that is quoted keeps the form, stays near SFT and repeats itself no more."""
+    ends = [beside for arm in labels for beside in arm["beside"]]
+    for arm in credit:
+        first, last = arm["rows"][0], arm["rows"][-1]
+        left = last["distinct_queries"] / max(first["distinct_queries"], 1e-9)
+        ends.append(last | {"distinct_share": left})
+    if all(map(within_limits, ends)):
+        return f"All have format {number(MIN_FORMAT)} or more and KL {MAX_KL:g} or less."
+    worst, furthest = min(end["format"] for end in ends), max(end["kl"] for end in ends)
+    return f"Format is {number(worst)} at worst, KL {furthest:.1f} at most."
 
 
 def _told_apart(points: Sequence[Point]) -> str:
