@@ -527,7 +527,7 @@ def test_what_inference_mode_made_may_stand_beside_what_is_trained(op):
         expected = gradients(op, given, trained)
         for key, grad in gradients(op, given | {name: made}, trained).items():
             torch.testing.assert_close(grad, expected[key], msg=lambda m, n=name: f"{n}: {m}")
-    assert seen > 1
+    assert seen > (op != "reduce")  # beside whose x there is the mask alone
 
 
 def test_states_of_a_layout_that_inference_mode_made_are_trained():

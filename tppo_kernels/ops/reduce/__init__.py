@@ -62,8 +62,8 @@ class _Reduce(torch.autograd.Function):
     @first_only(0)
     def backward(ctx, grad):
         scale, mask, *counts, cu_seqlens = ctx.saved_tensors
-        return _bwd(ReduceGradient(grad, scale, mask, Reduction(*counts, ctx.reduction), cu_seqlens,
-                                   ctx.dtype)), None
+        over = Reduction._make((*counts, ctx.reduction))
+        return _bwd(ReduceGradient(grad, scale, mask, over, cu_seqlens, ctx.dtype)), None
 
 
 @suggests

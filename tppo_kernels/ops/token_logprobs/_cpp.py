@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from .reference import Call, Gradient
 
 def supports(call: Call | Gradient) -> str | None:
     """The reason for refusing, or None."""
-    return refuses_fp64((getattr(call, "call", call).logits,))
+    inner: Any = getattr(call, "call", call)
+    return refuses_fp64((inner.logits,))
 
 
 class TokenRows(NamedTuple):

@@ -13,7 +13,7 @@ for many, backward one for rows that begin as those of a contiguous tensor do an
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -259,7 +259,7 @@ def _token_logprobs_bwd_kernel(
 
 def supports(call: Call | Gradient) -> str | None:
     """The reason for refusing, or None."""
-    inner = getattr(call, "call", call)  # the logits, and the gradients that come in
+    inner: Any = getattr(call, "call", call)  # the logits, and the gradients that come in
     return refuses_fp64((inner.logits, *call[:2]))
 
 
