@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 from trl import GRPOConfig, GRPOTrainer
 
+SHORT = "TPPO_INTEROP_SHORT" in os.environ
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 VOWELS = set("aeiou")
 

@@ -14,7 +14,8 @@ error there.  What a file needs besides pins stands at its head, as `# key: valu
     no-deps   pins that are installed without what they ask for, separated by spaces
     python-below  a version, as 3.12, and a statement: pins that ask for that version are installed
               into an older interpreter too, where the statement runs before everything else
-    ci        "yes": a part of --ci, which leaves tests that are marked slow out
+    ci        "yes": a part of --ci, which leaves tests that are marked slow out and sets
+              TPPO_INTEROP_SHORT, by which tests of random cases draw fewer
 
 TORCH_INDEX is a package index for torch alone, as in the Makefile.
 """
@@ -122,6 +123,8 @@ class Environment:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "TPPO_PEER": self.name,
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
         selected = ("-m", "not slow") if ci else ()
+        if ci:
+            environ["TPPO_INTEROP_SHORT"] = "1"
         return subprocess.run(
             [self.python, "-m", "pytest", "--numprocesses", "auto", "--dist", "loadfile",
              *selected, *files], cwd=ROOT, env=environ).returncode

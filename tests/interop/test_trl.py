@@ -7,12 +7,13 @@ from importlib.metadata import version
 import pytest
 import torch
 import trl
+from _trl_runs import SHORT
 from trl.trainer import grpo_trainer, utils
 
 import tppo_kernels as tk
 from tppo_kernels.integrations import trl as ours
 
-CASES = 500
+CASES = 60 if SHORT else 500
 CHUNKED = utils._ChunkedLogProbFunction
 SOFTMAX, ENTROPY = utils.selective_log_softmax, utils.entropy_from_logits
 BOTH = getattr(utils, "selective_log_softmax_and_entropy", None)

@@ -172,7 +172,7 @@ def learned(kind, model, folder, reward, seed, steps):
 def test_rewards_of_tokens_teach_faster_than_their_sum(tmp_path, capsys):
     """A toy: a vowel pays 1; the same samples, seeds and settings, the sum for TRL's trainer."""
     found = []
-    for seed in range(5):
+    for seed in range(3):
         model = saved_model(tmp_path / f"model-{seed}", seed)
         start = learned(GRPOTrainer, model, tmp_path / "a", count_vowels, seed, 60)
         tokens = learned(TokenGRPOTrainer, model, tmp_path / "b", pay_vowels, seed, 60)
@@ -181,4 +181,4 @@ def test_rewards_of_tokens_teach_faster_than_their_sum(tmp_path, capsys):
             print(f"seed {seed}: reward of the last 15 of 60 steps {start[0]:.2f} by the sum, "
                   f"{tokens[0]:.2f} by tokens; at first {start[1][0]:.2f}")
     sums, tokens = (statistics.mean(x) for x in zip(*found, strict=True))
-    assert tokens > sums and sum(b > a for a, b in found) >= 4
+    assert tokens > sums and all(b > a for a, b in found)

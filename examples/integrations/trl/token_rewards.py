@@ -16,20 +16,15 @@ from trl import GRPOConfig
 from tppo_kernels.integrations.trl import TokenGRPOTrainer
 
 
-def no_word_twice(completions, **_):
-    """-1 for each word that stands in its answer already, at that word."""
-    paid = []
-    for text in completions:
-        words = list(re.finditer(r"\w+", text.lower()))
-        seen = [word.group() for word in words]
-        paid.append([(word.start(), word.end(), -1.0) for i, word in enumerate(words)
-                     if word.group() in seen[:i]])
-    return paid
+def short_words(completions, **_):
+    """-1 for each word of more than six letters, at that word."""
+    return [[(word.start(), word.end(), -1.0) for word in re.finditer(r"\w{7,}", text)]
+            for text in completions]
 
 
 if __name__ == "__main__":
     args = GRPOConfig(output_dir="runs/trl", max_steps=20, max_completion_length=32,
                       num_generations=4, per_device_train_batch_size=8, report_to="none")
     prompts = Dataset.from_dict({"prompt": ["name a river", "name a city"] * 100})
-    trainer = TokenGRPOTrainer(sys.argv[1], no_word_twice, args, train_dataset=prompts)
+    trainer = TokenGRPOTrainer(sys.argv[1], short_words, args, train_dataset=prompts)
     trainer.train()
