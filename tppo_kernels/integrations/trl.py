@@ -7,7 +7,7 @@ at tokens.
     _ChunkedLogProbFunction      linear_logprobs: GRPO, DPO, KTO, SFT of 1.14 and later; 1.12's
                                  asynchronous GRPO
     selective_log_softmax        token_logprobs
-    entropy_from_logits          token_logprobs
+    entropy_from_logits          entropy
     selective_log_softmax_and_entropy (1.14 and later)  token_logprobs, both by one read
 
 The numbers stay TRL's: results have its dtype (on a CPU bf16 log-probs are rounded to bf16), and
@@ -127,8 +127,7 @@ def _selective_log_softmax(
 
 
 def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    none = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _like_trl(tk.token_logprobs(logits, none).entropy, logits)
+    return _like_trl(tk.entropy(logits), logits)
 
 
 def _selective_log_softmax_and_entropy(
