@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,7 +11,7 @@ from tppo.commands import _names
 from tppo.evaluation.table import reached_line
 from tppo.rewards.sentence_model import SentenceModelReward
 from tppo.stages import baselines
-from tppo.stages.artifacts import BASELINES
+from tppo.stages.artifacts import BASELINES, TEST_SESSIONS
 from tppo.stages.registry import before
 from tppo.stages.study.presets import OF_FEW
 
@@ -33,8 +34,24 @@ def finished(tmp_path_factory):
     flags = ["--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")]
     for stage in [*before("eval"), "eval"]:
         if stage != "baselines":
-            main([stage, *flags])
+            with nobody_there(folder / "out", stage):
+                main([stage, *flags])
     return folder / "out"
+
+
+@contextmanager
+def nobody_there(out, stage):
+    """Without the users that judge, whom no stage between data and eval may read."""
+    test, apart = out / TEST_SESSIONS.path, out.parent / "test-users"
+    if stage in ("data", "eval"):
+        yield
+        return
+    test.rename(apart)
+    try:
+        yield
+    finally:
+        assert not test.exists()
+        apart.rename(test)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +59,8 @@ def compared(finished, tmp_path_factory):
     out = shutil.copytree(finished, tmp_path_factory.mktemp("baselines") / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "SentenceModelReward", paid)
-        main(["baselines", "--out", str(out)])
+        with nobody_there(out, "baselines"):
+            main(["baselines", "--out", str(out)])
     main(["eval", "--out", str(out)])
     return out
 
