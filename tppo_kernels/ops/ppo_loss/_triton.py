@@ -279,6 +279,9 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if given is not None:  # a kernel whose loss has no such number is compiled without it
             further[i] = numbers[6 + i]
     numbers = [*numbers[:6], pair(share.denominator), pair(share.length)]
+    shape = shape_of(batch)
+    if sequence and (formula.objective == "cispo" or formula.kl_ratio_weighted):
+        shape["maxnreg"] = 168  # all terms are computed twice: with 128 some would be spilled
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
     loss, metrics, scale = empty(()), empty(METRICS), empty(())
     dlogprobs = empty(logprobs.shape if call.grad_logprobs else 0)
@@ -295,7 +298,7 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             SEQUENCE=sequence, BY_LENGTH=share.by_length, COUNT_OF=share.count_of,
             OBJECTIVE=formula.objective, ESTIMATOR=formula.kl_estimator,
             CLAMPED=formula.kl_clamp is not None, WEIGHTED=formula.kl_ratio_weighted,
-            PROGRAMS=PROGRAMS, **shape_of(batch))
+            PROGRAMS=PROGRAMS, **shape)
     return loss, dlogprobs, dentropy, metrics, scale
 
 
