@@ -1,6 +1,9 @@
 """Which answers are labelled: those of which a reward model is unsure, or those of the policy."""
 
+import copy
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from tppo.labels.rule import label_by_rule
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.doubt import answer_doubts
 from tppo.methods.reward_model import LabelledAnswer, PolicyTokens
+from tppo.stages.artifacts import TEST_SESSIONS
 from tppo.stages.study import rounds
 from tppo.stages.study.arms import train_arm
 from tppo.stages.study.config import PAPER, ROUND, Arm, Cell, Noise, Part, StudyConfig
@@ -120,6 +124,31 @@ def test_answers_of_the_policy_are_labelled_while_it_trains_and_pay_from_then_on
     assert all(torch.equal(after[name], trained[name]) for name in trained)
     assert all(torch.equal(after[name], kept[name]) for name in kept)
     assert len(found["scores"]) == material.study.fresh_answers and len(found["curve"]) == 2
+
+
+def test_the_users_who_judge_change_nothing_of_what_is_trained(material, tmp_path):
+    """Other test users, with other true queries: all that is kept of an arm is the same, but for
+    what they themselves say.
+    """
+    cell = replace(cell_of(Arm(), 30), steps=1)
+    make_reward_model(material, cell)
+    out = tmp_path / material.run.out.name
+    shutil.copytree(material.run.out, out)
+    for start in out.glob("start-*"):
+        start.unlink()
+    other = copy.copy(material)
+    other.run = replace(material.run, out=out)
+    for name in ("seeded", "judges", "train", "labelled", "sessions"):
+        vars(other).pop(name, None)
+    test = out / TEST_SESSIONS.path
+    rows = [json.loads(line) for line in test.read_text().splitlines()]
+    rows = [row | {"targets": ["red shoes"]} for row in rows[::-1]]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own, others = train_arm(material, cell), train_arm(other, cell)
+    assert own["curve"] != others["curve"]
+    for found in (own, others):
+        del found["curve"], found["seconds"]
+    assert own == others and own["sampled"] and own["scores"]
 
 
 def test_a_model_of_random_answers_is_shared_and_chosen_ones_have_their_own():
