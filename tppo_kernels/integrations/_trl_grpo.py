@@ -106,7 +106,8 @@ class TokenGRPOTrainer(GRPOTrainer):
         return output
 
     def _advantages_of_tokens(self, output: dict[str, Any]) -> Tensor:
-        """[B, T] of this process, from the rewards of all of them: a group may lie on several."""
+        """[B, T] of this process, from the rewards of all of them: a group may lie on several; [B]
+        where each answer has one advantage."""
         (totals, lengths), gather = self._scored, self.accelerator.gather
         width = output["completion_ids"].shape[1]
         rewards, actions = self._placed(output, totals, lengths)
@@ -124,7 +125,11 @@ class TokenGRPOTrainer(GRPOTrainer):
             found = tk.whiten(returns, actions & ~silent[:, None])
         else:
             found = self._against_group(returns, actions, scores)
-        return found.nan_to_num(nan=0.0)[mine, :width]
+        found = found.nan_to_num(nan=0.0)[mine, :width]
+        numbers = all(x is None for paid in self._paid for x in paid.tokens)
+        if numbers and self.gamma == 1 and self.token_advantages != "whitened":
+            return found[:, 0]  # the same at each token; [B] as TRL's, by which metrics count rows
+        return found
 
     def _placed(self, output: dict[str, Any], totals: Tensor, lengths: list[int]
                 ) -> tuple[Tensor, Tensor]:
