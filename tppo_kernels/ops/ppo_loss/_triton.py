@@ -274,10 +274,9 @@ def fwd(call: PolicyLossCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return reference.fwd(call)
     share, sequence = share_of(terms.over, logprobs), formula.ratio == "sequence"
     batch = arrange(columns_of(call), call.mask, terms.cu_seqlens, share.of_sequences or sequence)
-    numbers, further = policy_numbers(formula), [(None, None)] * 3
-    for i, given in enumerate((formula.kl_clamp, formula.tau_pos, formula.tau_neg)):
-        if given is not None:  # a kernel whose loss has no such number is compiled without it
-            further[i] = numbers[6 + i]
+    numbers, given = policy_numbers(formula), (formula.kl_clamp, formula.tau_pos, formula.tau_neg)
+    # a kernel whose loss has no such number is compiled without it
+    further = [(None, None) if x is None else y for x, y in zip(given, numbers[6:], strict=True)]
     numbers = [*numbers[:6], pair(share.denominator), pair(share.length)]
     shape = shape_of(batch)
     if sequence and (formula.objective == "cispo" or formula.kl_ratio_weighted):
