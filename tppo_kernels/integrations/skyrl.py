@@ -40,7 +40,8 @@ from ._reward_model import TokenRewardModel, deal, gather
 if __name__ == "__main__":  # other processes know what is pickled by its module's name
     from tppo_kernels.integrations.skyrl import main as run_as_a_module
 
-    sys.exit(run_as_a_module())
+    run_as_a_module()
+    sys.exit()
 
 VERSIONS = ">=0.4,<0.5"
 GAE, LOSS, ENVIRONMENT = "tppo_gae", "tppo", "tppo"  # what SkyRL's configuration names
@@ -247,7 +248,9 @@ class TokenRewardGenerator(GeneratorInterface):
 
     def _lengths(self, batch: Any, responses: int) -> list[float] | None:
         extras: Sequence[Any] = batch.get("env_extras") or [{}] * len(batch["prompts"])
-        found = [(row or {}).get("suggested_length", self.suggested_length) for row in extras]
+        found: list[Any] = [
+            (row or {}).get("suggested_length", self.suggested_length) for row in extras
+        ]
         if any(length is None for length in found):
             if any(length is not None for length in found):
                 raise ValueError(f"suggested_length is missing in row {found.index(None)} of "
