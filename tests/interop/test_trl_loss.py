@@ -130,5 +130,6 @@ def test_fifteen_steps_log_what_trls_log(model, tmp_path, kind, beta):
         for name in expected.keys() - {"step_time"}:
             if "runtime" in name or "per_second" in name:
                 continue
-            bound = 1e-6 if name == "loss" else 1e-5 + 1e-4 * abs(expected[name])
+            bound = (1e-6 * max(1.0, abs(expected[name])) if name == "loss"  # fp32 has 7 digits
+                     else 1e-5 + 1e-4 * abs(expected[name]))
             assert abs(actual[name] - expected[name]) < bound, (name, expected["loss"])
