@@ -14,6 +14,7 @@ from tppo.stages.study.systems import (
     run_system,
     seconds,
     summed_up,
+    true_gap,
 )
 
 ACCURACY = {0: (0.6, 0.7), 1: (0.8, 0.7)}  # seed -> the seed model's and the last round's
@@ -77,8 +78,9 @@ def test_the_presets_are_three_seeds_or_more_and_refuse_flags_of_other_studies(t
 @pytest.mark.parametrize(("system", "arms"), [
     ("ser", {f"{labels}{arm}" for labels in ("pairs", "words")
              for arm in ("", ": last round", ": all labels", ": true labels of the same")}),
-    ("pit", {f"{arm}, paid per {reward}" for reward in ("answer", "token")
-             for arm in ("SFT alone", "stage 0", "stage 1", "both")}),
+    ("pit", {f"{arm}, paid {how}" for how in ("per answer", "per token", "by the rule")
+             for arm in ("SFT alone", "stage 0", "stage 1", "both")}
+            - {"SFT alone, paid by the rule"}),
 ])  # fmt: skip
 def test_each_study_runs_to_its_report(tmp_path, system, arms):
     run_system(seconds(system), tmp_path)
@@ -87,4 +89,10 @@ def test_each_study_runs_to_its_report(tmp_path, system, arms):
     assert all(error is None for _, error in found["gains"].values())
     if system == "pit":  # all arms better the same first answers
         first = [point["figures"]["relevance"] for point in found["points"] if point["x"] == 0]
-        assert len(first) == 8 and all(value == first[0] for value in first)
+        assert len(first) == 11 and all(value == first[0] for value in first)
+
+
+def test_the_true_gap_is_of_the_words_that_the_rule_calls_relevant():
+    gap = true_gap({"p": "red shoes\nblue hat"}, 4.0)
+    found = gap(["p", "p"], ["red hat\nsocks", "x y"], ["x y z", "red"])
+    assert found == pytest.approx([4 * 2 / 3, -4.0])

@@ -28,7 +28,7 @@ from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.models.vocabulary import limit_vocabulary
 from tppo.progress import say
-from tppo.rewards import Questions
+from tppo.rewards import Questions, Reward
 from tppo.rewards.gap import GapReward
 from tppo.rewards.sentence_model import SentenceModel
 from tppo.stages.artifacts import PIT_POLICY, PIT_REPORT
@@ -255,8 +255,12 @@ def stage_loop(
     start: Path,
     name: str,
     steps: int,
+    reward: Reward | None = None,
 ) -> StageLoop:
-    """PPO on the gap from the policy in `start`, with KL to PIT's SFT model."""
+    """PPO on the gap from the policy in `start`, with KL to PIT's SFT model.
+
+    reward: in place of the gap model's.
+    """
     settings, sft = training.config, parts / "sft" / MODEL
     lora, loading = settings.lora, settings.model
     ref = training.policy(sft)
@@ -269,9 +273,10 @@ def stage_loop(
     advantage = ADVANTAGES[config.advantage](config)
     models = ppo_models(policy, ref, sft, training.device, loading, lora,
                         critics=int(advantage.needs_critic), seed=training.seed)  # fmt: skip
-    gap = SentenceModel.load(parts / "gap" / MODEL, training.device, loading.dtype)
-    reward = GapReward(gap, tokens=settings.pit.reward == "token", scale=settings.pit.scale,
-                       max_tokens=config.max_tokens)  # fmt: skip
+    if reward is None:
+        gap = SentenceModel.load(parts / "gap" / MODEL, training.device, loading.dtype)
+        reward = GapReward(gap, tokens=settings.pit.reward == "token", scale=settings.pit.scale,
+                           max_tokens=config.max_tokens)  # fmt: skip
     trainer = PPO(
         models, training.engine(policy), config, reward=reward, advantage=advantage,
         tokenizer=training.tokenizer, sampling=training.sampling(),

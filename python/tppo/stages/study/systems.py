@@ -2,8 +2,9 @@
 
 ser   the seed model, each round, and the model of all labels: held-out accuracy, with labels of
       pairs and of words
-pit   stage 0 alone, stage 1 alone and both, with as many steps of PPO each, paid per answer and per
-      token: relevance of test users' answers after 0 .. k improvements
+pit   stage 0 alone, stage 1 alone and both, with as many steps of PPO each, paid per answer, per
+      token, and by the true gap in place of the model's: relevance of test users' answers after
+      0 .. k improvements
 
 Each seed lies in a folder of its own, made by the stages themselves; what a seed has found is in
 `outcomes.jsonl` before the next begins, and a study that was stopped goes on behind the last.
@@ -26,9 +27,12 @@ from typing import Any, Literal
 from tppo.config import Config, fill_defaults
 from tppo.evaluation.chart import Line, chart
 from tppo.evaluation.page import page, table
+from tppo.labels.queries import SEPARATOR
+from tppo.labels.rule import label_by_rule, relevance_share
 from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SERConfig, SFTConfig
 from tppo.models.config import GenerateConfig
 from tppo.progress import say
+from tppo.rewards.function import FunctionReward
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import Count, Seed, section
 from tppo.stages.artifacts import SER_REPORT, SFT_MODEL
@@ -38,6 +42,7 @@ from tppo.stages.run import Run
 from tppo.store.jsonl import plain, read_json, write_json, write_text
 
 Row = Mapping[str, Any]  # arm, x, figures
+PAID = {"answer": "per answer", "token": "per token", "rule": "by the rule"}  # the true gap
 MATERIAL = ("data", "sft", "generate", "label", "map")
 
 
@@ -181,34 +186,56 @@ def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
     The arms of a seed share SFT, and those of a reward the gap model.
     """
     rows, n, run = list[Row](), study.steps, _run(study, out, seed)
-    for reward in ("answer", "token"):
-        paid = replace(run.config, pit=replace(run.config.pit, reward=reward))
+    for reward in PAID:
+        model = "token" if reward == "token" else "answer"
+        paid = replace(run.config, pit=replace(run.config.pit, reward=model))
         training = replace(session_training(run), config=paid)
         train, heldout = held_out(training, session_better(run))
         parts = run.out / f"pit-{reward}"
         shutil.rmtree(parts, ignore_errors=True)  # of a process that was stopped
         for name, make in (("sft", sft_part), ("gap", gap_part)):
             (parts / name).mkdir(parents=True)
-            if name == "sft" and reward == "token":
-                shutil.copytree(run.out / "pit-answer/sft", parts / name, dirs_exist_ok=True)
+            if reward == "rule" or name == "sft" and reward == "token":
+                shutil.copytree(run.out / "pit-answer" / name, parts / name, dirs_exist_ok=True)
             else:
                 make(parts / name, training, train, heldout)
+        true = FunctionReward(true_gap({p.prompt: p.better for p in train}, paid.pit.scale))
         arms = {"SFT alone": (0, 0), "stage 0": (n, 0), "stage 1": (0, n),
                 "both": (n // 2, n - n // 2)}  # fmt: skip
+        if reward == "rule":
+            del arms["SFT alone"]
         for arm, stages in arms.items():
             policy = parts / SFT_MODEL.path
             for stage, steps in zip(("stage-0", "stage-1"), stages, strict=True):
                 if steps:
                     folder = parts / f"{arm}-{stage}"
                     folder.mkdir()
-                    stage_loop(folder, parts, training, train, policy, stage, steps).run_all()
+                    stage_loop(folder, parts, training, train, policy, stage, steps,
+                               true if reward == "rule" else None).run_all()  # fmt: skip
                     policy = folder / "model"
             found, _ = judged_steps(run, run.sessions("test"), policy, parts / "gap/model")
             for row in found:
                 names = ("relevance", "words", "format", "distinct_queries", "gap", "length")
-                rows.append({"arm": f"{arm}, paid per {reward}", "x": row["step"],
+                rows.append({"arm": f"{arm}, paid {PAID[reward]}", "x": row["step"],
                              **{name: row[name] for name in names}})  # fmt: skip
     return rows
+
+
+def true_gap(truth: Mapping[Any, str], scale: float) -> Callable[..., list[float]]:
+    """A reward that no gap model can be wrong about: scale (s(y) - s(y_ref)), s being the share of
+    an answer's words that the rule calls relevant.
+
+    truth: the true next queries of each prompt, one a line.
+    """
+    def share(prompt: Any, text: str) -> float:
+        label = label_by_rule("", text, truth[prompt].split(SEPARATOR), 1.0)
+        return relevance_share([value for _, value in label.words])
+
+    def gap(prompts: Any, completions: Any, reference: Any) -> list[float]:
+        return [scale * (share(prompt, text) - share(prompt, before))
+                for prompt, text, before in zip(prompts, completions, reference, strict=True)]
+
+    return gap
 
 
 def summed_up(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -248,13 +275,14 @@ def compared(
                       (f"{labels}: true labels of the same", 0)),
                      ("last round less all labels", (f"{labels}: all labels", 0)))}  # fmt: skip
     else:
-        pairs = {f"paid per {reward}: both less {arm}, one improvement":
-                 ((f"both, paid per {reward}", 1), (f"{arm}, paid per {reward}", 1), "relevance")
-                 for reward in ("answer", "token") for arm in ("stage 0", "stage 1")}  # fmt: skip
-        pairs |= {f"{arm}, paid per {reward}: one improvement less none":
-                  ((f"{arm}, paid per {reward}", 1), (f"{arm}, paid per {reward}", 0), "relevance")
-                  for reward in ("answer", "token")
-                  for arm in ("SFT alone", "stage 0", "stage 1", "both")}  # fmt: skip
+        pairs = {f"paid {how}: both less {arm}, one improvement":
+                 ((f"both, paid {how}", 1), (f"{arm}, paid {how}", 1), "relevance")
+                 for how in PAID.values() for arm in ("stage 0", "stage 1")}  # fmt: skip
+        pairs |= {f"{arm}, paid {how}: one improvement less none":
+                  ((f"{arm}, paid {how}", 1), (f"{arm}, paid {how}", 0), "relevance")
+                  for how in PAID.values()
+                  for arm in ("SFT alone", "stage 0", "stage 1", "both")
+                  if (how, arm) != (PAID["rule"], "SFT alone")}  # fmt: skip
     return {name: mean_and_error([by[one][figure] - by[other][figure] for by in found])
             for name, (one, other, figure) in pairs.items()}  # fmt: skip
 
