@@ -187,7 +187,7 @@ def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
     """
     rows, n, run = list[Row](), study.steps, _run(study, out, seed)
     for reward in PAID:
-        model = "token" if reward == "token" else "answer"
+        model: Literal["answer", "token"] = "token" if reward == "token" else "answer"
         paid = replace(run.config, pit=replace(run.config.pit, reward=model))
         training = replace(session_training(run), config=paid)
         train, heldout = held_out(training, session_better(run))
