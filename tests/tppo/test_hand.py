@@ -424,7 +424,7 @@ import sys
 sys.path[:0] = {path!r}
 import pathlib
 import test_hand
-desk = test_hand.desk_of(pathlib.Path({file!r}), n=600, answers=400)
+desk = test_hand.desk_of(pathlib.Path({file!r}), n=2500, answers=2000)
 while True:
     item = test_hand.judge(desk)
     print(item.answer.id, flush=True)
@@ -437,7 +437,7 @@ def test_a_kill_loses_nothing_that_was_kept(tmp_path):
     for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         seen.append(process.stdout.readline().strip())  # it is at work
-        time.sleep(0.2 * rng.random())
+        time.sleep(0.05 * rng.random())
         process.send_signal(signal.SIGKILL)
         seen += process.stdout.read().split()
         process.stdout.close()

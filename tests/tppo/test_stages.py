@@ -22,7 +22,7 @@ from tppo.evaluation.judge import CallableJudge
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
 from tppo.models.config import GenerateConfig, ScratchConfig
 from tppo.sessions.config import SessionsConfig
-from tppo.stages.artifacts import ANSWERS, LABELS, SFT_MODEL, TRAIN_SESSIONS, Artifact
+from tppo.stages.artifacts import ANSWERS, LABELS, TRAIN_SESSIONS, Artifact
 from tppo.stages.registry import REGISTRY, Stage, register
 from tppo.stages.run import Run
 from tppo.store.jsonl import plain, read_json, write_json
@@ -243,9 +243,7 @@ def test_a_stage_in_two_rounds(made, tmp_path, monkeypatch, capsys):
     assert "generate-2/answers.jsonl" in files and "generate/answers.jsonl" not in files
     assert (out / "label/labels.jsonl").read_bytes() == labels
     inputs = read_json(out / "label-2" / "manifest.json")["inputs"]
-    assert [entry["path"] for entry in inputs] == [
-        TRAIN_SESSIONS.path, "generate-2/answers.jsonl", SFT_MODEL.path,
-    ]  # fmt: skip
+    assert [entry["path"] for entry in inputs] == [TRAIN_SESSIONS.path, "generate-2/answers.jsonl"]
 
     answers = out / "generate-2" / "answers.jsonl"
     content = answers.read_text()

@@ -198,7 +198,7 @@ def test_a_second_signal_ends_it_at_once(server, before_ppo, tmp_path):
     ("sft", "tppo.methods.sft", "sft_step", "its steps so far are lost"),
     ("train-rm", "tppo.methods.reward_model", "_losses", "its steps so far are lost"),
     ("label", "tppo.stages.label", "label_by_rule",
-     "labels of an endpoint are kept in label-cache.jsonl"),
+     "labels of an endpoint are kept in label-cache.jsonl, those by hand in hand-labels.jsonl"),
 ])  # fmt: skip
 def test_a_stage_without_checkpoints_ends_at_once_and_says_what_is_lost(
     server, before_ppo, tmp_path, stage, module, name, lost

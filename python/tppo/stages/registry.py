@@ -163,7 +163,7 @@ register(Stage(
 register(Stage(
     "label", "tppo.stages.label:label_answers",
     "word and answer labels, by the rule, an endpoint or hand; or: label --agreement FILE",
-    inputs=(TRAIN_SESSIONS, ANSWERS, SFT_MODEL),
+    inputs=(TRAIN_SESSIONS, ANSWERS),
     outputs=(LABELS,),
     settings=_of_label,
     lost="labels of an endpoint are kept in label-cache.jsonl, those by hand in hand-labels.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 
 from tppo.errors import DataError
@@ -12,6 +13,7 @@ from tppo.labels.label import Label
 from tppo.progress import say
 from tppo.sessions.session import Session
 from tppo.stages.answers import Answer
+from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.hand.desk import Desk
 from tppo.stages.hand.server import label_in_browser
 from tppo.stages.run import Run
@@ -45,11 +47,15 @@ def _ask(run: Run, desk: Desk) -> None:
         raise DataError("no generated answer has a word, so there is nothing to judge")
     threshold = run.config.label.sentence_threshold
     teacher = None
-    if config.suggestions:
+    aside = replace(run)  # what only chooses which answers are shown is no input of the stage
+    if config.suggestions and aside.path(SFT_MODEL).exists():
         from tppo.stages.hand.teacher import BackgroundTeacher
 
-        teacher = BackgroundTeacher(run, desk.drawn, desk.model_changed)
+        teacher = BackgroundTeacher(aside, desk.drawn, desk.model_changed)
         desk.taught_by(teacher)
+    elif config.suggestions:
+        say(f"label: {aside.path(SFT_MODEL)} is not there, so answers are drawn at random, and no "
+            "model of the labels so far is trained")  # fmt: skip
     try:
         if config.terminal:
             from tppo.stages.hand.terminal import label_in_terminal
