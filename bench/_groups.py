@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 # Its input ends when the last process that can write to it does; what is left then has no owner.
 WATCHER = """
@@ -38,8 +39,20 @@ def _watcher() -> subprocess.Popen:
                             start_new_session=True)
 
 
-def toggle(pid: int) -> None:
-    """Puts a group under watch, or, the second time, takes it out: it is then ended already."""
+def watched(command: Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
+    """A command that puts its group under watch before it begins, for a session of its own, and the
+    descriptors that it needs: were it the starter's to do, a kill between would leave it behind.
+    """
+    pipe = _watcher().stdin
+    assert pipe is not None
+    end = pipe.fileno()
+    # The subshell alone dies where somebody has ended the watcher.
+    script = f'(echo $$ >&{end}) 2>/dev/null; exec "$@" {end}>&-'
+    return ["bash", "-c", script, "watched", *command], (end,)
+
+
+def release(pid: int) -> None:
+    """Takes a group out of the watch: it is ended already."""
     pipe = _watcher().stdin
     assert pipe is not None
     try:

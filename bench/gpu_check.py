@@ -40,7 +40,7 @@ import _goals
 import _parts
 import gpu_wheels
 import report
-from _groups import end_group, toggle
+from _groups import end_group, release, watched
 from _journal import CONTEXT_LOST, Journal, Record, replace_text, results_of
 from _parts import PARTS, Spec
 
@@ -140,20 +140,20 @@ class Check:
         grace = min(5.0, left / 5)
         said = self.work / f"{part.name}-{time.monotonic_ns()}.txt"
         with said.open("wb") as file:
+            command, descriptors = watched([str(a) for a in argv])
             process = subprocess.Popen(
-                [str(a) for a in argv], cwd=ROOT, env={**self.environment(apart), **env},
+                command, cwd=ROOT, env={**self.environment(apart), **env},
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True)
+                start_new_session=True, pass_fds=descriptors)
         with self._lock:
             self._running.add(process.pid)
-            toggle(process.pid)
         status = self._wait(process, left - grace, grace)
         text = said.read_text(errors="replace")
         if status is None:
             text += f"\nstopped after {left:.0f} s"
         with self._lock, (self.out / "log.txt").open("a") as log:
             self._running.discard(process.pid)
-            toggle(process.pid)
+            release(process.pid)
             log.write(f"\n== {part.name}: {' '.join(map(str, argv))}\n{text[-LOG_CHARACTERS:]}\n")
         return Ended(status, text, process.pid)
 
