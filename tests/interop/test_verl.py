@@ -24,6 +24,8 @@ from verl.workers.utils import losses
 
 from tppo_kernels.integrations import verl as ours
 
+ours.unpatch()  # where the project is installed, verl has loaded it as its plugin already
+
 CASES = 500
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
          "seq-mean-token-sum-norm")
