@@ -84,6 +84,7 @@ class Desk:
         self.clients: dict[str, _Client] = {}
         self.course: list[tuple[int, int, int]] = []  # of each model: learnt, agreed, of words
         self._known = {answer.id: answer for answer in self.drawn}
+        self._user = {answer.id: session_of(answer).user for answer in self.drawn}
 
     def taught_by(self, teacher: Teacher) -> None:
         """Choose and measure by a teacher from here on."""
@@ -232,10 +233,9 @@ class Desk:
             told = {answer.id: self.teacher.foretell(answer.id) for answer in left}
             known = [answer for answer in left if told[answer.id]]
             if known:
-                asked = Counter(self.session_of(self._known[id]).user for id in judged
-                                if id in self._known)  # fmt: skip
+                asked = Counter(self._user[id] for id in judged if id in self._user)
                 chosen = max(known, key=lambda answer: (
-                    -asked[self.session_of(answer).user], unsureness(told[answer.id])
+                    -asked[self._user[answer.id]], unsureness(told[answer.id])
                 ))  # fmt: skip
                 return self._item(chosen, "chosen")
         return self._item(left[0], "random")

@@ -199,11 +199,12 @@ def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
                 shutil.copytree(run.out / "pit-answer" / name, parts / name, dirs_exist_ok=True)
             else:
                 make(parts / name, training, train, heldout)
-        true = FunctionReward(true_gap({p.prompt: p.better for p in train}, paid.pit.scale))
         arms = {"SFT alone": (0, 0), "stage 0": (n, 0), "stage 1": (0, n),
                 "both": (n // 2, n - n // 2)}  # fmt: skip
+        instead = None  # of the gap model's reward
         if reward == "rule":
             del arms["SFT alone"]
+            instead = FunctionReward(true_gap({p.prompt: p.better for p in train}, paid.pit.scale))
         for arm, stages in arms.items():
             policy = parts / SFT_MODEL.path
             for stage, steps in zip(("stage-0", "stage-1"), stages, strict=True):
@@ -211,7 +212,7 @@ def pit_rows(study: SystemStudy, out: Path, seed: int) -> list[Row]:
                     folder = parts / f"{arm}-{stage}"
                     folder.mkdir()
                     stage_loop(folder, parts, training, train, policy, stage, steps,
-                               true if reward == "rule" else None).run_all()  # fmt: skip
+                               instead).run_all()  # fmt: skip
                     policy = folder / "model"
             found, _ = judged_steps(run, run.sessions("test"), policy, parts / "gap/model")
             for row in found:
