@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +38,7 @@ from tppo.stages.artifacts import SER_REPORT, SFT_MODEL
 from tppo.stages.pit import judged_steps, session_better, session_training
 from tppo.stages.pit_parts import gap_part, held_out, sft_part, stage_loop
 from tppo.stages.run import Run
-from tppo.store.jsonl import plain, read_json, write_json, write_text
+from tppo.store.jsonl import append_line, plain, read_json, write_json, write_text
 
 Row = Mapping[str, Any]  # arm, x, figures
 PAID = {"answer": "per answer", "token": "per token", "rule": "by the rule"}  # the true gap
@@ -129,10 +128,7 @@ def run_system(study: SystemStudy, out: Path) -> None:
         rows = (ser_rows if study.system == "ser" else pit_rows)(study, out, seed)
         found.append({"seed": seed, "study": mark, "rows": plain(rows),
                       "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(found[-1]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, found[-1])
         say(f"study {study.system}: seed {seed}, {found[-1]['seconds']:.0f} s")
         _write(study, out, found)
     for name, gain in _write(study, out, found).items():

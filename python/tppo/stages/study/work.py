@@ -25,7 +25,7 @@ from tppo.progress import Bar, say, status
 from tppo.settings import from_dict
 from tppo.stages.study.config import Cell, StudyConfig
 from tppo.stopping import Stopped
-from tppo.store.jsonl import plain, sync_directory
+from tppo.store.jsonl import append_line, plain, sync_directory
 
 if TYPE_CHECKING:
     from tppo.stages.study.material import Material
@@ -92,10 +92,7 @@ def read_outcomes(folder: Path, mark: str) -> list[Outcome]:
 def _keep(folder: Path, mark: str, outcome: Outcome) -> None:
     row = {"cell": plain(outcome.cell), "mark": mark, **plain(outcome.found)}
     new = not (folder / OUTCOMES).exists()
-    with open(folder / OUTCOMES, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(folder / OUTCOMES, row)
     if new:
         sync_directory(folder)
 
