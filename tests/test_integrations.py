@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tppo_kernels.integrations._peer import PEERS
+
 ROOT = Path(__file__).parent.parent
 ADAPTERS = sorted(p.stem for p in (ROOT / "tppo_kernels/integrations").glob("[a-z]*.py"))
 EXAMPLES = sorted((ROOT / "examples/integrations").rglob("*.py"))
@@ -131,6 +133,13 @@ def test_every_adapter_has_an_example():
     folders = {p.relative_to(ROOT / "examples/integrations").parts[0].removesuffix(".py")
                for p in EXAMPLES if p.name not in OF_A_RUN}
     assert folders == set(ADAPTERS)
+
+
+def test_the_self_check_lists_every_adapter_and_the_guide_its_versions():
+    assert sorted(PEERS) == ADAPTERS
+    for name, peer in PEERS.items():
+        first = re.search(r"[\d.]*\d", peer.versions)[0].removesuffix(".1")  # 0.9.1 as 0.9
+        assert first in sections()[NAMED[name]], name
 
 
 def sections() -> dict[str, str]:

@@ -28,6 +28,7 @@ SOURCES = {
     ),
     "late.py": "from .core import advantages\ndef run():\n    return advantages(1, 2)\n",
     "broken.py": "import a_package_that_is_not_there\n",
+    "raises.py": "raise RuntimeError('no\\nGPU')\n",
 }
 
 
@@ -113,6 +114,7 @@ def test_a_version_out_of_range_is_one_sentence(peer):
     ("oldtrainer.core:advantages", "values, ...", "takes (rewards, values, lam), expected"),
     ("oldtrainer.broken:f", None, "oldtrainer.broken does not import here (No module named"),
     ("oldtrainer.gone:f", None, "oldtrainer.gone does not import here (No module named"),
+    ("oldtrainer.raises:f", None, "oldtrainer.raises does not import here (RuntimeError: no GPU)"),
 ])
 def test_a_moved_interface_is_one_sentence(peer, name, parameters, words):
     assert words in complaint("oldtrainer", ">=1", {name: parameters})
@@ -121,6 +123,31 @@ def test_a_moved_interface_is_one_sentence(peer, name, parameters, words):
 def test_a_trainer_that_runs_from_its_sources_is_judged_by_its_names(peer):
     del sys.modules["oldtrainer"].__version__
     assert require("oldtrainer", ">=7", NAMES) == "of unknown version"
+
+
+@pytest.mark.parametrize(("name", "versions", "state", "words"), [
+    ("gonetrainer", ">=1", "absent", "gonetrainer is not installed, expected gone-trainer>=1: inst"
+     "all it from https://example.org"),
+    ("newtrainer", ">=1,<2", "another version", "newtrainer 2.5.0 is installed, expected gone-tra"),
+    ("newtrainer", ">=1,<3", "known version", None),
+])
+def test_the_state_of_a_trainer_is_told_and_nothing_of_it_imported(
+        name, versions, state, words, tmp_path, monkeypatch):
+    (tmp_path / "newtrainer").mkdir()
+    (tmp_path / "newtrainer/__init__.py").write_text("raise RuntimeError('is imported')\n")
+    (tmp_path / "gone_trainer-2.5.0.dist-info").mkdir()
+    (tmp_path / "gone_trainer-2.5.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: gone-trainer\nVersion: 2.5.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    monkeypatch.setattr(_peer, "PEERS", {
+        name: _peer.Peer(versions, "gone-trainer", "https://example.org")})
+    found, = _peer.states()
+    why = found.pop("why")
+    assert found == {"trainer": name, "installed": None if state == "absent" else "2.5.0",
+                     "supported": versions, "state": state}
+    assert why is None if words is None else why.startswith(words) and "\n" not in why
+    assert name not in sys.modules
 
 
 def test_names_are_replaced_wherever_they_were_imported_and_put_back(peer):

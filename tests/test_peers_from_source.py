@@ -5,6 +5,7 @@ And every integration: its trainer is absent, or another version: one sentence.
 """
 
 import importlib
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tppo_kernels.integrations import nemo_rl, openrlhf, slime, verl
+from tppo_kernels.integrations import _peer, nemo_rl, openrlhf, slime, verl
 from tppo_kernels.integrations._peer import PeerError
 
 CASES = 500
@@ -201,6 +202,32 @@ def test_another_version_is_one_sentence(integration, module, version, tmp_path,
     with pytest.raises(PeerError, match=rf"{module} {version} is installed, expected"):
         integration.patch()
     del sys.modules[module]
+
+
+def test_the_self_check_imports_trainers_on_request_alone(trainers, capsys, monkeypatch):
+    """Of those that are here, and a name that has moved is the exit status."""
+    from tppo_kernels import __main__ as check
+
+    monkeypatch.setattr(check, "self_test", lambda: [])
+    monkeypatch.setattr(_peer, "PEERS", {n: _peer.PEERS[n] for n in ("slime", "nemo_rl")})
+
+    def told(*arguments):
+        status = check.main([*arguments, "--json"])
+        found = json.loads(capsys.readouterr().out)["trainers"]
+        assert check.main([*arguments]) == status
+        text = capsys.readouterr().out
+        assert all(each["why"] in text for each in found if each["why"])
+        return status, [each["state"] for each in found], text
+
+    assert told()[:2] == (0, ["known version", "known version"])
+    status, states, text = told("--probe")
+    assert (status, states) == (0, ["works", "works"])
+    assert "nemo_rl   0.6.0 is installed, within >=0.5,<1, and its interface is the one" in text
+    del trainers.nemo.GeneralizedAdvantageEstimator._compute_gae
+    status, states, text = told("--probe")
+    assert (status, states) == (1, ["works", "fails"])
+    assert "self-test: FAILED: the integration of nemo_rl" in text
+    assert "nemo_rl 0.6.0 has no nemo_rl.algorithms.advantage_estimator:Generalized" in text
 
 
 def test_a_process_of_ray_tells_of_a_trainer_it_does_not_know_and_goes_on(trainers):

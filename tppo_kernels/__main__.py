@@ -1,5 +1,5 @@
-"""`python -m tppo_kernels [--json]`: versions, what was built, the backends of each operator, and a
-self-test."""
+"""`python -m tppo_kernels [--json] [--probe]`: versions, what was built, the backends of each
+operator, the trainers that are installed, and a self-test."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import torch
 
 from . import testing
 from ._core import op as _op
+from .integrations import _peer
 
 
-def facts() -> dict[str, Any]:
-    """What `report` says, as plain data: `missing` has the reason for each backend without one."""
+def facts(*, probe: bool = False) -> dict[str, Any]:
+    """What `report` says, as plain data: `missing` has the reason for each backend without one,
+    `trainers` what `integrations` found, with probe=True by importing them."""
     orders = {name: {device: list(op.order[device]) for device in ("cpu", "cuda")}
               for name, op in sorted(_op.OPS.items())}
     backends = dict.fromkeys(b for order in orders.values() for bs in order.values() for b in bs)
@@ -38,18 +40,20 @@ def facts() -> dict[str, Any]:
         "why_no_cuda": reasons["cpp"] if built is None else built.why_no_cuda or None,
         "operators": orders,
         "missing": {backend: reason for backend, reason in reasons.items() if reason},
+        "trainers": _peer.states(probe=probe),
     }
 
 
-def report() -> str:
-    """Versions, what was built and what was not and why, and the backends of every operator."""
-    found = facts()
+def report(found: dict[str, Any] | None = None) -> str:
+    """Versions, what was built and what was not and why, the backends of every operator, and the
+    trainers that are installed. found: of `facts`."""
+    found = found or facts()
     none = "not installed"
     lines = [f"tppo_kernels {found['tppo_kernels'] or none}, torch {found['torch']}, "
              f"Python {found['python']}, {found['machine']}",
              f"triton        {found['triton'] or none}",
              f"GPU           {', '.join(found['gpus']) or 'none that torch can use'}",
-             f"compiled part {_built(found)}", "", *_table(found)]
+             f"compiled part {_built(found)}", "", *_table(found), "", *_trainers(found)]
     return "\n".join(lines)
 
 
@@ -80,6 +84,18 @@ def _table(found: dict[str, Any]) -> list[str]:
     return table + [f"  ({backend}): {reason}" for backend, reason in missing.items()]
 
 
+def _trainers(found: dict[str, Any]) -> list[str]:
+    """One line a trainer that integrations know: what is installed of it, and the remedy."""
+    lines = ["trainers that tppo_kernels.integrations knows"]
+    for each in found["trainers"]:
+        said = each["why"] or f"{each['installed']} is installed, within {each['supported']}" + (
+            ", and its interface is the one we know" if each["state"] == "works" else "")
+        lines.append(f"  {each['trainer']:9s} {said}")
+    if any(each["state"] == "known version" for each in found["trainers"]):
+        lines.append("  `python -m tppo_kernels --probe` imports them and looks at what we need")
+    return lines
+
+
 def self_test() -> Iterator[dict[str, str | None]]:
     """Runs every operator's sample on every backend that is there, against the fp64 reference.
 
@@ -101,17 +117,23 @@ def self_test() -> Iterator[dict[str, str | None]]:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report and runs the self-test; the exit status is 1 where it fails."""
     parser = argparse.ArgumentParser(prog="python -m tppo_kernels", description=(
-        "Versions, what was built, which backends each operator has, and a self-test of every "
-        "operator on every backend; the exit status is 1 where one fails."))
+        "Versions, what was built, which backends each operator has, which trainers are "
+        "installed, and a self-test of every operator on every backend; the exit status is 1 "
+        "where one fails."))
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
-    as_json = parser.parse_args(arguments).json
-    if as_json:
+    parser.add_argument("--probe", action="store_true", help=(
+        "import each trainer that is installed in a version we know and look at its interface: "
+        "one that has moved is a failure"))
+    given = parser.parse_args(arguments)
+    found = facts(probe=given.probe)
+    moved = [each["trainer"] for each in found["trainers"] if each["state"] == "fails"]
+    if given.json:
         tests = list(self_test())
-        print(json.dumps({**facts(), "self_test": tests}, indent=2))
-        return int(any(test["state"] == "failed" for test in tests))
-    print(report())
+        print(json.dumps({**found, "self_test": tests}, indent=2))
+        return int(bool(moved) or any(test["state"] == "failed" for test in tests))
+    print(report(found))
     print("\nself-test against the fp64 references")
-    failures = []
+    failures = [f"the integration of {trainer}" for trainer in moved]
     for test in self_test():
         state = test["state"] if test["state"] != "failed" else "FAILED"
         said = f"{state}: {test['why']}" if test["why"] else state

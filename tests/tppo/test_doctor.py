@@ -76,4 +76,5 @@ def test_the_command_says_what_there_is_and_runs_the_self_test(tmp_path, capsys)
     assert 0 < free < 10_000 and re.search(r"disk +\d+ GB free in ", shown)
     assert re.search(rf"{re.escape(str(tmp_path))} +all +yes", shown)
     assert "self-test: all passed" in shown and "gae" in shown
+    assert re.search(r"(?m)^  skyrl +skyrl is not installed, expected skyrl>=[\d.,<]+: pip ", shown)
     assert GB == 10**9

@@ -27,6 +27,52 @@ class PeerError(ImportError):
     """A trainer that is absent, of a version we do not know, or without a name that we need."""
 
 
+class Peer(NamedTuple):
+    """A trainer that we know; the integration has the name of its package."""
+
+    versions: str  # a range as `within` takes it
+    distribution: str  # what it is called when it is installed
+    repository: str | None = None  # of one that the package index does not have
+
+
+PEERS = {
+    "trl": Peer(">=1.12,<1.17", "trl"),
+    "verl": Peer(">=0.9.1,<0.10", "verl"),
+    "skyrl": Peer(">=0.4,<0.5", "skyrl"),
+    "openrlhf": Peer(">=0.11,<0.12", "openrlhf"),
+    "slime": Peer(">=0.3,<0.5", "slime", "https://github.com/THUDM/slime"),
+    "nemo_rl": Peer(">=0.5,<1", "nemo-rl", "https://github.com/NVIDIA-NeMo/RL"),
+}
+
+
+def states(*, probe: bool = False) -> list[dict[str, str | None]]:
+    """What is installed of each trainer that we know, as plain data.
+
+    `trainer`; `installed`, its version, or None; `supported`, the range that we know; `state`:
+    "absent", "another version" or "known version"; `why`: one sentence with the remedy, or None.
+    Nothing is imported for that. With probe=True each trainer of a known version is imported, and
+    the names that its integration needs are looked up: its `state` is then "works" or "fails".
+    """
+    return [_state(name, probe) for name in PEERS]
+
+
+def _state(name: str, probe: bool) -> dict[str, str | None]:
+    versions, distribution, _ = PEERS[name]
+    version, state, why = None, "absent", None
+    try:
+        version, state = _installed(name, distribution, versions), "another version"
+        require(name, versions, distribution=distribution)
+        state = "known version"
+        if probe:
+            state = "fails"
+            importlib.import_module(f"{__package__}.{name}").probe()
+            state = "works"
+    except PeerError as error:
+        why = str(error)
+    return {"trainer": name, "installed": version, "supported": versions, "state": state,
+            "why": why}
+
+
 def within(version: str, versions: str) -> bool:
     """Whether a version lies in a range as ">=0.9.1,<0.10"; of each only the numbers count, so
     that 0.10.0rc1 counts as 0.10."""
@@ -63,19 +109,29 @@ def require(peer: str, versions: str, names: Mapping[str, str | None] | None = N
     outside the range, or a name or one of its parameters is not there.
     """
     installed = distribution or peer
-    wanted = f"pip install '{installed}{versions}'"
-    if importlib.util.find_spec(peer) is None:
-        raise PeerError(f"{peer} is not installed, expected {installed}{versions}: {wanted}")
-    try:
-        version = importlib.metadata.version(installed)
-    except importlib.metadata.PackageNotFoundError:
-        version = str(getattr(sys.modules.get(peer), "__version__", "of unknown version"))
+    version = _installed(peer, installed, versions)
     if version[0].isdigit() and not within(version, versions):
         raise PeerError(f"{peer} {version} is installed, expected {installed}{versions}, whose "
-                        f"interface this integration knows: {wanted}")
+                        f"interface this integration knows: {_remedy(peer, installed + versions)}")
     for name, parameters in (names or {}).items():
         _probe(f"{peer} {version}", name, parameters)
     return version
+
+
+def _installed(peer: str, distribution: str, versions: str) -> str:
+    """The version of a trainer, of which nothing is imported; PeerError where it is absent."""
+    if importlib.util.find_spec(peer) is None:
+        wanted = distribution + versions
+        raise PeerError(f"{peer} is not installed, expected {wanted}: {_remedy(peer, wanted)}")
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(peer), "__version__", "of unknown version"))
+
+
+def _remedy(peer: str, wanted: str) -> str:
+    repository = PEERS[peer].repository if peer in PEERS else None
+    return f"install it from {repository}" if repository else f"pip install '{wanted}'"
 
 
 def _probe(peer: str, name: str, parameters: str | None) -> None:
@@ -127,8 +183,10 @@ def _site(name: str, peer: str) -> _Site:
     *parents, last = (indexed[1] if indexed else path).split(".")
     try:
         owner: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise PeerError(f"{peer}: {module} does not import here ({error})") from None
+    except Exception as error:  # what a trainer raises while it is imported is its own matter
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        said = kind + " ".join(str(error).split())
+        raise PeerError(f"{peer}: {module} does not import here ({said})") from None
     for parent in [*parents, last] if indexed else parents:
         owner = getattr(owner, parent, _MISSING)
         if owner is _MISSING:
@@ -259,6 +317,13 @@ def patch_parts(versions: str, *parts: Part, distribution: str | None = None) ->
         told = part.swap.install(part.ours)
         for line in [part.line, *told] if part in fresh else told:
             say(f"{peer} {version}", line)
+
+
+def probe_parts(versions: str, *parts: Part, distribution: str | None = None) -> str:
+    """The trainer's version, where each name that parts need is there; nothing is replaced.
+    Errors: as of `require`."""
+    names = {name: each for part in parts for name, each in part.interface.items()}
+    return require(parts[0].swap.peer, versions, names, distribution=distribution)
 
 
 def unpatch_parts(*parts: Part) -> None:

@@ -20,7 +20,7 @@ import tppo_kernels as tk
 from . import _peer
 from ._peer import Part, Replacements
 
-VERSIONS = ">=0.5,<1"
+VERSIONS = _peer.PEERS["nemo_rl"].versions
 _GAE = ("nemo_rl.algorithms.advantage_estimator:"
         "GeneralizedAdvantageEstimator._compute_gae")
 _INTERFACE: dict[str, str | None] = {
@@ -47,6 +47,11 @@ def patch() -> None:
     """Puts our GAE in the place of NeMo-RL's, in this process, and says so on one line. Twice is
     once. Raises PeerError where NeMo-RL is absent, outside `VERSIONS`, or has another interface."""
     _peer.patch_parts(VERSIONS, _PART, distribution="nemo-rl")
+
+
+def probe() -> str:
+    """NeMo-RL's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, _PART, distribution="nemo-rl")
 
 
 def unpatch() -> None:

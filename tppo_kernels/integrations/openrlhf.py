@@ -31,7 +31,7 @@ import tppo_kernels as tk
 from . import _peer
 from ._peer import Part, Replacements
 
-VERSIONS = ">=0.11,<0.12"
+VERSIONS = _peer.PEERS["openrlhf"].versions
 HOOK = "tppo_kernels.integrations.openrlhf.patch_when_imported"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 _GAE = f"{_MAKER}:RemoteExperienceMaker.get_advantages_and_returns"
@@ -139,6 +139,11 @@ def patch() -> None:
     has another interface.
     """
     _peer.patch_parts(VERSIONS, *_PARTS.values())
+
+
+def probe() -> str:
+    """OpenRLHF's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, *_PARTS.values())
 
 
 def unpatch() -> None:

@@ -34,7 +34,8 @@ from torch import Tensor
 
 import tppo_kernels as tk
 
-from ._peer import Replacements, require, say
+from . import _peer
+from ._peer import Part, Replacements
 from ._reward_model import TokenRewardModel, deal, gather
 
 if __name__ == "__main__":  # other processes know what is pickled by its module's name
@@ -43,12 +44,12 @@ if __name__ == "__main__":  # other processes know what is pickled by its module
     run_as_a_module()
     sys.exit()
 
-VERSIONS = ">=0.4,<0.5"
+VERSIONS = _peer.PEERS["skyrl"].versions
 GAE, LOSS, ENVIRONMENT = "tppo_gae", "tppo", "tppo"  # what SkyRL's configuration names
 _UTILS = "skyrl.backends.skyrl_train.utils.ppo_utils"
 _TORCH = "skyrl.backends.skyrl_train.utils.torch_utils"
 _LOSS = "log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs"
-_VERSION = require("skyrl", VERSIONS, {
+_INTERFACE: dict[str, str | None] = {
     f"{_UTILS}:compute_gae_advantage_return":
         "token_level_rewards, values, response_mask, gamma, lambd, kwargs",
     f"{_UTILS}:masked_whiten": "values, mask, shift_mean",
@@ -62,7 +63,8 @@ _VERSION = require("skyrl", VERSIONS, {
     "skyrl.train.trainer:RayPPOTrainer.compute_advantages_and_returns": "self, data",
     "skyrl.train.entrypoints.main_base:BasePPOExp.get_generator":
         "self, cfg, tokenizer, inference_engine_client",
-})
+}
+_peer.require("skyrl", VERSIONS, _INTERFACE)
 
 # What follows is there, and as we know it.
 import ray  # noqa: E402
@@ -176,7 +178,28 @@ def _correction(old: Tensor, mask: Tensor | None, rollout: Tensor | None, config
 # ---- patching
 
 
-_replaced = Replacements("skyrl")
+def _again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function as another object: each replaced name has its own."""
+    @functools.wraps(function)
+    def same(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return same
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    f"{_UTILS}:compute_gae_advantage_return": compute_gae_advantage_return,
+    f"{_UTILS}:AdvantageEstimatorRegistry._functions[gae]": _again(compute_gae_advantage_return),
+    f"{_UTILS}:masked_whiten": masked_whiten,
+    f"{_UTILS}:ppo_policy_loss": ppo_policy_loss,
+    f"{_UTILS}:PolicyLossRegistry._functions[regular]": _again(ppo_policy_loss),
+    f"{_UTILS}:PolicyLossRegistry._functions[dual_clip]": _again(ppo_policy_loss),
+    f"{_UTILS}:ppo_critic_loss": ppo_critic_loss,
+}
+if not torch_utils.FLASH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
+    _OURS[f"{_TORCH}:logprobs_from_logits"] = logprobs_from_logits
+_PART = Part(Replacements("skyrl"), _INTERFACE, _OURS, "ours are " + ", ".join(
+    sorted({name.partition(":")[2] for name in _OURS if "[" not in name})))
 
 
 def patch() -> None:
@@ -185,40 +208,17 @@ def patch() -> None:
     GAE, whitening, the losses "regular" and "dual_clip", the critic's loss, and the log-probs where
     SkyRL does not take them from flash-attn. Twice is once.
     """
-    ours: dict[str, Callable[..., Any]] = {
-        f"{_UTILS}:compute_gae_advantage_return": compute_gae_advantage_return,
-        f"{_UTILS}:AdvantageEstimatorRegistry._functions[gae]": _again(
-            compute_gae_advantage_return),
-        f"{_UTILS}:masked_whiten": masked_whiten,
-        f"{_UTILS}:ppo_policy_loss": ppo_policy_loss,
-        f"{_UTILS}:PolicyLossRegistry._functions[regular]": _again(ppo_policy_loss),
-        f"{_UTILS}:PolicyLossRegistry._functions[dual_clip]": _again(ppo_policy_loss),
-        f"{_UTILS}:ppo_critic_loss": ppo_critic_loss,
-    }
-    if not torch_utils.FLASH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
-        ours[f"{_TORCH}:logprobs_from_logits"] = logprobs_from_logits
-    first = not _replaced.installed
-    told = _replaced.install(ours)
-    if first:
-        names = sorted({name.partition(":")[2] for name in ours if "[" not in name})
-        say(f"skyrl {_VERSION}", f"ours are {', '.join(names)}")
-    for line in told:
-        say(f"skyrl {_VERSION}", line)
+    _peer.patch_parts(VERSIONS, _PART)
 
 
 def unpatch() -> None:
     """Puts SkyRL's own functions back, and says which another library has replaced since."""
-    for line in _replaced.undo():
-        say(f"skyrl {_VERSION}", line)
+    _peer.unpatch_parts(_PART)
 
 
-def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as another object: each replaced name has its own."""
-    @functools.wraps(function)
-    def same(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return same
+def probe() -> str:
+    """SkyRL's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, _PART)
 
 
 # ---- rewards of tokens

@@ -31,7 +31,7 @@ import tppo_kernels as tk
 from . import _peer
 from ._peer import Part, Replacements
 
-VERSIONS = ">=0.3,<0.5"
+VERSIONS = _peer.PEERS["slime"].versions
 HOOK = "tppo_kernels.integrations.slime.patch_when_imported"
 _UTILS = "slime.utils.ppo_utils"
 _GAE = f"{_UTILS}:get_advantages_and_returns_batch"
@@ -112,6 +112,11 @@ def patch() -> None:
     """Puts our GAE in the place of slime's, in this process, and says so on one line. Twice is
     once. Raises PeerError where slime is absent, outside `VERSIONS`, or has another interface."""
     _peer.patch_parts(VERSIONS, _PART)
+
+
+def probe() -> str:
+    """slime's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, _PART)
 
 
 def unpatch() -> None:

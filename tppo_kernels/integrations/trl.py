@@ -32,7 +32,7 @@ import tppo_kernels as tk
 from . import _peer
 
 _UTILS, _GRPO = "trl.trainer.utils", "trl.trainer.grpo_trainer:GRPOTrainer"
-VERSION = _peer.require("trl", ">=1.12,<1.17", {
+VERSION = _peer.require("trl", _peer.PEERS["trl"].versions, {
     f"{_UTILS}:selective_log_softmax": "logits, index, ...",
     f"{_UTILS}:entropy_from_logits": "logits, chunk_size",
     f"{_UTILS}:_ChunkedLogProbFunction": None,
@@ -80,6 +80,11 @@ def unpatch() -> None:
     """Puts TRL's functions back."""
     for line in _replacements.undo():
         _peer.say("trl", line)
+
+
+def probe() -> str:
+    """TRL's version: this file is imported where TRL has every name that it needs alone."""
+    return VERSION
 
 
 class _ChunkedLogProbs:

@@ -41,7 +41,7 @@ import tppo_kernels as tk
 from . import _peer
 from ._peer import Part, Replacements
 
-VERSIONS = ">=0.9.1,<0.10"
+VERSIONS = _peer.PEERS["verl"].versions
 _ALGOS = "verl.trainer.ppo.core_algos"
 _TORCH = "verl.utils.torch_functional"
 _FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
@@ -339,6 +339,11 @@ def patch() -> None:
     PeerError where verl is absent, of a version outside `VERSIONS`, or has another interface.
     """
     _peer.patch_parts(VERSIONS, *_PARTS.values())
+
+
+def probe() -> str:
+    """verl's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, *_PARTS.values())
 
 
 def unpatch() -> None:
