@@ -147,7 +147,8 @@ def test_a_step_moves_policy_and_critic_only(folder):
 
 def test_ppo_raises_the_reward_of_a_hand_made_reward_model(folder):
     """The head of the reward model is set so that one token is relevant, all others are not."""
-    ppo = trainer(folder, replace(CONFIG, length_alpha=None, bootstrap_truncated=False))
+    ppo = trainer(folder, replace(CONFIG, reward="argmax", length_alpha=None,
+                                  bootstrap_truncated=False))  # fmt: skip
     reward = ppo.reward.model.model
     with torch.no_grad():
         reward.base_model.embed_tokens.weight.zero_()

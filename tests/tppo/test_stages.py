@@ -364,8 +364,8 @@ def test_another_judge_keeps_the_weights_and_fills_the_table(made, tmp_path, cap
     result = read_json(out / "result.json")
     assert result["test"]["judge"] == "letters" and 0 < result["tppo"]["score"] < 1
     assert "relevance" not in result["tppo"] and "chrf" in result["tppo"]
-    strict = replace(CONFIG, ppo=replace(CONFIG.ppo, max_kl=0.0, lr=0.1))
-    replace(run, config=strict).perform("train")  # far away from SFT
+    strict = replace(CONFIG, ppo=replace(CONFIG.ppo, max_kl=0.0, lr=1.0))
+    replace(run, config=strict).perform("train")  # so far from SFT that its estimate is no chance
     said = capsys.readouterr().err
     assert "WARNING: no step had held-out KL <= 0; the last one is kept" in said
 

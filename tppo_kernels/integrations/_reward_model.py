@@ -25,10 +25,11 @@ _HEAD = ("score.weight", "score.bias")
 class TokenRewardModel:
     """Rewards of the tokens of responses, from the classes of a frozen reward model.
 
-        r_t = values[argmax_c logits_tc] sigmoid(6 - alpha (l_t - suggested_length))
+        r_t = sum_c softmax(logits_t)_c values[c] sigmoid(6 - alpha (l_t - suggested_length))
 
-    by `tk.token_rewards`, at the tokens that the policy has written; without `suggested_length` no
-    penalty. The model reads the policy's own token ids: it was trained on them.
+    by `tk.token_rewards`, at the tokens that the policy has written; mode "argmax" takes the value
+    of the likeliest class alone; without `suggested_length` no penalty. The model reads the
+    policy's own token ids: it was trained on them.
 
     model: the exported folder. mode, values, alpha: as in `tk.token_rewards`; those of the run that
     exported it stand in its `config.yaml` under `ppo`. device: "auto" is CUDA where torch sees a
@@ -38,7 +39,7 @@ class TokenRewardModel:
     without its base, or a model that reads text with a tokenizer of its own.
     """
 
-    def __init__(self, model: str | Path, *, mode: str = "argmax",
+    def __init__(self, model: str | Path, *, mode: str = "expected",
                  values: Sequence[float] = (0.0, -0.5, 0.5), alpha: float = 2.0,
                  device: str = "auto", max_tokens: int = 65_536) -> None:
         if device == "auto":

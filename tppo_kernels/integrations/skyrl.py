@@ -285,7 +285,7 @@ class RewardModelConfig:
 
     path: str | None = None
     """Folder that `tppo train-rm` or `tppo merge` exported."""
-    mode: str = "argmax"
+    mode: str = "expected"
     values: list[float] = field(default_factory=lambda: [0.0, -0.5, 0.5])
     length_alpha: float = 2.0
     suggested_length: float | None = None

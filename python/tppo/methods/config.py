@@ -153,15 +153,15 @@ class PPOConfig:
     target_kl: Positive | None = None
     """Leave out the rest of a step's updates once a minibatch is further than this from the policy
     that sampled it, in nats a token (policy/approxkl_avg); None: all epochs are run."""
-    reward: Literal["argmax", "expected"] = "argmax"
+    reward: Literal["argmax", "expected"] = "expected"
     """Reward of a token: of its likeliest class (the paper) or the expectation over classes."""
     reward_values: tuple[float, float, float] = (0.0, -0.5, 0.5)
     """Reward of the classes none, irrelevant, relevant; the paper's scale is 0 1 2."""
     length_alpha: NonNegative | None = 2.0
     """Steepness of the length penalty; None: no penalty."""
-    format_cost: NonNegative = 0.0
+    format_cost: NonNegative = 3.0
     """What each fault of an answer's form costs, where it stands: a query that repeats another one,
-    is one too many, or is missing. Of use where answers have many queries."""
+    is one too many, or is missing. 0: the rewards of tokens alone, as in the paper."""
     train_on_unlabelled: bool = True
     """Train the policy on tokens of class 0 too; False is the paper read literally."""
     bootstrap_truncated: bool | None = None

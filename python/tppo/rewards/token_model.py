@@ -29,7 +29,7 @@ class TokenModelReward(nn.Module):
         self,
         model: nn.Module,
         *,
-        mode: str = "argmax",
+        mode: str = "expected",
         values: Sequence[float] = (0.0, -0.5, 0.5),
         length_alpha: float | None = 2.0,
         max_tokens: int = 65_536,

@@ -28,7 +28,7 @@ FILE = "tppo.json"
 class Paid:
     """How a token reward model paid the tokens in training."""
 
-    mode: Literal["argmax", "expected"] = "argmax"
+    mode: Literal["argmax", "expected"] = "expected"
     """Of the likeliest class, or the expectation over classes."""
     values: tuple[float, float, float] = (0.0, -0.5, 0.5)
     """Reward of the classes none, irrelevant, relevant."""

@@ -21,7 +21,7 @@ Labels = Literal["words", "sentences", "pairs"]
 Pooling = Literal["last", "mean"]
 ANY_MODEL = "any"
 ROUND = 25  # answers that are labelled at once where they are chosen
-DEFAULTS = 1  # one more where a default changes that the outcomes of a study depend on
+DEFAULTS = 2  # one more where a default changes that the outcomes of a study depend on
 # Sections that no arm reads: arms say their algorithm and guide, and what judges them is the rule.
 UNREAD = ("algorithm", "report_to", "rlgf", "guide", "eval", "ser", "pit")
 

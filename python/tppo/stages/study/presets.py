@@ -55,13 +55,13 @@ SMALL = Config(
     generate=GenerateConfig(samples=2000),
     # What a repeated query costs is paid by `format_cost`: no answers with one need be made.
     reward_model=RewardModelConfig(repeated_share=0.0),
-    ppo=PPOConfig(reward="expected", format_cost=3.0),
 )
 LARGE = replace(
     SMALL,
     sessions=SessionsConfig(test_users=400, transfer_users=1),
     sft=SFTConfig(),
     generate=GenerateConfig(samples=4000),
+    ppo=PPOConfig(format_cost=FORMAT_COST),
 )
 
 
@@ -202,7 +202,7 @@ REAL = Config(
     generate=GenerateConfig(samples=600, samples_per_session=1, batch_size=64),
     reward_model=RewardModelConfig(repeated_share=0.0),
     ppo=PPOConfig(minibatch_size=4, epochs=1, lr=3e-4, critic_lr=1e-3, kl_coef=0.1,
-                  reward="expected", format_cost=1.0),
+                  format_cost=1.0),
 )  # fmt: skip
 
 
