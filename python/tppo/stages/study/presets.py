@@ -90,9 +90,9 @@ def _policies(
 def credit(seeds: tuple[int, ...] = SEEDS) -> StudyConfig:
     """Question B: one reward model, paid at each token or at the end, at 3 and at 10 queries."""
     parts = tuple(
-        Part("credit", CREDIT, (3200,), queries=queries, seeds=seeds, steps=steps,
-             step_answers=16, eval_every=4)
-        for queries, steps in ((3, 60), (10, 60))
+        Part("credit", CREDIT, (3200,), queries=queries, seeds=seeds, steps=STEPS,
+             step_answers=STEP_ANSWERS, eval_every=2)
+        for queries in (3, 10)
     )  # fmt: skip
     return StudyConfig(parts, users=400, settings=LARGE)
 
