@@ -26,10 +26,15 @@ def alphabet():
     return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="</s>")
 
 
-def saved_model(folder: Path, seed: int = 0) -> str:
-    """Random weights that prefer some letters, in a folder: TRL reads its reference from a path."""
+def settled() -> None:
+    """transformers tells of nothing but errors."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def saved_model(folder: Path, seed: int = 0) -> str:
+    """Random weights that prefer some letters, in a folder: TRL reads its reference from a path."""
+    settled()
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(LETTERS) + 2, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -69,7 +74,11 @@ def made(kind: type[GRPOTrainer], model: str, out: Path, *, reward=count_vowels,
 
 def logged(kind: type[GRPOTrainer], model: str, out: Path, **settings) -> list[dict[str, float]]:
     """What a training logs at every step."""
-    trainer = made(kind, model, out, **settings)
+    return logged_by(made(kind, model, out, **settings))
+
+
+def logged_by(trainer: GRPOTrainer) -> list[dict[str, float]]:
+    """What a trainer logs at every step of its training."""
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     return trainer.state.log_history

@@ -6,12 +6,15 @@ The trainer, its data, its gym generator and its registries are SkyRL's; what ne
 
 import asyncio
 import json
+import operator
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+import yaml
 from skyrl.backends.skyrl_train.distributed.dispatch import WorkerOutput
 from skyrl.backends.skyrl_train.utils import ppo_utils, torch_utils
 from skyrl.train.config import SkyRLTrainConfig
@@ -22,7 +25,10 @@ from skyrl.train.generators.utils import prepare_generator_input
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification, LlamaModel
 
 import tppo_kernels as tk
+from tppo.config import Config
+from tppo.methods.config import PPOConfig
 from tppo.models.tokenizer import train_tokenizer
+from tppo.options import Options
 from tppo_kernels.integrations import skyrl
 
 EXAMPLES = Path(__file__).parents[2] / "examples/integrations/skyrl"
@@ -256,11 +262,31 @@ def test_our_trainer_gives_estimators_the_loss_mask_and_skyrls_the_response_mask
     assert theirs["returns"].abs().max() > 500
 
 
+def settings_of(options):
+    """What `cluster_data.py` writes of a run with these flags."""
+    return runpy.run_path(str(EXAMPLES.parent / "cluster_data.py"))["settings"](options)
+
+
+def leaves(tree, at=""):
+    """The keys of a tree, with points between them, and their values."""
+    for key, value in tree.items():
+        yield from leaves(value, f"{at}{key}.") if isinstance(value, dict) else [(at + key, value)]
+
+
 @pytest.mark.parametrize("files", [["one_gpu.yaml"], ["one_gpu.yaml", "eight_gpus.yaml"]])
-def test_the_configurations_pass_skyrls_own_checks(files):
-    cfg = skyrl.TokenPPOConfig.from_arguments([str(EXAMPLES / name) for name in files]
-                                              + ["trainer.algorithm.lambd=0.9"])
+def test_the_configurations_pass_skyrls_own_checks(files, tmp_path):
+    """And have what `tppo train` has without flags, to which those of a run change nothing."""
+    given = [str(EXAMPLES / name) for name in files]
+    cfg = skyrl.TokenPPOConfig.from_arguments(given)
+    for key, value in leaves(settings_of(Options())):
+        assert operator.attrgetter(key)(cfg) == value, key
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings_of(Options(settings=Config(
+        ppo=PPOConfig(reward="argmax", gamma=0.5, clip=0.1))))))
+    cfg = skyrl.TokenPPOConfig.from_arguments(
+        [*given, str(tmp_path / "settings.yaml"), "trainer.algorithm.lambd=0.9"])
     skyrl.check_config(cfg)
+    algorithm = cfg.trainer.algorithm
+    assert (cfg.reward_model.mode, algorithm.gamma, algorithm.eps_clip_high) == ("argmax", 0.5, 0.1)
     gpus = 8 if len(files) == 2 else 1
     assert cfg.trainer.placement.policy_num_gpus_per_node == gpus == cfg.reward_model.replicas
     assert cfg.trainer.algorithm.lambd == 0.9 and cfg.trainer.algorithm.value_clip is None

@@ -2,8 +2,10 @@
 
 import builtins
 import json
+import runpy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +18,19 @@ from test_door import (  # noqa: F401
     model,
     train_through_a_kill,
 )
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 import tppo
+import tppo_kernels as tk
 from tppo.cli import main
 from tppo.config import Config, fill_defaults
 from tppo.models.adapters import load_adapter, shared_copy
 from tppo.models.config import AdapterConfig
 from tppo.models.load import load_policy, load_reward_model
+from tppo.sessions.prompts import encode_prompt, prompt_text
+from tppo.sessions.session import read_sessions
+from tppo.store.yaml_file import read_yaml
+from tppo_kernels.integrations._reward_model import TokenRewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -114,6 +121,72 @@ def test_merged_models_are_plain_and_the_same(finished):
     wanted = load_reward_model(out / "train-rm/model", CPU)
     torch.testing.assert_close(found(input_ids=ids).logits, wanted(input_ids=ids).logits)
     assert load_policy(out / "train/model", CPU).config.model_type == "llama"
+
+
+@pytest.fixture(scope="module")
+def cluster_data():
+    path = Path(__file__).parents[2] / "examples/integrations/cluster_data.py"
+    return runpy.run_path(str(path))["main"]
+
+
+def test_what_a_cluster_takes_along_is_whole_and_pays_the_same(
+        finished, cluster_data, tmp_path, capsys):
+    """Prompts, policy, reward model and settings, from a run whose models are adapters."""
+    run, _, _ = finished
+    out = tmp_path / "cluster"
+    cluster_data([str(run), str(out)])
+    said = capsys.readouterr().out
+    assert "policy, reward-model, settings.yaml, test.jsonl, train.jsonl" in said
+    assert "not taken along: ppo.format_cost, 3 for a fault of the form" in said
+    tokenizer = AutoTokenizer.from_pretrained(out / "policy")
+    own = AutoTokenizer.from_pretrained(run / "sft/model")
+    assert own.chat_template is None and own.bos_token_id is not None
+    rows, prompts = {}, {}
+    for split in ("train", "test"):
+        rows[split] = list(map(json.loads, (out / f"{split}.jsonl").read_text().splitlines()))
+        sessions = read_sessions(run / f"data/{split}.jsonl")
+        prompts[split] = [encode_prompt(own, prompt_text(session)) for session in sessions]
+        assert [tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_dict=False)
+            for row in rows[split]] == prompts[split]
+    ids = torch.tensor([prompts["test"][0]])
+    policy = AutoModelForCausalLM.from_pretrained(out / "policy")
+    torch.testing.assert_close(policy(input_ids=ids).logits,
+                               load_policy(run / "sft/model", CPU)(input_ids=ids).logits)
+
+    settings = read_yaml(out / "settings.yaml")[0]
+    paid = settings["reward_model"]
+    assert paid == {"mode": "expected", "values": [0.0, -0.5, 0.5], "length_alpha": 2.0}
+    assert settings["trainer"]["algorithm"]["kl_loss_coef"] == Config().ppo.kl_coef
+    asked, answers = prompts["test"][:2], [[5, 6, 7], list(range(5, 30))]
+    lengths = [row["suggested_length"] for row in rows["test"][:2]]
+    found = TokenRewardModel(out / "reward-model", mode=paid["mode"], values=paid["values"],
+                             alpha=paid["length_alpha"]).rewards(asked, answers, None, lengths)
+    classes = load_reward_model(run / "train-rm/model", CPU)
+    for rewards, prompt, answer, length in zip(found, asked, answers, lengths, strict=True):
+        logits = classes(input_ids=torch.tensor([prompt + answer])).logits[:, len(prompt):]
+        expected = tk.token_rewards(
+            logits, torch.ones(logits.shape[:2], dtype=torch.bool), mode="expected",
+            values=(0.0, -0.5, 0.5), suggested_length=torch.tensor([length]), alpha=2.0).rewards
+        assert rewards == pytest.approx(expected[0].tolist(), abs=1e-5)
+    assert max(map(abs, found[0])) > 1e-3
+
+
+def test_a_cluster_takes_along_what_the_runs_flags_say(finished, cluster_data, tmp_path, capsys):
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    stage("data", tmp_path / "run", finished[1], "--ppo.length-alpha", "None", "--ppo.reward",
+          "argmax", "--ppo.format-cost", "0", "--ppo.gamma", "0.9")
+    capsys.readouterr()
+    cluster_data([str(tmp_path / "run"), str(tmp_path / "cluster")])
+    assert "not taken along" not in capsys.readouterr().out
+    settings = read_yaml(tmp_path / "cluster/settings.yaml")[0]
+    assert settings["reward_model"] == {"mode": "argmax", "values": [0.0, -0.5, 0.5]}
+    assert settings["trainer"]["algorithm"]["gamma"] == 0.9
+    assert "suggested_length" not in (tmp_path / "cluster/train.jsonl").read_text()
+    (tmp_path / "run/map/lengths.json").unlink()
+    with pytest.raises(SystemExit, match="has no map/lengths.json, expected a run folder of tppo"):
+        cluster_data([str(tmp_path / "run"), str(tmp_path / "cluster")])
 
 
 def test_adapters_are_settings_of_the_stages_that_train_them(finished, capsys):

@@ -126,10 +126,11 @@ class TokenGRPOTrainer(GRPOTrainer):
         else:
             found = self._against_group(returns, actions, scores)
         found = found.nan_to_num(nan=0.0)[mine, :width]
-        numbers = all(x is None for paid in self._paid for x in paid.tokens)
-        if numbers and self.gamma == 1 and self.token_advantages != "whitened":
-            return found[:, 0]  # the same at each token; [B] as TRL's, by which metrics count rows
-        return found
+        dense = any(x is not None for paid in self._paid for x in paid.tokens)
+        dense = bool(gather(torch.tensor([dense], device=rewards.device)).any())  # in any process
+        if dense or self.gamma != 1 or self.token_advantages == "whitened":
+            return found
+        return found[:, 0]  # the same at each token; [B] as TRL's, by which metrics count rows
 
     def _placed(self, output: dict[str, Any], totals: Tensor, lengths: list[int]
                 ) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     python examples/integrations/skyrl/train.py trainer.algorithm.advantage_estimator=tppo_gae \
       trainer.algorithm.policy_loss_type=tppo environment.env_class=tppo KEY=VALUE ...
 
-Three lines are ours; the rest is the entry point that SkyRL's documentation gives.  Who has no
+Four lines are ours; the rest is the entry point that SkyRL's documentation gives.  Who has no
 script of his own takes `python -m tppo_kernels.integrations.skyrl one_gpu.yaml`, which is the same
 with the reward model in a process of its own.
 """
@@ -24,7 +24,8 @@ class Experiment(BasePPOExp):
     def get_generator(self, cfg, tokenizer, inference_engine_client):
         """SkyRL's own, its rewards from the exported reward model."""
         generator = super().get_generator(cfg, tokenizer, inference_engine_client)
-        return TokenRewardGenerator(generator, TokenRewardModel("cluster/reward-model").rewards)
+        score = TokenRewardModel("cluster/reward-model", mode="expected").rewards
+        return TokenRewardGenerator(generator, score)
 
     def get_trainer(self, **given):
         """SkyRL's own, whose advantages step over the tokens of tools."""
