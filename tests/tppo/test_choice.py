@@ -37,6 +37,13 @@ def test_the_most_doubtful_are_chosen_and_no_user_twice_before_each_once():
         most_doubtful(doubts, users, 7)
 
 
+def test_a_user_with_labels_comes_behind_those_with_fewer():
+    doubts, users = [0.1, 0.9, 0.8, 0.7, 0.2, 0.6], ["a", "b", "b", "b", "c", "a"]
+    assert most_doubtful(doubts, users, 3, {"b": 1, "z": 9}) == [5, 4, 1]
+    assert most_doubtful(doubts, users, 1, {"a": 1, "b": 2, "c": 3}) == [5]
+    assert most_doubtful(doubts, users, 1, {"a": 2, "b": 2, "c": 2}) == [1]
+
+
 class Known:
     """A reader whose class logits are known: token t of a response is its id's row of a table."""
 

@@ -21,7 +21,7 @@ from tppo.labels.hand import HandLabels, Judged, Without
 from tppo.labels.words import word_spans
 from tppo.sessions.session import Event, Session
 from tppo.stages.answers import Answer
-from tppo.stages.hand.desk import CHECK, FIRST, Desk, drawn, unsureness
+from tppo.stages.hand.desk import CHECK, FIRST, Desk, drawn
 from tppo.stages.hand.server import LabelServer
 from tppo.stages.hand.terminal import label_in_terminal
 
@@ -66,6 +66,9 @@ class Told:
 
     def foretell(self, id):
         return (0.5, 0.6) * 3 if id == self.unsure else (0.99, 0.01) * 3  # at least 6 words
+
+    def doubt(self, id):
+        return 0.68 if id == self.unsure else 0.05
 
 
 # --- the journal
@@ -152,7 +155,6 @@ def test_the_most_unsure_answer_of_the_users_asked_least_comes_next(tmp_path):
     other = desk_of(tmp_path / "hand.jsonl", answers=40)
     other.taught_by(Told(stale[-1].id))
     assert other.next("a", "me").answer != stale[-1]
-    assert unsureness((0.5, 0.5)) == 1 and unsureness((1.0, 0.0)) == 0
 
 
 def test_two_tabs_get_other_answers_and_two_people_share_the_check(tmp_path):

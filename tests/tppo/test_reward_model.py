@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tppo.methods.auc import DRAWS, Rated, area_under_curve, auc_interval, drawn_aucs
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.reward_model import (
     GuardError,
     LabelledAnswer,
     PolicyTokens,
-    area_under_curve,
     check_auc,
     check_trunk_gradients,
     evaluate_reward_model,
@@ -108,4 +108,68 @@ def test_a_low_auc_stops_before_ppo():
 def test_a_small_file_only_warns_and_says_why(capsys):
     check_auc({"auc": 0.64, "sessions": 31}, RewardModelConfig())
     out = capsys.readouterr().err
-    assert "WARNING" in out and "Only 31 sessions" in out
+    assert "WARNING" in out and "Only 31 sessions" in out and "too few of them are held out" in out
+
+
+def test_with_few_labels_the_interval_of_the_auc_decides(capsys):
+    config = RewardModelConfig()
+    low = {"auc": 0.64, "auc_interval": (0.52, 0.79), "sessions": 50}
+    with pytest.raises(GuardError, match=r"0.640 \(95 % 0.520 to 0.790\), expected at least 0.8"):
+        check_auc(low, config)
+    check_auc(low | {"auc": 0.9, "auc_interval": (0.79, 1.0)}, config)
+    assert capsys.readouterr().err == ""
+    check_auc(low | {"auc": 0.77, "auc_interval": (0.6, 0.91)}, config)
+    assert "0.770 (95 % 0.600 to 0.910)" in " ".join(capsys.readouterr().err.split())
+    check_auc(low | {"auc": None, "auc_interval": None}, config)
+    assert "all alike" in capsys.readouterr().err
+    with pytest.raises(GuardError, match=r"AUC is 0.770, expected"):  # of many the AUC decides
+        check_auc(low | {"auc": 0.77, "auc_interval": (0.7, 0.85), "sessions": 1_000}, config)
+
+
+def scored(answers, separation, seed):
+    """Scores of 9 tokens an answer, of which some answers have higher ones than others."""
+    draw = torch.Generator().manual_seed(seed)
+    relevant = torch.rand(answers, 9, generator=draw) < torch.rand(answers, 1, generator=draw)
+    score = torch.randn(answers, 9, generator=draw) + 0.6 * torch.randn(
+        answers, 1, generator=draw
+    ) + separation * relevant
+    whose = torch.arange(answers)[:, None].expand(answers, 9)
+    return Rated(score.flatten(), relevant.flatten(), whose.flatten())
+
+
+def test_noise_of_ten_held_out_answers_stops_and_good_labels_pass():
+    config = RewardModelConfig()
+
+    def stops(separation, seed):
+        rated = scored(10, separation, seed)
+        auc = area_under_curve(rated.score, rated.relevant)
+        report = {"auc": auc, "auc_interval": auc_interval(rated, range(10)), "sessions": 50}
+        try:
+            check_auc(report, config)
+        except GuardError:
+            return True
+        return False
+
+    assert sum(stops(0.0, seed) for seed in range(20)) >= 19
+    assert sum(stops(1.8, seed) for seed in range(20)) == 0  # an AUC of about .87
+
+
+def test_draws_are_of_whole_answers_and_the_same_for_every_model():
+    rated = scored(12, 1.0, 3)
+    groups = [f"s{i // 2}" for i in range(12)]
+    better = rated._replace(score=rated.score + 2.0 * rated.relevant)
+    one, two = drawn_aucs([rated, better], groups)
+    assert (two > one).all() and len(one) == DRAWS
+    draw = torch.Generator().manual_seed(0)
+    picks = torch.randint(6, (DRAWS, 6), generator=draw)
+    for k in (0, 7):  # as if the answers of a draw were read one by one
+        parts = [rated.of([2 * i, 2 * i + 1]) for i in picks[k].tolist()]
+        score, relevant = (torch.cat([part[at] for part in parts]) for at in (0, 1))
+        assert one[k].item() == pytest.approx(area_under_curve(score, relevant))
+    low, high = auc_interval(rated, groups)
+    assert low < area_under_curve(rated.score, rated.relevant) < high
+    by_answer = auc_interval(rated, range(12))
+    assert by_answer != (low, high)
+    assert auc_interval(scored(4, 1.0, 0), range(4)) is None
+    alike = rated._replace(relevant=torch.ones_like(rated.relevant))
+    assert auc_interval(alike, groups) is None

@@ -78,9 +78,11 @@ class RewardModelConfig:
     balance: Positive = 3.0
     """Kept ratio of the larger to the smaller of classes 1 and 2."""
     min_auc: Share = 0.8
-    """PPO does not start below this AUC of relevant against irrelevant tokens."""
+    """PPO does not start below this AUC of relevant against irrelevant tokens; with few labelled
+    sessions, where its whole 95 % interval is below."""
     min_auc_sessions: Natural = 1_000
-    """With fewer labelled sessions the AUC means little: a low one warns instead of stopping."""
+    """With fewer labelled sessions the interval of the AUC decides: a low AUC whose interval
+    reaches `min_auc` warns instead of stopping."""
     grad_norm: Positive = 1.0
     """Gradients with a larger norm are scaled down to it."""
 

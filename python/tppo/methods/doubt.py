@@ -28,10 +28,16 @@ def answer_doubts(
     """
     found: list[float] = []
     for first in range(0, len(answers), config.batch_size):
-        logits, mask = class_logits_of(reader, answers[first : first + config.batch_size], config)
-        entropy = _entropy(logits[..., RELEVANT] - logits[..., IRRELEVANT]) * mask  # [B, T]
-        found += (entropy.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        found += doubts_of(*class_logits_of(
+            reader, answers[first : first + config.batch_size], config
+        ))  # fmt: skip
     return found
+
+
+def doubts_of(logits: Tensor, mask: Tensor) -> list[float]:
+    """The same of class logits [B, T, 3] and the mask [B, T] of the answers' tokens."""
+    entropy = _entropy(logits[..., RELEVANT] - logits[..., IRRELEVANT]) * mask  # [B, T]
+    return (entropy.sum(1) / mask.sum(1).clamp(min=1)).tolist()
 
 
 def _entropy(score: Tensor) -> Tensor:

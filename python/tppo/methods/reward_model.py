@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
+from tppo.methods.auc import Rated, area_under_curve
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.optimizer import AdamW
 from tppo.models.adapters import has_adapter
@@ -168,7 +169,6 @@ def _losses(
     return result.loss, result.local_loss, result.global_loss
 
 
-@torch.no_grad()
 def evaluate_reward_model(
     reader: Reader, data: Sequence[LabelledAnswer], config: RewardModelConfig
 ) -> dict[str, Any]:
@@ -177,7 +177,17 @@ def evaluate_reward_model(
     P(relevant | relevant or irrelevant) is the share that is relevant (`calibration`): their mean
     distance over the tokens is the expected calibration error (Guo et al. 2017).
     """
-    scores, labels = [], []
+    return figures_of(*rate_tokens(reader, data, config))
+
+
+@torch.no_grad()
+def rate_tokens(
+    reader: Reader, data: Sequence[LabelledAnswer], config: RewardModelConfig
+) -> tuple[Rated, Tensor]:
+    """The log-odds of relevant against irrelevant of every token that is labelled 1 or 2, and of
+    all tokens the confusion of the classes [3, 3]: rows are labels, columns the likeliest class.
+    """
+    scores, relevant, whose = [torch.zeros(0)], [_NO_LABEL], [torch.zeros(0, dtype=torch.int64)]
     confusion = torch.zeros(3, 3, dtype=torch.long)
     for i in range(0, len(data), config.batch_size):
         rows = data[i : i + config.batch_size]
@@ -188,8 +198,14 @@ def evaluate_reward_model(
         confusion += pairs.bincount(minlength=9).view(3, 3).cpu()
         judged = mask & (label > 0)
         scores.append((logits[..., RELEVANT] - logits[..., IRRELEVANT])[judged].cpu())
-        labels.append(label[judged].cpu() == RELEVANT)
-    score, relevant = torch.cat([*scores, torch.zeros(0)]), torch.cat([*labels, _NO_LABEL])
+        relevant.append(label[judged].cpu() == RELEVANT)
+        whose.append(i + judged.nonzero()[:, 0].cpu())
+    return Rated(torch.cat(scores), torch.cat(relevant), torch.cat(whose)), confusion
+
+
+def figures_of(rated: Rated, confusion: Tensor) -> dict[str, Any]:
+    """What `evaluate_reward_model` gives."""
+    score, relevant = rated.score, rated.relevant
     bins = calibration(score.double().sigmoid(), relevant)
     return {
         "auc": area_under_curve(score, relevant),
@@ -224,36 +240,43 @@ def calibration(probability: Tensor, positive: Tensor, bins: int = 10) -> list[d
     return found
 
 
-def area_under_curve(score: Tensor, positive: Tensor) -> float | None:
-    """P(score of a positive > score of a negative), ties a half; None without both classes."""
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    if not n_pos or not n_neg:
-        return None
-    _, rank, tied = score.double().unique(return_inverse=True, return_counts=True)
-    mean_rank = tied.cumsum(0) - (tied - 1) / 2  # 1-based, ties share their mean
-    rank_sum = mean_rank[rank][positive].sum().item()
-    return (rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
-
-
 def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
     """Stop before PPO optimises a reward that cannot tell relevant from irrelevant.
 
-    Errors: GuardError below `min_auc`; with few labelled sessions only a warning that says why.
+    With fewer than `min_auc_sessions` labelled sessions the AUC on few held-out ones may be low by
+    chance: it stops only where its whole 95 % interval is below `min_auc`, and warns where the AUC
+    is and the interval is not.
+    Errors: GuardError below `min_auc`.
     """
     auc, sessions = report["auc"], report["sessions"]
     if auc is not None and auc >= config.min_auc:
         return
-    shown = "unknown (the held-out labels are all alike)" if auc is None else f"{auc:.3f}"
-    problem = f"the reward model's AUC is {shown}, expected at least {config.min_auc}"
-    if sessions >= config.min_auc_sessions:
+    few = sessions < config.min_auc_sessions
+    between = report.get("auc_interval") if few else None
+    problem = (
+        f"the reward model's AUC is {shown_auc(auc, between)}, expected at least {config.min_auc}"
+    )
+    if not few or between is not None and between[1] < config.min_auc:
         raise GuardError(
             f"{problem}: PPO would raise this reward without raising relevance. Label more answers "
             "or train longer; --reward-model.min-auc lowers the bound"
         )
+    chance = (
+        "its interval reaches above that, so that it may be chance" if between is not None else
+        "too few of them are held out for an interval"
+    )  # fmt: skip
     say(
         f"WARNING: {problem}. Only {sessions} sessions are labelled (fewer than "
-        f"{config.min_auc_sessions}), too few to judge by: PPO runs, but do not trust its reward"
+        f"{config.min_auc_sessions}), and {chance}: PPO runs, but do not trust its reward; label "
+        "more answers"
     )
+
+
+def shown_auc(auc: float | None, between: Sequence[float] | None) -> str:
+    """An AUC with its interval, as a sentence has it."""
+    if auc is None:
+        return "unknown (the held-out labels are all alike)"
+    return f"{auc:.3f}" + (f" (95 % {between[0]:.3f} to {between[1]:.3f})" if between else "")
 
 
 def relevant_share(data: Sequence[LabelledAnswer]) -> float:

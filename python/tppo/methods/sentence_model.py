@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from tppo.methods.auc import area_under_curve
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.early_stop import train_to_best
 from tppo.methods.optimizer import AdamW
-from tppo.methods.reward_model import RELEVANT, LabelledAnswer, area_under_curve
+from tppo.methods.reward_model import RELEVANT, LabelledAnswer
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_step, check_weights, trainable

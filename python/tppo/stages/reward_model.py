@@ -11,12 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tppo.errors import DataError
 from tppo.labels.hand import BY_HAND
 from tppo.labels.label import iter_labels
+from tppo.methods.auc import auc_interval
 from tppo.methods.reward_model import (
     PolicyTokens,
     Reader,
     enough_passes,
     evaluate_reward_model,
+    figures_of,
+    rate_tokens,
     relevant_share,
+    shown_auc,
     train_reward_model,
 )
 from tppo.models.adapters import add_to_classifier, merged, save_classifier
@@ -49,6 +53,7 @@ def train_rm(run: Run) -> None:
             raise DataError("1 session is labelled, expected at least 2: one is held out")
         n_heldout = max(1, round(config.heldout_share * len(sessions)))
         heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
+        whose = [session for session in sessions[:n_heldout] for _ in rows[session]]
         train = [row for session in sessions[n_heldout:] for row in rows[session]]
         repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
         labeller = next(iter_labels(run.path(LABELS))).labeller
@@ -56,7 +61,9 @@ def train_rm(run: Run) -> None:
             config = enough_passes(config, len(train + repeated))
         with followed(run.config.report_to, out, run.out, config) as journal:
             train_reward_model(reader, train + repeated, config, seed=run.seed, each=journal.write)
-        report = evaluate_reward_model(reader, heldout, config)
+        rated, confusion = rate_tokens(reader, heldout, config)
+        report = figures_of(rated, confusion)
+        report["auc_interval"] = auc_interval(rated, whose)
         unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
         report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
         report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
@@ -65,13 +72,12 @@ def train_rm(run: Run) -> None:
         report["own_tokens"] = model.config.own_tokens
         save_reward_model(run, model, tokenizer, out / REWARD_MODEL.name, run.own_reward_model)
         write_json(out / REWARD_REPORT.name, report)
-        auc, of_repeated = (
-            "unknown" if report[name] is None else f"{report[name]:.3f}"
-            for name in ("auc", "auc_repeated")
-        )
+        auc = shown_auc(report["auc"], report["auc_interval"])
+        repeated = report["auc_repeated"]
         say(
-            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on held-out answers; AUC "
-            f"{of_repeated} where one of their queries is repeated"
+            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on {len(heldout)} "
+            f"held-out answers; AUC {'unknown' if repeated is None else f'{repeated:.3f}'} where "
+            "one of their queries is repeated"
         )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from tppo.labels.choice import most_doubtful
 from tppo.labels.config import HandConfig
 from tppo.labels.hand import HandLabels, Judged, Kind, Without
 from tppo.labels.rule import relevance_share
@@ -44,6 +45,9 @@ class Teacher(Protocol):
 
     def foretell(self, id: str) -> tuple[float, ...]:
         """P(wanted) of each word of an answer, () where nothing is known of it."""
+
+    def doubt(self, id: str) -> float | None:
+        """How unsure it is of an answer (`tppo.methods.doubt`), None where it does not know it."""
 
 
 class Item(NamedTuple):
@@ -230,14 +234,13 @@ class Desk:
         if not left:
             return None
         if self.teacher is not None and self.teacher.learnt:
-            told = {answer.id: self.teacher.foretell(answer.id) for answer in left}
-            known = [answer for answer in left if told[answer.id]]
+            doubts = {answer.id: self.teacher.doubt(answer.id) for answer in left}
+            known = {id: doubt for id, doubt in doubts.items() if doubt is not None}
             if known:
                 asked = Counter(self._user[id] for id in judged if id in self._user)
-                chosen = max(known, key=lambda answer: (
-                    -asked[self._user[answer.id]], unsureness(told[answer.id])
-                ))  # fmt: skip
-                return self._item(chosen, "chosen")
+                users = [self._user[id] for id in known]
+                (chosen,) = most_doubtful([*known.values()], users, 1, asked)
+                return self._item(self._known[[*known][chosen]], "chosen")
         return self._item(left[0], "random")
 
     def _item(self, answer: Answer, kind: Kind) -> Item:
@@ -248,13 +251,6 @@ class Desk:
         """The teacher learns from everything but the check."""
         if self.teacher is not None:
             self.teacher.learn([found for found in self.labels if found.kind != "check"])
-
-
-def unsureness(told: Sequence[float]) -> float:
-    """Mean over the words of 1 - |2 P(wanted) - 1|: 1 where the model does not know, 0 where it is
-    sure.
-    """
-    return sum(1 - abs(2 * p - 1) for p in told) / max(len(told), 1)
 
 
 def drawn(

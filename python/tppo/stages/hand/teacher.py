@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from tppo.labels.hand import Judged
 from tppo.labels.words import map_labels, word_spans
+from tppo.methods.doubt import doubts_of
 from tppo.methods.reward_model import (
     IRRELEVANT,
     RELEVANT,
@@ -33,6 +35,15 @@ LEAST = 10  # answers that a first model learns from
 NEW = 5  # answers after which it is trained anew
 
 
+class Told(NamedTuple):
+    """What a model says of an answer."""
+
+    words: tuple[float, ...]
+    """P(wanted) of each word."""
+    doubt: float
+    """How unsure it is of the whole (`tppo.methods.doubt`)."""
+
+
 class BackgroundTeacher:
     """A reward model on the trunk of the SFT model, as `train-rm` trains one.
 
@@ -44,7 +55,7 @@ class BackgroundTeacher:
         self.sft, self.tokenizer, self.eos = run.path(SFT_MODEL), run.tokenizer, run.eos_ids
         self.origin = sft_origin(run) if run.config.lora.on else None
         self.learnt = 0
-        self._told: dict[str, tuple[float, ...]] = {}
+        self._told: dict[str, Told] = {}
         self._todo: list[Judged] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -61,7 +72,11 @@ class BackgroundTeacher:
 
     def foretell(self, id: str) -> tuple[float, ...]:
         """P(wanted) of each word of an answer of the pool by the newest model."""
-        return self._told.get(id, ())
+        return self._told[id].words if id in self._told else ()
+
+    def doubt(self, id: str) -> float | None:
+        """How unsure the newest model is of an answer of the pool, in nats a token."""
+        return self._told[id].doubt if id in self._told else None
 
     def close(self) -> None:
         """End the thread, when the model that it trains is done."""
@@ -92,7 +107,7 @@ class BackgroundTeacher:
             self._told, self.learnt = told, len(judged)
             self.changed()
 
-    def _foretold_by(self, judged: Sequence[Judged]) -> dict[str, tuple[float, ...]]:
+    def _foretold_by(self, judged: Sequence[Judged]) -> dict[str, Told]:
         """What a model that learns from these says of every answer of the pool."""
         run, config = self.run, self.run.config.reward_model
         rows = [row for found in judged if (row := self._row(found)) is not None]
@@ -105,14 +120,17 @@ class BackgroundTeacher:
             add_to_classifier(model, run.config.lora, seed=run.seed, origin=self.origin)
         reader = PolicyTokens(model, self.tokenizer.pad_token_id, run.config.prefix)
         train_reward_model(reader, rows, enough_passes(config, len(rows)), seed=run.seed)
-        told: dict[str, tuple[float, ...]] = {}
+        told: dict[str, Told] = {}
         for i in range(0, len(self.pool), config.batch_size):
             part = self.pool[i : i + config.batch_size]
             unknown = [LabelledAnswer(a.prompt_ids, a.response_ids, [0] * len(a.response_ids), 1)
                        for a in part]  # fmt: skip
-            logits, _ = class_logits_of(reader, unknown, config)
+            logits, mask = class_logits_of(reader, unknown, config)
             wanted = (logits[..., RELEVANT] - logits[..., IRRELEVANT]).sigmoid().tolist()
-            told |= {a.id: self._of_words(a, row) for a, row in zip(part, wanted, strict=True)}
+            told |= {
+                a.id: Told(self._of_words(a, row), doubt)
+                for a, row, doubt in zip(part, wanted, doubts_of(logits, mask), strict=True)
+            }
         return told
 
     def _row(self, found: Judged) -> LabelledAnswer | None:

@@ -9,6 +9,7 @@ the true next queries.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +118,8 @@ def chosen_first(material: Material, cell: Cell) -> list[Labelled]:
         unread = [LabelledAnswer(a.prompt_ids, a.response_ids, (), 0) for a, _ in rest]
         doubts = answer_doubts(_reader(material, model), unread, material.run.config.reward_model)
         whose = [users[answer.session] for answer, _ in rest]
-        next_ones = most_doubtful(doubts, whose, min(ROUND, n - len(chosen)))
+        done = Counter(users[answer.session] for answer, _ in chosen)
+        next_ones = most_doubtful(doubts, whose, min(ROUND, n - len(chosen)), done)
         chosen = chosen + [rest[i] for i in next_ones]
         rest = [pair for i, pair in enumerate(rest) if i not in set(next_ones)]
     return chosen[:n]
