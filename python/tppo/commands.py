@@ -227,7 +227,7 @@ def _check_early(
     if command in ("run", "train", "eval"):
         run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label
-    if label.labeller != "endpoint":
+    if label.machine != "endpoint":
         return
     check_key(label.endpoint)
     if command == "label" or command == "run":

@@ -18,6 +18,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tppo.errors import DataError, short
+from tppo.evaluation.page import visible
 from tppo.labels.hand import BY_HAND
 from tppo.labels.queries import distinct_queries, has_format, parse_answer
 from tppo.labels.rule import label_by_rule, relevance_share
@@ -159,10 +160,12 @@ def first_figure(row: Mapping[str, Any]) -> str | None:
 SPOKEN = {RULE: "the rule", "intent": "the latent intent", "next-query": "the true next query"}
 
 
-def spoken(name: str) -> str:
-    """A judge's or labeller's name within a sentence."""
+def spoken(name: str | Sequence[str]) -> str:
+    """A judge's or labeller's name within a sentence, or those of several labellers."""
+    if not isinstance(name, str):
+        return " and ".join(map(spoken, name))
     if name.startswith(BY_HAND):
-        return f"{name.removeprefix(BY_HAND)}, by hand"
+        return f"{visible(name.removeprefix(BY_HAND))} by hand"
     return SPOKEN.get(name, name)
 
 

@@ -101,8 +101,11 @@ def reached_line(result: dict[str, Any], figure: str) -> list[str]:
 def judge_line(test: dict[str, Any], figure: str) -> str:
     """Who judged, and whether that is independent of the training labels."""
     labeller, judge = test["labeller"], test["judge"]
-    same = f"not by {spoken(labeller)}, which labelled"
-    trained = "which also labelled" if labeller == judge else same
+    labellers = [labeller] if isinstance(labeller, str) else labeller
+    others = [name for name in labellers if name != judge]
+    trained = f"not by {spoken(others)}, which labelled"
+    if judge in labellers:
+        trained = f"which also labelled{f', with {spoken(others)},' if others else ''}"
     judged = (
         f"{figure}: judged by {spoken(judge)} ({trained} the reward model's data), here and where "
         "PPO's best step is kept"

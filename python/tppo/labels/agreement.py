@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 from tppo.errors import DataError, short
 from tppo.labels.label import Label, read_labels
@@ -63,6 +64,33 @@ def compare(labels: Iterable[Label], others: Iterable[Label]) -> Agreement:
     unpaired = sum(n for pair, n in words.items() if pair.count(NONE) == 1)
     paired = Counter({pair: n for pair, n in words.items() if NONE not in pair})
     return Agreement(len(of_file), _rate(paired), _rate(sentences), unpaired)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two labellers who labelled the same answers, and how far they agree on those."""
+
+    one: str
+    two: str
+    result: Agreement
+
+
+def pairwise(labels: Iterable[Label]) -> list[Pair]:
+    """Every two labellers with answers that both labelled, in the order in which they come; of a
+    labeller's labels of one answer the last one counts.
+
+    Errors: as of `compare`.
+    """
+    of: dict[str, dict[str, Label]] = {}
+    for label in labels:
+        of.setdefault(label.labeller, {})[label.id] = label
+    found = []
+    for one, two in combinations(of, 2):
+        both = of[one].keys() & of[two].keys()
+        if both:
+            result = compare([of[one][id] for id in both], [of[two][id] for id in both])
+            found.append(Pair(one, two, result))
+    return found
 
 
 def _judged(label: Label) -> list[int]:

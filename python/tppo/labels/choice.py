@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+User = TypeVar("User", bound=Hashable)
 
 
 def most_doubtful(
     doubts: Sequence[float],
-    users: Sequence[Hashable],
+    users: Sequence[User],
     n: int,
-    labelled: Mapping[Hashable, int] | None = None,
+    labelled: Mapping[User, int] | None = None,
 ) -> list[int]:
     """The n answers, by number, to label next: the most doubtful first, a second one of a user
     only when every user has one, and so on.
@@ -23,7 +26,7 @@ def most_doubtful(
     if n > len(doubts):
         raise ValueError(f"n was {n}, expected at most the {len(doubts)} answers to choose from")
     order = sorted(range(len(doubts)), key=lambda i: -doubts[i])
-    earlier, turn = Counter[Hashable](labelled or {}), {}
+    earlier, turn = Counter[User](labelled or {}), {}
     for i in order:
         turn[i] = earlier[users[i]]
         earlier[users[i]] += 1

@@ -21,6 +21,9 @@ class HandConfig:
     """Answers to label; the stage ends there, or where you end it."""
     annotator: Text = "me"
     """Who labels; somebody else gets other answers, but for those that measure agreement."""
+    rest: Literal["rule", "endpoint"] | None = None
+    """Who labels the answers that nobody judged; where both judged one, the label by hand stands.
+    By default they stay without a label."""
     suggestions: bool = True
     """After the first 25 answers take those of which a model of the labels so far is unsure; else
     all are drawn at random."""
@@ -53,3 +56,8 @@ class LabelConfig:
     """The rule calls an answer relevant when this share of its words is."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     hand: HandConfig = field(default_factory=HandConfig)
+
+    @property
+    def machine(self) -> Literal["rule", "endpoint"] | None:
+        """Who labels besides people, or instead of them."""
+        return self.hand.rest if self.labeller == "hand" else self.labeller

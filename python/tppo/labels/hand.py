@@ -6,7 +6,7 @@ back.  A line that was cut off by a kill is passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,7 +48,8 @@ class Judged:
         spans = word_spans(self.response)
         words = tuple((self.response[a:b], value)
                       for (a, b), value in zip(spans, self.words, strict=True))  # fmt: skip
-        return Label(self.id, self.response, words, self.sentence, f"{BY_HAND}{self.annotator}")
+        return Label(self.id, self.response, words, self.sentence, f"{BY_HAND}{self.annotator}",
+                     self.kind == "check")  # fmt: skip
 
     def agreed(self) -> tuple[int, int]:
         """How many words the model had foretold, of how many that it spoke of and were judged."""
@@ -76,23 +77,24 @@ class HandLabels:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[tuple[str, str], Judged | Without] = {}  # in the order of judging
-        damaged = 0
-        for line in self._lines():
+        damaged: list[int] = []
+        for number, line in self._lines():
             try:
                 found = _LINE.validate_json(line)
                 if isinstance(found, Judged):
                     found.label()  # as many verdicts as words
             except (ValidationError, ValueError):
-                damaged += 1
+                damaged.append(number)
                 continue
             self._note(found)
         if damaged:
-            say(f"{path}: {damaged} damaged lines are passed over; their answers are asked again")
+            say(f"{path}: {len(damaged)} damaged lines are passed over, the first is line "
+                f"{damaged[0]}; their answers are asked again")  # fmt: skip
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
         if self.path.exists():
             with open(self.path, "rb") as file:
-                yield from (line for line in file if line.strip())
+                yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
 
     def __iter__(self) -> Iterator[Judged]:
         """The judgements that stand, the oldest first."""
@@ -113,8 +115,33 @@ class HandLabels:
         append_line(self.path, entry)
         self._note(entry)
 
+    def keep(self, texts: Mapping[str, str]) -> int:
+        """Forget, but for the file, what was said of answers that are other ones now.
+
+        texts: the answers by id.  Returns how many judgements those were.
+        """
+        stale = [
+            key for key, found in self._known.items()
+            if isinstance(found, Judged) and texts.get(found.id) != found.response
+        ]  # fmt: skip
+        for key in stale:
+            del self._known[key]
+        return len(stale)
+
     def _note(self, entry: Judged | Without) -> None:
         key = entry.annotator, entry.id
         self._known.pop(key, None)
         if isinstance(entry, Judged) or entry.how == "skipped":
             self._known[key] = entry
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file holds judgements by hand rather than labels: by its first line."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        return isinstance(_LINE.validate_json(first), Judged | Without)
+    except ValidationError:
+        return False

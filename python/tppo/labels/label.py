@@ -1,7 +1,8 @@
 """Labels of generated answers: 0 or 1 for each word and for the whole, one JSON object a line.
 
 `{"id", "response", "words": [[word, 0|1|-1], ...], "sentence": 0|1, "labeller"}`; -1 stands for a
-word that the labeller did not judge, from which nothing is learnt.
+word that the labeller did not judge, from which nothing is learnt.  With `"check": true` the answer
+was drawn to rate a reward model by, which is not to learn from it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Label:
     words: tuple[tuple[str, int], ...]
     sentence: int
     labeller: str
+    check: bool = False
+    """Whether the answer was drawn to rate a reward model by, and is not learnt from."""
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[Label]:
@@ -40,7 +43,14 @@ def iter_labels(path: str | os.PathLike[str]) -> Iterator[Label]:
 
 def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> None:
     """Write a label file, whole or not at all."""
-    write_jsonl(path, labels)
+    write_jsonl(path, map(_row, labels))
+
+
+def _row(label: Label) -> dict[str, object]:
+    row = vars(label).copy()
+    if not row.pop("check"):
+        return row
+    return row | {"check": True}
 
 
 def _label(line: Line) -> Label:
@@ -55,6 +65,7 @@ def _label(line: Line) -> Label:
         words=tuple((word, value) for word, value in words),
         sentence=line.get("sentence", _binary, "0 or 1"),
         labeller=line.get("labeller", is_text, "a text that is not blank"),
+        check=line.get("check", lambda v: isinstance(v, bool), "true or false", default=False),
     )
     try:
         map_labels(label.response, label.words, [])

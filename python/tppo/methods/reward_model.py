@@ -36,6 +36,8 @@ class LabelledAnswer(NamedTuple):
     response_ids: Sequence[int]
     categories: Sequence[int]  # 0, 1 or 2 a response token, or NOT_LABELLED
     sentence: int  # 1 irrelevant, 2 relevant
+    labeller: str = ""
+    weight: float = 1.0  # of its part of both losses
 
 
 _NO_LABEL = torch.zeros(0, dtype=torch.bool)
@@ -157,7 +159,7 @@ def _losses(
     """Total, local and global loss of a batch with these class logits [B, T, 3]."""
     labels = _labels(rows, mask)
     result = tk.token_reward_loss(
-        logits,
+        _weighed(logits, rows),
         labels.clamp(min=0),
         mask & (labels != NOT_LABELLED),
         torch.tensor([float(row.sentence) for row in rows], device=mask.device),  # [B]
@@ -167,6 +169,26 @@ def _losses(
         seed=seed,
     )
     return result.loss, result.local_loss, result.global_loss
+
+
+def _weighed(logits: Tensor, rows: Sequence[LabelledAnswer]) -> Tensor:
+    """The logits, through which the gradient of an answer comes back times its weight.
+
+    Both losses are sums over answers, so that it is the gradient of their weighted sums; what is
+    reported are the losses without weights.
+    """
+    if all(row.weight == 1 for row in rows):
+        return logits
+    weight = torch.tensor([row.weight for row in rows], device=logits.device, dtype=logits.dtype)
+    fixed = logits.detach()
+    return fixed + weight[:, None, None] * (logits - fixed)
+
+
+def weighed(rows: Sequence[LabelledAnswer], weights: Sequence[float]) -> list[LabelledAnswer]:
+    """The answers with these weights, scaled so that their mean is 1."""
+    mean = math.fsum(weights) / max(len(weights), 1)
+    return [row._replace(weight=weight / mean)
+            for row, weight in zip(rows, weights, strict=True)]  # fmt: skip
 
 
 def evaluate_reward_model(

@@ -100,12 +100,14 @@ def _of_sft(given: Given) -> tuple[str, ...]:
 
 
 def _of_label(given: Given) -> tuple[str, ...]:
-    if given.config.label.labeller == "rule":
-        return "label.labeller", "label.sentence_threshold", "rule"
-    if given.config.label.labeller == "hand":
-        return "label.labeller", "label.hand.answers"
+    label = given.config.label
+    by_hand = ("label.hand.answers", "label.hand.rest") if label.labeller == "hand" else ()
+    if label.machine is None:
+        return "label.labeller", *by_hand
+    if label.machine == "rule":
+        return "label.labeller", *by_hand, "label.sentence_threshold", "rule"
     return (
-        "label.labeller",
+        "label.labeller", *by_hand,
         "label.endpoint", "-label.endpoint.base_url", "-label.endpoint.api_key_env",
         "-label.endpoint.concurrency", "-label.endpoint.max_retries", "-label.endpoint.timeout_s",
         "-label.endpoint.price_read", "-label.endpoint.price_written",

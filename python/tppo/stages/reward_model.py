@@ -9,13 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.errors import DataError
-from tppo.labels.hand import BY_HAND
-from tppo.labels.label import iter_labels
 from tppo.methods.auc import auc_interval
 from tppo.methods.reward_model import (
     PolicyTokens,
     Reader,
-    enough_passes,
     evaluate_reward_model,
     figures_of,
     rate_tokens,
@@ -28,9 +25,16 @@ from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
-from tppo.stages.artifacts import LABELS, REWARD_MODEL, REWARD_REPORT, SFT_MODEL
+from tppo.stages.artifacts import REWARD_MODEL, REWARD_REPORT, SFT_MODEL
 from tppo.stages.models import sft_origin
-from tppo.stages.reward_rows import own_rows, own_twins, policy_rows, policy_twins
+from tppo.stages.reward_curve import LabelledParts, learning_curve, passes, split_labelled, tell
+from tppo.stages.reward_rows import (
+    check_sessions,
+    own_rows,
+    own_twins,
+    policy_rows,
+    policy_twins,
+)
 from tppo.stages.run import Run
 from tppo.stages.trackers import followed
 from tppo.store.jsonl import write_json
@@ -39,46 +43,55 @@ from tppo.store.jsonl import write_json
 def train_rm(run: Run) -> None:
     """The token reward model, its trunk started from SFT or from a folder of its own."""
     with run.stage("train-rm") as out:
-        config = run.config.reward_model
-        model, tokenizer = new_reward_model(run, run.own_reward_model)
-        reader: Reader
-        if model.config.own_tokens:
-            reader = own = OwnTokens(model, tokenizer)
-            rows, twins = own_rows(run, own), own_twins(run, own)
-        else:
-            reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
-            rows, twins = policy_rows(run), policy_twins(run)
-        sessions = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
-        if len(sessions) < 2:
-            raise DataError("1 session is labelled, expected at least 2: one is held out")
-        n_heldout = max(1, round(config.heldout_share * len(sessions)))
-        heldout = [row for session in sessions[:n_heldout] for row in rows[session]]
-        whose = [session for session in sessions[:n_heldout] for _ in rows[session]]
-        train = [row for session in sessions[n_heldout:] for row in rows[session]]
-        repeated = [row for session in sessions[n_heldout:] for row in twins.get(session, ())]
-        labeller = next(iter_labels(run.path(LABELS))).labeller
-        if labeller.startswith(BY_HAND):  # a person labels few, and a pass over few is no training
-            config = enough_passes(config, len(train + repeated))
+        model, tokenizer, reader = _new_reader(run)
+        parts = _split(run, reader)
+        rows, config = parts.training(), run.config.reward_model
+        config = passes(config, rows)
         with followed(run.config.report_to, out, run.out, config) as journal:
-            train_reward_model(reader, train + repeated, config, seed=run.seed, each=journal.write)
-        rated, confusion = rate_tokens(reader, heldout, config)
+            train_reward_model(reader, rows, config, seed=run.seed, each=journal.write)
+        rated, confusion = rate_tokens(reader, parts.heldout, config)
         report = figures_of(rated, confusion)
-        report["auc_interval"] = auc_interval(rated, whose)
-        unseen = [row for session in sessions[:n_heldout] for row in twins.get(session, ())]
-        report["auc_repeated"] = evaluate_reward_model(reader, unseen, config)["auc"]
-        report |= {"sessions": len(sessions), "answers": len(train) + len(heldout)}
-        report["labeller"] = labeller
-        report["relevant_share"] = relevant_share(train + heldout)
+        report["auc_interval"] = auc_interval(rated, parts.heldout_sessions)
+        report["auc_repeated"] = evaluate_reward_model(reader, parts.unseen, config)["auc"]
+        report |= {"sessions": parts.sessions, "answers": len(parts.answers)}
+        report["sources"] = sources = parts.sources(rated)
+        report["labeller"] = next(iter(sources)) if len(sources) == 1 else list(sources)
+        report["relevant_share"] = relevant_share(parts.answers)
         report["own_tokens"] = model.config.own_tokens
         save_reward_model(run, model, tokenizer, out / REWARD_MODEL.name, run.own_reward_model)
-        write_json(out / REWARD_REPORT.name, report)
-        auc = shown_auc(report["auc"], report["auc_interval"])
-        repeated = report["auc_repeated"]
+        auc, repeated = shown_auc(report["auc"], report["auc_interval"]), report["auc_repeated"]
         say(
-            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on {len(heldout)} "
+            f"reward model: AUC {auc}, accuracy {report['accuracy']:.3f} on {len(parts.heldout)} "
             f"held-out answers; AUC {'unknown' if repeated is None else f'{repeated:.3f}'} where "
             "one of their queries is repeated"
         )
+        del model, reader  # before others are trained beside it
+        report["curve"] = learning_curve(
+            parts, rated, lambda: _new_reader(run)[2], run.config.reward_model, run.seed
+        )
+        write_json(out / REWARD_REPORT.name, report)
+        tell(report)
+
+
+def _new_reader(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Reader]:
+    """A reward model before its training, its tokenizer, and how it reads."""
+    model, tokenizer = new_reward_model(run, run.own_reward_model)
+    if model.config.own_tokens:
+        return model, tokenizer, OwnTokens(model, tokenizer)
+    reader = PolicyTokens(model, run.tokenizer.pad_token_id, run.config.prefix)
+    return model, tokenizer, reader
+
+
+def _split(run: Run, reader: Reader) -> LabelledParts:
+    """What is learnt from, and what is held out."""
+    if isinstance(reader, OwnTokens):
+        rows, twins = own_rows(run, reader), own_twins(run, reader)
+    else:
+        rows, twins = policy_rows(run), policy_twins(run)
+    if len(rows) < 2:
+        raise DataError("1 session is labelled, expected at least 2: one is held out")
+    order = random.Random(f"{run.seed}/reward").sample(sorted(rows), len(rows))
+    return split_labelled(rows, twins, order, check_sessions(run), run.config.reward_model)
 
 
 def new_reward_model(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
+from pathlib import Path
 
 from tppo.errors import DataError
-from tppo.labels.agreement import compare, shown
-from tppo.labels.hand import HandLabels, Judged
+from tppo.labels.hand import HandLabels
 from tppo.labels.label import Label
 from tppo.progress import say
 from tppo.sessions.session import Session
@@ -19,25 +18,29 @@ from tppo.stages.hand.server import label_in_browser
 from tppo.stages.run import Run
 
 
-def label_by_hand(run: Run, session_of: Callable[[Answer], Session]) -> Iterator[Label]:
-    """The labels that people give, when they have given as many as are wanted or say that it is
-    enough; those of an earlier time count.
+def label_by_hand(
+    run: Run, session_of: Callable[[Answer], Session], *, ask: bool = True
+) -> list[Label]:
+    """What everybody has judged, the oldest first, when it is as much as is wanted or somebody says
+    that it is enough; what was judged at an earlier time counts.
+
+    ask: whether more may be asked for.
     """
-    path = run.beside("hand-labels.jsonl")  # a stage that is repeated must not lose it
-    config, labels = run.config.label.hand, HandLabels(path)
+    labels = judgements_of(run, run.hand_labels)
+    config = run.config.label.hand
     desk = Desk(run.iter_answers(), session_of, labels, config, run.seed)
-    if desk.count() < config.answers:
+    if ask and desk.count() < config.answers:
         _ask(run, desk)
-    texts = {answer.id: answer.text for answer in run.iter_answers()}
-    stands = [found for found in labels if texts.get(found.id) == found.response]
-    if strange := len(list(labels)) - len(stands):
-        say(f"label: {strange} judgements in {path} are of answers that are not "
-            "generated any more, and are left out")  # fmt: skip
-    _say_agreement(stands)
-    first: dict[str, Judged] = {}
-    for found in stands:
-        first.setdefault(found.id, found)
-    return (first[id].label() for id in texts if id in first)
+    return [found.label() for found in labels]
+
+
+def judgements_of(run: Run, path: Path) -> HandLabels:
+    """A journal, but for what it says of answers that the run has generated anew since then."""
+    labels = HandLabels(path)
+    if stale := labels.keep({answer.id: answer.text for answer in run.iter_answers()}):
+        say(f"label: {stale} judgements in {path} are of answers that are not generated any more, "
+            "and are left out")  # fmt: skip
+    return labels
 
 
 def _ask(run: Run, desk: Desk) -> None:
@@ -67,15 +70,3 @@ def _ask(run: Run, desk: Desk) -> None:
         if teacher is not None:
             teacher.close()
 
-
-def _say_agreement(stands: list[Judged]) -> None:
-    """How far people agree on the answers that two of them have judged."""
-    of_person: dict[str, dict[str, Label]] = {}
-    for found in stands:
-        of_person.setdefault(found.annotator, {})[found.id] = found.label()
-    for one, two in combinations(of_person, 2):
-        both = of_person[one].keys() & of_person[two].keys()
-        if both:
-            result = compare([of_person[one][id] for id in both],
-                             [of_person[two][id] for id in both])  # fmt: skip
-            say(f"label: {one} and {two} judged {len(both)} answers both:\n{shown(result)}")
