@@ -33,6 +33,7 @@ from tppo.methods.reward_model import (
 from tppo.models.config import GenerateConfig, ScratchConfig
 from tppo.sessions.config import SessionsConfig
 from tppo.stages import reward_curve, reward_model
+from tppo.stages.hand.stage import journal_of
 from tppo.stages.report.found import read_folder
 from tppo.stages.report.reward_model import reward_model as drawn
 from tppo.stages.run import Run
@@ -87,7 +88,7 @@ def judged(answer, label, annotator="me", kind="random", wrong=0):
 def judge(run, n, annotator="me", checks=0, wrong=0):
     """A journal of the last n answers, of which the first are the check."""
     given = answers_of(run)[-n:]
-    journal = HandLabels(run.hand_labels)
+    journal = HandLabels(journal_of(run))
     for i, (answer, label) in enumerate(given):
         kind = "check" if i < checks else "random"
         journal.add(judged(answer, label, annotator, kind, wrong))
@@ -189,15 +190,15 @@ def test_judgements_of_answers_that_were_generated_anew_are_asked_again(out, cap
     changed = given[0][0].id
     path = out / "generate/answers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    stale = HandLabels(run.hand_labels)
+    stale = HandLabels(journal_of(run))
     texts = {row["id"]: "other words" if row["id"] == changed else row["text"] for row in rows}
     assert stale.keep(texts) == 1 and stale.keep(texts) == 0
     assert [found.id for found in stale] == [answer.id for answer, _ in given[1:]]
     assert ("me", changed) not in stale  # it is asked again
-    assert len(list(HandLabels(run.hand_labels))) == 4  # the file keeps what was said
-    said = [json.loads(line) for line in run.hand_labels.read_text().splitlines()]
+    assert len(list(HandLabels(journal_of(run)))) == 4  # the file keeps what was said
+    said = [json.loads(line) for line in journal_of(run).read_text().splitlines()]
     said[0] |= {"response": "red shoes", "words": [1, 0]}
-    run.hand_labels.write_text("".join(json.dumps(line) + "\n" for line in said))
+    journal_of(run).write_text("".join(json.dumps(line) + "\n" for line in said))
     with pytest.raises(DataError, match="standard input is no terminal"):  # a fourth is asked for
         run.perform("label")
     assert "1 judgements in" in capsys.readouterr().err
@@ -240,7 +241,7 @@ def test_the_agreement_of_people_and_of_a_run_is_printed_from_its_files(out, cap
     given = judge(run, 10, wrong=1)
     judge(run, 6, annotator="anna")
     words = [sum(len(label.words) for _, label in part) for part in (given, given[-6:])]
-    main(["label", "--out", str(out), "--agreement", str(run.hand_labels)])
+    main(["label", "--out", str(out), "--agreement", str(journal_of(run))])
     told = capsys.readouterr().out
     blocks = told.split("kappa")
     assert "the rule and me by hand" in blocks[0] and "the rule and anna by hand" in blocks[1]
@@ -258,7 +259,7 @@ def test_a_journal_that_nobody_else_has_judged_has_no_agreement(out):
     from tppo.stages.label import compare_labels
 
     with pytest.raises(DataError, match="no answer in it was judged by a second labeller"):
-        compare_labels(run, run.hand_labels)
+        compare_labels(run, journal_of(run))
 
 
 def test_a_name_is_text_wherever_it_is_shown(out, capsys):

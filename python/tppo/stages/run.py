@@ -174,11 +174,6 @@ class Run:
         """The record of the items without a label, beside the stages like the cache."""
         return self.beside("label-lost.jsonl")
 
-    @property
-    def hand_labels(self) -> Path:
-        """The journal of labels by hand, which a stage that is repeated must not lose."""
-        return self.beside("hand-labels.jsonl")
-
     def beside(self, name: str) -> Path:
         """A file beside the stages, in a later round with its number: `result-2.json`."""
         stem, dot, kind = name.partition(".")

@@ -26,12 +26,17 @@ def label_by_hand(
 
     ask: whether more may be asked for.
     """
-    labels = judgements_of(run, run.hand_labels)
+    labels = judgements_of(run, journal_of(run))
     config = run.config.label.hand
     desk = Desk(run.iter_answers(), session_of, labels, config, run.seed)
     if ask and desk.count() < config.answers:
         _ask(run, desk)
     return [found.label() for found in labels]
+
+
+def journal_of(run: Run) -> Path:
+    """The journal of a run, where a stage that is repeated does not lose it."""
+    return run.beside("hand-labels.jsonl")
 
 
 def judgements_of(run: Run, path: Path) -> HandLabels:
