@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
-from _harness import Case, Function
+from _harness import Case
 from _machine import generator, normal, random_mask
+from _one_result import one_result
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -17,24 +15,15 @@ SHAPES = {"cpu": [(64, 2048)], "cuda": [(64, 2048), (8192, 4096)]}
 CLAMP = 10.0
 
 
-def eager(logprobs: Tensor, ref: Tensor, mask: Tensor) -> tuple[Tensor]:
+def eager(logprobs: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """k3 with both clamps, as in verl and SkyRL."""
     d = (ref - logprobs).clamp(-20, 20)
-    return ((d.exp() - d - 1).clamp(-CLAMP, CLAMP) * mask,)
+    return (d.exp() - d - 1).clamp(-CLAMP, CLAMP) * mask
 
 
-def op(logprobs: Tensor, ref: Tensor, mask: Tensor) -> tuple[Tensor]:
+def op(logprobs: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """The operator on its best backend."""
-    return (tk.kl(logprobs, ref, mask, estimator="k3", clamp=CLAMP),)
-
-
-def with_backward(function: Callable) -> Function:
-    """(estimates, gradient of their sum)"""
-    def both(logprobs: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        leaf = logprobs.detach().requires_grad_()
-        value, = function(leaf, *rest)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-    return both
+    return tk.kl(logprobs, ref, mask, estimator="k3", clamp=CLAMP)
 
 
 def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
@@ -44,12 +33,8 @@ def case(batch: int, tokens: int, smoke: bool, device: str = "cpu") -> Case:
         drift, ref = normal(g, 2, batch, tokens)
         return ref + drift, ref, random_mask(g, batch, tokens)
 
-    functions: dict[str, Callable] = {"op": op, "eager": eager}
-    if not smoke:
-        functions["compiled"] = torch.compile(eager)
-    return Case("kl", f"{batch} x {tokens} forward+backward", NBYTES_PER_TOKEN * batch * tokens,
-                make, with_backward(eager), with_backward(eager),
-                {n: with_backward(f) for n, f in functions.items()}, grad=True, beats="eager")
+    return one_result("kl", f"{batch} x {tokens}", NBYTES_PER_TOKEN * batch * tokens, make, op,
+                      eager, smoke=smoke)
 
 
 @pytest.mark.parametrize("index", range(2))

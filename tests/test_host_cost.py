@@ -78,7 +78,18 @@ def token_head():
     return lambda: tk.token_head(hidden, weight, bias, mask)
 
 
-OPS = {gae: None, whiten: None, token_advantages: None, token_logprobs: None,
+def reduce():
+    mask, x, _, _ = inputs()
+    x.requires_grad_()
+    return lambda: tk.reduce(x, mask, reduction="seq-mean-token-mean")
+
+
+def entropy():
+    logits, mask = randn(B, T, V).requires_grad_(), inputs()[0]
+    return lambda: tk.entropy(logits, mask)
+
+
+OPS = {gae: None, reduce: None, entropy: None, whiten: None, token_advantages: None, token_logprobs: None,
        ppo_loss: policy_loss, value_loss: critic_loss, token_head: None}
 
 

@@ -238,7 +238,7 @@ def test_a_policy_learns_the_rewards_of_tokens_by_skyrls_own_trainer(folder):
             torch.testing.assert_close(data["advantages"], expected.advantages)
             torch.testing.assert_close(data["returns"], expected.returns)
             spread = [x for row in rewards for x in row[:-1]]
-            assert len({x != 0 for x in spread}) == 2  # dense: not at the last token alone
+            assert len({round(x, 3) for x in spread}) > 2  # dense: not at the last token alone
         data.pop("rewards")
         status = trainer.train_critic_and_policy(data)
         assert status["ours"] == 1.0 and status["ratio_mean"] == pytest.approx(1.0, abs=0.5)
