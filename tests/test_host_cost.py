@@ -89,8 +89,8 @@ def entropy():
     return lambda: tk.entropy(logits, mask)
 
 
-OPS = {gae: None, reduce: None, entropy: None, whiten: None, token_advantages: None, token_logprobs: None,
-       ppo_loss: policy_loss, value_loss: critic_loss, token_head: None}
+OPS = {gae: None, whiten: None, token_advantages: None, token_logprobs: None, reduce: None,
+       entropy: None, ppo_loss: policy_loss, value_loss: critic_loss, token_head: None}
 
 
 def recorded(call, monkeypatch):

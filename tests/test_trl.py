@@ -95,6 +95,39 @@ def test_a_character_of_several_tokens_is_paid_at_its_last(tokenizer):
     assert rewards.tokens == [[0, 2.0, 0]]
 
 
+@pytest.mark.parametrize(("text", "span", "paid_at"), [
+    ("go😀od", (2, 3), 4),  # four bytes, one character: at the last of its tokens
+    ("go😀od", (3, 5), 5),  # what stands behind it is not shifted
+    ("e\u0301 dog", (0, 1), 0),  # a letter and its accent are two characters
+    ("e\u0301 dog", (1, 2), 2),
+    ("日本", (1, 2), 5), ("dog", (1, 3), 1),
+])
+def test_spans_count_characters_and_not_bytes(tokenizer, text, span, paid_at):
+    ids = tokenizer(text)["input_ids"]
+    rewards = TokenRewards("f", tokenizer)
+    assert rewards.totals([[(*span, 2.0)]], [text], [ids]) == [2.0]
+    assert rewards.tokens == [[2.0 * (t == paid_at) for t in range(len(ids))]]
+
+
+def test_half_a_character_and_a_special_token_keep_the_places_of_the_others(tokenizer):
+    """Sampled ids need not spell a text: TRL shows the function what they decode to."""
+    half, whole, mark = (tokenizer(text)["input_ids"] for text in ("é", "good", "!"))
+    ids = [half[0], *whole, tokenizer.eos_token_id, *mark]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == "\ufffdgood!"
+    rewards = TokenRewards("f", tokenizer)
+    rewards.totals([[(0, 1, 1.0), (3, 4, 2.0), (5, 6, 4.0)]], [text], [ids])
+    assert rewards.tokens == [[1.0, 0.0, 2.0, 0.0, 4.0]]
+
+
+def test_an_answer_without_tokens_is_paid_nothing_or_a_number(tokenizer):
+    rewards = TokenRewards("f", tokenizer)
+    assert rewards.totals([[], None, 3], ["", "", ""], [[], [], []]) == [0.0, None, 3.0]
+    assert rewards.tokens == [[], None, None]
+    with pytest.raises(ValueError, match="entry 0, item 0 was .*expected 0 <= start < end <= 0"):
+        rewards.totals([[(0, 1, 1.0)]], [""], [[]])
+
+
 def test_a_chat_that_was_stripped_keeps_its_characters(paid, tokenizer):
     ids = tokenizer.convert_tokens_to_ids(["Ġdog", "Ġdog", "</s>"])  # " dog dog"
     text = [{"role": "assistant", "content": "dog dog"}]
@@ -106,6 +139,11 @@ def test_a_chat_that_was_stripped_keeps_its_characters(paid, tokenizer):
     ([1.0, 2.0], "f: entry 0 was .*expected 4 numbers, one a token"),
     ([(0, 9, 1.0)], r"entry 0, item 0 was \(0, 9, 1.0\).*expected 0 <= start < end <= 8"),
     ([(0, 1.5, 1.0)], "expected whole numbers for start and end"),
+    ([(-1, 2, 1.0)], "expected 0 <= start < end <= 8"),
+    ([(3, 3, 1.0)], "expected 0 <= start < end"), ([(5, 2, 1.0)], "expected 0 <= start < end"),
+    ([(0, 1, None)], r"item 0 was None.*a number"),
+    ([(0, 1, 1.0), 2.0], r"item 1 was 2\.0.*expected \(start, end, value\)"),
+    ((0.5, 1.0, 0.0, 2.0), "a tuple, expected a number, a list with one number a token"),
     ([(0, 1)], r"expected \(start, end, value\)"),
     ([(0, 1, float("nan"))], "expected a finite number"),
     ([float("inf"), 0, 0, 0], "entry 0, token 0 was inf.*expected a finite number"),

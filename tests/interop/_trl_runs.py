@@ -67,8 +67,8 @@ def made(kind: type[GRPOTrainer], model: str, out: Path, *, reward=count_vowels,
             model, reward, processing_class=alphabet(), **own,
             args=GRPOConfig(output_dir=str(out), logging_steps=1, report_to="none", use_cpu=True,
                             bf16=False, save_strategy="no", disable_tqdm=True, **settings),
-            train_dataset=datasets.Dataset.from_dict(
-                {"prompt": prompts or ["ab", "cd", "ef", "gh"] * 20}))
+            train_dataset=prompts if isinstance(prompts, datasets.IterableDataset) else
+            datasets.Dataset.from_dict({"prompt": prompts or ["ab", "cd", "ef", "gh"] * 20}))
     return trainer
 
 

@@ -1,15 +1,19 @@
 """TRL's GRPO losses against those of TokenGRPOTrainer: over every option, and over trainings."""
 
+import inspect
 import itertools
+import re
 
 import pytest
 import torch
 from _trl_runs import SHORT, logged, made, saved_model
 from trl import GRPOTrainer
 
+from tppo_kernels.integrations._trl_grpo import LOSS_TYPES
 from tppo_kernels.integrations.trl import TokenGRPOTrainer, patch, unpatch
 
-TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
+TYPES = tuple(LOSS_TYPES)
+REFUSED = {"vespo"}
 B, T = 5, 7
 
 
@@ -55,12 +59,20 @@ def batch(seed, advantages):
         "num_items_in_batch": mask.sum() * 2,
         "old_per_token_logps": new + 0.3 * torch.randn(B, T, generator=g),
         "ref_per_token_logps": new + 0.5 * torch.randn(B, T, generator=g),
-        "importance_sampling_ratio": 2 * torch.rand(B, T, generator=g)}
+        # of tokens, or, as under vllm_importance_sampling_mode="sequence_mask", of answers
+        "importance_sampling_ratio": 2 * torch.rand(B, 1 if seed % 2 else T, generator=g)}
     if seed % 2:
         inputs["tool_mask"] = (torch.rand(B, T, generator=g) < 0.7).int()
     if seed % 5 == 0:
         del inputs["old_per_token_logps"]
     return inputs, (new, torch.rand(B, T, generator=g), torch.rand((), generator=g))
+
+
+def test_every_loss_type_of_trl_is_compared_here_or_refused():
+    """A type that a new TRL has is noticed: its names stand in the code of its loss."""
+    compared = re.findall(r'self\.loss_type (?:==|in) (\[[^]]*\]|"[^"]*")',
+                          inspect.getsource(GRPOTrainer._compute_loss))
+    assert {n for names in compared for n in re.findall(r'"(\w+)"', names)} == {*TYPES} | REFUSED
 
 
 OPTIONS = [
@@ -125,6 +137,14 @@ def test_fifteen_steps_log_what_trls_log(model, tmp_path, kind, beta):
         unpatch()
     assert len(theirs) == len(mine) == 16  # the last one is the training's own
     assert max(abs(line["loss"]) for line in theirs[:15]) > 0.01
+    clips = {"cispo": {"cispo_clip_ratio"}, "sapo": set()}.get(kind, {"clip_ratio/region_mean"})
+    assert {"entropy", "reward", "reward_std", "frac_reward_zero_std", "grad_norm", *clips,
+            "completions/mean_length", *(["kl"] if beta else [])} <= theirs[0].keys()
+    losses = [[line["loss"] for line in log[:15]] for log in (theirs, mine)]
+    apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    clipped = max((line[name] for line in theirs[:15] for name in clips), default=0.0)
+    print(f"{kind}, beta {beta}: losses up to {max(map(abs, losses[0])):.3f}, {apart:.1e} apart, "
+          f"{clipped:.2f} clipped")
     for expected, actual in zip(theirs, mine, strict=True):
         assert expected.keys() == actual.keys()
         for name in expected.keys() - {"step_time"}:

@@ -3,9 +3,20 @@
 import re
 import statistics
 
+import datasets
 import pytest
 import torch
-from _trl_runs import LETTERS, VOWELS, count_vowels, logged, made, pay_vowels, saved_model
+from _trl_runs import (
+    LETTERS,
+    VOWELS,
+    alphabet,
+    count_vowels,
+    logged,
+    made,
+    pay_vowels,
+    saved_model,
+)
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
 
 from tppo_kernels.integrations.trl import TokenGRPOTrainer
@@ -134,6 +145,69 @@ def test_tokens_of_tools_are_no_actions(model, tmp_path):
     first, others = 4 + 0.5 * 1, 0.5 * (0.5 * (4 + 0.5))  # reward-to-go at token 0
     assert float(found[0, 0]) == pytest.approx(first - (first + 3 * others) / 4)
     assert float(found[0, 3]) == pytest.approx(0)
+
+
+def test_none_numbers_and_tokens_share_a_group(model, tmp_path):
+    """An answer to which nothing was said is in no mean; a number stands at its last token."""
+    def mixed(completions, completion_ids, **_):
+        dense, totals = pay_vowels(completion_ids), count_vowels(completions)
+        return [None, totals[1], dense[2], dense[3], *totals[4:7], None]
+
+    _, output = advantages(model, tmp_path, reward=mixed, scale_rewards="none")
+    returns, lengths = returns_of(output), output["completion_mask"].sum(1).tolist()
+    returns[[1, 4, 5, 6]] = returns[[1, 4, 5, 6], :1]
+    for group in ((1, 2, 3), (4, 5, 6)):
+        for b in group:
+            for t in range(lengths[b]):
+                mean = statistics.mean(float(returns[g, min(t, lengths[g] - 1)]) for g in group)
+                assert float(output["advantages"][b, t]) == pytest.approx(
+                    float(returns[b, t]) - mean, abs=1e-5)
+    assert not output["advantages"][[0, 7]].any() and output["advantages"][2].any()
+
+
+def test_answers_without_a_token_and_truncated_ones_stay_in_the_groups_mean(model, tmp_path):
+    trainer, output = advantages(model, tmp_path, reward=pay_vowels, scale_rewards="none")
+    width = output["completion_ids"].shape[1]
+    assert width >= 3
+    lengths = [0, 2, 3, 3, 3, 3, 3, 3]
+    trainer._paid[0].tokens = [[], [1.0, 1.0], [0.0, 0.0, 3.0], *[[0.0] * 3] * 5]
+    trainer._scored = torch.tensor([[0.0], [2.0], [3.0], *[[0.0]] * 5]), lengths
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    mask[2] = 0  # TRL's mask_truncated_completions
+    tools = mask.clone()
+    found = trainer._advantages_of_tokens({**output, "completion_mask": mask, "tool_mask": tools})
+    means = [(0 + 2 + 3 + 0) / 4, (0 + 1 + 3 + 0) / 4]  # the first answer stands with its total
+    assert found[1, :2].tolist() == pytest.approx([2 - means[0], 1 - means[1]])
+    assert found.isfinite().all()
+
+
+def test_a_streamed_dataset_trains(model, tmp_path):
+    prompts = datasets.IterableDataset.from_generator(
+        lambda: ({"prompt": p} for p in ["ab", "cd", "ef", "gh"] * 20))
+    log = logged(TokenGRPOTrainer, model, tmp_path, reward=pay_vowels, prompts=prompts, max_steps=2)
+    assert len(log) == 3 and log[0]["grad_norm"] > 0
+
+
+def test_generations_that_do_not_divide_the_batch_are_refused_by_trl(model, tmp_path):
+    with pytest.raises(ValueError, match="num_generations|divisible"):
+        made(TokenGRPOTrainer, model, tmp_path, num_generations=3)
+
+
+def test_a_model_of_experts_trains_on_trls_auxiliary_loss_too(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(LETTERS) + 2, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.5, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, initializer_range=0.3, max_position_embeddings=64)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    alphabet().save_pretrained(tmp_path / "experts")
+    theirs, mine = (logged(kind, str(tmp_path / "experts"), tmp_path / "out", max_steps=3,
+                           num_iterations=2) for kind in (GRPOTrainer, TokenGRPOTrainer))
+    for expected, actual in zip(theirs[:3], mine[:3], strict=True):
+        assert actual.keys() == expected.keys() and expected["aux_loss"] > 0.1
+        for name in ("loss", "aux_loss", "grad_norm"):
+            assert actual[name] == pytest.approx(expected[name], abs=2e-6, rel=1e-5), name
 
 
 @pytest.mark.parametrize(("settings", "words"), [

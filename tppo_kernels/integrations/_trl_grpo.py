@@ -21,9 +21,9 @@ import tppo_kernels as tk
 from ._peer import say
 from ._token_rewards import TokenRewards
 
-_REDUCTIONS = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "bnpo": "token-mean",
-               "dr_grpo": "seq-mean-token-sum-norm", "luspo": "seq-mean-token-sum",
-               "dapo": "token-sum", "cispo": "token-sum"}
+LOSS_TYPES = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "bnpo": "token-mean",
+              "dr_grpo": "seq-mean-token-sum-norm", "luspo": "seq-mean-token-sum",
+              "dapo": "token-sum", "cispo": "token-sum"}  # and how each adds up its tokens
 ADVANTAGES = ("group", "rloo", "whitened")
 
 
@@ -79,8 +79,8 @@ class TokenGRPOTrainer(GRPOTrainer):
 
     def _refuse_the_unknown(self) -> None:
         wrong = None
-        if self.loss_type not in _REDUCTIONS:
-            wrong = f"loss_type={self.loss_type!r}, expected one of {', '.join(_REDUCTIONS)}"
+        if self.loss_type not in LOSS_TYPES:
+            wrong = f"loss_type={self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}"
         elif self.multi_objective_aggregation != "sum_then_normalize":
             wrong = (f"multi_objective_aggregation={self.multi_objective_aggregation!r}, expected "
                      "'sum_then_normalize': the functions' rewards are added at each token")
@@ -222,7 +222,7 @@ class TokenGRPOTrainer(GRPOTrainer):
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         loss = self._policy_loss(inputs, logprobs, mask,
                                  functools.reduce(torch.mul, weights) if weights else None)
-        if _REDUCTIONS[self.loss_type] == "token-sum":  # TRL counts the tokens of all processes
+        if LOSS_TYPES[self.loss_type] == "token-sum":  # TRL counts the tokens of all processes
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             share = accumulated / self.args.steps_per_generation if training else 1.0
             loss = loss / (tokens * share)
@@ -263,7 +263,7 @@ class TokenGRPOTrainer(GRPOTrainer):
             ref_logprobs=inputs["ref_per_token_logps"] if self.beta else None,
             kl_coef=self.beta, kl_estimator="k3",
             kl_ratio_weighted=bool(self.beta) and args.use_bias_correction_kl,
-            reduction=_REDUCTIONS[self.loss_type], num_sequences="all",
+            reduction=LOSS_TYPES[self.loss_type], num_sequences="all",
             norm_length=self.max_completion_length, max_log_ratio=torch.inf).loss
 
 
