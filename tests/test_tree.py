@@ -25,8 +25,8 @@ ROOMS = {  # of the kernel library, beside its operators
                  "structs", "triton_losses", "triton_policy", "triton_prefix", "triton_rows",
                  "triton_softmax", "values", "varlen"},
     "models": {"lm_head", "shared_prefix", "align", "pieces"},
-    "integrations": {"_peer", "_reward_model", "_token_rewards", "_trl_grpo", "_verl_plugin",
-                     "nemo_rl", "openrlhf", "skyrl", "slime", "trl", "verl"},
+    "integrations": {"_peer", "_reward_model", "_tensors", "_token_rewards", "_trl_grpo",
+                     "_verl_plugin", "nemo_rl", "openrlhf", "skyrl", "slime", "trl", "verl"},
 }
 SHARED_CSRC = {"bindings.cpp", "common.h", "kernels.h", "loss.h", "loss.cuh", "loss.cpp", "loss.cu"}
 TOP = {"README.md", "Makefile", "pyproject.toml", "setup.py", "LICENSE", "CONTRIBUTING.md",

@@ -5,45 +5,23 @@ import os
 import re
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib.metadata import files, version
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import verl
 import verl.utils.torch_functional as verl_F
+from _verl_stock import CASES, MODES, STOCK, batch_of, cases, compare, config_of, near
 from tensordict import TensorDict
-from verl.experimental.reward_loop.reward_manager import base, naive
+from verl.experimental.reward_loop.reward_manager import naive
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
-from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils import losses
 
 from tppo_kernels.integrations import verl as ours
-
-ours.unpatch()  # where the project is installed, verl has loaded it as its plugin already
-
-CASES = 500
-MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
-         "seq-mean-token-sum-norm")
-
-
-def stock(function):
-    """verl's function, which calls verl's own functions while ours stand in their place."""
-    held = {**vars(core_algos), "verl_F": SimpleNamespace(**vars(verl_F))}
-    return FunctionType(function.__code__, held, function.__name__, function.__defaults__)
-
-
-STOCK = SimpleNamespace(
-    gae=stock(core_algos.compute_gae_advantage_return), value=stock(core_algos.compute_value_loss),
-    policy=stock(core_algos.compute_policy_loss_vanilla), kl=stock(core_algos.kl_penalty),
-    agg=stock(core_algos.agg_loss), whiten=verl_F.masked_whiten,
-    logprobs=verl_F.logprobs_from_logits, entropy=verl_F.entropy_from_logits,
-    chunked=verl_F.entropy_from_logits_with_chunking, fused=FusedLinearForPPO.forward,
-    scores=base.RewardManagerBase.assemble_rm_scores)
 
 
 @pytest.fixture(autouse=True)
@@ -55,44 +33,6 @@ def patched():
 
 def test_the_environment_holds_the_version_that_it_is_named_for():
     assert verl.__version__ == version("verl") == "0.9.1"
-
-
-def mask_of(case: int, g: torch.Generator) -> torch.Tensor:
-    """Masks by turns: random gaps, answers of random length, one long turn with a tool's tokens
-    in the middle, empty rows, two valid tokens in all, everything valid; int64, bool, float."""
-    b, t = (int(torch.randint(1, 7, (), generator=g)), int(torch.randint(2, 40, (), generator=g)))
-    kind = case % 6
-    mask = torch.rand(b, t, generator=g) < 0.6
-    if kind in (1, 3):
-        mask = torch.arange(t) < torch.randint(1, t + 1, (b, 1), generator=g)
-    if kind == 2:
-        mask = torch.ones(b, t, dtype=torch.bool)
-        mask[:, t // 3:t // 2] = False
-    if kind == 3 and b > 1:
-        mask[::2] = False
-    if kind == 4:
-        mask = torch.zeros(b, t, dtype=torch.bool)
-    if kind == 5:
-        mask[:] = True
-    mask[-1, [0, t - 1]] = True  # verl raises below two valid tokens
-    return mask.to((torch.int64, torch.bool, torch.float32)[case // 6 % 3])
-
-
-def cases():
-    for case in range(CASES):
-        g = torch.Generator().manual_seed(case)
-        yield case, mask_of(case, g), g
-
-
-def near(found, stock, truth, where=None, bound=1e-6):
-    """Within 1e-6, of the larger of 1 and the largest stock value there, and of verl's own error
-    in fp32, which is its distance from `truth`: the same by verl in fp64."""
-    found, stock, truth = (torch.as_tensor(x).double() for x in (found, stock, truth))
-    if where is not None:
-        found, stock, truth = (x[where.bool()] for x in (found, stock, truth))
-    if stock.numel():
-        beyond = (found - stock).abs() - (stock - truth).abs().max()
-        assert beyond.max() <= bound * stock.abs().max().clamp(min=1)
 
 
 def test_gae_equals_verls():
@@ -126,25 +66,6 @@ def test_whitening_equals_verls():
         x, shift = 3 * torch.randn(mask.shape, generator=g) + case % 5, case % 2 == 0
         near(verl_F.masked_whiten(x, mask, shift_mean=shift), STOCK.whiten(x, mask, shift),
              STOCK.whiten(x.double(), mask, shift), mask)
-
-
-def config_of(case, batch):
-    names = dict(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2,
-                 ppo_mini_batch_size=4, clip_ratio=0.2, clip_ratio_c=(3.0, 1.5, 10.0)[case % 3],
-                 policy_loss=PolicyLossConfig(loss_mode="vanilla"))
-    names |= {} if case % 2 else dict(clip_ratio_low=0.1, clip_ratio_high=0.3)
-    config = ActorConfig(**names)
-    config.global_batch_info.update(batch)
-    return config
-
-
-def batch_of(case, mask):
-    """The counts of the whole batch, as none, all, and two ranks with a scale of the norm."""
-    if case % 3 == 0:
-        return {}
-    tokens = int(mask.sum()) + 7
-    batch = dict(dp_size=1, batch_num_tokens=tokens, global_batch_size=mask.shape[0] + 2)
-    return batch if case % 3 == 1 else batch | dict(dp_size=2, loss_scale_factor=0.5 + case % 9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -239,36 +160,11 @@ def test_what_verl_refuses_is_refused_with_its_words(arguments):
                                               config)
 
 
-def test_a_mask_that_is_no_mask_is_verls():
-    x, mask = torch.randn(3, 2, 5), torch.full((2, 5), 0.5)
-    for found, stock in ((core_algos.compute_value_loss, STOCK.value),):
-        assert torch.equal(found(*x, mask, 0.2)[0], stock(*x, mask, 0.2)[0])
-    assert torch.equal(verl_F.masked_whiten(x[0], mask), STOCK.whiten(x[0], mask))
-    assert torch.equal(core_algos.compute_gae_advantage_return(*x[:2], mask, 1.0, 0.9)[0],
-                       STOCK.gae(*x[:2], mask, 1.0, 0.9)[0])
-
-
 def test_a_micro_batch_without_a_token_gives_no_nan():
     """verl divides 0 by 0."""
     x, mask = torch.randn(3, 2, 5), torch.zeros(2, 5, dtype=torch.bool)
     assert STOCK.value(*x, mask, 0.2)[0].isnan()
     assert core_algos.compute_value_loss(*x, mask, 0.2)[0] == 0
-
-
-def compare(stock, found, leaves, bound=1e-6):
-    """Results, and gradients to `bound`, of two functions of the same leaves; the results are
-    summed with different weights."""
-    results = []
-    for function, dtype in ((found, torch.float32), (stock, torch.float32),
-                            (stock, torch.float64)):
-        copies = [leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves]
-        out = function(*copies)
-        out = out if isinstance(out, tuple) else (out,)
-        sum((i + 1) * (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum()
-            for i, o in enumerate(out)).backward()
-        results.append([o.detach() for o in out] + [copy.grad for copy in copies])
-    for i, triple in enumerate(zip(*results, strict=True)):
-        near(*triple, bound=1e-6 if i < len(out) else bound)
 
 
 def test_logprobs_and_entropy_equal_verls():
@@ -340,6 +236,30 @@ def test_scores_of_tokens_stand_at_their_tokens():
         assemble(data, [[1.0, 2.0, 3.0, 4.0], [0.5, 1.0], 7.0])
 
 
+def test_scores_of_tokens_and_of_samples_in_one_batch():
+    """Each reward at its token, or at the last one before it that the policy wrote, or else at the
+    first behind it; numbers as verl puts them."""
+    for _, mask, g in cases():
+        mask = mask.bool()
+        written = torch.maximum(mask, torch.rand(mask.shape, generator=g) < 0.3)
+        lengths = [int(row.nonzero()[-1]) + 1 if row.any() else 0 for row in written]
+        data, scores, expected = data_of(mask, lengths), [], torch.zeros(mask.shape)
+        for i, n in enumerate(lengths):
+            rewards = torch.randn(n, generator=g)
+            of_tokens = i == 0 or bool(torch.rand((), generator=g) < 0.7)
+            scores.append(rewards.tolist() if of_tokens else float(rewards.sum()))
+            paid = enumerate(rewards.tolist()) if of_tokens else [(n - 1, scores[-1])] if n else ()
+            policy = mask[i].nonzero().flatten().tolist()
+            for t, reward in paid if policy else ():
+                expected[i, max((p for p in policy if p <= t), default=policy[0])] += reward
+        found = naive.NaiveRewardManager.assemble_rm_scores(data, scores)
+        near(found, expected, expected)
+        if all(mask[i, n - 1] for i, n in enumerate(lengths)):
+            totals = [float(torch.tensor(x).sum()) for x in scores]
+            assert torch.equal(naive.NaiveRewardManager.assemble_rm_scores(data, totals),
+                               STOCK.scores(data, totals))
+
+
 def test_a_reward_function_that_gives_a_number_a_token_reaches_the_batch():
     """Through verl's own naive manager: what it gives for a sample is what it puts together."""
     def rewards(data_source, solution_str, ground_truth, extra_info):
@@ -382,44 +302,6 @@ def test_verls_trainer_and_its_losses_reach_ours():
     near(out[0]["advantages"], out[1]["advantages"], out[1]["advantages"], mask)
     assert out[0]["advantages"][mask == 0].eq(0).all()
     assert "tppo" not in core_algos.POLICY_LOSS_REGISTRY
-    assert FSDPActorConfig is not None
-
-
-def seconds(functions, *args, repeats=5, **kwargs):
-    """Medians of interleaved runs."""
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, held in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function(*args, **kwargs)
-            held.append(time.perf_counter() - start)
-    return [sorted(held)[repeats // 2] for held in times]
-
-
-def test_gae_is_fifty_times_faster_and_nothing_is_slower():
-    b, t, v = 64, 2048, 2000
-    rewards, values, old, new = torch.randn(4, b, t)
-    mask = (torch.arange(t) < torch.randint(2, t, (b, 1))).long()
-    found = {}
-    core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)  # loads the kernel
-    found["gae"] = seconds((STOCK.gae, core_algos.compute_gae_advantage_return), rewards, values,
-                           mask, 1.0, 0.95)
-    found["whiten"] = seconds((STOCK.whiten, verl_F.masked_whiten), values, mask)
-    found["value"] = seconds((STOCK.value, core_algos.compute_value_loss), values, rewards, old,
-                             mask, 0.2)
-    config = config_of(1, {})
-    found["policy"] = seconds((STOCK.policy, core_algos.compute_policy_loss_vanilla), old, new,
-                              rewards, mask, "token-mean", config)
-    logits, labels = torch.randn(256, v), torch.randint(0, v, (256,))
-    found["logprobs"] = seconds((STOCK.logprobs, verl_F.logprobs_from_logits), logits, labels)
-    found["entropy"] = seconds((STOCK.entropy, verl_F.entropy_from_logits), logits)
-    hidden, weight = torch.randn(256, 64), torch.randn(v, 64)
-    layer = FusedLinearForPPO()
-    found["fused"] = seconds((STOCK.fused, type(layer).forward), layer, hidden, weight, labels)
-    print({name: f"{a / b:.1f}x" for name, (a, b) in found.items()}, found["gae"])
-    assert found["gae"][0] > 50 * found["gae"][1]
-    slower = {name: pair for name, pair in found.items() if pair[1] > 1.1 * pair[0]}
-    assert not slower
 
 
 # verl's own tests of these functions, which its wheel brings

@@ -6,7 +6,7 @@ against a stand-in of the same signature and formula, and the interface of a rea
 `patch()` replaces `GeneralizedAdvantageEstimator._compute_gae`, which runs in the driver: call it
 in the script that starts the training. Masked tokens are no steps there as here; what stands at
 masked slots of the results is 0 here and the carried advantage there, which NeMo-RL masks before
-it uses it. A mask that weighs samples (a float between 0 and 1) is left to NeMo-RL's own function.
+it uses it. A mask that weights (other values than 0 and 1) is left to NeMo-RL's own function.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tppo_kernels as tk
 
 from . import _peer
 from ._peer import Part, Replacements
+from ._tensors import alike, floats, mask_of
 
 VERSIONS = _peer.PEERS["nemo_rl"].versions
 _GAE = ("nemo_rl.algorithms.advantage_estimator:"
@@ -31,8 +32,9 @@ _swap = Replacements("nemo_rl")
 def compute_gae(self: Any, token_level_rewards: Tensor, values: Tensor, mask: Tensor,
                 gae_lambda: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T] by `tk.gae`; gae_lambda: a number, [B], or the estimator's."""
-    valid = mask.bool()
-    if mask.is_floating_point() and not bool((mask == valid).all()):
+    ours = floats(token_level_rewards, values) and alike(token_level_rewards, values, mask)
+    valid = mask_of(mask) if ours else None
+    if valid is None:
         return _swap.original(_GAE)(self, token_level_rewards, values, mask, gae_lambda)
     found = tk.gae(token_level_rewards.detach(), values.detach(), valid, gamma=self.gae_gamma,
                    lam=self.gae_lambda if gae_lambda is None else gae_lambda)

@@ -14,9 +14,11 @@ What is replaced: `RemoteExperienceMaker.get_advantages_and_returns`, `PolicyLos
   they are; `ppo_kl` is of the log-ratio as it is, the ratio of the one clamped at 20.
 - A temperature other than 1 divides the caller's logits in place.
 
-Ours give 0 for a batch without a valid token, where OpenRLHF divides 0 by 0, and fp32 log-probs
-of half precision logits. GSPO, and the correction of the mismatch to vLLM's log-probs, are left to
-OpenRLHF's own code, and so is a loss without a mask.
+Ours give 0 for a batch without a valid token, where OpenRLHF divides 0 by 0; a NaN behind the mask
+is never read, which OpenRLHF multiplies by 0; and results of half precision are fp32. GSPO, and the
+correction of the mismatch to vLLM's log-probs, are left to OpenRLHF's own code, and so are a loss
+without a mask or with one of other values than 0 and 1, tensors that broadcast, and a gradient with
+respect to what is data (advantages, old log-probs and values, returns).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import tppo_kernels as tk
 
 from . import _peer
 from ._peer import Part, Replacements
+from ._tensors import alike, differentiated, floats, mask_of, plain
 
 VERSIONS = _peer.PEERS["openrlhf"].versions
 HOOK = "tppo_kernels.integrations.openrlhf.patch_when_imported"
@@ -49,74 +52,80 @@ _MAKER_INTERFACE: dict[str, str | None] = {_GAE: "self, values, rewards, action_
 _models, _maker = Replacements("openrlhf"), Replacements("openrlhf")
 
 
-def _mask(mask: Tensor | None) -> Tensor | None:
-    """A mask of bool, whole numbers, or 0.0 and 1.0 as ours; None where it is none of them."""
-    if mask is None or not mask.is_floating_point():
-        return mask if mask is None else mask.bool()
-    valid = mask != 0
-    return valid if bool((mask == valid).all()) else None
-
-
 @torch.no_grad()
 def get_advantages_and_returns(self: Any, values: Tensor, rewards: Tensor,
                                action_mask: Tensor | None, gamma: float, lambd: float
                                ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T] by `tk.gae`, over every slot: masked ones are zeros there."""
-    mask = _mask(action_mask)
-    if mask is None and action_mask is not None:
+    given = (values, rewards) if action_mask is None else (values, rewards, action_mask)
+    ours = floats(values, rewards) and alike(*given)
+    mask = mask_of(action_mask) if ours and action_mask is not None else None
+    if not ours or (mask is None and action_mask is not None):
         return _maker.original(_GAE)(self, values, rewards, action_mask, gamma, lambd)
     if mask is not None:
         values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
     return tuple(tk.gae(rewards, values, gamma=gamma, lam=lambd))  # type: ignore[return-value]
 
 
-def _reduction(token_level: bool, dp_size: int, batch_num_tokens: Any, global_batch_size: Any
-               ) -> tuple[dict[str, Any], Any]:
-    """Our keywords, and the factor of the loss: the counts may be below 1, which ours are not."""
+def _reduction(token_level: bool, dp_size: int = 1, batch_num_tokens: Any = None,
+               global_batch_size: Any = None) -> tuple[dict[str, Any], Any]:
+    """Our keywords, and the count that divides the loss: it may be below 1, which ours is not."""
     count = batch_num_tokens if token_level else global_batch_size
     if count is None:
         return {"reduction": "token-mean" if token_level else "seq-mean-token-mean"}, None
-    factor = dp_size / count
     if token_level:
-        return {"reduction": "token-sum"}, factor
-    return {"reduction": "seq-mean-token-mean", "num_sequences": 1}, factor
+        return {"reduction": "token-sum"}, count
+    return {"reduction": "seq-mean-token-mean", "num_sequences": 1}, count
+
+
+def _scaled(loss: Tensor, count: Any, batch: dict[str, Any]) -> Tensor:
+    return loss if count is None else loss / count * batch.get("dp_size", 1)
 
 
 def policy_loss_forward(self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor,
                         action_mask: Tensor | None = None, rollout_log_probs: Tensor | None = None,
-                        **batch: Any) -> tuple[Any, ...]:
+                        *counts: Any, **batch: Any) -> tuple[Any, ...]:
     """`PolicyLoss.forward` by `tk.ppo_loss`: loss, clip ratio, KL, and None for the two figures
     of a correction that is off."""
-    mask = _mask(action_mask)
-    if mask is None or self.policy_loss_type != "ppo" or self.is_correction_level != "off":
+    batch |= zip(_BATCH.split(", "), counts, strict=False)
+    data = (old_log_probs, advantages)
+    ours = (action_mask is not None and self.policy_loss_type == "ppo"
+            and self.is_correction_level == "off" and floats(log_probs, *data)
+            and alike(action_mask, log_probs, *data) and not differentiated(*data))
+    mask = mask_of(action_mask) if ours and action_mask is not None else None
+    if mask is None:
         return _models.original(_POLICY)(self, log_probs, old_log_probs, advantages, action_mask,
                                          rollout_log_probs, **batch)
-    given, factor = _reduction(self.token_level_loss, batch.get("dp_size", 1),
-                               batch.get("batch_num_tokens"), batch.get("global_batch_size"))
+    given, count = _reduction(self.token_level_loss, **batch)
     loss, metrics = tk.ppo_loss(log_probs, old_log_probs, advantages, mask,
                                 clip_low=self.clip_eps_low, clip_high=self.clip_eps_high,
                                 dual_clip=self.dual_clip, **given)
     gap = torch.where(mask, old_log_probs - log_probs.detach(), 0)
     kl = gap.sum() / metrics.tokens.clamp(min=1)
-    return loss if factor is None else loss * factor, metrics.clip_fraction, kl, None, None
+    return _scaled(loss, count, batch), metrics.clip_fraction, kl, None, None
 
 
 def value_loss_forward(self: Any, values: Tensor, old_values: Tensor, returns: Tensor,
-                       action_mask: Tensor | None = None, **batch: Any) -> Tensor:
+                       action_mask: Tensor | None = None, *counts: Any, **batch: Any) -> Tensor:
     """`ValueLoss.forward` by `tk.value_loss`."""
-    mask = _mask(action_mask)
+    batch |= zip(_BATCH.split(", "), counts, strict=False)
+    data = (old_values, returns)
+    ours = (action_mask is not None and floats(values, *data)
+            and alike(action_mask, values, *data) and not differentiated(*data))
+    mask = mask_of(action_mask) if ours and action_mask is not None else None
     if mask is None:
         return _models.original(_VALUE)(self, values, old_values, returns, action_mask, **batch)
-    given, factor = _reduction(self.token_level_loss, batch.get("dp_size", 1),
-                               batch.get("batch_num_tokens"), batch.get("global_batch_size"))
+    given, count = _reduction(self.token_level_loss, **batch)
     loss = tk.value_loss(values, returns, mask, old_values=old_values, clip=self.clip_eps,
                          **given).loss
-    return loss if factor is None else loss * factor
+    return _scaled(loss, count, batch)
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """fp32 log-probs of the labels by `tk.token_logprobs`; divides the logits in place, as
     OpenRLHF does, where the temperature is not 1."""
+    if not floats(logits) or not plain(labels) or labels.shape != logits.shape[:-1]:
+        return _models.original(_LOGPROBS)(logits, labels, temperature)
     if temperature != 1.0:
         logits.div_(temperature)
     return tk.token_logprobs(logits, labels).logprobs

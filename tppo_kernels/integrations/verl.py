@@ -21,14 +21,16 @@ What is replaced, and what stays as verl has it:
 Numbers differ at slots that the mask leaves out, which are 0 here and whatever was computed there
 in verl; where verl gives NaN because no token of a micro-batch is valid, or because a masked slot
 holds one (both 0 or ignored here); in whitening of values that are all alike (0 here, rounding
-noise times 10^4 there); and for half precision logits, of which verl without flash-attn takes the
-log-softmax in half precision. Log-probs and entropies are fp32 here. A mask that is no mask (a
-float between 0 and 1), a whitening that is differentiated, and logits temperature per row of the
-fused head are left to verl's own functions.
+noise times 10^4 there); in the entropy of a row with a logit of -inf (NaN there); and in half
+precision, in which verl computes and rounds: results are fp32 here, log-probs and entropies too.
+What is none of ours is left to verl's own functions: a mask of other values than 0 and 1, tensors
+that broadcast or are not of floats, a gradient that whitening, advantages, old log-probs, weights
+or returns are asked for, and a temperature per row of the fused head.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,6 +42,7 @@ import tppo_kernels as tk
 
 from . import _peer
 from ._peer import Part, Replacements
+from ._tensors import alike, differentiated, floats, mask_of, plain
 
 VERSIONS = _peer.PEERS["verl"].versions
 _ALGOS = "verl.trainer.ppo.core_algos"
@@ -77,57 +80,52 @@ def _theirs(name: str) -> Callable[..., Any]:
     return _algorithms.original(name)
 
 
-def _mask(mask: Tensor) -> Tensor | None:
-    """verl's mask (bool, whole numbers, or 0.0 and 1.0) as ours, None where it is no mask."""
-    if not mask.is_floating_point():
-        return mask.bool()
-    valid = mask != 0
-    return valid if bool((mask == valid).all()) else None
-
-
 def _reduction(mode: str, mask: Tensor, batch: Mapping[str, Any]
-               ) -> tuple[dict[str, Any], Any] | None:
-    """Our keywords of a loss_agg_mode and the factor of the loss, None where verl raises.
+               ) -> tuple[dict[str, Any], list[Any], Any] | None:
+    """Our keywords of a loss_agg_mode, and what divides the loss and multiplies it afterwards; None
+    where verl raises.
 
     verl divides by counts of the whole batch, and multiplies by the number of data-parallel ranks
-    because those average gradients.
+    because those average gradients. Ours divides by at least 1, verl by any number: what may be
+    below 1 divides the result.
     """
     factor = batch.get("dp_size") or 1
     given: dict[str, Any] = {"reduction": mode}
     if mode == "token-sum":
-        return given, factor
+        return given, [], factor
     name, count = (("num_tokens", batch.get("batch_num_tokens")) if mode == "token-mean" else
                    ("num_sequences", batch.get("global_batch_size")))
     if mode not in MODES or (count is None and factor > 1):
         return None
-    if count is not None:
-        given[name] = torch.tensor(count, device=mask.device) if isinstance(count, float) else count
+    divisors = []
     if mode == "seq-mean-token-sum-norm":
-        # Ours divides by at least 1, verl by any number: so it is a factor of the result.
         scale = batch.get("loss_scale_factor")
         given["reduction"] = "seq-mean-token-sum"
-        factor = factor / (mask.shape[-1] if scale is None else scale)
-    return given, factor
+        divisors.append(max(mask.shape[-1], 1) if scale is None else scale)
+    if isinstance(count, int) and count >= 1:
+        given[name] = count
+    elif count is not None:
+        divisors.append(count)
+        given |= {"reduction": "token-sum"} if mode == "token-mean" else {"num_sequences": 1}
+    return given, divisors, factor
 
 
-def _scaled(loss: Tensor, factor: Any) -> Tensor:
+def _scaled(loss: Tensor, divisors: Sequence[Any], factor: Any) -> Tensor:
+    for divisor in divisors:
+        loss = loss / divisor
     return loss if isinstance(factor, int) and factor == 1 else loss * factor
-
-
-def _known(*tensors: Tensor) -> bool:
-    """Whether tensors are plain ones, on a device that the operators know."""
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
-               for x in tensors)
 
 
 def compute_gae_advantage_return(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor,
                                  gamma: Any, lam: Any) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns, all [B, T], by `tk.token_advantages`; verl's signature."""
-    mask = _mask(response_mask)
-    if mask is None or not _known(token_level_rewards, values) or int(mask.sum()) < 2:
+    given = (token_level_rewards, values)
+    mask = mask_of(response_mask) if floats(*given) and alike(response_mask, *given) else None
+    if mask is None or int(mask.sum()) < 2:
         return _theirs(f"{_ALGOS}:compute_gae_advantage_return")(
             token_level_rewards, values, response_mask, gamma, lam)
-    found = tk.token_advantages(token_level_rewards, values.detach(), mask, gamma=gamma, lam=lam)
+    found = tk.token_advantages(token_level_rewards.detach(), values.detach(), mask, gamma=gamma,
+                                lam=lam)
     return found.advantages, found.returns
 
 
@@ -136,9 +134,11 @@ def _policy_loss(old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, res
                  ) -> tuple[Tensor, Any] | None:
     """The loss and our metrics, None where it is verl that must answer."""
     get, batch = getattr(config, "get", None), getattr(config, "global_batch_info", None)
-    if get is None or batch is None or not _known(old_log_prob, log_prob, advantages):
+    if (get is None or batch is None or not floats(old_log_prob, log_prob, advantages)
+            or not alike(response_mask, old_log_prob, log_prob)
+            or advantages.shape not in (log_prob.shape, (len(log_prob), 1))):
         return None
-    mask = _mask(response_mask)
+    mask = mask_of(response_mask)
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
     dual = get("clip_ratio_c", 3.0)
     if over is None or dual <= 1:
@@ -148,7 +148,7 @@ def _policy_loss(old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, res
         log_prob, old_log_prob, advantages, mask, weights=rollout_is_weights, dual_clip=dual,
         clip_low=config.clip_ratio if low is None else low,
         clip_high=config.clip_ratio if high is None else high, **over[0])
-    return _scaled(loss, over[1]), metrics
+    return _scaled(loss, *over[1:]), metrics
 
 
 def compute_policy_loss_vanilla(
@@ -158,7 +158,8 @@ def compute_policy_loss_vanilla(
     """The clipped policy loss with dual clip, and verl's three metrics, by `tk.ppo_loss`."""
     given = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
              rollout_is_weights)
-    found = _policy_loss(*given)
+    data = (old_log_prob, advantages, rollout_is_weights)
+    found = None if differentiated(*data) else _policy_loss(*given)
     if found is None:
         return _theirs(f"{_ALGOS}:compute_policy_loss_vanilla")(*given)
     loss, m = found
@@ -201,39 +202,42 @@ def compute_value_loss(
     """The clipped critic loss and the clipped fraction, by `tk.value_loss`; batch: dp_size and
     the counts of the whole batch."""
     batch |= zip(_BATCH.split(", "), counts, strict=False)
-    mask = _mask(response_mask)
+    given = (vpreds, returns, values)
+    ours = floats(*given) and alike(response_mask, *given) and not differentiated(returns, values)
+    mask = mask_of(response_mask) if ours else None
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
-    if over is None or not _known(vpreds, returns, values):
+    if over is None:
         return _theirs(f"{_ALGOS}:compute_value_loss")(
             vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, **batch)
     loss, metrics = tk.value_loss(vpreds, returns, mask, old_values=values, clip=cliprange_value,
                                   **over[0])
-    return _scaled(loss, over[1]), metrics.clip_fraction
+    return _scaled(loss, *over[1:]), metrics.clip_fraction
 
 
 def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: Any, **batch: Any
              ) -> Tensor:
     """One number from a loss a token by `tk.reduce`; batch: dp_size and the batch's counts."""
     batch |= zip(_BATCH.split(", "), counts, strict=False)
-    mask = _mask(loss_mask) if _known(loss_mat) and loss_mat.shape == loss_mask.shape else None
+    mask = mask_of(loss_mask) if floats(loss_mat) and alike(loss_mat, loss_mask) else None
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
     if over is None or loss_mat.dim() != 2:
         return _theirs(f"{_ALGOS}:agg_loss")(loss_mat, loss_mask, loss_agg_mode, **batch)
-    return _scaled(tk.reduce(loss_mat, mask, **over[0]), over[1])
+    return _scaled(tk.reduce(loss_mat, mask, **over[0]), *over[1:])
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """k3 by `tk.kl`. The others are verl's: of a log-ratio beyond 20 ours are those of 20."""
-    if kl_penalty in ("k3", "low_var_kl") and _known(logprob, ref_logprob):
+    if (kl_penalty in ("k3", "low_var_kl") and floats(logprob, ref_logprob)
+            and alike(logprob, ref_logprob)):
         return tk.kl(logprob, ref_logprob, estimator="k3", clamp=10.0)
     return _theirs(f"{_ALGOS}:kl_penalty")(logprob, ref_logprob, kl_penalty)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """`tk.whiten` with n - 1; verl raises where fewer than two values are valid."""
-    valid = _mask(mask) if _known(values, mask) and values.shape == mask.shape else None
-    differentiated = values.requires_grad and torch.is_grad_enabled()
-    if valid is None or differentiated or int(valid.sum()) < 2:
+    ours = floats(values) and plain(mask) and alike(values, mask) and not differentiated(values)
+    valid = mask_of(mask) if ours else None
+    if valid is None or int(valid.sum()) < 2:
         return _theirs(f"{_TORCH}:masked_whiten")(values, mask, shift_mean)
     return tk.whiten(values, valid, shift_mean=shift_mean)
 
@@ -244,17 +248,18 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Backward is in place where verl's is: with flash-attn. What still needs the logits then is
     autograd's error here, and a silently wrong gradient there.
     """
-    if not _known(logits, labels) or labels.shape != logits.shape[:-1]:
+    if not floats(logits) or not plain(labels) or labels.shape != logits.shape[:-1]:
         return _theirs(f"{_TORCH}:logprobs_from_logits")(logits, labels, inplace_backward)
     flash = sys.modules[_TORCH].FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE  # spelled so in verl
     in_place = (inplace_backward and flash and logits.is_cuda and logits.is_contiguous()
+                and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
                 and not logits.is_leaf and not torch.compiler.is_compiling())
     return tk.token_logprobs(logits, labels, inplace_backward=in_place).logprobs
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """fp32 entropy of every row, from one read of the logits."""
-    if not _known(logits):
+    if not floats(logits):
         return _theirs(f"{_TORCH}:entropy_from_logits")(logits)
     unused = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return tk.token_logprobs(logits, unused).entropy
@@ -267,11 +272,16 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 def fused_linear_forward(self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor,
                          temperature: Any = 1.0) -> tuple[Tensor, Tensor]:
-    """`FusedLinearForPPO.forward` by `tk.linear_logprobs`: log-probs and entropy, fp32."""
+    """`FusedLinearForPPO.forward` by `tk.linear_logprobs`: log-probs and entropy, fp32; under
+    autocast of the product in the dtype that autocast would take."""
     scalar = not isinstance(temperature, Tensor) or temperature.dim() == 0
-    if (self.impl_backend != "torch" or not scalar or not _known(hidden_states, vocab_weights)
+    if (self.impl_backend != "torch" or not scalar or not floats(hidden_states, vocab_weights)
             or input_ids.shape != hidden_states.shape[:-1]):
         return _theirs(_FUSED)(self, hidden_states, vocab_weights, input_ids, temperature)
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, vocab_weights = hidden_states.to(dtype), vocab_weights.to(dtype)
     found = tk.linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
     return found.logprobs, found.entropy
 
