@@ -237,23 +237,25 @@ def test_scores_of_tokens_stand_at_their_tokens():
 
 
 def test_scores_of_tokens_and_of_samples_in_one_batch():
-    """Each reward at its token, or at the last one before it that the policy wrote, or else at the
-    first behind it; numbers as verl puts them."""
+    """Each reward at its token, or at the last one before it that the policy wrote; numbers as verl
+    puts them."""
     for _, mask, g in cases():
         mask = mask.bool()
         written = torch.maximum(mask, torch.rand(mask.shape, generator=g) < 0.3)
         lengths = [int(row.nonzero()[-1]) + 1 if row.any() else 0 for row in written]
         data, scores, expected = data_of(mask, lengths), [], torch.zeros(mask.shape)
         for i, n in enumerate(lengths):
-            rewards = torch.randn(n, generator=g)
+            policy = mask[i].nonzero().flatten().tolist()
+            rewards = torch.randint(-8, 9, (n,), generator=g) / 8  # whose sums are exact
+            rewards[:policy[0] if policy else 0] = 0  # the policy begins a response
             of_tokens = i == 0 or bool(torch.rand((), generator=g) < 0.7)
             scores.append(rewards.tolist() if of_tokens else float(rewards.sum()))
             paid = enumerate(rewards.tolist()) if of_tokens else [(n - 1, scores[-1])] if n else ()
-            policy = mask[i].nonzero().flatten().tolist()
             for t, reward in paid if policy else ():
-                expected[i, max((p for p in policy if p <= t), default=policy[0])] += reward
+                if reward:
+                    expected[i, max(p for p in policy if p <= t)] += reward
         found = naive.NaiveRewardManager.assemble_rm_scores(data, scores)
-        near(found, expected, expected)
+        assert torch.equal(found, expected)
         if all(mask[i, n - 1] for i, n in enumerate(lengths)):
             totals = [float(torch.tensor(x).sum()) for x in scores]
             assert torch.equal(naive.NaiveRewardManager.assemble_rm_scores(data, totals),

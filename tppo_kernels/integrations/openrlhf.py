@@ -79,6 +79,7 @@ def _reduction(token_level: bool, dp_size: int = 1, batch_num_tokens: Any = None
 
 
 def _scaled(loss: Tensor, count: Any, batch: dict[str, Any]) -> Tensor:
+    """Divided by the batch's count, and multiplied by the number of data-parallel ranks."""
     return loss if count is None else loss / count * batch.get("dp_size", 1)
 
 
