@@ -97,8 +97,15 @@ def test_pairs_are_two_answers_to_one_history_and_pay_in_ppo(prepared):
     assert len(report["rounds"]) == 2 and report["seed"] + report["pool"] + report["heldout"] > 10
     assert run.done("ser") and not run_with(prepared, seed_share=0.5).done("ser")
     run.perform("ser-train")
+    less_form = read_json(prepared / "ser-train/report.json")["last_reward"]
+    free = replace(run.config, ppo=replace(run.config.ppo, format_cost=0.0))
+    run = replace(run, config=free)
+    assert not run.done("ser-train")
+    run.perform("ser-train")
     found = read_json(prepared / "ser-train/report.json")
     assert found["labels"] == "pairs" and -1 < found["last_reward"] < 1
+    faults = (found["last_reward"] - less_form) / 3.0 * 8  # of one step's answers, the same ones
+    assert faults > 1 and faults == pytest.approx(round(faults), abs=1e-3)
     assert run.done("ser-train")
 
 
