@@ -1,5 +1,7 @@
 """The token reward model: it learns, its figures are right, its guards fire."""
 
+import random
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,7 +14,10 @@ from tppo.methods.reward_model import (
     PolicyTokens,
     check_auc,
     check_trunk_gradients,
+    enough_passes,
     evaluate_reward_model,
+    figures_of,
+    rate_tokens,
     train_reward_model,
 )
 from tppo.models.load import load_reward_model
@@ -152,6 +157,31 @@ def test_noise_of_ten_held_out_answers_stops_and_good_labels_pass():
 
     assert sum(stops(0.0, seed) for seed in range(20)) >= 19
     assert sum(stops(1.8, seed) for seed in range(20)) == 0  # an AUC of about .87
+
+
+@pytest.mark.parametrize(("noise", "outcome"), [(0.5, "stops"), (0.0, "passes"), (0.25, "warns")])
+def test_fifty_labels_of_which_some_are_wrong(sft_folder, noise, outcome, capsys):
+    """Labels that are noise are stopped, good ones pass in silence, and between them a warning."""
+    rng, held, given = random.Random(1), 10, answers(50, 2)
+    wrong = [
+        row._replace(categories=[
+            3 - c if c and rng.random() < noise else c for c in row.categories
+        ]) for row in given
+    ]  # fmt: skip
+    reader = PolicyTokens(load_reward_model(sft_folder, torch.device("cpu")), pad_id=0)
+    train_reward_model(reader, wrong[held:], enough_passes(CONFIG, 40, updates=60), seed=0)
+    rated, confusion = rate_tokens(reader, wrong[:held], CONFIG)
+    report = figures_of(rated, confusion) | {"sessions": 50}
+    report["auc_interval"] = low, high = auc_interval(rated, range(held))
+    assert low < report["auc"] < high or report["auc"] == high == 1
+    capsys.readouterr()
+    if outcome == "stops":
+        with pytest.raises(GuardError, match=r"\(95 % .* to .*\), expected at least 0.8"):
+            check_auc(report, RewardModelConfig())
+        return
+    check_auc(report, RewardModelConfig())
+    told = capsys.readouterr().err
+    assert ("its interval reaches above that" in told) == (outcome == "warns")
 
 
 def test_draws_are_of_whole_answers_and_the_same_for_every_model():
