@@ -34,6 +34,7 @@ from tppo.models.config import GenerateConfig, ScratchConfig
 from tppo.sessions.config import SessionsConfig
 from tppo.stages import reward_curve, reward_model
 from tppo.stages.hand.stage import journal_of
+from tppo.stages.label import compare_labels, label_answers
 from tppo.stages.report.found import read_folder
 from tppo.stages.report.reward_model import reward_model as drawn
 from tppo.stages.run import Run
@@ -139,6 +140,16 @@ def test_the_order_of_labelling_makes_no_difference(out, tmp_path):
         assert run.done("label") and not Run(folder, by_hand()).done("label")
     one, two = ((folder / "label/labels.jsonl").read_bytes() for folder in (out, other))
     assert one == two
+
+
+def test_nobody_is_asked_again_where_an_endpoint_alone_has_lost_labels(out):
+    """A person who ended before all were judged was shown the page again by the next `tppo run`."""
+    run = Run(out, by_hand("rule", answers=40, terminal=True))
+    judge(run, 12)
+    with pytest.raises(DataError, match="standard input is no terminal"):
+        run.perform("label")
+    label_answers(run, ask=False)
+    assert read_json(out / "label/report.json")["sources"]["hand:me"]["answers"] == 12
 
 
 def test_an_endpoint_labels_what_nobody_judged(out, monkeypatch):
@@ -256,8 +267,6 @@ def test_a_journal_that_nobody_else_has_judged_has_no_agreement(out):
     run = Run(out, by_hand())
     judge(run, 12)
     run.perform("label")
-    from tppo.stages.label import compare_labels
-
     with pytest.raises(DataError, match="no answer in it was judged by a second labeller"):
         compare_labels(run, journal_of(run))
 

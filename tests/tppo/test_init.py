@@ -59,6 +59,15 @@ def test_the_answers_become_a_commented_file_that_run_takes(tmp_path, monkeypatc
     assert all(len(line) <= 100 for line in lines[4:])
 
 
+def test_one_who_labels_by_hand_is_told_how_many_answers(tmp_path, monkeypatch, capsys):
+    into = tmp_path / "run.yaml"
+    init(monkeypatch, capsys, "--into", str(into), "--data", "none", "--model", "none",
+         "--labeller", "hand")  # fmt: skip
+    label = _parse("run", ["--config", str(into)])[0].settings.label
+    assert (label.labeller, label.hand.answers) == ("hand", 50)
+    assert "answers: 50" in into.read_text() and "base_url" not in into.read_text()
+
+
 def test_flags_answer_without_a_question_and_the_run_begins(tmp_path, monkeypatch, capsys):
     log, into = write_log(tmp_path / "log.jsonl"), tmp_path / "run.yaml"
     said = init(monkeypatch, capsys, "--into", str(into), "--data", str(log), "--format", "auto",
@@ -93,7 +102,7 @@ def test_at_a_terminal_a_wrong_answer_is_asked_again(tmp_path, monkeypatch, caps
     (["--data", "{log}", "--format", "aol"], "", "no row with a query"),
     (["--data", "{log}"], "\n", "--on-bad-row: the input ended before the answer"),
     (["--data", "none", "--model", "nothing here"], "", "--model was 'nothing here'"),
-    (["--data", "none", "--model", "none", "--labeller", "gpt"], "", "expected rule, or NAME@http"),
+    (["--data", "none", "--model", "none", "--labeller", "gpt"], "", "expected rule, hand, or"),
     (["--data", "none", "--model", "none", "--labeller", "gpt@ftp://x"], "", "base_url was"),
     (["--into", "{log}"], "", "is there already, expected a new file"),
 ])  # fmt: skip

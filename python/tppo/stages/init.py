@@ -43,6 +43,7 @@ OF_AOL = ("sessions.read.gap_minutes", "sessions.read.targets")
 OF_NONE = ("sessions.train_users", "sessions.queries")
 SETTINGS = ("lora.rank", "generate.samples", "generate.temperature", "label.labeller")
 OF_ENDPOINT = ("label.endpoint.base_url", "label.endpoint.model", "label.endpoint.api_key_env")
+OF_HAND = ("label.hand.answers",)
 LAST = ("ppo.steps", "ppo.responses_per_prompt", "ppo.kl_coef", "eval.judge")
 
 
@@ -62,8 +63,8 @@ class InitOptions:
     """Which model? A folder, a .gguf file or an id of the Hugging Face hub; none: a small Llama
     from scratch."""
     labeller: Text | None = None
-    """Who says which words are relevant? The rule, or a model at an OpenAI-compatible endpoint as
-    NAME@http://HOST/v1."""
+    """Who says which words are relevant? The rule, you by hand on a page, or a model at an
+    OpenAI-compatible endpoint as NAME@http://HOST/v1."""
 
 
 class Answered(NamedTuple):
@@ -189,11 +190,11 @@ def _model(text: str) -> Path | None:
 
 
 def _labeller(text: str) -> LabelConfig:
-    if text == "rule":
-        return LabelConfig()
+    if text in ("rule", "hand"):
+        return LabelConfig(labeller=text)
     name, at, address = text.partition("@")
     if not name or not at:
-        raise DataError(f"--labeller was {short(text)}, expected rule, or NAME@http://HOST/v1")
+        raise DataError(f"--labeller was {short(text)}, expected rule, hand, or NAME@http://HOST/v1")
     try:
         check_address(address)
     except ValueError as error:
@@ -212,6 +213,7 @@ def file_lines(answers: Answered) -> list[str]:
     places += OF_AOL if answers.read.format == "aol" else ()
     places += SETTINGS
     places += OF_ENDPOINT if answers.label.labeller == "endpoint" else ()
+    places += OF_HAND if answers.label.labeller == "hand" else ()
     places += LAST
     tree: dict[str, Any] = plain({place: values[place] for place in ALWAYS})
     for place in places:
