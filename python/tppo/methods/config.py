@@ -75,7 +75,7 @@ class RewardModelConfig:
     """Weight of the local loss, the classification of each token."""
     global_weight: NonNegative = 0.6
     """Weight of the global loss, the classification of whole answers."""
-    hand_weight: Positive = 1.0
+    hand_weight: Positive = 4.0
     """What a label by hand weighs in both losses where others label too, whose labels weigh 1."""
     balance: Positive = 3.0
     """Kept ratio of the larger to the smaller of classes 1 and 2."""
