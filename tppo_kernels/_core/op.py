@@ -44,6 +44,12 @@ class Explanation(NamedTuple):
         return f"{self.op} runs on {self.backend}{''.join(why)}"
 
 
+def watched(*call: Any) -> Callable:
+    """The function that looks at results under TPPO_CHECK=1; its file is loaded only then."""
+    found: Callable = importlib.import_module("tppo_kernels._core.watch").watched(*call)
+    return found
+
+
 class _Explained(Exception):
     """Carries the explanation out of a dispatch that `explain` started; nothing has run."""
 
@@ -60,18 +66,21 @@ class Op:
     def define(self, signature: str, reference: Callable, fake: Callable,
                check_values: Callable | None = None, *, record: type[Record],
                registers_autograd: bool = False) -> Callable[[Record], Any]:
-        """Registers a raw op, such as "gae_fwd -> (Tensor, Tensor)", with the fields of `record` as
+        """Registers a raw op, such as "kl_fwd -> (Tensor kl)", with the fields of `record` as
         its arguments. Returns a function that calls it with a record and computes no gradient.
 
-        `check_values` reads values: on CPU, where that is free, and on a GPU under TPPO_CHECK=1.
+        `check_values` reads values: on CPU, where that is free, and on a GPU under TPPO_CHECK=1,
+        which on both has the outputs that are named here watched for what is not finite.
         """
         raw, returns = signature.split(" ", 1)
         entry = raw.rpartition("_")[2]
 
         def ready(device: str, given: Record) -> Callable:
-            if check_values and (device == "cpu" or variable("TPPO_CHECK") == "1"):
+            checking = variable("TPPO_CHECK") == "1"
+            if check_values and (checking or device == "cpu"):
                 check_values(given)
-            return self.choose(device, given, entry, reference)
+            chosen = self.choose(device, given, entry, reference)
+            return watched(self, raw, device, given, chosen, reference) if checking else chosen
 
         def kernel(device: str, *args: Any) -> Any:
             given = build(record, args)
@@ -145,11 +154,17 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         raise ValueError(f"op is {name!r}, expected one of {', '.join(sorted(OPS))}")
+    call = getattr(importlib.import_module(f"tppo_kernels.ops.{name}"), name)
+    return explained(partial(call, *args, **kwargs)) or Explanation(name, "reference", {})
+
+
+def explained(call: Callable[[], Any]) -> Explanation | None:
+    """What a call up to the chooser finds; None where it reaches none: there is one backend."""
     token = _explaining.set(True)
     try:
-        getattr(importlib.import_module(f"tppo_kernels.ops.{name}"), name)(*args, **kwargs)
-    except _Explained as explained:
-        return explained.args[0]
+        call()
+    except _Explained as found:
+        return found.args[0]
     finally:
         _explaining.reset(token)
-    return Explanation(name, "reference", {})  # the call reached no chooser: there is one backend
+    return None

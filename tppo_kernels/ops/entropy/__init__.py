@@ -51,9 +51,9 @@ def _fake(call: EntropyCall) -> tuple[Tensor, ...]:
     return (logits.new_empty(0, dtype=dtype), *rows)
 
 
-_fwd = _op.define("entropy_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
-                  _check_values, record=EntropyCall)
-_bwd = _op.define("entropy_bwd -> Tensor", reference.bwd, lambda backward: (
+_fwd = _op.define("entropy_fwd -> (Tensor, Tensor entropy, Tensor, Tensor)", reference.fwd,
+                  _fake, _check_values, record=EntropyCall)
+_bwd = _op.define("entropy_bwd -> (Tensor dlogits)", reference.bwd, lambda backward: (
     backward.call.logits.new_empty(backward.call.logits.shape)), record=EntropyGradient)
 
 

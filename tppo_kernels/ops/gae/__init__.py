@@ -49,8 +49,8 @@ def _fake(call: GaeCall) -> tuple[Tensor, Tensor]:
     return call.rewards.new_empty(shape, dtype=dtype), call.rewards.new_empty(shape, dtype=dtype)
 
 
-_fwd = _op.define("gae_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_values,
-                  record=GaeCall)
+_fwd = _op.define("gae_fwd -> (Tensor advantages, Tensor returns)", reference.fwd, _fake,
+                  _check_values, record=GaeCall)
 
 
 @suggests

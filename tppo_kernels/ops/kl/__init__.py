@@ -39,9 +39,9 @@ def _fake(call: KlCall) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=compute_dtype(logprobs, call.ref_logprobs))
 
 
-_fwd = _op.define("kl_fwd -> Tensor", reference.fwd, _fake, _check_values, record=KlCall)
-_bwd = _op.define("kl_bwd -> Tensor", reference.bwd, lambda backward: _fake(backward.call),
-                  record=KlGradient)
+_fwd = _op.define("kl_fwd -> (Tensor kl)", reference.fwd, _fake, _check_values, record=KlCall)
+_bwd = _op.define("kl_bwd -> (Tensor dlogprobs)", reference.bwd,
+                  lambda backward: _fake(backward.call), record=KlGradient)
 
 
 class _Kl(torch.autograd.Function):

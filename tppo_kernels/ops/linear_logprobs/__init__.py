@@ -105,11 +105,12 @@ def _fake_frozen(call: FrozenGradient) -> Tensor:
     return call.kept.new_empty((*call.g_logprobs.shape, call.kept.shape[1]), dtype=call.dtype)
 
 
-_fwd = _op.define("linear_logprobs_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd,
-                  _fake_fwd, _check_fwd, record=LinearLogprobsCall, registers_autograd=True)
-_bwd = _op.define("linear_logprobs_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
-                  record=LinearLogprobsGradient, registers_autograd=True)
-_frozen = _op.define("linear_logprobs_frozen -> Tensor", reference.frozen, _fake_frozen,
+_fwd = _op.define("linear_logprobs_fwd -> (Tensor logprobs, Tensor entropy, Tensor, Tensor)",
+                  reference.fwd, _fake_fwd, _check_fwd, record=LinearLogprobsCall,
+                  registers_autograd=True)
+_bwd = _op.define("linear_logprobs_bwd -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+                  reference.bwd, _fake_bwd, record=LinearLogprobsGradient, registers_autograd=True)
+_frozen = _op.define("linear_logprobs_frozen -> (Tensor dhidden)", reference.frozen, _fake_frozen,
                      record=FrozenGradient, registers_autograd=True)
 
 

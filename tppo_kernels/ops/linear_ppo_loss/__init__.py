@@ -87,10 +87,12 @@ def _fake_bwd(call: LinearPolicyLossGradient) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _fwd = _op.define(
-    "linear_ppo_loss_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_ppo_loss_fwd -> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, "
+    "Tensor dhidden, Tensor dweight, Tensor dbias)",
     reference.fwd, _fake, _check_values, record=LinearPolicyLossCall, registers_autograd=True)
-_bwd = _op.define("linear_ppo_loss_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
-                  record=LinearPolicyLossGradient, registers_autograd=True)
+_bwd = _op.define("linear_ppo_loss_bwd -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+                  reference.bwd, _fake_bwd, record=LinearPolicyLossGradient,
+                  registers_autograd=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

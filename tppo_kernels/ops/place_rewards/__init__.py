@@ -42,7 +42,7 @@ def _fake(call: PlaceRewardsCall) -> tuple[Tensor, Tensor]:
             call.mask.new_empty((), dtype=torch.int64))
 
 
-_fwd = _op.define("place_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake,
+_fwd = _op.define("place_rewards_fwd -> (Tensor rewards, Tensor dropped)", reference.fwd, _fake,
                   record=PlaceRewardsCall)
 
 

@@ -212,9 +212,10 @@ def _fake_bwd(call: PolicyLossGradient) -> tuple[Tensor, Tensor]:
             torch.empty_like(call.dentropy, dtype=call.entropy_dtype))
 
 
-_fwd = _op.define("ppo_loss_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
-                  _check_values, record=PolicyLossCall)
-_bwd = _op.define("ppo_loss_bwd -> (Tensor, Tensor)", reference.bwd, _fake_bwd,
+_fwd = _op.define("ppo_loss_fwd -> (Tensor loss, Tensor dlogprobs, Tensor dentropy, "
+                  "Tensor metrics, Tensor)", reference.fwd, _fake, _check_values,
+                  record=PolicyLossCall)
+_bwd = _op.define("ppo_loss_bwd -> (Tensor dlogprobs, Tensor dentropy)", reference.bwd, _fake_bwd,
                   record=PolicyLossGradient)
 
 

@@ -64,10 +64,10 @@ def _fake_bwd(call: PrefixAttentionGradient) -> tuple[Tensor, ...]:
                  for x in call.attention[:3])
 
 
-_fwd = _op.define("prefix_attention_fwd -> (Tensor, Tensor)", reference.fwd, _fake_fwd,
+_fwd = _op.define("prefix_attention_fwd -> (Tensor out, Tensor)", reference.fwd, _fake_fwd,
                   _check_values, record=PrefixAttentionCall)
-_bwd = _op.define("prefix_attention_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
-                  record=PrefixAttentionGradient)
+_bwd = _op.define("prefix_attention_bwd -> (Tensor dq, Tensor dk, Tensor dv)", reference.bwd,
+                  _fake_bwd, record=PrefixAttentionGradient)
 
 
 def plan(layout: PrefixLayout) -> PrefixPlan:

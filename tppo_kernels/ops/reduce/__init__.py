@@ -36,10 +36,10 @@ def _fake(call: ReduceCall) -> tuple[Tensor, Tensor]:
     return call.x.new_empty((), dtype=dtype), call.x.new_empty((), dtype=dtype)
 
 
-_fwd = _op.define("reduce_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_values,
+_fwd = _op.define("reduce_fwd -> (Tensor out, Tensor)", reference.fwd, _fake, _check_values,
                   record=ReduceCall)
-_bwd = _op.define("reduce_bwd -> Tensor", reference.bwd, lambda backward: backward.mask.new_empty(
-    backward.mask.shape, dtype=backward.dtype), record=ReduceGradient)
+_bwd = _op.define("reduce_bwd -> (Tensor dx)", reference.bwd, lambda backward: (
+    backward.mask.new_empty(backward.mask.shape, dtype=backward.dtype)), record=ReduceGradient)
 
 
 class _Reduce(torch.autograd.Function):

@@ -64,9 +64,9 @@ def _fake_bwd(call: ResponseStatesGradient) -> Tensor:
                           else (grad.shape[0], length, *inner))
 
 
-_fwd = _op.define("response_states_fwd -> Tensor", reference.fwd, _fake_fwd, _check_values,
-                  record=ResponseStatesCall)
-_bwd = _op.define("response_states_bwd -> Tensor", reference.bwd, _fake_bwd,
+_fwd = _op.define("response_states_fwd -> (Tensor states)", reference.fwd, _fake_fwd,
+                  _check_values, record=ResponseStatesCall)
+_bwd = _op.define("response_states_bwd -> (Tensor dfull)", reference.bwd, _fake_bwd,
                   record=ResponseStatesGradient)
 
 

@@ -81,9 +81,9 @@ def _fake(call: AdvantagesCall) -> tuple[Tensor, ...]:
 
 
 _fwd = _op.define(
-    "token_advantages_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", reference.fwd,
-    _fake, _check_values, record=AdvantagesCall)
-_whiten = _op.define("token_advantages_whiten -> Tensor", reference.whiten,
+    "token_advantages_fwd -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor stats, "
+    "Tensor, Tensor)", reference.fwd, _fake, _check_values, record=AdvantagesCall)
+_whiten = _op.define("token_advantages_whiten -> (Tensor advantages)", reference.whiten,
                      lambda call: torch.empty_like(call.advantages), record=WhitenAdvantages)
 
 

@@ -54,8 +54,10 @@ def _fake_bwd(call: TokenHeadGradient) -> tuple[Tensor, Tensor, Tensor]:
             weight.new_empty(weight.shape if grad_weight else (0,)), dbias)
 
 
-_fwd = _op.define("token_head_fwd -> Tensor", reference.fwd, _fake_fwd, record=TokenHeadCall)
-_bwd = _op.define("token_head_bwd -> (Tensor, Tensor, Tensor)", reference.bwd, _fake_bwd,
+_fwd = _op.define("token_head_fwd -> (Tensor out)", reference.fwd, _fake_fwd,
+                  record=TokenHeadCall)
+_bwd = _op.define("token_head_bwd -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+                  reference.bwd, _fake_bwd,
                   record=TokenHeadGradient)
 
 

@@ -69,9 +69,9 @@ def _fake_bwd(backward: TokenLogprobsGradient) -> Tensor:
     return backward.call.logits.new_empty(backward.call.logits.shape)
 
 
-_fwd = _op.define("token_logprobs_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd,
-                  _fake_fwd, _check_fwd, record=TokenLogprobsCall)
-_bwd = _op.define("token_logprobs_bwd -> Tensor", reference.bwd, _fake_bwd,
+_fwd = _op.define("token_logprobs_fwd -> (Tensor logprobs, Tensor entropy, Tensor, Tensor)",
+                  reference.fwd, _fake_fwd, _check_fwd, record=TokenLogprobsCall)
+_bwd = _op.define("token_logprobs_bwd -> (Tensor dlogits)", reference.bwd, _fake_bwd,
                   record=TokenLogprobsGradient)
 
 

@@ -91,9 +91,10 @@ def _fake_fwd(call: TokenRewardLossCall) -> tuple[Tensor, ...]:
     return new(()), new(()), new((12,)), new(slope), new(slope)
 
 
-_fwd = _op.define("token_reward_loss_fwd -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-                  reference.fwd, _fake_fwd, _check_values, record=TokenRewardLossCall)
-_bwd = _op.define("token_reward_loss_bwd -> Tensor", reference.bwd,
+_fwd = _op.define("token_reward_loss_fwd -> (Tensor local_loss, Tensor global_loss, "
+                  "Tensor metrics, Tensor dlocal, Tensor dglobal)", reference.fwd, _fake_fwd,
+                  _check_values, record=TokenRewardLossCall)
+_bwd = _op.define("token_reward_loss_bwd -> (Tensor dlogits)", reference.bwd,
                   lambda call: torch.empty_like(call.dlocal), record=TokenRewardLossGradient)
 
 

@@ -48,8 +48,8 @@ def _fake(call: TokenRewardsCall) -> tuple[Tensor, Tensor]:
             logits.new_empty(logits.shape[:-1], dtype=torch.int64))
 
 
-_fwd = _op.define("token_rewards_fwd -> (Tensor, Tensor)", reference.fwd, _fake, _check_values,
-                  record=TokenRewardsCall)
+_fwd = _op.define("token_rewards_fwd -> (Tensor rewards, Tensor category)", reference.fwd, _fake,
+                  _check_values, record=TokenRewardsCall)
 
 
 @suggests

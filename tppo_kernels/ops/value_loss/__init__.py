@@ -106,9 +106,9 @@ def _fake(call: ValueLossCall) -> tuple[Tensor, ...]:
             values.new_empty((), dtype=dtype))
 
 
-_fwd = _op.define("value_loss_fwd -> (Tensor, Tensor, Tensor, Tensor)", reference.fwd, _fake,
-                  _check_values, record=ValueLossCall)
-_bwd = _op.define("value_loss_bwd -> Tensor", reference.bwd,
+_fwd = _op.define("value_loss_fwd -> (Tensor loss, Tensor dvalues, Tensor metrics, Tensor)",
+                  reference.fwd, _fake, _check_values, record=ValueLossCall)
+_bwd = _op.define("value_loss_bwd -> (Tensor dvalues)", reference.bwd,
                   lambda call: torch.empty_like(call.dvalues, dtype=call.dtype),
                   record=ValueLossGradient)
 

@@ -36,9 +36,10 @@ def _fake(call: WhitenCall) -> Tensor:
     return call.x.new_empty(call.x.shape, dtype=compute_dtype(call.x))
 
 
-_stats = _op.define("whiten_stats -> Tensor", reference.stats,
+_stats = _op.define("whiten_stats -> (Tensor moments)", reference.stats,
                     lambda call: call.x.new_empty(4, dtype=torch.float64), record=WhitenStats)
-_fwd = _op.define("whiten_fwd -> Tensor", reference.fwd, _fake, _check_values, record=WhitenCall)
+_fwd = _op.define("whiten_fwd -> (Tensor out)", reference.fwd, _fake, _check_values,
+                  record=WhitenCall)
 
 
 def check_group(check: Check, group: Any) -> None:
