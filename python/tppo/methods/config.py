@@ -100,7 +100,7 @@ class RewardModelConfig:
 class PPOConfig:
     """Token-level PPO (Ouyang et al., EMNLP 2025)."""
 
-    steps: Count = 40
+    steps: Count = 80
     """PPO steps: each samples answers, judges them, and trains on them."""
     max_passes: Positive | None = None
     """At most this many passes over the prompts: a small file gets fewer steps. By default 2 in a
