@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pages import Page
 
 from tppo.cli import main
 from tppo.config import Config, fill_defaults
@@ -140,6 +141,23 @@ def test_the_order_of_labelling_makes_no_difference(out, tmp_path):
         assert run.done("label") and not Run(folder, by_hand()).done("label")
     one, two = ((folder / "label/labels.jsonl").read_bytes() for folder in (out, other))
     assert one == two
+
+
+def test_the_rest_of_what_nobody_labels_by_hand_is_refused():
+    with pytest.raises(ValueError, match="hand.rest, labeller were 'rule', 'endpoint', expected"):
+        LabelConfig(labeller="endpoint", hand=HandConfig(rest="rule"))
+
+
+def test_who_judged_an_answer_first_stands_and_the_second_is_compared(out):
+    run = Run(out, by_hand())
+    judge(run, 12, annotator="anna", wrong=1)
+    judge(run, 8)
+    run.perform("label")
+    report = read_json(out / "label/report.json")
+    assert list(report["sources"]) == ["hand:anna"]
+    (pair,) = report["agreement"]
+    assert (pair["one"], pair["two"], pair["result"]["answers"]) == ("hand:anna", "hand:me", 8)
+    assert pair["result"]["words"]["agreement"] < 1
 
 
 def test_nobody_is_asked_again_where_an_endpoint_alone_has_lost_labels(out):
@@ -361,6 +379,13 @@ def test_a_reward_model_tells_its_sources_apart_and_what_fewer_labels_gave(
     told = " ".join(capsys.readouterr().err.split())
     assert "20 answers labelled by me by hand, 6 held out: AUC" in told
     assert "what fewer labels by hand gave" in told and f"{curve[1]['auc']:.3f}" in told
+
+    page = Page(drawn(read_folder(out)))
+    shown = {attributes["data-source"].partition("#")[2]: text for attributes, text in page.data}
+    assert shown["/curve/1/by_hand"] == "8" and shown["/sources/hand:me/answers"] == "20"
+    assert shown["/curve/1/auc"] == f"{100 * curve[1]['auc']:.1f} %"
+    ends = [shown[f"/curve/0/more_interval/{k}"] for k in (0, 1)]
+    assert ends == [f"{100 * low:.1f} %", f"{100 * high:.1f} %"]
 
     # The row of 8 is a model of those 8 and the rule's labels, and of nothing else.
     _, _, reader = reward_model._new_reader(run)

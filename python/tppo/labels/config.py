@@ -57,6 +57,13 @@ class LabelConfig:
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     hand: HandConfig = field(default_factory=HandConfig)
 
+    def __post_init__(self) -> None:
+        if self.hand.rest is not None and self.labeller != "hand":
+            raise ValueError(
+                f"hand.rest, labeller were {self.hand.rest!r}, {self.labeller!r}, expected "
+                "labeller 'hand': the rest are answers that nobody has judged by hand"
+            )
+
     @property
     def machine(self) -> Literal["rule", "endpoint"] | None:
         """Who labels besides people, or instead of them."""

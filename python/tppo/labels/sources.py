@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tppo.labels.hand import BY_HAND
@@ -50,17 +50,16 @@ def by_hand(labeller: str) -> bool:
 
 
 def mixed(
-    hand: Sequence[Label], others: Iterable[Label], both: list[tuple[Label, Label]]
+    hand: Mapping[str, Label], others: Iterable[Label], both: list[tuple[Label, Label]]
 ) -> Iterator[Label]:
     """Labels by hand in their order, then the others of answers that nobody judged.
 
-    both: gets the pairs of labels of the answers that were judged twice, of which the label by
-    hand stands.
+    hand: by the id of the answer.  both: gets the pairs of labels of the answers that were judged
+    twice, of which the label by hand stands.
     """
-    judged = {label.id: label for label in hand}
-    yield from hand
+    yield from hand.values()
     for label in others:
-        if label.id in judged:
-            both.append((judged[label.id], label))
+        if label.id in hand:
+            both.append((hand[label.id], label))
         else:
             yield label

@@ -43,7 +43,9 @@ def label_answers(run: Run, *, ask: bool = True) -> None:
         people, sources, both = list[Label](), Sources(), list[tuple[Label, Label]]()
         if config.labeller == "hand":
             people = label_by_hand(run, lambda answer: _asked(sessions, answer), ask=ask)
-        hand = list({label.id: label for label in reversed(people)}.values())[::-1]
+        hand: dict[str, Label] = {}
+        for one in people:
+            hand.setdefault(one.id, one)  # who judged an answer first
         others = _by_machine(run, sessions, open_until_then)
         write_labels(out / LABELS.name, sources.counted(mixed(hand, others, both)))
         total = sources.total()

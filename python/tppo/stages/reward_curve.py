@@ -113,7 +113,7 @@ def split_labelled(
     """
     order = sorted(order, key=lambda session: session not in checks)
     share = max(1, round(config.heldout_share * len(order)))
-    n = max(share, min(len(checks), len(order) // 2))
+    n = min(max(share, min(len(checks), len(order) // 2)), len(order) - 1)
     return LabelledParts(rows, twins, order[n:], order[:n], config.hand_weight)
 
 
