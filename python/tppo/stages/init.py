@@ -191,7 +191,7 @@ def _model(text: str) -> Path | None:
 
 def _labeller(text: str) -> LabelConfig:
     if text in ("rule", "hand"):
-        return LabelConfig(labeller=text)
+        return LabelConfig(labeller="rule" if text == "rule" else "hand")
     name, at, address = text.partition("@")
     if not name or not at:
         raise DataError(f"--labeller was {short(text)}, expected rule, hand, or NAME@http://HOST/v1")
