@@ -4,12 +4,15 @@ What needs the trainers themselves is in tests/interop.
 """
 
 import ast
+import importlib
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from tppo_kernels.integrations._peer import PEERS
+from tppo_kernels.integrations._peer import PEERS, PeerError
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = sorted(p.stem for p in (ROOT / "tppo_kernels/integrations").glob("[a-z]*.py"))
@@ -133,6 +136,49 @@ def test_every_adapter_has_an_example():
     folders = {p.relative_to(ROOT / "examples/integrations").parts[0].removesuffix(".py")
                for p in EXAMPLES if p.name not in OF_A_RUN}
     assert folders == set(ADAPTERS)
+
+
+# What the scripts import before ours, of a trainer that we do not know.
+OTHERS = {
+    "trl": {"datasets/__init__.py": "Dataset = None\n",
+            "trl/__init__.py": "GRPOConfig = GRPOTrainer = None\n"},
+    "skyrl": {"ray/__init__.py": "", "skyrl/__init__.py": "", "skyrl/train/__init__.py": "",
+              "skyrl/train/config.py": "SkyRLTrainConfig = None\n",
+              "skyrl/train/entrypoints/__init__.py": "",
+              "skyrl/train/entrypoints/main_base.py": "BasePPOExp = None\n",
+              "skyrl/train/utils.py": "initialize_ray = validate_cfg = None\n"}}
+
+
+WRITTEN = {file.split("/")[0] for files in OTHERS.values() for file in files}
+
+
+@pytest.mark.parametrize("script", ["trl/patch.py", "trl/token_rewards.py", "skyrl/train.py"])
+@pytest.mark.parametrize("version", ["0.1.0", "9.9"])
+def test_a_script_with_another_trainer_ends_in_one_sentence(
+        script, version, tmp_path, monkeypatch):
+    trainer = script.split("/")[0]
+    metadata = f"Metadata-Version: 2.1\nName: {trainer}\nVersion: {version}\n"
+    for file, text in {**OTHERS[trainer],
+                       f"{trainer}-{version}.dist-info/METADATA": metadata}.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    try:
+        with pytest.raises(PeerError) as caught:
+            runpy.run_path(str(ROOT / "examples/integrations" / script), run_name="__main__")
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] in WRITTEN]:
+            del sys.modules[name]
+    expected = f"{trainer}{PEERS[trainer].versions}"
+    assert str(caught.value) == (
+        f"{trainer} {version} is installed, expected {expected}, whose interface this integration "
+        f"knows: pip install '{expected}'")
+
+
+def test_the_command_for_a_cluster_without_skyrl_ends_in_one_sentence():
+    with pytest.raises(SystemExit, match="^skyrl is not installed, expected skyrl>=0.4,<0.5: pip "):
+        runpy.run_module("tppo_kernels.integrations.skyrl", run_name="__main__")
 
 
 def test_the_self_check_lists_every_adapter_and_the_guide_its_versions():

@@ -49,6 +49,11 @@ def count_vowels(completions, **_):
     return [float(sum(c in VOWELS for c in text)) for text in completions]
 
 
+def share_of_vowels(completions, **_):
+    """The share of vowels among ten letters."""
+    return [total / 10 for total in count_vowels(completions)]
+
+
 def pay_vowels(completion_ids, **_):
     """1 at each token that is a vowel."""
     paid = {LETTERS.index(c) + 2 for c in VOWELS}

@@ -11,6 +11,7 @@ from _trl_runs import SHORT
 from trl.trainer import grpo_trainer, utils
 
 import tppo_kernels as tk
+from tppo_kernels.integrations import _peer
 from tppo_kernels.integrations import trl as ours
 
 CASES = 60 if SHORT else 500
@@ -160,7 +161,7 @@ def test_patch_and_unpatch_reach_every_module_and_are_idempotent(capsys):
     ours.patch()
     ours.patch()
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and f"of trl {trl.__version__} are ours now" in told
+    assert told.count("\n") == 1 and f"in trl {trl.__version__}: ours are _Chunked" in told
     assert utils.selective_log_softmax is not SOFTMAX
     assert all(getattr(grpo_trainer, n) is getattr(utils, n) is not before[n] for n in names)
     ours.unpatch()
@@ -175,3 +176,8 @@ def test_the_patched_functions_run_our_operators(patched):
         utils.entropy_from_logits(torch.randn(1, 2, 5))
     assert any("tppo_kernels::entropy" in event.key for event in profile.key_averages())
     assert tk.__version__
+
+
+def test_the_self_check_finds_what_the_integration_needs():
+    found = {each["trainer"]: each for each in _peer.states(probe=True)}["trl"]
+    assert found["state"] == "works" and found["installed"] == version("trl")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from _trl_runs import SHORT, logged, made, saved_model
+from _trl_runs import SHORT, logged, made, saved_model, share_of_vowels
 from trl import GRPOTrainer
 
 from tppo_kernels.integrations._trl_grpo import LOSS_TYPES
@@ -128,7 +128,11 @@ def test_fifteen_steps_log_what_trls_log(model, tmp_path, kind, beta):
     if kind == "cispo":
         settings["epsilon_high"] = 1.05
     if kind == "luspo":
-        settings["importance_sampling_level"] = "sequence"
+        # A sum over the tokens of an answer: with these rewards it is below 1 as the others are.
+        # Every ratio of a batch may be clipped; gradients are then rounding, which Adam with an
+        # epsilon of 1e-8 makes whole steps of.
+        settings |= {"importance_sampling_level": "sequence", "scale_rewards": "none",
+                     "reward": share_of_vowels, "adam_epsilon": 1e-3}
     theirs = logged(GRPOTrainer, model, tmp_path / "theirs", **settings)
     patch()
     try:
@@ -150,6 +154,5 @@ def test_fifteen_steps_log_what_trls_log(model, tmp_path, kind, beta):
         for name in expected.keys() - {"step_time"}:
             if "runtime" in name or "per_second" in name:
                 continue
-            bound = (1e-6 * max(1.0, abs(expected[name])) if name == "loss"  # fp32 has 7 digits
-                     else 1e-5 + 1e-4 * abs(expected[name]))
+            bound = 1e-6 if name == "loss" else 1e-5 + 1e-4 * abs(expected[name])
             assert abs(actual[name] - expected[name]) < bound, (name, expected["loss"])

@@ -39,8 +39,10 @@ from ._peer import Part, Replacements
 from ._reward_model import TokenRewardModel, deal, gather
 
 if __name__ == "__main__":  # other processes know what is pickled by its module's name
-    from tppo_kernels.integrations.skyrl import main as run_as_a_module
-
+    try:
+        from tppo_kernels.integrations.skyrl import main as run_as_a_module
+    except _peer.PeerError as error:
+        sys.exit(str(error))
     run_as_a_module()
     sys.exit()
 

@@ -32,7 +32,8 @@ import tppo_kernels as tk
 from . import _peer
 
 _UTILS, _GRPO = "trl.trainer.utils", "trl.trainer.grpo_trainer:GRPOTrainer"
-VERSION = _peer.require("trl", _peer.PEERS["trl"].versions, {
+VERSIONS = _peer.PEERS["trl"].versions
+_INTERFACE: dict[str, str | None] = {
     f"{_UTILS}:selective_log_softmax": "logits, index, ...",
     f"{_UTILS}:entropy_from_logits": "logits, chunk_size",
     f"{_UTILS}:_ChunkedLogProbFunction": None,
@@ -44,7 +45,8 @@ VERSION = _peer.require("trl", _peer.PEERS["trl"].versions, {
     f"{_GRPO}._compute_loss": "self, model, inputs",
     f"{_GRPO}.get_high_entropy_mask": "self, entropies, mask, threshold",
     f"{_GRPO}.get_off_policy_mask": "advantages, per_token_logps, sampling_per_token_logps, ...",
-})
+}
+VERSION = _peer.require("trl", VERSIONS, _INTERFACE)
 
 from trl.trainer import utils as _utils  # noqa: E402
 
@@ -52,39 +54,12 @@ from ._trl_grpo import TokenGRPOTrainer  # noqa: E402
 
 __all__ = ["VERSION", "TokenGRPOTrainer", "patch", "unpatch"]
 
-_replacements = _peer.Replacements("trl")
 _chunked = _utils._ChunkedLogProbFunction
 _chunked_signature = inspect.signature(_chunked.forward)
 _softmax = _utils.selective_log_softmax
 _softmax_and_entropy = getattr(_utils, "selective_log_softmax_and_entropy", None)
 _FP32_ON_GPU = _softmax_and_entropy is not None  # what TRL's own kernel gives there
 _UNKNOWN = {"log_sum_sq_probs", "mean_logits", "is_top1"}
-
-
-def patch() -> None:
-    """Puts our operators in place of TRL's functions; a second call changes nothing."""
-    ours: dict[str, Any] = {
-        f"{_UTILS}:_ChunkedLogProbFunction": _ChunkedLogProbs,
-        f"{_UTILS}:selective_log_softmax": _selective_log_softmax,
-        f"{_UTILS}:entropy_from_logits": _entropy_from_logits,
-    }
-    if _softmax_and_entropy is not None:
-        ours[f"{_UTILS}:selective_log_softmax_and_entropy"] = _selective_log_softmax_and_entropy
-    told = [] if _replacements.installed else [
-        f"{', '.join(name.partition(':')[2] for name in ours)} of trl {VERSION} are ours now"]
-    for line in told + _replacements.install(ours):
-        _peer.say("trl", line)
-
-
-def unpatch() -> None:
-    """Puts TRL's functions back."""
-    for line in _replacements.undo():
-        _peer.say("trl", line)
-
-
-def probe() -> str:
-    """TRL's version: this file is imported where TRL has every name that it needs alone."""
-    return VERSION
 
 
 class _ChunkedLogProbs:
@@ -154,3 +129,29 @@ def _given(temperature: float, row_mask: Tensor | None) -> dict[str, Any]:
     """The arguments that 1.12's function does not have, where they were given."""
     given = {"temperature": temperature, "row_mask": row_mask}
     return {name: x for name, x in given.items() if x is not None and x != 1.0}
+
+
+_OURS: dict[str, Any] = {
+    f"{_UTILS}:_ChunkedLogProbFunction": _ChunkedLogProbs,
+    f"{_UTILS}:selective_log_softmax": _selective_log_softmax,
+    f"{_UTILS}:entropy_from_logits": _entropy_from_logits,
+}
+if _softmax_and_entropy is not None:
+    _OURS[f"{_UTILS}:selective_log_softmax_and_entropy"] = _selective_log_softmax_and_entropy
+_PART = _peer.Part(_peer.Replacements("trl"), _INTERFACE, _OURS, "ours are " + ", ".join(
+    name.partition(":")[2] for name in _OURS))
+
+
+def patch() -> None:
+    """Puts our operators in place of TRL's functions and says so; twice is once."""
+    _peer.patch_parts(VERSIONS, _PART)
+
+
+def unpatch() -> None:
+    """Puts TRL's functions back, and says which another library has replaced since."""
+    _peer.unpatch_parts(_PART)
+
+
+def probe() -> str:
+    """TRL's version, where it has every name that this file needs; raises PeerError."""
+    return _peer.probe_parts(VERSIONS, _PART)
