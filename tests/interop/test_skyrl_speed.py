@@ -18,8 +18,8 @@ STOCK = {name: getattr(module, name) for module, names in (
 
 def installed(b, t, rows, v):
     """Of each function: SkyRL's, ours, the leaves of both, and the mask of their valid slots."""
-    x = torch.randn(4, b, t)
     mask = (torch.arange(t) < torch.randint(2, t, (b, 1))).float()
+    x = torch.randn(3, b, t) * mask  # SkyRL's GAE takes steps on padding too: here they add 0
     logits, labels = torch.randn(rows, v), torch.randint(0, v, (rows,))
 
     def gae(f):
@@ -57,4 +57,4 @@ def test_nothing_is_slower_than_skyrls(capsys, name, size):
     ratio = compared(capsys, f"{name}, {size}{', with backward' if leaves else ''}",
                      with_backward(theirs, *leaves), with_backward(mine, *leaves), where=mask)
     if "gae" in name and size == "64 x 2048":
-        assert ratio > 20  # measured: 40 to 100
+        assert ratio > 20  # measured: 30 to 100

@@ -82,8 +82,6 @@ from skyrl.train.utils import validate_cfg  # noqa: E402
 from skyrl.train.utils.utils import initialize_ray  # noqa: E402
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput  # noqa: E402
 
-# ---- what SkyRL's configuration can name
-
 
 @ppo_utils.register_advantage_estimator(GAE)
 def token_gae(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float,
@@ -105,19 +103,19 @@ def token_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tens
     """The clipped loss of tokens, summed, and its metrics: `tk.ppo_loss` with a dual clip at
     `clip_ratio_c`, and SkyRL's off-policy correction as weights.
 
-    Beside SkyRL's `clip_ratio` the metrics have every mean of `tk.ppo_loss`.
+    Beside SkyRL's `clip_ratio` the metrics have the means of `tk.ppo_loss`, and `ratio_max`.
     """
     weights, corrections = _correction(old_log_probs, loss_mask, rollout_logprobs, config)
     found = tk.ppo_loss(log_probs, old_log_probs, advantages, _valid(loss_mask), weights=weights,
                         clip_low=config.eps_clip_low, clip_high=config.eps_clip_high,
                         dual_clip=config.clip_ratio_c, reduction="token-sum")
-    means = found.metrics.means()
-    given = {name: means[name] for name in ("clip_fraction_dual", "clamped_fraction", "ratio_mean",
-                                            "ratio_max", "approx_kl_k1", "approx_kl_k3")}
-    return found.loss, {"clip_ratio": means["clip_fraction"], **given, **corrections}
-
-
-# ---- SkyRL's own functions, to its numbers, by our operators
+    sums = type(found.metrics)(*torch.stack(found.metrics).tolist())  # the host reads once
+    means = {"clip_ratio": sums.clip_low_count + sums.clip_high_count,
+             "clip_fraction_dual": sums.clip_dual_count, "clamped_fraction": sums.clamped_count,
+             "ratio_mean": sums.ratio_sum, "approx_kl_k1": sums.approx_kl_k1_sum,
+             "approx_kl_k3": sums.approx_kl_k3_sum}
+    means = {name: total / max(sums.tokens, 1) for name, total in means.items()}
+    return found.loss, {**means, "ratio_max": sums.ratio_max, **corrections}
 
 
 def compute_gae_advantage_return(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor,
@@ -172,12 +170,11 @@ def _correction(old: Tensor, mask: Tensor | None, rollout: Tensor | None, config
                 ) -> tuple[Tensor | None, dict[str, float]]:
     """SkyRL's correction for rollouts of another policy, as weights of tokens, with its metrics;
     no weights where it is off."""
+    if rollout is None:
+        return None, {}
     weights, kept, metrics = ppo_utils.apply_off_policy_correction(
         torch.ones_like(old), old, rollout, mask, config.off_policy_correction)
     return (weights * kept if metrics else None), metrics
-
-
-# ---- patching
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,9 +218,6 @@ def unpatch() -> None:
 def probe() -> str:
     """SkyRL's version, where it has every name that this file needs; raises PeerError."""
     return _peer.probe_parts(VERSIONS, _PART)
-
-
-# ---- rewards of tokens
 
 
 class TokenRewardGenerator(GeneratorInterface):
@@ -276,9 +270,6 @@ class RewardModelEnv(BaseTextEnv):
 
 
 skyrl_gym.register(id=ENVIRONMENT, entry_point=RewardModelEnv)
-
-
-# ---- the experiment
 
 
 @dataclass
@@ -391,9 +382,9 @@ def entrypoint(cfg: Any) -> None:
     TokenPPOExp(cfg).run()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """`key.path=value` and YAML files, as `TokenPPOConfig.from_arguments` reads them."""
-    cfg = TokenPPOConfig.from_arguments(sys.argv[1:] if arguments is None else arguments)
+    cfg = TokenPPOConfig.from_arguments(sys.argv[1:])
     check_config(cfg)
     initialize_ray(cfg)
     ray.get(entrypoint.remote(cfg))
