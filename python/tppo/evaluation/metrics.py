@@ -18,6 +18,7 @@ from tppo.labels.words import fold
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.folder import model_eos_ids
+from tppo.models.keeper import NOTHING_KEPT, Keeper
 from tppo.models.policy import policy_logprobs
 from tppo.models.rollout import HFRollout, Sampling
 from tppo.rewards import Answers, Questions
@@ -46,8 +47,11 @@ def evaluate_policy(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     prefix: Prefix = "shared",
+    keeper: Keeper = NOTHING_KEPT,
 ) -> Evaluated:
     """Sample one answer a question and judge them.
+
+    keeper: has the answers that an earlier process sampled.
 
     The figures are those of `judge_answers`, with `kl` against `ref` at temperature 1 in nats a
     response and the mean `length` in tokens.
@@ -56,7 +60,7 @@ def evaluate_policy(
     engine = HFRollout(
         model, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix
     )
-    rollout = engine.generate(questions.ids, sampling)
+    rollout = engine.generate(questions.ids, sampling, keeper=keeper)
     answers = Answers(
         questions.prompts, rollout.response_ids, questions.columns, tokenizer, eos_ids,
         range(len(questions)),

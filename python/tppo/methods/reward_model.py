@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from tppo.models.adapters import has_adapter
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, rest_of, resumed
 from tppo.models.policy import class_logits
 from tppo.progress import say, status
 
@@ -83,46 +85,73 @@ def train_reward_model(
     *,
     seed: int,
     each: Callable[[list[dict[str, float]]], None] = lambda history: None,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> list[dict[str, float]]:
     """Train on local and global loss; returns one row of losses an epoch.
 
     each: called with the rows so far behind each epoch.
+    keeper: has what an earlier process did of the same training, which goes on to the same bits.
 
     Errors: GuardError if the trunk is frozen or no gradient reaches its embeddings in the first
     step, or if loss, gradients or weights are not finite in any.
     """
-    model, rng = reader.model, random.Random(seed)
+    model = reader.model
     assert config.lr is not None
     check_weights("before train-rm step 1", {"reward model": model})
     optimizer = AdamW(trainable(model), lr=config.lr)
     per_epoch = math.ceil(len(train) / config.batch_size)
-    step, history = 0, list[dict[str, float]]()
+    steps = config.epochs * per_epoch
+    kept = resumed(keeper, steps, model, optimizer)
+    done, history = (kept.step, kept.state["history"]) if kept else (0, [])
+    losses = [*kept.weights["epoch"]["losses"]] if kept and "epoch" in kept.weights else []
     tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in train)
-    with status("reward model", config.epochs * per_epoch) as bar:
-        for epoch in range(1, config.epochs + 1):
-            order = rng.sample(range(len(train)), len(train))
-            losses = []
-            for i in range(0, len(order), config.batch_size):
-                rows = [train[j] for j in order[i : i + config.batch_size]]
-                optimizer.zero_grad()
-                parts = _backward(reader, rows, config, seed + step)
-                if step == 0:
-                    check_trunk_gradients(model)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-                step += 1
-                check_step(f"train-rm step {step}", {"reward model": model}, {"loss": parts[0]},
-                           {"reward model": norm}, RM_REMEDY)  # fmt: skip
-                optimizer.step()
-                losses.append(torch.stack(parts))
-                bar.advance()
-            mean = torch.stack(losses).mean(0).tolist()
-            names = ("loss", "local_loss", "global_loss")
-            losses_of = dict(zip(names, mean, strict=True))
-            history.append({"epoch": epoch, **losses_of, "num_tokens": epoch * tokens})
-            each(history)
-            bar.note(f"loss {mean[0]:.3f}")
-    check_weights(f"after train-rm step {step}", {"reward model": model})
+
+    def rest() -> Rest:
+        epoch = {"losses": torch.stack([loss.cpu() for loss in losses])} if losses else {}
+        return rest_of(model, optimizer, {"history": history}, epoch=epoch)
+
+    batches = enumerate(_batches(train, config, seed), 1)
+    with status("reward model", steps) as bar:
+        bar.resume(done)
+        for step, rows in islice(batches, done, None):
+            optimizer.zero_grad()
+            parts = _backward(reader, rows, config, seed + step - 1)
+            if step == 1:
+                check_trunk_gradients(model)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+            check_step(f"train-rm step {step}", {"reward model": model}, {"loss": parts[0]},
+                       {"reward model": norm}, RM_REMEDY)  # fmt: skip
+            optimizer.step()
+            losses.append(torch.stack(parts))
+            bar.advance()
+            if step % per_epoch == 0:
+                history.append(_epoch_row(step // per_epoch, losses, tokens))
+                losses.clear()
+                each(history)
+                bar.note(f"loss {history[-1]['loss']:.3f}")
+            if step < steps:
+                keeper.after(step, steps, rest)
+    check_weights(f"after train-rm step {steps}", {"reward model": model})
     return history
+
+
+def _batches(
+    train: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int
+) -> Iterator[list[LabelledAnswer]]:
+    """Of all epochs, each of which has an order of its own."""
+    rng = random.Random(seed)
+    for _ in range(config.epochs):
+        order = rng.sample(range(len(train)), len(train))
+        for i in range(0, len(order), config.batch_size):
+            yield [train[j] for j in order[i : i + config.batch_size]]
+
+
+def _epoch_row(epoch: int, losses: Sequence[Tensor], tokens: int) -> dict[str, float]:
+    """Means of an epoch's losses, [3] a step, and the tokens that were read up to its end."""
+    device = losses[-1].device  # those of a checkpoint lie in the host's memory
+    mean = torch.stack([loss.to(device) for loss in losses]).mean(0).tolist()
+    names = ("loss", "local_loss", "global_loss")
+    return {"epoch": epoch, **dict(zip(names, mean, strict=True)), "num_tokens": epoch * tokens}
 
 
 def _backward(

@@ -10,6 +10,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Kept, Rest, rest_of, resumed
 from tppo.models.policy import (
     load_trained,
     policy_head,
@@ -60,46 +63,89 @@ def train_sft(
     seed: int,
     prefix: Prefix = "shared",
     each: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> SFTResult:
     """Train until the held-out loss has stopped falling; keep the best weights.
 
     each: called with the history so far behind each evaluation.
+    keeper: has what an earlier process did of the same training, which goes on to the same bits.
 
     Answers of one prompt share it where they meet in a batch and the prompt is not trained on.
     """
-    start = time.monotonic()
     assert config.lr is not None
     check_weights("before sft step 1", {"model": model})
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = AdamW(trainable(model), lr=config.lr)
-    batches = _batches(train, config, pad_id, model.device, seed, prefix)
-    best_loss, best_step, tokens = math.inf, 0, 0
-    history: list[dict[str, Any]] = []
-    best: dict[str, Tensor] = {}
+    kept = resumed(keeper, steps, model, optimizer)
+    course = _Course.of(kept)
+    best = kept.weights.get("best", {}) if kept else {}
+    start = time.monotonic() - course.seconds
+    batches = _batches(train, config, pad_id, model.device, seed, prefix, course.steps)
+
+    def rest() -> Rest:
+        course.seconds = time.monotonic() - start
+        return rest_of(model, optimizer, asdict(course), best=best)
+
     with status("sft") as bar:
-        for step in range(1, steps + 1):
+        bar.resume(course.steps)
+        for step in range(course.steps + 1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _decay(step, config)
             batch = next(batches)
             loss = sft_step(model, batch, optimizer, config, step)
-            tokens += sum(map(len, (*batch.prompt_ids, *batch.response_ids)))
+            course.steps = step
+            course.tokens += sum(map(len, (*batch.prompt_ids, *batch.response_ids)))
             bar.advance()
             if step % eval_every == 0 or step == steps:
                 heldout_loss = answer_loss(model, heldout, config, pad_id, prefix)
-                if not math.isfinite(heldout_loss):
-                    check_weights(f"after sft step {step}", {"model": model})
-                    raise GuardError(f"sft step {step}: the held-out loss is {heldout_loss}")
-                history.append({"step": step, "loss": loss, "heldout_loss": heldout_loss,
-                                "num_tokens": tokens})  # fmt: skip
-                each(history)
-                if heldout_loss < best_loss - config.min_delta:
-                    best_loss, best_step, best = heldout_loss, step, snapshot(model, best)
-                bar.note(f"held-out loss {heldout_loss:.3f}, best at step {best_step}")
-                if step - best_step >= config.patience * eval_every:
+                if course.is_best(loss, heldout_loss, model, config):
+                    best = snapshot(model, best)
+                each(course.history)
+                bar.note(f"held-out loss {heldout_loss:.3f}, best at step {course.best_step}")
+                if step - course.best_step >= config.patience * eval_every:
                     break
+            if step < steps:
+                keeper.after(step, steps, rest)
     load_trained(model, best)
-    seconds = time.monotonic() - start
-    return SFTResult(step, best_step, best_loss, seconds, tokens, history)
+    course.seconds = time.monotonic() - start
+    return SFTResult(**vars(course))
+
+
+@dataclass
+class _Course:
+    """What `SFTResult` says, of a training under way."""
+
+    steps: int = 0
+    best_step: int = 0
+    heldout_loss: float = math.inf
+    seconds: float = 0.0
+    tokens: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, kept: Kept | None) -> _Course:
+        """As it was kept; JSON has null for the infinity before the first evaluation."""
+        found = cls(**kept.state) if kept else cls()
+        if found.heldout_loss is None:
+            found.heldout_loss = math.inf
+        return found
+
+    def is_best(
+        self, loss: float, heldout_loss: float, model: PreTrainedModel, config: SFTConfig
+    ) -> bool:
+        """Adds a row to the history; whether no weights before these were as good.
+
+        Errors: GuardError where the held-out loss is not finite.
+        """
+        if not math.isfinite(heldout_loss):
+            check_weights(f"after sft step {self.steps}", {"model": model})
+            raise GuardError(f"sft step {self.steps}: the held-out loss is {heldout_loss}")
+        self.history.append({"step": self.steps, "loss": loss, "heldout_loss": heldout_loss,
+                             "num_tokens": self.tokens})  # fmt: skip
+        if heldout_loss >= self.heldout_loss - config.min_delta:
+            return False
+        self.heldout_loss, self.best_step = heldout_loss, self.steps
+        return True
 
 
 def schedule(sessions: int, config: SFTConfig) -> tuple[int, int]:
@@ -118,16 +164,29 @@ def continue_sft(
     steps: int,
     seed: int,
     prefix: Prefix = "shared",
-) -> None:
-    """Train on for `steps` optimiser steps at the final learning rate."""
+    keeper: Keeper = NOTHING_KEPT,
+) -> float:
+    """Train on for `steps` optimiser steps at the final learning rate; the seconds that it took,
+    those of earlier processes included.
+    """
     assert config.lr is not None
     lr = config.lr * config.final_lr_share
     optimizer = AdamW(trainable(model), lr=lr)
-    batches = _batches(train, config, pad_id, model.device, seed, prefix)
+    kept = resumed(keeper, steps, model, optimizer)
+    done, seconds = (kept.step, kept.state["seconds"]) if kept else (0, 0.0)
+    start = time.monotonic() - seconds
+    batches = _batches(train, config, pad_id, model.device, seed, prefix, done)
+
+    def rest() -> Rest:
+        return rest_of(model, optimizer, {"seconds": time.monotonic() - start})
+
     with status("sft continued", steps) as bar:
-        for step in range(1, steps + 1):
+        bar.resume(done)
+        for step in range(done + 1, steps + 1):
             sft_step(model, next(batches), optimizer, config, step)
             bar.advance()
+            keeper.after(step, steps, rest)
+    return time.monotonic() - start
 
 
 def sft_step(
@@ -215,20 +274,29 @@ def _batches(
     device: torch.device,
     seed: int,
     prefix: Prefix,
+    done: int = 0,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches, in which the answers of one prompt follow each other.
+    """Endless shuffled batches, in which the answers of one prompt follow each other; without the
+    first `done`.
 
     A small data set gives batches of its own size.
     """
-    rng = random.Random(seed)
-    order: list[int] = []
     size = min(config.batch_size, len(data.prompts))
-    while True:
-        if len(order) < size:
-            order = rng.sample(range(len(data.prompts)), len(data.prompts))
-        rows, order = sorted(order[:size], key=lambda i: list(data.prompts[i])), order[size:]
+    for chosen in islice(_shuffled(len(data.prompts), size, seed), done, None):
+        rows = sorted(chosen, key=lambda i: list(data.prompts[i]))
         prompts, answers = [data.prompts[i] for i in rows], [data.answers[i] for i in rows]
         yield Batch(prompts, answers, pad_id, device, prefix)
+
+
+def _shuffled(n: int, size: int, seed: int) -> Iterator[list[int]]:
+    """`size` of the numbers below n at a time, all of them before one comes again."""
+    rng = random.Random(seed)
+    order: list[int] = []
+    while True:
+        if len(order) < size:
+            order = rng.sample(range(n), n)
+        yield order[:size]
+        order = order[size:]
 
 
 def _decay(step: int, config: SFTConfig) -> float:

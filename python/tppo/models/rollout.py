@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
+from itertools import chain
 from math import inf
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
@@ -22,8 +25,9 @@ from tppo.models.batch import pad
 from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
 from tppo.models.vocabulary import phantoms
-from tppo.progress import say_once, track
+from tppo.progress import say, say_once, status
 
 LOST = "lost"  # a response that a guide did not give: the step cannot be taken
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
@@ -112,19 +116,21 @@ class HFRollout:
         sampling: Sampling,
         prefixes: Sequence[Sequence[int]] | None = None,
         description: str = "generate",
+        keeper: Keeper = NOTHING_KEPT,
     ) -> RolloutBatch:
         """One response a row, a function of the weights and the arguments alone.
 
+        keeper: has what an earlier process sampled by the same call, whose draws go on.
         Prefixes that are all empty change no draw.
         Errors: ValueError naming the row whose prefix is longer than `sampling.max_new_tokens`, or
         goes on behind an EOS.
         """
         if prefixes is None:
-            responses = self._continue(prompts, sampling, description)
+            responses = self._continue(prompts, sampling, description, keeper)
             author = None
         else:
             check_prefixes(prefixes, len(prompts), sampling.max_new_tokens, self.eos_ids)
-            responses = self._behind(prompts, prefixes, sampling, description)
+            responses = self._behind(prompts, prefixes, sampling, description, keeper)
             author = [[t >= len(prefix) for t in range(len(row))]
                       for prefix, row in zip(prefixes, responses, strict=True)]  # fmt: skip
         finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
@@ -136,6 +142,7 @@ class HFRollout:
         prefixes: Sequence[Sequence[int]],
         sampling: Sampling,
         description: str,
+        keeper: Keeper,
     ) -> list[list[int]]:
         """The prefixes, and what the model writes behind those that have not ended.
 
@@ -152,27 +159,42 @@ class HFRollout:
             [[*prompts[i], *prefixes[i]] for i in open_rows],
             replace(sampling, max_new_tokens=longest),
             description,
+            keeper,
         )
         for i, row in zip(open_rows, written, strict=True):
             responses[i] += row[: cap - len(responses[i])]
         return responses
 
     def _continue(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, description: str
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        description: str,
+        keeper: Keeper,
     ) -> list[list[int]]:
         """What the model writes behind each row, up to an EOS or the cap."""
         place: dict[tuple[int, ...], int] = {}
         first = [place.setdefault(tuple(p), i) for i, p in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), first[i]))
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        responses: list[list[int]] = [[] for _ in prompts]
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        written: list[list[int]] = []  # in that order
+        device = self.model.device
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            status(description, len(chunks)) as bar,
+        ):
             torch.manual_seed(sampling.seed)
-            for chunk in track(chunks, description):
-                rows = self._sample([prompts[i] for i in chunk], sampling)
-                for i, row in zip(chunk, rows, strict=True):
-                    responses[i] = row
+            kept = keeper.newest(len(chunks))
+            if kept is not None and _draws_go_on(kept.weights["draws"], device, description):
+                written += _apart(kept.weights["answers"])
+                bar.resume(kept.step)
+            for number in range(bar.count, len(chunks)):
+                written += self._sample([prompts[i] for i in chunks[number]], sampling)
+                bar.advance()
+                keeper.after(number + 1, len(chunks), partial(_rest, written, device))
+        responses: list[list[int]] = [[] for _ in prompts]
+        for i, row in zip(order, written, strict=True):
+            responses[i] = row
         return responses
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -234,6 +256,39 @@ class HFRollout:
             return None
         cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
         return cache
+
+
+def _rest(written: Sequence[Sequence[int]], device: torch.device) -> Rest:
+    """What the answers that are still to be sampled depend on."""
+    answers = {
+        "ids": torch.tensor([*chain.from_iterable(written)], dtype=torch.int32),
+        "lengths": torch.tensor([*map(len, written)], dtype=torch.int32),
+    }
+    return Rest({"answers": answers, "draws": _draws(device)}, {}, {})
+
+
+def _apart(answers: Mapping[str, Tensor]) -> list[list[int]]:
+    """The answers of `_rest`."""
+    return [row.tolist() for row in answers["ids"].split(answers["lengths"].tolist())]
+
+
+def _draws(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that sampling on a device draws from."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else found
+
+
+def _draws_go_on(draws: Mapping[str, Tensor], device: torch.device, description: str) -> bool:
+    """Sets the generators to what `_draws` gave; False where that was on another kind of device."""
+    here = _draws(device)
+    if {name: len(x) for name, x in draws.items()} != {name: len(x) for name, x in here.items()}:
+        say(f"{description}: begins anew all the same: what is kept was drawn on "
+            f"{max(draws, key=len)}, this process draws on {device.type}")  # fmt: skip
+        return False
+    torch.set_rng_state(draws["cpu"])
+    if "cuda" in draws:
+        torch.cuda.set_rng_state(draws["cuda"], device)
+    return True
 
 
 def check_prefixes(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tppo.evaluation.compare import PAIR, compare, personal_gap
@@ -30,13 +31,15 @@ from tppo.stages.artifacts import (
 )
 from tppo.stages.models import adapted, sft_origin
 from tppo.stages.run import Run
+from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import read_json, write_json, write_jsonl
+from tppo.store.run_folder import KEPT
 
 
 def evaluate(run: Run) -> None:
     """Every row of the closing table on the test users, and `result.json` in the run folder."""
-    with run.stage("eval") as out:
-        result, found = rows(run)
+    with run.stage("eval", resume=True) as out:
+        result, found = rows(run, out / KEPT)
         write_json(out / RESULT.name, result)
         write_jsonl(out / TEST_ANSWERS.name, side_by_side(run.sessions("test"), found))
     write_json(run.beside(RESULT.name), result)
@@ -58,14 +61,16 @@ def side_by_side(
         yield given | {"figures": figures, "ids": ids}
 
 
-def rows(run: Run) -> tuple[dict[str, Any], dict[str, Evaluated]]:
+def rows(run: Run, kept: Path) -> tuple[dict[str, Any], dict[str, Evaluated]]:
     """Repeat the last query, SFT at each temperature, SFT continued, TPPO, baselines if they were
     trained; then unseen intents.
 
     Also what was found of each model on the test sessions, by the name of its row.
+    kept: folder of the checkpoints, of which each row of answers has its own.
     """
     found: dict[str, Evaluated] = {}
     ref = run.sft_model()
+    judged = partial(_judge, run, kept, ref)
     test = run.sessions("test")
     threshold = run.config.label.sentence_threshold
     repeats = [repeat_last_query(session) for session in test]
@@ -76,25 +81,25 @@ def rows(run: Run) -> tuple[dict[str, Any], dict[str, Evaluated]]:
     }
     for temperature in run.config.eval.temperatures:
         name = "sft" if temperature == 1.0 else f"sft_t{temperature:g}"
-        result[name], found[name] = _judge(run, ref, ref, test, temperature)
+        result[name], found[name] = judged(name, ref, test, temperature)
     tppo = run.load_policy(POLICY, over=ref if run.config.lora.on else None)
     training = read_json(run.path(TRAINING))
     steps = training["optimizer_steps"]
     if run.config.eval.continued:
-        model, seconds = _continued(run, ref, steps)
-        figures, found["sft_continued"] = _judge(run, model, ref, test, 1.0)
+        model, seconds = _continued(run, ref, steps, kept / "continued")
+        figures, found["sft_continued"] = judged("sft_continued", model, test)
         result["sft_continued"] = figures | {"seconds": seconds, "optimizer_steps": steps}
-    figures, found["tppo"] = _judge(run, tppo, ref, test, 1.0)
+    figures, found["tppo"] = judged("tppo", tppo, test)
     result["tppo"] = figures | {"seconds": training["seconds"], "optimizer_steps": steps}
     for name, (policy, report) in BASELINES.items():
         if run.path(policy).exists() and _of_these_settings(run, name):
             model = run.load_policy(policy, over=ref if run.config.lora.on else None)
-            figures, found[name] = _judge(run, model, ref, test, 1.0)
+            figures, found[name] = judged(name, model, test)
             result[name] = figures | {"training": read_json(run.path(report))}
     if run.path(TRANSFER_SESSIONS).exists():
         transfer = run.sessions("transfer")
-        result["sft_transfer"], _ = _judge(run, ref, ref, transfer, 1.0)
-        result["tppo_transfer"], _ = _judge(run, tppo, ref, transfer, 1.0)
+        for name, model in (("sft_transfer", ref), ("tppo_transfer", tppo)):
+            result[name], _ = judged(name, model, transfer)
     if "sft" in found:
         for name in ("sft", "tppo"):
             result[name] |= personal_gap(run.judge, found[name].answers, run.seed)
@@ -124,7 +129,13 @@ def _of_these_settings(run: Run, name: str) -> bool:
 
 
 def _judge(
-    run: Run, model: Any, ref: Any, sessions: Sequence[Session], temperature: float
+    run: Run,
+    kept: Path,
+    ref: Any,
+    name: str,
+    model: Any,
+    sessions: Sequence[Session],
+    temperature: float = 1.0,
 ) -> tuple[dict[str, Any], Evaluated]:
     """The figures of a model's answers, and what was found of them."""
     found = evaluate_policy(
@@ -136,12 +147,13 @@ def _judge(
         tokenizer=run.tokenizer,
         batch_size=run.config.generate.batch_size,
         prefix=run.config.prefix,
+        keeper=Checkpoints(kept / name, f"eval, {name}", "batch"),
     )
     texts = found.answers.texts
     return found.figures | text_figures(sessions, texts) | {"example": texts[0]}, found
 
 
-def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
+def _continued(run: Run, ref: Any, steps: int, kept: Path) -> tuple[Any, float]:
     """SFT trained on for as many optimiser steps as PPO took, and the seconds that they took.
 
     With LoRA an adapter over `ref` is trained, as PPO does.
@@ -151,8 +163,7 @@ def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
     if run.config.model.gradient_checkpointing:
         recompute_layers(model)
     answers = [encode_answer(run.tokenizer, s.targets)[: run.max_new_tokens] for s in sessions]
-    start = time.monotonic()
-    continue_sft(
+    seconds = continue_sft(
         model,
         Examples(run.prompts(sessions, model), answers),
         run.config.sft,
@@ -160,8 +171,9 @@ def _continued(run: Run, ref: Any, steps: int) -> tuple[Any, float]:
         steps=steps,
         seed=run.seed + 1,
         prefix=run.config.prefix,
+        keeper=Checkpoints(kept, "eval, SFT continued"),
     )
-    return model, time.monotonic() - start
+    return model, seconds
 
 
 def _mean_length(run: Run, sessions: Sequence[Session]) -> float:

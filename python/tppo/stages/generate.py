@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 
+from tppo import stopping
 from tppo.models.rollout import HFRollout
 from tppo.models.tokenizer import decode
 from tppo.stages.artifacts import ANSWERS
 from tppo.stages.run import Run
+from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import write_json, write_jsonl
+from tppo.store.run_folder import KEPT
 
 
 def generate(run: Run) -> None:
-    """Answers of the SFT model to training sessions."""
-    with run.stage("generate") as out:
+    """Answers of the SFT model to training sessions; resumes."""
+    with stopping.deferrable(), run.stage("generate", resume=True) as out:
         model, sessions = run.sft_model(), run.sessions("train")
         config = run.config.generate
         order = random.Random(f"{run.seed}/generate").sample(sessions, len(sessions))
@@ -27,8 +30,11 @@ def generate(run: Run) -> None:
             batch_size=config.batch_size,
             prefix=run.config.prefix,
         )
+        stopping.defer()
         rollout = engine.generate(
-            [prompts[i % len(prompts)] for i in range(n)], run.sampling(seed=run.round_seed)
+            [prompts[i % len(prompts)] for i in range(n)],
+            run.sampling(seed=run.round_seed),
+            keeper=Checkpoints(out / KEPT, "generate", "batch"),
         )
         write_jsonl(
             out / ANSWERS.name,

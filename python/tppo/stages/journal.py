@@ -27,7 +27,7 @@ class Journal:
     def __init__(self, out: Path) -> None:
         self.out, self.samples = out, 0
 
-    def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any]) -> None:
+    def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any] = ()) -> None:
         """Write again what a checkpoint has kept: of a stage's folder it alone was left."""
         self.write(rows, samples)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tppo import stopping
 from tppo.errors import DataError
 from tppo.methods.auc import auc_interval
 from tppo.methods.reward_model import (
@@ -37,18 +38,24 @@ from tppo.stages.reward_rows import (
 )
 from tppo.stages.run import Run
 from tppo.stages.trackers import followed
+from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import write_json
+from tppo.store.run_folder import KEPT
 
 
 def train_rm(run: Run) -> None:
-    """The token reward model, its trunk started from SFT or from a folder of its own."""
-    with run.stage("train-rm") as out:
+    """The token reward model, its trunk started from SFT or from a folder of its own; resumes."""
+    with stopping.deferrable(), run.stage("train-rm", resume=True) as out:
         model, tokenizer, reader = _new_reader(run)
         parts = _split(run, reader)
         rows, config = parts.training(), run.config.reward_model
         config = passes(config, rows)
         with followed(run.config.report_to, out, run.out, config) as journal:
-            train_reward_model(reader, rows, config, seed=run.seed, each=journal.write)
+            kept = Checkpoints(out / KEPT, "train-rm",
+                               resumed=lambda state: journal.resume(state["history"]))  # fmt: skip
+            stopping.defer()
+            train_reward_model(reader, rows, config, seed=run.seed, each=journal.write,
+                               keeper=kept)  # fmt: skip
         rated, confusion = rate_tokens(reader, parts.heldout, config)
         report = figures_of(rated, confusion)
         report["auc_interval"] = auc_interval(rated, parts.heldout_sessions)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tppo import stopping
 from tppo.labels.queries import answer_text
 from tppo.methods.config import SFTConfig
 from tppo.methods.sft import Examples, train_sft
@@ -35,12 +36,14 @@ from tppo.stages.free_memory import check_memory
 from tppo.stages.lengths import answer_cap, fit_prompts
 from tppo.stages.run import Run
 from tppo.stages.trackers import followed
+from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import write_json
+from tppo.store.run_folder import KEPT
 
 
 def sft(run: Run) -> None:
-    """Tokenizer and model, trained on the true next queries to the early stop."""
-    with run.stage("sft") as out:
+    """Tokenizer and model, trained on the true next queries to the early stop; resumes."""
+    with stopping.deferrable(), run.stage("sft", resume=True) as out:
         train, heldout = run.sessions("train"), run.sessions("heldout")
         tokenizer, model = _base_model(run, train)
         lora = run.config.lora
@@ -56,6 +59,9 @@ def sft(run: Run) -> None:
         examples, unseen = (_examples(tokenizer, model, part, cap) for part in (train, heldout))
         check_memory(run, model, max(map(len, examples.prompts)), cap)
         with followed(run.config.report_to, out, run.out, run.config.sft) as journal:
+            kept = Checkpoints(out / KEPT, "sft",
+                               resumed=lambda state: journal.resume(state["history"]))  # fmt: skip
+            stopping.defer()
             result = train_sft(
                 model,
                 examples,
@@ -65,6 +71,7 @@ def sft(run: Run) -> None:
                 seed=run.seed,
                 prefix=run.config.prefix,
                 each=journal.write,
+                keeper=kept,
             )
         adapter = adapter_settings(model)
         if adapter:

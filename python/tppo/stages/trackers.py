@@ -154,7 +154,7 @@ class Followed(Journal):
         self.state = (read_object(folder / STATE) or {}) if self.names else {}
         self.resumed = False
 
-    def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any]) -> None:
+    def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any] = ()) -> None:
         """The rows that the trackers have, but for those of a process that died in between."""
         self.resumed = True
         self.write(rows, samples)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tppo.progress import say
-from tppo.store.disk import space_for
+from tppo import stopping
+from tppo.progress import say, say_once
+from tppo.store.disk import DiskFull, space_for
 from tppo.store.hashes import sha256
 from tppo.store.jsonl import read_object, sync_directory, write_json, write_text
 from tppo.store.run_folder import versions
 
 COMPLETE, LATEST = "COMPLETE.json", "latest"
+EVERY_S = 300.0  # at least, between two checkpoints of work that does not choose its steps itself
+LAST_S = 30.0  # the same before one behind the last step: what follows would have to repeat it all
+WRITING = 0.05  # share of the time, at most, that such work spends on writing them
 
 
 class Checkpoint(NamedTuple):
@@ -34,6 +39,55 @@ class Checkpoint(NamedTuple):
     weights: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one piece of work in a folder; a `tppo.models.keeper.Keeper`.
+
+    name, unit: what messages call the work, and a step of it.  resumed: called with the state of a
+    checkpoint that is gone on from.
+    Work of seconds writes none unless a signal asks it to stop.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        unit: str = "step",
+        resumed: Callable[[dict[str, Any]], object] = lambda state: None,
+    ):
+        self.root, self.name, self.unit, self.resumed = root, name, unit, resumed
+        self.written, self.took_s = time.monotonic(), 0.0
+
+    def newest(self, steps: int) -> Checkpoint | None:
+        """The newest whole checkpoint, if there is one, of work of so many steps."""
+        found = load_latest(self.root)
+        if found is not None:
+            say(f"{self.name}: resumes after {self.unit} {found.step} of {steps}")
+            self.resumed(found.state)
+        return found
+
+    def after(self, step: int, steps: int, rest: Callable[[], tuple[Any, Any, Any]]) -> None:
+        """Write a checkpoint where it is time for one, or a signal has asked to stop.
+
+        rest: weights, optimiser and state, as `save_checkpoint` takes them.
+        Errors: Stopped behind a signal; DiskFull where its checkpoint cannot be written.  One that
+        nobody has asked for is not worth the work: it is left out with a warning.
+        """
+        signum = stopping.asked()
+        if signum is not None:
+            save_checkpoint(self.root, step, *rest())
+            raise stopping.Stopped(signum, f"it is saved after {self.unit} {step} of {steps}")
+        start = time.monotonic()
+        wait_s = min(LAST_S, EVERY_S) if step == steps else max(EVERY_S, self.took_s / WRITING)
+        if start - self.written < wait_s:
+            return
+        try:
+            save_checkpoint(self.root, step, *rest())
+        except DiskFull as error:
+            say_once(f"WARNING: {self.name} goes on without a new checkpoint: {error}")
+        self.written = time.monotonic()
+        self.took_s = self.written - start
 
 
 def save_checkpoint(

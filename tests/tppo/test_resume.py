@@ -1,0 +1,202 @@
+"""Stages that take hours go on where kill -9 met them, to the same bytes; short ones write nothing.
+
+The rule of when a checkpoint is written is set to after every step in the processes that are
+killed, and left alone in those that go on.
+"""
+
+import functools
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import yaml
+from test_stopping import TINY, at, call_before, run, server, signalled  # noqa: F401
+
+from tppo.cli import main
+from tppo.models.keeper import NOTHING_KEPT
+from tppo.models.rollout import HFRollout
+from tppo.store import checkpoint
+from tppo.store.checkpoint import Checkpoints
+from tppo.store.disk import DiskFull
+
+SETTINGS = TINY | {
+    "sft": {"max_steps": 7, "eval_every": 2, "batch_size": 16},
+    "reward_model": {"epochs": 2, "batch_size": 16},
+    "generate": {"samples": 40, "max_new_tokens": 8, "batch_size": 8},
+}
+CHAIN = ("data", "sft", "generate", "label", "map", "train-rm", "train", "eval")
+# Stage, the function whose call is met, which call, and what is said when it goes on.
+KILLS = {
+    "sft": ("tppo.methods.sft", "sft_step", 6, "sft: resumes after step 5 of 7"),
+    "sft, before any evaluation": (
+        "tppo.methods.sft", "sft_step", 2, "sft: resumes after step 1 of 7"),
+    "generate": (HFRollout, "_sample", 4, "generate: resumes after batch 3 of 5"),
+    "train-rm": (
+        "tppo.methods.reward_model", "_backward", 5, "train-rm: resumes after step 4 of 6"),
+    "train-rm, in its first epoch": (
+        "tppo.methods.reward_model", "_backward", 3, "train-rm: resumes after step 2 of 6"),
+    "eval": (HFRollout, "_sample", 2, "eval, sft: resumes after batch 1 of"),
+    "eval, in training SFT on": (
+        "tppo.methods.sft", "sft_step", 3, "eval, SFT continued: resumes after step 2 of"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_thread):
+    """A run folder in which nothing disturbed the stages."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    for stage in CHAIN:
+        main([stage, "--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")])
+    return folder / "out"
+
+
+def copy_before(finished, folder, stage):
+    """The run folder as it was before a stage ran."""
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / stage)
+    return folder
+
+
+def at_every_step(act):
+    """Checkpoints after every step from here on, in a child; then prepare it to be met."""
+    checkpoint.EVERY_S, checkpoint.WRITING = 0.0, float("inf")
+    act()
+
+
+def killed(server, tmp_path, folder, stage, kill):  # noqa: F811
+    """Run a stage in a process that is killed at a call."""
+    module, name, when = kill
+    met = functools.partial(call_before, module, name, when, signalled(signal.SIGKILL))
+    done = run(server, tmp_path, [stage, "--out", str(folder)],
+               functools.partial(at_every_step, met))  # fmt: skip
+    assert done.code == -signal.SIGKILL, done.said
+    assert not (folder / stage).exists()
+
+
+def contents(folder):
+    """The files of a stage; of what says so, all but how long it took."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, content = path.relative_to(folder).as_posix(), path.read_bytes()
+        if name in ("manifest.json", "report.json", "result.json"):
+            content = without_seconds(json.loads(content))
+        found[name] = content
+    return found
+
+
+def without_seconds(found):
+    """A JSON value without what differs from run to run; a manifest's hashes of such files too."""
+    if not isinstance(found, dict):
+        return found
+    return {key: without_seconds(value) for key, value in found.items()
+            if key not in ("seconds", "report.json", "result.json")}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_killed_stage_goes_on_to_the_same_bytes(
+    finished, server, tmp_path, capsys, case  # noqa: F811
+):  # fmt: skip
+    stage, (*kill, goes_on) = case.split(",")[0], KILLS[case]
+    folder = copy_before(finished, tmp_path / "out", stage)
+    killed(server, tmp_path, folder, stage, kill)
+    for kept in {path.parent for path in folder.rglob("step-*")}:
+        assert len(list(kept.iterdir())) <= 3  # the newest two, and `latest`
+    main([stage, "--out", str(folder)])
+    assert goes_on in capsys.readouterr().err
+    assert contents(folder / stage) == contents(finished / stage)
+    assert not list(folder.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "both", "settings"])
+def test_what_is_damaged_or_of_other_settings_is_not_gone_on_from(
+    finished, server, tmp_path, capsys, damage  # noqa: F811
+):  # fmt: skip
+    folder = copy_before(finished, tmp_path / "out", "sft")
+    killed(server, tmp_path, folder, "sft", KILLS["sft"][:3])
+    newest, older = (folder / f"sft.tmp/checkpoints/step-{n}" for n in (5, 4))
+    more = []
+    if damage == "settings":
+        more = ["--sft.grad-norm", "0.5"]
+    for path in (newest, older) if damage == "both" else (newest,):
+        content = (path / "model.safetensors").read_bytes()
+        last = bytes([content[-1] ^ (damage == "changed")])
+        (path / "model.safetensors").write_bytes(
+            content if damage == "settings" else content[:-1] + last * (damage == "changed"))
+    main(["sft", "--out", str(folder), *more])
+    said = capsys.readouterr().err
+    if damage == "settings":
+        assert ("sft: starts anew and deletes its checkpoints, because config.sft.grad_norm was 1.0"
+                ", is 0.5") in said  # fmt: skip
+        assert "resumes" not in said
+        assert contents(folder / "sft") != contents(finished / "sft")
+        return
+    reason = "model.safetensors has changed" if damage == "changed" else "is missing or cut"
+    assert f"{newest}: passed over, " in said and reason in said
+    assert ("sft: resumes after step 4 of 7" in said) == (damage != "both")
+    assert ("no checkpoint is whole; the stage begins anew" in said) == (damage == "both")
+    assert contents(folder / "sft") == contents(finished / "sft")
+
+
+def test_another_model_begins_anew(finished, server, tmp_path, capsys):  # noqa: F811
+    """What `train-rm` starts from has changed: its checkpoint is of another model."""
+    folder = copy_before(finished, tmp_path / "out", "train-rm")
+    killed(server, tmp_path, folder, "train-rm", KILLS["train-rm"][:3])
+    main(["sft", "--out", str(folder), "--sft.max-steps", "3"])
+    for stage in CHAIN[2:6]:
+        main([stage, "--out", str(folder), "--sft.max-steps", "3"])
+    said = capsys.readouterr().err
+    assert "train-rm: starts anew and deletes its checkpoints, because input sft/model" in said
+    assert "resumes" not in said
+
+
+@pytest.mark.parametrize(("stage", "after"), [
+    ("sft", "step 6 of 7"), ("generate", "batch 4 of 5"), ("train-rm", "step 5 of 6"),
+])  # fmt: skip
+def test_a_signal_saves_what_is_done(
+    finished, server, tmp_path, capsys, stage, after  # noqa: F811
+):  # fmt: skip
+    owner, name, when, _ = KILLS[stage]
+    folder = copy_before(finished, tmp_path / "out", stage)
+    done = run(server, tmp_path, [stage, "--out", str(folder)],
+               at(owner, name, when, signalled(signal.SIGTERM)))  # fmt: skip
+    assert done.code == 143, done.said
+    assert f"tppo {stage}: stopped by SIGTERM: {stage}: it is saved after {after}" in done.said
+    main([stage, "--out", str(folder)])
+    assert f"{stage}: resumes after {after}" in capsys.readouterr().err
+    assert contents(folder / stage) == contents(finished / stage)
+
+
+def test_work_of_seconds_writes_no_checkpoint_and_long_work_spends_little_on_them(
+    tmp_path, monkeypatch
+):
+    now, saved = [1000.0], []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def slowly(root, step, *rest):
+        saved.append(step)
+        now[0] += 60.0
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slowly)
+    keeper = Checkpoints(tmp_path, "sft")
+    for step in range(1, 200):
+        now[0] += 10.0
+        keeper.after(step, 200, lambda: ({}, {}, {}))
+    # 300 s to the first; then it knows that writing takes 60 s, so that 1200 s lie between two.
+    assert saved == [30, 150]
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_does_not_end_the_work(
+    tmp_path, monkeypatch, capsys
+):
+    def full(*given):
+        raise DiskFull("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    Checkpoints(tmp_path, "sft").after(3, 9, lambda: ({}, {}, {}))
+    said = capsys.readouterr().err
+    assert "WARNING: sft goes on without a new checkpoint: the disk is full" in said
+    assert NOTHING_KEPT.newest(9) is None and not os.listdir(tmp_path)
