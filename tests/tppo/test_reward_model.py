@@ -6,13 +6,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tppo.methods.auc import DRAWS, Rated, area_under_curve, auc_interval, drawn_aucs
+from tppo.methods.auc import (
+    DRAWS,
+    Rated,
+    area_under_curve,
+    auc_interval,
+    check_auc,
+    drawn_aucs,
+)
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.reward_model import (
     GuardError,
     LabelledAnswer,
     PolicyTokens,
-    check_auc,
     check_trunk_gradients,
     enough_passes,
     evaluate_reward_model,

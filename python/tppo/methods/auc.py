@@ -9,10 +9,14 @@ groups of answers, with replacement (the cluster bootstrap).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tppo.methods.config import RewardModelConfig
+from tppo.models.guards import GuardError
+from tppo.progress import say
 
 DRAWS = 2_000
 FEWEST, MOST = 5, 1_000  # groups that an interval is drawn of
@@ -98,3 +102,42 @@ def auc_interval(rated: Rated, groups: Sequence[Hashable]) -> tuple[float, float
     """The 95 % interval of an AUC, by draws of groups; None where `drawn_aucs` says nothing."""
     draws = drawn_aucs([rated], groups)
     return None if draws is None else interval(draws[0])
+
+
+def check_auc(report: dict[str, Any], config: RewardModelConfig) -> None:
+    """Stop before PPO optimises a reward that cannot tell relevant from irrelevant.
+
+    With fewer than `min_auc_sessions` labelled sessions the AUC on few held-out ones may be low by
+    chance: it stops only where its whole 95 % interval is below `min_auc`, and warns where the AUC
+    is and the interval is not.
+    Errors: GuardError below `min_auc`.
+    """
+    auc, sessions = report["auc"], report["sessions"]
+    if auc is not None and auc >= config.min_auc:
+        return
+    few = sessions < config.min_auc_sessions
+    between = report.get("auc_interval") if few else None
+    problem = (
+        f"the reward model's AUC is {shown_auc(auc, between)}, expected at least {config.min_auc}"
+    )
+    if not few or between is not None and between[1] < config.min_auc:
+        raise GuardError(
+            f"{problem}: PPO would raise this reward without raising relevance. Label more answers "
+            "or train longer; --reward-model.min-auc lowers the bound"
+        )
+    chance = (
+        "its interval reaches above that, so that it may be chance" if between is not None else
+        "too few of them are held out for an interval"
+    )  # fmt: skip
+    say(
+        f"WARNING: {problem}. Only {sessions} sessions are labelled (fewer than "
+        f"{config.min_auc_sessions}), and {chance}: PPO runs, but do not trust its reward; label "
+        "more answers"
+    )
+
+
+def shown_auc(auc: float | None, between: Sequence[float] | None) -> str:
+    """An AUC with its interval, as a sentence has it."""
+    if auc is None:
+        return "unknown (the held-out labels are all alike)"
+    return f"{auc:.3f}" + (f" (95 % {between[0]:.3f} to {between[1]:.3f})" if between else "")

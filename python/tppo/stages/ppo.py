@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from tppo import stopping
 from tppo.evaluation.judge import SESSION, RuleJudge, judge_answers
 from tppo.labels.queries import answer_text, parse_answer, query_key
+from tppo.methods.auc import check_auc
 from tppo.methods.critic_fit import Answered
 from tppo.methods.ppo import PPO
-from tppo.methods.reward_model import check_auc, check_signal
+from tppo.methods.reward_model import check_signal
 from tppo.methods.rlgf import TARGET
 from tppo.models.folder import model_eos_ids
 from tppo.models.own_tokens import load_frozen

@@ -8,14 +8,20 @@ from typing import Any
 
 from tppo.evaluation.judge import spoken
 from tppo.labels.sources import by_hand
-from tppo.methods.auc import Rated, area_under_curve, auc_interval, drawn_aucs, interval
+from tppo.methods.auc import (
+    Rated,
+    area_under_curve,
+    auc_interval,
+    drawn_aucs,
+    interval,
+    shown_auc,
+)
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.reward_model import (
     LabelledAnswer,
     Reader,
     enough_passes,
     rate_tokens,
-    shown_auc,
     train_reward_model,
     weighed,
 )

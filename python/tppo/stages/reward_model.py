@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo import stopping
 from tppo.errors import DataError
-from tppo.methods.auc import auc_interval
+from tppo.methods.auc import auc_interval, shown_auc
 from tppo.methods.reward_model import (
     PolicyTokens,
     Reader,
@@ -18,7 +18,6 @@ from tppo.methods.reward_model import (
     figures_of,
     rate_tokens,
     relevant_share,
-    shown_auc,
     train_reward_model,
 )
 from tppo.models.adapters import add_to_classifier, merged, save_classifier
