@@ -11,12 +11,14 @@ import shutil
 import signal
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_stopping import TINY, at, call_before, run, server, signalled  # noqa: F401
 
 from tppo.cli import main
 from tppo.models.keeper import NOTHING_KEPT
-from tppo.models.rollout import HFRollout
+from tppo.models.rollout import HFRollout, _draws, _draws_go_on
 from tppo.store import checkpoint
 from tppo.store.checkpoint import Checkpoints
 from tppo.store.disk import DiskFull
@@ -35,8 +37,6 @@ KILLS = {
     "generate": (HFRollout, "_sample", 4, "generate: resumes after batch 3 of 5"),
     "train-rm": (
         "tppo.methods.reward_model", "_backward", 5, "train-rm: resumes after step 4 of 6"),
-    "train-rm, in its first epoch": (
-        "tppo.methods.reward_model", "_backward", 3, "train-rm: resumes after step 2 of 6"),
     "eval": (HFRollout, "_sample", 2, "eval, sft: resumes after batch 1 of"),
     "eval, in training SFT on": (
         "tppo.methods.sft", "sft_step", 3, "eval, SFT continued: resumes after step 2 of"),
@@ -66,11 +66,11 @@ def at_every_step(act):
     act()
 
 
-def killed(server, tmp_path, folder, stage, kill):  # noqa: F811
+def killed(server, tmp_path, folder, stage, kill, *flags):  # noqa: F811
     """Run a stage in a process that is killed at a call."""
-    module, name, when = kill
-    met = functools.partial(call_before, module, name, when, signalled(signal.SIGKILL))
-    done = run(server, tmp_path, [stage, "--out", str(folder)],
+    owner, name, when = kill
+    met = functools.partial(call_before, owner, name, when, signalled(signal.SIGKILL))
+    done = run(server, tmp_path, [stage, "--out", str(folder), *flags],
                functools.partial(at_every_step, met))  # fmt: skip
     assert done.code == -signal.SIGKILL, done.said
     assert not (folder / stage).exists()
@@ -110,21 +110,33 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     assert not list(folder.rglob("checkpoints"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "both", "settings"])
+def test_adapters_over_a_base_of_16_bits_go_on_to_the_same_bytes(
+    finished, server, tmp_path, capsys  # noqa: F811
+):  # fmt: skip
+    """Of which a checkpoint holds what is trained, with its weights in float32."""
+    flags = ["--model", str(finished / "sft/model"), "--model.dtype", "bfloat16", "--lora.rank",
+             "2", "--sft.max-steps", "4"]  # fmt: skip
+    whole, cut = (copy_before(finished, tmp_path / name, "sft") for name in ("whole", "cut"))
+    main(["sft", "--out", str(whole), *flags])
+    killed(server, tmp_path, cut, "sft", ("tppo.methods.sft", "sft_step", 4), *flags)
+    kept = load_file(cut / "sft.tmp/checkpoints/step-3/model.safetensors")
+    assert kept and all("lora_" in name for name in kept)
+    main(["sft", "--out", str(cut), *flags])
+    assert "sft: resumes after step 3 of 4" in capsys.readouterr().err
+    assert contents(cut / "sft") == contents(whole / "sft")
+
+
+@pytest.mark.parametrize("damage", ["cut", "both", "settings"])
 def test_what_is_damaged_or_of_other_settings_is_not_gone_on_from(
     finished, server, tmp_path, capsys, damage  # noqa: F811
 ):  # fmt: skip
     folder = copy_before(finished, tmp_path / "out", "sft")
     killed(server, tmp_path, folder, "sft", KILLS["sft"][:3])
     newest, older = (folder / f"sft.tmp/checkpoints/step-{n}" for n in (5, 4))
-    more = []
-    if damage == "settings":
-        more = ["--sft.grad-norm", "0.5"]
-    for path in (newest, older) if damage == "both" else (newest,):
-        content = (path / "model.safetensors").read_bytes()
-        last = bytes([content[-1] ^ (damage == "changed")])
-        (path / "model.safetensors").write_bytes(
-            content if damage == "settings" else content[:-1] + last * (damage == "changed"))
+    for path in {"cut": [newest], "both": [newest, older], "settings": []}[damage]:
+        with open(path / "model.safetensors", "r+b") as file:
+            file.truncate(1000)
+    more = ["--sft.grad-norm", "0.5"] if damage == "settings" else []
     main(["sft", "--out", str(folder), *more])
     said = capsys.readouterr().err
     if damage == "settings":
@@ -133,27 +145,25 @@ def test_what_is_damaged_or_of_other_settings_is_not_gone_on_from(
         assert "resumes" not in said
         assert contents(folder / "sft") != contents(finished / "sft")
         return
-    reason = "model.safetensors has changed" if damage == "changed" else "is missing or cut"
-    assert f"{newest}: passed over, " in said and reason in said
+    assert f"{newest}: passed over, model.safetensors is missing or cut" in said
     assert ("sft: resumes after step 4 of 7" in said) == (damage != "both")
     assert ("no checkpoint is whole; the stage begins anew" in said) == (damage == "both")
     assert contents(folder / "sft") == contents(finished / "sft")
 
 
 def test_another_model_begins_anew(finished, server, tmp_path, capsys):  # noqa: F811
-    """What `train-rm` starts from has changed: its checkpoint is of another model."""
-    folder = copy_before(finished, tmp_path / "out", "train-rm")
-    killed(server, tmp_path, folder, "train-rm", KILLS["train-rm"][:3])
-    main(["sft", "--out", str(folder), "--sft.max-steps", "3"])
-    for stage in CHAIN[2:6]:
-        main([stage, "--out", str(folder), "--sft.max-steps", "3"])
+    folder = copy_before(finished, tmp_path / "out", "generate")
+    killed(server, tmp_path, folder, "generate", KILLS["generate"][:3])
+    main(["sft", "--out", str(folder), "--sft.max-steps", "1"])
+    main(["generate", "--out", str(folder)])
     said = capsys.readouterr().err
-    assert "train-rm: starts anew and deletes its checkpoints, because input sft/model" in said
+    assert ("generate: starts anew and deletes its checkpoints, because input sft/model changed"
+            in said)  # fmt: skip
     assert "resumes" not in said
 
 
 @pytest.mark.parametrize(("stage", "after"), [
-    ("sft", "step 6 of 7"), ("generate", "batch 4 of 5"), ("train-rm", "step 5 of 6"),
+    ("sft", "step 6 of 7"), ("generate", "batch 4 of 5"),
 ])  # fmt: skip
 def test_a_signal_saves_what_is_done(
     finished, server, tmp_path, capsys, stage, after  # noqa: F811
@@ -200,3 +210,15 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_does_not_end_the_work(
     said = capsys.readouterr().err
     assert "WARNING: sft goes on without a new checkpoint: the disk is full" in said
     assert NOTHING_KEPT.newest(9) is None and not os.listdir(tmp_path)
+
+
+def test_draws_of_another_kind_of_device_are_not_gone_on_with(capsys):
+    here = torch.device("cpu")
+    draws = _draws(here)
+    first = torch.rand(3)
+    assert _draws_go_on(draws, here, "generate") and torch.equal(torch.rand(3), first)
+    assert not _draws_go_on(draws | {"cuda": torch.zeros(16)}, here, "generate")
+    assert capsys.readouterr().err == (
+        "generate: begins anew all the same: what is kept was drawn on cuda, this process draws on "
+        "cpu\n"
+    )

@@ -307,7 +307,9 @@ def test_dense_rewards_pay_with_adapters_and_are_known_by_their_weights(model, t
 KILL = """
 import importlib, os, signal, sys
 from tppo.cli import main
+from tppo.store import checkpoint
 
+checkpoint.EVERY_S, checkpoint.WRITING = 0.0, float("inf")  # after every step
 trained = importlib.import_module(sys.argv.pop(1))
 
 steps, check = 0, trained.check_step
@@ -333,7 +335,7 @@ def killed(step, flags, folder, module="tppo.methods.sentence_model"):
     assert done.returncode == -signal.SIGKILL
 
 
-def test_a_kill_inside_a_round_costs_that_round_and_no_bit(model, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_kill_inside_a_round_costs_a_step_of_it_and_no_bit(model, tmp_path, monkeypatch, capfd):  # noqa: F811
     for name, rows in (("pairs", texts(60, 4)), ("more", texts(20, 5))):
         rows = [{"prompt": r["prompt"], "answers": [r["rejected"], r["chosen"]]} if name == "more"
                 else r for r in rows]  # fmt: skip
@@ -350,7 +352,9 @@ def test_a_kill_inside_a_round_costs_that_round_and_no_bit(model, tmp_path, monk
     killed(sum(steps[:2]) + 2, [*flags, "--out", "cut"], tmp_path)
     assert (tmp_path / "cut/ser.tmp/checkpoints/step-2").is_dir()
     main([*flags, "--out", "cut"])
-    assert "ser: resumes after round 1" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "ser: resumes after round 1" in said
+    assert f"ser, round 2: resumes after step 1 of {steps[2]}" in said
     whole, cut = tmp_path / "whole/ser", tmp_path / "cut/ser"
     for file in ("model/model.safetensors", "model/sentence_head.safetensors"):
         assert_same(load_file(whole / file), load_file(cut / file))

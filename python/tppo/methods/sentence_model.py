@@ -6,6 +6,7 @@ of them one label instead of one a word.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,12 +17,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tppo.methods.auc import area_under_curve
 from tppo.methods.config import RewardModelConfig
-from tppo.methods.early_stop import train_to_best
+from tppo.methods.early_stop import Best, train_to_best
 from tppo.methods.optimizer import AdamW
 from tppo.methods.reward_model import RELEVANT, LabelledAnswer
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_step, check_weights, trainable
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, rest_of, resumed
 
 REMEDY = "usually a smaller learning rate helps"
 
@@ -117,51 +119,89 @@ def train_sentence_model(
     *,
     seed: int,
     name: str = "sentence model",
+    keeper: Keeper = NOTHING_KEPT,
 ) -> list[dict[str, float]]:
     """Train on the labels of whole answers, or on pairs; a row of losses an epoch, from 0.
 
     Of `config` are used: epochs, batch_size, lr and grad_norm.  With held-out rows it stops one
     epoch past the best and keeps that one's weights; without, after all epochs.  `name` is what
     errors call the model.
+    keeper: has what an earlier process did of the same training, which goes on to the same bits.
     Errors: ValueError without rows; GuardError where loss, gradients or weights are not finite.
     """
     if not train:
         raise ValueError("train was empty, expected labelled answers or pairs")
-    assert config.lr is not None
-    model, rng = reader.model, random.Random(seed)
+    model = reader.model
     check_weights(f"before {name} step 1", {name: model})
-    optimizer = AdamW(trainable(model), lr=config.lr)
-    losses: list[float] = []
-    held: list[float] = []
-    step = 0
-
-    def epoch(number: int) -> None:
-        nonlocal step
-        order, total = rng.sample(range(len(train)), len(train)), 0.0
-        for i in range(0, len(order), config.batch_size):
-            rows = [train[j] for j in order[i : i + config.batch_size]]
-            optimizer.zero_grad()
-            loss = reader.backward(reader.batch(rows), reader.loss(rows))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-            step += 1
-            check_step(f"{name} step {step}", {name: model}, {"loss": loss},
-                       {name: norm}, REMEDY)  # fmt: skip
-            optimizer.step()
-            total += loss.item() * len(rows)
-        losses.append(total / len(train))
-
+    epochs = _Epochs(reader, train, config, seed, name, keeper)
     if heldout:
-        held = train_to_best(model, config.epochs, epoch, lambda: reader.loss(heldout)(
-            reader.scores(heldout)).item())  # fmt: skip
+        train_to_best(model, config.epochs, epochs.train, lambda: reader.loss(heldout)(
+            reader.scores(heldout)).item(), epochs.best)  # fmt: skip
     else:
-        for number in range(1, config.epochs + 1):
-            epoch(number)
-    check_weights(f"after {name} step {step}", {name: model})
+        for number in range(len(epochs.losses) + 1, config.epochs + 1):
+            epochs.train(number)
+    check_weights(f"after {name} step {epochs.step}", {name: model})
+    losses, held = epochs.losses, epochs.best.losses
     history: list[dict[str, float]] = [{"epoch": n, "loss": x} for n, x in enumerate(losses, 1)]
     if not held:
         return history
     history.insert(0, {"epoch": 0})
     return [row | {"heldout_loss": x} for row, x in zip(history, held, strict=True)]
+
+
+class _Epochs:
+    """The epochs of a training, begun or gone on with."""
+
+    def __init__(
+        self,
+        reader: SentenceReader,
+        rows: Sequence[Example],
+        config: RewardModelConfig,
+        seed: int,
+        name: str,
+        keeper: Keeper,
+    ):
+        assert config.lr is not None
+        self.reader, self.rows, self.config = reader, rows, config
+        self.name, self.keeper = name, keeper
+        self.optimizer = AdamW(trainable(reader.model), lr=config.lr)
+        self.per_epoch = math.ceil(len(rows) / config.batch_size)
+        kept = resumed(keeper, config.epochs * self.per_epoch, reader.model, self.optimizer)
+        self.step, self.total = 0, 0.0  # of the epoch under way, the sum of its losses
+        self.losses: list[float] = []
+        self.best = Best()
+        if kept is not None:
+            self.step, self.total = kept.step, kept.state["total"]
+            self.losses = kept.state["losses"]
+            self.best = Best(kept.state["heldout"], kept.weights.get("best", {}))
+        self.rng = random.Random(seed)
+        for _ in self.losses:
+            self._order()
+
+    def _order(self) -> list[int]:
+        return self.rng.sample(range(len(self.rows)), len(self.rows))
+
+    def train(self, number: int) -> None:
+        """The steps of an epoch that are still to do."""
+        order, model = self._order(), self.reader.model
+        size, steps = self.config.batch_size, self.config.epochs * self.per_epoch
+        for i in range((self.step - (number - 1) * self.per_epoch) * size, len(order), size):
+            rows = [self.rows[j] for j in order[i : i + size]]
+            self.optimizer.zero_grad()
+            loss = self.reader.backward(self.reader.batch(rows), self.reader.loss(rows))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_norm)
+            self.step += 1
+            check_step(f"{self.name} step {self.step}", {self.name: model}, {"loss": loss},
+                       {self.name: norm}, REMEDY)  # fmt: skip
+            self.optimizer.step()
+            self.total += loss.item() * len(rows)
+            self.keeper.after(self.step, steps, self._rest)
+        self.losses.append(self.total / len(self.rows))
+        self.total = 0.0
+
+    def _rest(self) -> Rest:
+        state = {"total": self.total, "losses": self.losses, "heldout": self.best.losses}
+        return rest_of(self.reader.model, self.optimizer, state, best=self.best.weights)
 
 
 def evaluate_sentence_model(

@@ -38,6 +38,7 @@ from tppo.methods.sentence_model import (
     evaluate_sentence_model,
     train_sentence_model,
 )
+from tppo.models.keeper import NOTHING_KEPT, Keeper
 from tppo.progress import say
 
 Item = TypeVar("Item", contravariant=True)  # what is not labelled
@@ -55,6 +56,9 @@ class Found(NamedTuple, Generic[Label]):
 
 class Learner(Protocol[Item, Label]):
     """A kind of label: how a model learns from it, and what it is sure of."""
+
+    keeper: Keeper
+    """Has what an earlier process did of the training that is next."""
 
     def train(self, items: Sequence[Item], labels: Sequence[Label | None]) -> None:
         """A model, anew from the same start, of items with these labels; None: their true ones."""
@@ -84,14 +88,16 @@ def evolve(
     config: SERConfig,
     state: State[Label],
     after_round: Callable[[State[Label]], None] = lambda state: None,
+    before_round: Callable[[State[Label]], None] = lambda state: None,
 ) -> State[Label]:
     """The rounds that are still to do; afterwards the learner holds the last model.
 
     state: of a new training, or as it was when `after_round` last saw it, the learner's model with
-    it.
+    it.  before_round: called when the labels of a round are known and no model has learned them.
     """
 
     def train(**row: Any) -> None:
+        before_round(state)
         places = sorted(state.labels)
         learner.train([*seed, *(pool[i] for i in places)],
                       [*[None] * len(seed), *(state.labels[i] for i in places)])  # fmt: skip
@@ -153,6 +159,7 @@ class Pairs:
         self.start, self.config, self.training, self.seed = start, config, training, seed
         self.heldout = [item.pair() for item in heldout]
         self.reader = start()
+        self.keeper: Keeper = NOTHING_KEPT
 
     @property
     def model(self) -> nn.Module:
@@ -163,7 +170,8 @@ class Pairs:
         """By `train_sentence_model`, all epochs."""
         self.reader = self.start()
         pairs = [item.pair(label) for item, label in zip(items, labels, strict=True)]
-        train_sentence_model(self.reader, pairs, [], self.training, seed=self.seed)
+        train_sentence_model(self.reader, pairs, [], self.training, seed=self.seed,
+                             keeper=self.keeper)  # fmt: skip
 
     def sure_of(self, items: Sequence[Doubtful], enough: int) -> Found[int]:
         """Pairs by the filter, the winner is the higher score."""

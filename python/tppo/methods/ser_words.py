@@ -22,6 +22,7 @@ from tppo.methods.reward_model import (
     train_reward_model,
 )
 from tppo.methods.ser import Found
+from tppo.models.keeper import NOTHING_KEPT, Keeper
 
 TokenLabel = tuple[list[int], int]  # classes of the tokens, NOT_LABELLED where unsure; the whole
 
@@ -47,6 +48,7 @@ class Tokens:
         self.start, self.config, self.training, self.seed = start, config, training, seed
         self.heldout, self.threshold = heldout, sentence_threshold
         self.reader = start()
+        self.keeper: Keeper = NOTHING_KEPT
 
     @property
     def model(self) -> nn.Module:
@@ -58,7 +60,7 @@ class Tokens:
         self.reader = self.start()
         rows = [item if label is None else item._replace(categories=label[0], sentence=label[1])
                 for item, label in zip(items, labels, strict=True)]  # fmt: skip
-        train_reward_model(self.reader, rows, self.training, seed=self.seed)
+        train_reward_model(self.reader, rows, self.training, seed=self.seed, keeper=self.keeper)
 
     def sure_of(self, items: Sequence[LabelledAnswer], enough: int) -> Found[TokenLabel]:
         """Tokens by the probability of their class; `right` counts those of class 1 and 2."""

@@ -283,7 +283,7 @@ def _draws_go_on(draws: Mapping[str, Tensor], device: torch.device, description:
     here = _draws(device)
     if {name: len(x) for name, x in draws.items()} != {name: len(x) for name, x in here.items()}:
         say(f"{description}: begins anew all the same: what is kept was drawn on "
-            f"{max(draws, key=len)}, this process draws on {device.type}")  # fmt: skip
+            f"{'cuda' if 'cuda' in draws else 'cpu'}, this process draws on {device.type}")
         return False
     torch.set_rng_state(draws["cpu"])
     if "cuda" in draws:

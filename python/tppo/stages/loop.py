@@ -39,7 +39,7 @@ from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
 from tppo.stages.skipped import skip
-from tppo.store.checkpoint import load_latest, save_checkpoint
+from tppo.store.checkpoint import Checkpoints, save_checkpoint
 from tppo.store.jsonl import write_json
 from tppo.store.run_folder import KEPT
 
@@ -275,7 +275,7 @@ class Loop:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = load_latest(self.out / KEPT)
+        found = Checkpoints(self.out / KEPT, "ppo").newest(self.steps)
         if found is None:
             return
         for name, model in self.trainer.models.trained.items():
@@ -294,7 +294,6 @@ class Loop:
         self.samples = found.state["samples"]
         if self.world.rank == 0:
             self.journal.resume(self.metrics, self.samples)
-        say(f"ppo: resumes after step {found.step} of {self.steps}")
 
     def export(self) -> None:
         """The weights kept, as a plain folder of transformers or an adapter's, and a report."""

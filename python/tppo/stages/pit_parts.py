@@ -23,6 +23,7 @@ from tppo.methods.sentence_model import train_sentence_model
 from tppo.methods.sft import Examples, train_sft
 from tppo.models.adapters import add_adapter, load_adapter, merged, origin_of, shared_copy
 from tppo.models.folder import model_eos_ids, save_model
+from tppo.models.keeper import NOTHING_KEPT, Keeper
 from tppo.models.load import load_policy
 from tppo.models.recompute import recompute_layers
 from tppo.models.rollout import HFRollout, Sampling
@@ -36,6 +37,7 @@ from tppo.stages.journal import METRICS
 from tppo.stages.loop import Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.preferences import answer_ids
+from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import plain, read_json, write_json, write_jsonl
 from tppo.store.run_folder import KEPT, RunFolder
 
@@ -103,8 +105,8 @@ class Training:
 def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[str, Any]:
     """SFT, gap model and both stages of RL; `model/`, `gap/` and `report.json` in `out`.
 
-    Each part lies whole in `checkpoints` of the folder when it is done, PPO with checkpoints of its
-    own: what was killed goes on in the part, and in PPO the step, where it was.
+    Each part lies whole in `checkpoints` of the folder when it is done, and until then has
+    checkpoints of its own: what was killed goes on in the part, behind the step, where it was.
     """
     config = training.config.pit
     train, heldout = held_out(training, pairs)
@@ -122,10 +124,10 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
 
     if not done("sft"):
         with part("sft") as work:
-            sft_part(work, training, train, heldout)
+            sft_part(work, training, train, heldout, Checkpoints(work / KEPT, "pit, sft"))
     if not done("gap"):
         with part("gap") as work:
-            gap_part(work, training, train, heldout)
+            gap_part(work, training, train, heldout, Checkpoints(work / KEPT, "pit, gap"))
     newest = "sft"
     for name, steps in (("stage-0", config.stage_0), ("stage-1", config.stage_1)):
         if not steps:
@@ -161,7 +163,11 @@ def held_out(training: Training, pairs: Sequence[Better]) -> tuple[list[Better],
 
 
 def sft_part(
-    out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
+    out: Path,
+    training: Training,
+    train: Sequence[Better],
+    heldout: Sequence[Better],
+    keeper: Keeper = NOTHING_KEPT,
 ) -> None:
     """-log M(y_w | x, y_l), from the base, to the early stop."""
     model, config = training.policy(training.base), training.config
@@ -177,7 +183,8 @@ def sft_part(
         for part in (train, heldout)
     )
     result = train_sft(model, examples, unseen, config.sft, seed=training.seed,
-                       pad_id=training.tokenizer.pad_token_id, prefix=config.prefix)  # fmt: skip
+                       pad_id=training.tokenizer.pad_token_id, prefix=config.prefix,
+                       keeper=keeper)  # fmt: skip
     save_model(merged(model) if config.lora.on else model, training.tokenizer, out / MODEL)
     write_jsonl(out / METRICS, result.history)
     write_json(out / "report.json", {"steps": result.steps, "best_step": result.best_step,
@@ -185,7 +192,11 @@ def sft_part(
 
 
 def gap_part(
-    out: Path, training: Training, train: Sequence[Better], heldout: Sequence[Better]
+    out: Path,
+    training: Training,
+    train: Sequence[Better],
+    heldout: Sequence[Better],
+    keeper: Keeper = NOTHING_KEPT,
 ) -> None:
     """The gap model, from the base, an epoch past its best on held-out pairs."""
     config = training.config
@@ -198,7 +209,7 @@ def gap_part(
     rows, unseen = ([gap_pair(training, pair) for pair in part] for part in (train, heldout))
     history = train_sentence_model(reader, rows, unseen,  # type: ignore[arg-type]
                                    config.reward_model, seed=training.seed,
-                                   name="gap model")  # fmt: skip
+                                   name="gap model", keeper=keeper)  # fmt: skip
     report = evaluate_gap(reader, unseen)
     model.save(out / MODEL, training.tokenizer)
     write_jsonl(out / METRICS, history)

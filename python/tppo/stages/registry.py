@@ -284,7 +284,7 @@ register(Stage(
         "-reward_model.revision", "-reward_model.min_auc",
         "-reward_model.min_auc_sessions", "label.sentence_threshold", "prefix", _HELD,
     ),
-    lost="no round that has ended is lost",
+    lost="what it has done since its newest checkpoint is lost",
     flags=("--model",),
 ))  # fmt: skip
 register(Stage(
@@ -306,7 +306,7 @@ register(Stage(
     settings=lambda given: (
         *_of_train(given), *_OF_REWARD_MODEL, "sft", "pit", "-pit.improve_steps",
     ),
-    lost="no part that has ended and no step of PPO is lost",
+    lost="what it has done since its newest checkpoint is lost",
     flags=("--model",),
 ))  # fmt: skip
 register(Stage(

@@ -5,6 +5,7 @@ pairs of answers and by labels of words.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +30,7 @@ from tppo.stages.reward_model import new_reward_model, save_reward_model
 from tppo.stages.reward_rows import policy_rows, policy_twins
 from tppo.stages.run import Run
 from tppo.stages.session_pairs import session_pairs
-from tppo.store.checkpoint import load_latest, save_checkpoint
+from tppo.store.checkpoint import Checkpoints, load_latest, save_checkpoint
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.run_folder import KEPT
 
@@ -80,11 +81,16 @@ def run_rounds(
     save: Callable[[Any, Path], None],
     truth: Callable[[Any], bool],
 ) -> dict[str, Any]:
-    """The rounds, with a checkpoint after each; `model/`, `rounds.jsonl` and `report.json`.
+    """The rounds; `model/`, `rounds.jsonl` and `report.json`.  There is a checkpoint after each
+    round, and within one that takes long those of its training, in a folder of their own.
 
     truth: whether the true label of an item is known.
     """
     state, kept = State[Any](), load_latest(out / KEPT)
+
+    def keep_in(name: str) -> None:
+        learner.keeper = Checkpoints(out / KEPT / name, f"ser, {name.replace('-', ' ')}")
+
     if kept is not None:
         found = kept.state
         state = State(found["rounds"], {int(i): x for i, x in found["labels"].items()})
@@ -94,10 +100,12 @@ def run_rounds(
     def keep(state: State[Any]) -> None:
         weights = {"model": trained_state(learner.model)}  # type: ignore[attr-defined]
         save_checkpoint(out / KEPT, len(state.rounds), weights, {}, asdict(state))
+        shutil.rmtree(out / KEPT / f"round-{len(state.rounds) - 1}", ignore_errors=True)
         write_jsonl(out / "rounds.jsonl", state.rounds)
         say(_told(state.rounds[-1]))
 
-    evolve(learner, parts.seed, parts.pool, config, state, keep)
+    evolve(learner, parts.seed, parts.pool, config, state, keep,
+           lambda state: keep_in(f"round-{len(state.rounds)}"))  # fmt: skip
     write_jsonl(out / "rounds.jsonl", state.rounds)  # a checkpoint alone has them after a kill
     save(learner.model, out / SER_MODEL.name)  # type: ignore[attr-defined]
     same = [*parts.seed, *(parts.pool[i] for i in sorted(state.labels))]
@@ -106,6 +114,7 @@ def run_rounds(
         for name, items in (("true labels", same), ("all labels", everything)):
             if name == "true labels" and len(same) in (len(parts.seed), len(everything)):
                 continue  # it is the seed's model, or that of all labels
+            keep_in(name.replace(" ", "-"))
             learner.train(items, [None] * len(items))
             beside[name] = {"trained_on": len(items), **learner.figures()}
             say(_told({"round": name, **beside[name]}))

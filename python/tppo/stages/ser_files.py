@@ -60,9 +60,9 @@ def ser(
     unlabelled: a file, or rows, of {"prompt", "answers": [one, another]}.
     training: epochs, batch_size, lr (by default 1e-5, with LoRA 1e-4), grad_norm and max_tokens.
     skip_bad: leave pairs out that are wrong, instead of stopping at the first.
-    out: folder that gets `ser/model`, `ser/report.json` and, while it runs, a checkpoint a round.
+    out: folder that gets `ser/model`, `ser/report.json` and, while it runs, checkpoints.
 
-    A script that was killed goes on behind its last whole round when it runs again with the same
+    A script that was killed goes on from its newest checkpoint when it runs again with the same
     arguments; one that has finished is not repeated.
     Errors: DataError naming the argument, or file and line.
     """
