@@ -10,6 +10,7 @@ from importlib.metadata import files, version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import verl
@@ -222,7 +223,10 @@ def data_of(response_mask, lengths=None):
 def test_scores_of_samples_stand_where_verl_puts_them():
     data = data_of(torch.arange(5) < torch.tensor([[5], [2]]))
     assemble = naive.NaiveRewardManager.assemble_rm_scores
-    assert torch.equal(assemble(data, [0.5, 2.0]), STOCK.scores(data, [0.5, 2.0]))
+    for scores in ([0.5, 2.0], [1, 2], list(np.array([0.5, 2.0])), list(torch.tensor([0.5, 2.0]))):
+        assert torch.equal(assemble(data, scores), STOCK.scores(data, scores))
+    empty = data_of(torch.arange(5) < torch.tensor([[5], [0]]))
+    assert torch.equal(assemble(empty, [np.float64(0.5), 2.0]), STOCK.scores(empty, [0.5, 2.0]))
 
 
 def test_scores_of_tokens_stand_at_their_tokens():

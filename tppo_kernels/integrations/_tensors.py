@@ -14,8 +14,14 @@ def mask_of(mask: Tensor) -> Tensor | None:
     """A mask of bool, or of 0 and 1 in another dtype, as bool; None where it weights instead."""
     if mask.dtype == torch.bool:
         return mask
-    valid = mask != 0
-    return valid if bool((mask == valid).all()) else None
+    if mask.is_floating_point():
+        valid = mask != 0
+        return valid if bool((mask == valid).all()) else None
+    if mask.numel():  # comparing whole numbers with bools converts them: five times the time
+        low, high = mask.aminmax()
+        if bool((low < 0) | (high > 1)):
+            return None
+    return mask.bool()
 
 
 def plain(x: Tensor) -> bool:

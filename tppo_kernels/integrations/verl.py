@@ -25,7 +25,8 @@ noise times 10^4 there); in the entropy of a row with a logit of -inf (NaN there
 precision, in which verl computes and rounds: results are fp32 here, log-probs and entropies too.
 What is none of ours is left to verl's own functions: a mask of other values than 0 and 1, tensors
 that broadcast or are not of floats, a gradient that whitening, advantages, old log-probs, weights
-or returns are asked for, and a temperature per row of the fused head.
+or returns are asked for, a temperature per row of the fused head, and on a CPU what is so small
+that calling an operator takes longer (`CPU_ELEMENTS`).
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ _INTERFACE: dict[str, str | None] = {
     _FUSED: "self, hidden_states, vocab_weights, input_ids, temperature",
 }
 _algorithms, _rewards = Replacements("verl"), Replacements("verl")
+# Below so many elements on a CPU, the call of an operator takes longer than what verl computes.
+CPU_ELEMENTS = {"agg_loss": 2**14, "kl_penalty": 2**13, "fused_linear_forward": 2**18}
 
 
 def _theirs(name: str) -> Callable[..., Any]:
@@ -114,6 +117,10 @@ def _scaled(loss: Tensor, divisors: Sequence[Any], factor: Any) -> Tensor:
     for divisor in divisors:
         loss = loss / divisor
     return loss if isinstance(factor, int) and factor == 1 else loss * factor
+
+
+def _small(function: str, x: Tensor, elements: int) -> bool:
+    return x.device.type == "cpu" and elements < CPU_ELEMENTS[function]
 
 
 def compute_gae_advantage_return(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor,
@@ -218,7 +225,9 @@ def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: A
              ) -> Tensor:
     """One number from a loss a token by `tk.reduce`; batch: dp_size and the batch's counts."""
     batch |= zip(_BATCH.split(", "), counts, strict=False)
-    mask = mask_of(loss_mask) if floats(loss_mat) and alike(loss_mat, loss_mask) else None
+    ours = (not _small("agg_loss", loss_mat, loss_mat.numel()) and floats(loss_mat)
+            and alike(loss_mat, loss_mask))
+    mask = mask_of(loss_mask) if ours else None
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
     if over is None or loss_mat.dim() != 2:
         return _theirs(f"{_ALGOS}:agg_loss")(loss_mat, loss_mask, loss_agg_mode, **batch)
@@ -227,8 +236,8 @@ def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: A
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """k3 by `tk.kl`. The others are verl's: of a log-ratio beyond 20 ours are those of 20."""
-    if (kl_penalty in ("k3", "low_var_kl") and floats(logprob, ref_logprob)
-            and alike(logprob, ref_logprob)):
+    if (kl_penalty in ("k3", "low_var_kl") and not _small("kl_penalty", logprob, logprob.numel())
+            and floats(logprob, ref_logprob) and alike(logprob, ref_logprob)):
         return tk.kl(logprob, ref_logprob, estimator="k3", clamp=10.0)
     return _theirs(f"{_ALGOS}:kl_penalty")(logprob, ref_logprob, kl_penalty)
 
@@ -276,7 +285,9 @@ def fused_linear_forward(self: Any, hidden_states: Tensor, vocab_weights: Tensor
     autocast of the product in the dtype that autocast would take."""
     scalar = not isinstance(temperature, Tensor) or temperature.dim() == 0
     if (self.impl_backend != "torch" or not scalar or not floats(hidden_states, vocab_weights)
-            or input_ids.shape != hidden_states.shape[:-1]):
+            or input_ids.shape != hidden_states.shape[:-1]
+            or _small("fused_linear_forward", hidden_states,
+                      input_ids.numel() * len(vocab_weights))):
         return _theirs(_FUSED)(self, hidden_states, vocab_weights, input_ids, temperature)
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
@@ -293,7 +304,8 @@ def assemble_rm_scores(cls: type, data: Any, scores: Sequence[float | Sequence[f
     a sequence with one number for each token of its response, those of tools included. A reward at
     a token that the policy did not write goes to the token before it that it did write.
     """
-    if not any(hasattr(score, "__len__") for score in scores):
+    if ({float, int}.issuperset(map(type, scores))
+            or not any(hasattr(x, "__len__") and getattr(x, "ndim", 1) for x in scores)):
         return _rewards.original(_SCORES).__get__(None, cls)(data, scores)
     responses = data.batch["responses"]
     start = data.batch["prompts"].size(1)
