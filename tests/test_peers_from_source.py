@@ -6,8 +6,10 @@ And every integration: its trainer is absent, or another version: one sentence.
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,28 +182,83 @@ def test_a_moved_parameter_is_one_sentence_and_nothing_is_replaced(trainers):
     assert trainers.nemo.GeneralizedAdvantageEstimator._compute_gae is moved
 
 
-@pytest.mark.parametrize(("integration", "name"), [
-    (verl, "verl"), (openrlhf, "openrlhf"), (slime, "slime"), (nemo_rl, "nemo_rl")])
-def test_an_absent_trainer_is_one_sentence(integration, name):
+PEERS = {"verl": (verl, "0.7.0"), "openrlhf": (openrlhf, "0.9.1"), "slime": (slime, "0.1.0"),
+         "nemo_rl": (nemo_rl, "0.3.0")}
+EXAMPLES = Path(__file__).parent.parent / "examples/integrations"
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """Makes a trainer of another version: installed, with its metadata, or run from its sources."""
+    made = []
+
+    def make(name, version, installed):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        if installed:
+            distribution = name.replace("_", "-")
+            folder = tmp_path / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+        made.append(importlib.import_module(name).__name__)
+
+    yield make
+    for name in made:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_absent_trainer_is_one_sentence(name):
+    integration, _ = PEERS[name]
     with pytest.raises(PeerError) as caught:
         integration.patch()
     assert str(caught.value).startswith(f"{name} is not installed, expected ")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is None
     integration.unpatch()  # nothing is replaced, and nothing is said
 
 
-@pytest.mark.parametrize(("integration", "module", "version"), [
-    (verl, "verl", "0.7.0"), (openrlhf, "openrlhf", "0.9.1"), (slime, "slime", "0.1.0"),
-    (nemo_rl, "nemo_rl", "0.3.0")])
-def test_another_version_is_one_sentence(integration, module, version, tmp_path, monkeypatch):
-    (tmp_path / module).mkdir()
-    (tmp_path / module / "__init__.py").write_text(f"__version__ = {version!r}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    importlib.import_module(module)
-    with pytest.raises(PeerError, match=rf"{module} {version} is installed, expected"):
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("name", PEERS)
+def test_another_version_is_one_sentence(name, installed, old):
+    integration, version = PEERS[name]
+    old(name, version, installed)
+    with pytest.raises(PeerError) as caught:
         integration.patch()
-    del sys.modules[module]
+    text = str(caught.value)
+    assert text.startswith(f"{name} {version} is installed, expected ") and "\n" not in text
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_example_ends_with_that_sentence(name, old, monkeypatch):
+    """Absent, and of another version: what `sys.exit` gets is what stands on stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "their_script.py"])
+    for words in ("is not installed, expected ", f"{PEERS[name][1]} is installed, expected "):
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(EXAMPLES / name / "train.py"), run_name="__main__")
+        assert str(caught.value.code).startswith(f"{name} {words}")
+        assert "\n" not in str(caught.value.code)
+        if "not" in words:
+            old(name, PEERS[name][1], installed=True)
+
+
+def test_the_command_line_of_an_example_says_nothing_else():
+    done = subprocess.run([sys.executable, EXAMPLES / "verl/train.py", "--config-name=one_gpu"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("verl is not installed, expected verl>=0.9.1,<0.10")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plugin_of_a_trainer_it_does_not_know_tells_it_and_goes_on(old, capsys):
+    """verl's entry point: an error in it would be hidden by verl, at its level DEBUG."""
+    old("verl", "0.7.0", installed=True)
+    verl._peer.patch_when_imported(verl.VERSIONS, {"verl": verl._PARTS[verl._ALGOS]})
+    told = capsys.readouterr().err
+    assert told.startswith("tppo_kernels in verl: nothing is replaced: verl 0.7.0 is installed")
+    assert told.count("\n") == 1
 
 
 def test_the_self_check_imports_trainers_on_request_alone(trainers, capsys, monkeypatch):

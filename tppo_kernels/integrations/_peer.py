@@ -214,7 +214,7 @@ class Replacements:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self._replaced: list[_Replaced] = []
+        self._replaced: dict[str, _Replaced] = {}
 
     @property
     def installed(self) -> bool:
@@ -223,7 +223,7 @@ class Replacements:
 
     def original(self, name: str) -> Any:
         """What stood at a replaced name."""
-        return next(each.original for each in self._replaced if each.name == name)
+        return self._replaced[name].original
 
     def install(self, ours: Mapping[str, Any]) -> list[str]:
         """Puts ours in place; returns what is to be told: names that were not the trainer's own.
@@ -233,7 +233,7 @@ class Replacements:
         """
         if self._replaced:
             return [f"{each.name} is no longer ours: {_who(each.site.value())} has replaced it"
-                    for each in self._replaced if each.site.value() is not each.ours]
+                    for each in self._replaced.values() if each.site.value() is not each.ours]
         sites = {name: _site(name, self.peer) for name in ours}  # all are there before one changes
         originals: dict[int, Any] = {}
         for name, new in ours.items():
@@ -248,7 +248,7 @@ class Replacements:
             site, old = sites[name], held[name]
             if old is not _MISSING and not _belongs(old, self.peer):
                 told.append(f"{name} was {_who(old)}'s already, and ours stands over it")
-            self._replaced.append(_Replaced(name, old, new, site))
+            self._replaced[name] = _Replaced(name, old, new, site)
             if isinstance(site.owner, ModuleType):
                 self._everywhere(old, new)
             site.put(new)
@@ -258,7 +258,7 @@ class Replacements:
         """Puts back what stood there; returns the names that another library has replaced since,
         each with who did: those are left as they are."""
         told = []
-        for each in reversed(self._replaced):
+        for each in reversed(self._replaced.values()):
             now = each.site.value()
             if now is each.ours:
                 each.site.put(each.original)

@@ -120,7 +120,7 @@ def _scaled(loss: Tensor, divisors: Sequence[Any], factor: Any) -> Tensor:
 
 
 def _small(function: str, x: Tensor, elements: int) -> bool:
-    return x.device.type == "cpu" and elements < CPU_ELEMENTS[function]
+    return elements < CPU_ELEMENTS[function] and not x.is_cuda
 
 
 def compute_gae_advantage_return(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor,
@@ -223,11 +223,15 @@ def compute_value_loss(
 
 def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: Any, **batch: Any
              ) -> Tensor:
-    """One number from a loss a token by `tk.reduce`; batch: dp_size and the batch's counts."""
+    """One number from a loss a token by `tk.reduce`; batch: dp_size and the batch's counts.
+
+    On a CPU of masks of bool, as verl's workers have them: others are converted first.
+    """
+    elements = loss_mat.numel() if loss_mask.dtype == torch.bool else 0
+    if _small("agg_loss", loss_mat, elements):
+        return _theirs(f"{_ALGOS}:agg_loss")(loss_mat, loss_mask, loss_agg_mode, *counts, **batch)
     batch |= zip(_BATCH.split(", "), counts, strict=False)
-    ours = (not _small("agg_loss", loss_mat, loss_mat.numel()) and floats(loss_mat)
-            and alike(loss_mat, loss_mask))
-    mask = mask_of(loss_mask) if ours else None
+    mask = mask_of(loss_mask) if floats(loss_mat) and alike(loss_mat, loss_mask) else None
     over = None if mask is None else _reduction(loss_agg_mode, mask, batch)
     if over is None or loss_mat.dim() != 2:
         return _theirs(f"{_ALGOS}:agg_loss")(loss_mat, loss_mask, loss_agg_mode, **batch)

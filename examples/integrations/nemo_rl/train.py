@@ -2,7 +2,7 @@
 
     python examples/integrations/nemo_rl/train.py NEMO/examples/run_ppo.py --config CONFIG ...
 
-Two lines are ours.
+Two lines are ours.  A NeMo-RL that is absent or another version ends the script with one sentence.
 """
 
 import runpy
@@ -11,6 +11,9 @@ import sys
 from tppo_kernels.integrations import nemo_rl
 
 if __name__ == "__main__":
-    nemo_rl.patch()
+    try:
+        nemo_rl.patch()
+    except ImportError as error:
+        sys.exit(str(error))
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

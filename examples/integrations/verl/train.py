@@ -4,13 +4,19 @@
       --config-name=one_gpu KEY=VALUE ...
 
 Two lines are ours, for this process; in the processes that Ray starts verl loads our plugin by
-itself, and so it does here where tppo-kernels is installed rather than on the path.
+itself, and so it does here where tppo-kernels is installed rather than on the path.  A verl that is
+absent or another version ends the script with one sentence.
 """
 
-from verl.trainer.main_ppo import main
+import sys
 
 from tppo_kernels.integrations import verl
 
 if __name__ == "__main__":
-    verl.patch()
+    try:
+        verl.patch()
+    except ImportError as error:
+        sys.exit(str(error))
+    from verl.trainer.main_ppo import main
+
     main()
