@@ -76,7 +76,7 @@ def test_a_trainer_in_a_document_trains_as_it_is_pasted(document, tmp_path, monk
 
 FLAG = re.compile(r"--\w[\w.-]*\w")
 OTHER_PROGRAMS = {"--nproc-per-node", "--bench-grid", "--index-url", "--help", "--help-all",
-                  "--json", "--resume", "--smoke", "--only", "--logdir",
+                  "--json", "--probe", "--resume", "--smoke", "--only", "--logdir",
                   "--custom-advantage-function-path"}  # fmt: skip
 DOCUMENTS = [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").glob("*.md"))]
 

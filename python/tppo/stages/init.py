@@ -194,7 +194,8 @@ def _labeller(text: str) -> LabelConfig:
         return LabelConfig(labeller="rule" if text == "rule" else "hand")
     name, at, address = text.partition("@")
     if not name or not at:
-        raise DataError(f"--labeller was {short(text)}, expected rule, hand, or NAME@http://HOST/v1")
+        raise DataError(f"--labeller was {short(text)}, expected rule, hand, or "
+                        "NAME@http://HOST/v1")  # fmt: skip
     try:
         check_address(address)
     except ValueError as error:
