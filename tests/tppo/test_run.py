@@ -191,6 +191,8 @@ def test_labels_of_an_endpoint_depend_on_what_is_asked_alone(config, tmp_path):
         (["--label.endpoint.timeout-s", "5", "--label.endpoint.model", "judge"], set()),
         (["--label.sentence-threshold", "0.5"], {"label", "train-rm", "train", "eval"}),
         (["--label.labeller", "endpoint", "--label.endpoint.model", "judge"], {"label"}),
+        (["--label.labeller", "hand", "--label.hand.rest", "rule"], {"label"}),
+        (["--reward-model.hand-weight", "2"], {"train-rm"}),
         (["--prefix", "dense"], {"sft", "generate", "train-rm", "train", "eval", "heat"}),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tppo.errors import DataError
 from tppo.evaluation.judge import spoken
 from tppo.labels.agreement import Pair, compare_files, pairwise, shown
-from tppo.labels.config import ENOUGH
+from tppo.labels.config import ENOUGH, machine_of
 from tppo.labels.endpoint.batch import export_batch, import_batch
 from tppo.labels.endpoint.config import NoKey
 from tppo.labels.endpoint.live import EndpointError, LabelItem, label
@@ -69,11 +69,12 @@ def _by_machine(run: Run, sessions: LineIndex[Session], until: ExitStack) -> Ite
     closed.
     """
     config = run.config.label
-    if config.machine != "endpoint":
+    machine = machine_of(config)
+    if machine != "endpoint":
         forget(run.label_lost)
-    if config.machine is None:
+    if machine is None:
         return ()
-    if config.machine == "rule":
+    if machine == "rule":
         return (
             label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)
             for a in track(run.iter_answers(), "label")
