@@ -10,6 +10,7 @@ from skyrl.backends.skyrl_train.utils import ppo_utils, torch_utils
 from skyrl.backends.skyrl_train.workers import worker
 from skyrl.train.config import AlgorithmConfig, OffPolicyCorrectionConfig
 
+import tppo_kernels as tk
 from tppo_kernels.integrations import _peer, skyrl
 
 EXAMPLES = Path(__file__).parents[2] / "examples/integrations"
@@ -192,6 +193,11 @@ def test_our_loss_is_registered_and_ignores_what_a_mask_hides():
     expected, _ = ppo_utils.ppo_policy_loss(logprobs, old, advantages, AlgorithmConfig(), mask)
     assert difference(loss.detach(), expected.detach()) < CLOSE
     assert metrics["clip_ratio"] > 0 and all(type(x) is float for x in metrics.values())
+    means = tk.ppo_loss(logprobs, old, advantages, mask > 0).metrics.means()
+    named = {"clip_ratio": "clip_fraction", **{name: name for name in metrics.keys()
+                                               - {"clip_ratio"}}}
+    assert len(metrics) == 7 and metrics == pytest.approx(
+        {name: means[given] for name, given in named.items()}, rel=1e-6)
     hidden = old.masked_fill(mask == 0, torch.nan)
     assert registered(logprobs, hidden, advantages, config=config, loss_mask=mask)[0] == loss
     assert ppo_utils.ppo_policy_loss(logprobs, hidden, advantages, AlgorithmConfig(),

@@ -109,13 +109,14 @@ def token_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tens
     found = tk.ppo_loss(log_probs, old_log_probs, advantages, _valid(loss_mask), weights=weights,
                         clip_low=config.eps_clip_low, clip_high=config.eps_clip_high,
                         dual_clip=config.clip_ratio_c, reduction="token-sum")
-    sums = type(found.metrics)(*torch.stack(found.metrics).tolist())  # the host reads once
-    means = {"clip_ratio": sums.clip_low_count + sums.clip_high_count,
-             "clip_fraction_dual": sums.clip_dual_count, "clamped_fraction": sums.clamped_count,
-             "ratio_mean": sums.ratio_sum, "approx_kl_k1": sums.approx_kl_k1_sum,
-             "approx_kl_k3": sums.approx_kl_k3_sum}
-    means = {name: total / max(sums.tokens, 1) for name, total in means.items()}
-    return found.loss, {**means, "ratio_max": sums.ratio_max, **corrections}
+    sums: dict[str, float] = dict(zip(  # the host reads once
+        found.metrics._fields, torch.stack(found.metrics).tolist(), strict=True))
+    means = {"clip_ratio": sums["clip_low_count"] + sums["clip_high_count"],
+             "clip_fraction_dual": sums["clip_dual_count"],
+             "clamped_fraction": sums["clamped_count"], "ratio_mean": sums["ratio_sum"],
+             "approx_kl_k1": sums["approx_kl_k1_sum"], "approx_kl_k3": sums["approx_kl_k3_sum"]}
+    means = {name: total / max(sums["tokens"], 1) for name, total in means.items()}
+    return found.loss, {**means, "ratio_max": sums["ratio_max"], **corrections}
 
 
 def compute_gae_advantage_return(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor,
