@@ -188,6 +188,22 @@ def test_a_streamed_dataset_trains(model, tmp_path):
     assert len(log) == 3 and log[0]["grad_norm"] > 0
 
 
+def test_an_evaluation_is_trls_and_has_groups_of_its_own_size(model, tmp_path):
+    def evaluated(kind, reward):
+        trainer = made(kind, model, tmp_path, reward=reward, beta=0.1, num_generations_eval=2,
+                       per_device_eval_batch_size=4)
+        trainer.eval_dataset = datasets.Dataset.from_dict({"prompt": ["ab", "cd", "ef", "gh"]})
+        torch.manual_seed(3)
+        return {name: x for name, x in trainer.evaluate().items()
+                if "runtime" not in name and "per_second" not in name}
+
+    theirs = evaluated(GRPOTrainer, count_vowels)
+    assert evaluated(TokenGRPOTrainer, count_vowels) == pytest.approx(theirs, abs=1e-6)
+    dense = evaluated(TokenGRPOTrainer, pay_vowels)
+    assert dense["eval_reward"] == pytest.approx(theirs["eval_reward"])
+    assert abs(dense["eval_loss"] - theirs["eval_loss"]) > 1e-4  # paid elsewhere
+
+
 def test_generations_that_do_not_divide_the_batch_are_refused_by_trl(model, tmp_path):
     with pytest.raises(ValueError, match="num_generations|divisible"):
         made(TokenGRPOTrainer, model, tmp_path, num_generations=3)
