@@ -17,7 +17,8 @@ from browser import browser, chromium
 
 from tppo.errors import DataError
 from tppo.labels.config import HandConfig
-from tppo.labels.hand import HandLabels, Judged, Without
+from tppo.labels.hand import HandLabels, Judged
+from tppo.labels.journal import Without
 from tppo.labels.words import word_spans
 from tppo.sessions.session import Event, Session
 from tppo.stages.answers import Answer

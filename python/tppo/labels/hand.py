@@ -1,22 +1,17 @@
-"""The journal of what people have judged: a line an answer, on disk before the next is shown.
-
-A later line about the same answer by the same person replaces the earlier one; `undone` takes it
-back.  A line that was cut off by a kill is passed over.
-"""
+"""Labels by hand: what people have said of the words of an answer, and which of two is better."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from tppo.labels.journal import Journal, Without
 from tppo.labels.label import Label
 from tppo.labels.words import word_spans
-from tppo.progress import say
-from tppo.store.jsonl import append_line
 
 Kind = Literal["random", "check", "chosen"]  # drawn; drawn, and never learnt from; where unsure
 Verdict = Literal[0, 1]
@@ -59,84 +54,57 @@ class Judged:
         return sum(one == two for one, two in pairs), len(pairs)
 
 
+    def check(self) -> None:
+        """As many verdicts as words.  Errors: ValueError."""
+        self.label()
+
+
 @dataclass(frozen=True)
-class Without:
-    """An answer that a person left out, or a judgement that he took back."""
+class Preferred:
+    """Which of two answers to one history a person finds better."""
 
     id: str
     annotator: str
-    how: Literal["skipped", "undone"]
+    responses: tuple[str, str]
+    better: Verdict | None
+    """0: the first, 1: the second; None: they are equally good."""
+    left: Verdict
+    """Which of them stood on the left, drawn at random: people like one side more."""
+    guidance: str
+    """By what sentence was judged."""
+    seconds: Annotated[float, Field(ge=0)]
+    """How long they were on the screen."""
+
+    def check(self) -> None:
+        """Nothing beyond its types."""
 
 
 _LINE: TypeAdapter[Judged | Without] = TypeAdapter(Judged | Without)
 
 
-class HandLabels:
-    """The journal of a run, read and continued."""
+class HandLabels(Journal[Judged]):
+    """The journal of labels of words."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[tuple[str, str], Judged | Without] = {}  # in the order of judging
-        damaged: list[int] = []
-        for number, line in self._lines():
-            try:
-                found = _LINE.validate_json(line)
-                if isinstance(found, Judged):
-                    found.label()  # as many verdicts as words
-            except (ValidationError, ValueError):
-                damaged.append(number)
-                continue
-            self._note(found)
-        if damaged:
-            say(f"{path}: {len(damaged)} damaged lines are passed over, the first is line "
-                f"{damaged[0]}; their answers are asked again")  # fmt: skip
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
-
-    def __iter__(self) -> Iterator[Judged]:
-        """The judgements that stand, the oldest first."""
-        return (found for found in self._known.values() if isinstance(found, Judged))
-
-    def __contains__(self, asked: tuple[str, str]) -> bool:
-        """Whether (annotator, id of an answer) was judged or left out."""
-        return asked in self._known
-
-    def get(self, annotator: str, id: str) -> Judged | None:
-        """What a person said of an answer, if he did."""
-        found = self._known.get((annotator, id))
-        return found if isinstance(found, Judged) else None
-
-    def add(self, entry: Judged | Without) -> None:
-        """Keep a judgement, on disk first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.path, entry)
-        self._note(entry)
+        super().__init__(path, Judged, _LINE)
 
     def keep(self, texts: Mapping[str, str]) -> int:
         """Forget, but for the file, what was said of answers that are other ones now.
 
         texts: the answers by id.  Returns how many judgements those were.
         """
-        stale = [
-            key for key, found in self._known.items()
-            if isinstance(found, Judged) and texts.get(found.id) != found.response
-        ]  # fmt: skip
-        for key in stale:
-            del self._known[key]
-        return len(stale)
+        return self.leave_out(lambda found: texts.get(found.id) != found.response)
 
-    def _note(self, entry: Judged | Without) -> None:
-        key = entry.annotator, entry.id
-        self._known.pop(key, None)
-        if isinstance(entry, Judged) or entry.how == "skipped":
-            self._known[key] = entry
+
+class HandPairs(Journal[Preferred]):
+    """The journal of compared pairs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Preferred, TypeAdapter(Preferred | Without))
 
 
 def is_journal(path: Path) -> bool:
-    """Whether a file holds judgements by hand rather than labels: by its first line."""
+    """Whether a file holds judgements of words by hand rather than labels: by its first line."""
     if not path.exists():
         return False
     with open(path, "rb") as file:

@@ -7,30 +7,24 @@ agreement with a person on them is not flattered.  Later answers are those of wh
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from tppo.labels.choice import most_doubtful
 from tppo.labels.config import HandConfig
-from tppo.labels.hand import HandLabels, Judged, Kind, Without
+from tppo.labels.hand import HandLabels, Judged, Kind
 from tppo.labels.rule import relevance_share
 from tppo.labels.shares import wilson
 from tppo.labels.words import word_spans
 from tppo.sessions.session import Session
 from tppo.stages.answers import Answer
+from tppo.stages.hand.asking import LAST, Asking, spread
 
 FIRST = 25  # answers that are drawn before any is chosen
 CHECK = 10  # of them; the third and the fifth of every five
 POOL = 400  # answers among which is chosen, besides the first
-LEFT_S = 900.0  # a client that asks nothing for so long has gone
-LAST = 20  # answers of which is said how well they were foretold
 STEADY = 0.01  # an agreement that grows by less has stopped growing
 
 
@@ -60,17 +54,14 @@ class Item(NamedTuple):
     shown: float
     """When, by the monotonic clock."""
 
-
-@dataclass
-class _Client:
-    """A tab of a browser, or a terminal."""
-
-    item: Item | None = None
-    asked: float = 0.0
+    @property
+    def id(self) -> str:
+        """Of the answer."""
+        return self.answer.id
 
 
-class Desk:
-    """The labelling of a run, shared by all who label; every method may be called by any thread."""
+class Desk(Asking[Item, Judged]):
+    """The labelling of words of a run."""
 
     def __init__(
         self,
@@ -80,12 +71,10 @@ class Desk:
         config: HandConfig,
         seed: int,
     ) -> None:
-        self.labels, self.config = labels, config
+        super().__init__(labels, config.answers, config.guidance)
+        self.config, self.session_of = config, session_of
         self.teacher: Teacher | None = None
-        self.session_of, self.guidance = session_of, config.guidance
         self.drawn = drawn(answers, session_of, max(POOL, 4 * config.answers), seed)
-        self.lock = threading.RLock()
-        self.clients: dict[str, _Client] = {}
         self.course: list[tuple[int, int, int]] = []  # of each model: learnt, agreed, of words
         self._known = {answer.id: answer for answer in self.drawn}
         self._user = {answer.id: session_of(answer).user for answer in self.drawn}
@@ -94,20 +83,6 @@ class Desk:
         """Choose and measure by a teacher from here on."""
         self.teacher = teacher
         self._tell()
-
-    def count(self) -> int:
-        """Answers that somebody has judged."""
-        return len({item.id for item in self.labels})
-
-    def next(self, client: str, annotator: str) -> Item | None:
-        """The answer that a client is to judge, the same until it is judged; None: enough is."""
-        with self.lock:
-            state = self._state(client)
-            if state.item is not None:
-                return state.item
-            if self.count() < self.config.answers:
-                state.item = self._choose(annotator)
-            return state.item
 
     def judge(
         self, client: str, annotator: str, id: str, words: Sequence[int], sentence: int
@@ -128,51 +103,16 @@ class Desk:
                                  f"{expected} of -1, 0, 1, and 0 or 1")  # fmt: skip
             if not any(word >= 0 for word in words):
                 raise ValueError("no word was judged, expected one or more; or skip the answer")
-            self.labels.add(found)
-            self._state(client).item = None
+            self._keep(client, found)
             self._tell()
-
-    def leave(self, client: str) -> None:
-        """Give back what is on a client's screen: somebody else sits there."""
-        with self.lock:
-            self._state(client).item = None
-
-    def skip(self, client: str, annotator: str, id: str) -> None:
-        """Leave out the answer that is on a client's screen."""
-        with self.lock:
-            self._on_screen(client, id)
-            self.labels.add(Without(id, annotator, "skipped"))
-            self._state(client).item = None
-
-    def undo(self, client: str, annotator: str) -> tuple[Item, Judged] | None:
-        """Take back what a person judged last, and show it again; None: there is nothing."""
-        with self.lock:
-            mine = [found for found in self.labels if found.annotator == annotator]
-            if not mine:
-                return None
-            last = mine[-1]
-            answer = self._known.get(last.id)
-            if answer is None:  # generated before, and labelled then
-                return None
-            self.labels.add(Without(last.id, annotator, "undone"))
-            item = Item(answer, self.session_of(answer), last.kind, last.foretold, time.monotonic())
-            self._state(client).item = item
-            return item, last
 
     def progress(self) -> dict[str, Any]:
         """What the page says of the work: counts, pace, agreement."""
         with self.lock:
-            done = list(self.labels)
-            seconds = [found.seconds for found in done[-LAST:]]
-            learnt = self.teacher.learnt if self.teacher is not None else 0
-            return {
-                "labelled": self.count(),
-                "wanted": self.config.answers,
-                "annotators": dict(Counter(found.annotator for found in done)),
-                "seconds": statistics.median(seconds) if seconds else None,
-                "learnt": learnt,
+            return super().progress() | {
+                "learnt": self.teacher.learnt if self.teacher is not None else 0,
                 "agreement": self._agreement(),
-                "foretold": _foretold(done),
+                "foretold": _foretold(list(self.labels)),
                 "enough": self._enough(),
             }
 
@@ -205,24 +145,9 @@ class Desk:
         last = [agreed / words for _, agreed, words in self.course[-3:] if words]
         return len(last) == 3 and max(last[1:]) - last[0] < STEADY
 
-    def _state(self, client: str) -> _Client:
-        state = self.clients.setdefault(client, _Client())
-        state.asked = time.monotonic()
-        return state
-
-    def _on_screen(self, client: str, id: str) -> Item:
-        item = self._state(client).item
-        if item is None or item.answer.id != id:
-            raise ValueError(f"id was {id!r}, expected that of the answer on the screen; reload it")
-        return item
-
     def _choose(self, annotator: str) -> Item | None:
         """The next answer for a person, by where he and the others are."""
-        now = time.monotonic()
-        for state in self.clients.values():
-            if now - state.asked > LEFT_S:
-                state.item = None
-        taken = {state.item.answer.id for state in self.clients.values() if state.item is not None}
+        taken = self._on_screens()
         judged = {found.id for found in self.labels} | taken
         for place, answer in enumerate(self.drawn[:FIRST]):
             check = place % 5 in (2, 4)
@@ -243,6 +168,12 @@ class Desk:
                 return self._item(self._known[[*known][chosen]], "chosen")
         return self._item(left[0], "random")
 
+    def _again(self, said: Judged) -> Item | None:
+        answer = self._known.get(said.id)
+        if answer is None:  # generated before, and labelled then
+            return None
+        return Item(answer, self.session_of(answer), said.kind, said.foretold, time.monotonic())
+
     def _item(self, answer: Answer, kind: Kind) -> Item:
         told = self.teacher.foretell(answer.id) if self.teacher is not None else ()
         return Item(answer, self.session_of(answer), kind, told, time.monotonic())
@@ -260,17 +191,8 @@ def drawn(
 
     A larger n only adds to them, at the end of each user's.
     """
-    def key(answer: Answer) -> bytes:
-        return hashlib.sha256(f"{seed}/hand/{answer.id}".encode()).digest()
-
-    found = heapq.nsmallest(n, (a for a in answers if word_spans(a.text)), key=key)
-    turn: Counter[str] = Counter()
-    places = []
-    for place, answer in enumerate(found):
-        user = session_of(answer).user
-        places.append((turn[user], place))
-        turn[user] += 1
-    return [found[place] for _, place in sorted(places)]
+    with_words = (answer for answer in answers if word_spans(answer.text))
+    return spread(with_words, lambda a: a.id, lambda a: session_of(a).user, n, seed)
 
 
 def _foretold(done: Sequence[Judged]) -> dict[str, Any] | None:
