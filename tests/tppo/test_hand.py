@@ -1,4 +1,4 @@
-"""Labels by hand: the journal, who is asked what, what is refused, and the page in a browser."""
+"""Labels by hand: the journal, who is asked what, what is refused, and the terminal."""
 
 import http.client
 import json
@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
-from browser import browser, chromium
 
 from tppo.errors import DataError
 from tppo.labels.config import HandConfig
@@ -23,6 +23,7 @@ from tppo.labels.words import word_spans
 from tppo.sessions.session import Event, Session
 from tppo.stages.answers import Answer
 from tppo.stages.hand.desk import CHECK, FIRST, Desk, drawn
+from tppo.stages.hand.forms import WordForm
 from tppo.stages.hand.server import LabelServer
 from tppo.stages.hand.terminal import label_in_terminal
 
@@ -204,15 +205,21 @@ def test_a_verdict_that_does_not_fit_is_refused(tmp_path, words, sentence, probl
 # --- the server
 
 
-@pytest.fixture
-def server(tmp_path):
-    with LabelServer(desk_of(tmp_path / "hand.jsonl", answers=4), 0, 0.6) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        made.thread = thread
+@contextmanager
+def served(form):
+    """A server that is asked by its `thread`, ended with the block."""
+    with LabelServer(form, 0) as made:
+        made.thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+        made.thread.start()
         yield made
         made.shutdown()
-        thread.join()
+        made.thread.join()
+
+
+@pytest.fixture
+def server(tmp_path):
+    with served(WordForm(desk_of(tmp_path / "hand.jsonl", answers=4), 0.6)) as made:
+        yield made
 
 
 def call(server, path, body=None, method="POST", **headers):
@@ -277,146 +284,15 @@ def test_words_are_shown_in_their_lines_and_the_truth_only_if_asked_for(server, 
     assert sum(shown, []) == item["texts"] and len(shown) == text.count("\n") + 1
     assert item["history"][-1] == f"click: {HOSTILE}"
     desk = desk_of(tmp_path / "other.jsonl", ["x" * 1_000_000], 2, show_targets=True)
-    with LabelServer(desk, 0, 0.6) as long:
-        threading.Thread(target=long.serve_forever, args=(0.05,), daemon=True).start()
+    with served(WordForm(desk, 0.6)) as long:
         item = call(long, "/next", ME)[1]["item"]
-        long.shutdown()
     assert item["targets"] == ["red shoes", HOSTILE]
     assert item["texts"] == ["x" * 2000 + " … (998,000 more characters)"]
 
 
 def test_a_port_that_is_taken_is_named(server, tmp_path):
     with pytest.raises(DataError, match=f"--label.hand.port was {server.port}, which cannot be"):
-        LabelServer(desk_of(tmp_path / "x.jsonl"), server.port, 0.6)
-
-
-# --- the page
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    program = chromium()
-    if program is None:
-        pytest.skip("no chromium is installed to open the page in")
-    with browser(program, tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-CODES = {"1": "Digit1", "0": "Digit0", " ": "Space", "Enter": "Enter"}
-IDLE = "!busy"
-
-
-def press(page, *keys, shift=False):
-    for key in keys:
-        text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else None)
-        named = {} if text is None else {"text": text}
-        for kind in ("keyDown", "keyUp"):
-            page.send("Input.dispatchKeyEvent", type=kind, key=key, code=CODES.get(key, key),
-                      modifiers=8 if shift else 0, **named)  # fmt: skip
-    page.wait(IDLE)
-
-
-def opened(page, server, **how):
-    page.open(server.address, **how)
-    page.run("sessionStorage.clear()")
-    page.open(server.address, **how)
-    page.wait("item && !busy")
-
-
-def words_of(page):
-    return page.run("words")
-
-
-@pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, True)])
-def test_somebody_labels_by_keys_alone(server, page, width, dark):
-    opened(page, server, width=width, dark=dark)
-    keys = 0
-    for _ in range(4):
-        texts = page.run("item.texts")
-        wanted = [int("red" in text) for text in texts]
-        press(page, *map(str, wanted))
-        assert words_of(page) == wanted
-        page.wait("document.activeElement.classList.contains('word')")
-        press(page, "Enter")
-        keys += len(texts) + 1
-    assert keys <= 4 * 8  # a key a word and one an answer
-    page.wait("document.getElementById('work').hidden")
-    assert [found.label().words for found in server.desk.labels]
-    for found in server.desk.labels:
-        spans = word_spans(found.response)
-        assert found.words == tuple(int("red" in found.response[a:b]) for a, b in spans)
-        assert found.seconds > 0
-    press(page, "u")
-    page.wait("item && words.every(word => word >= 0)")
-    press(page, "Enter")
-    page.wait("document.activeElement.id === 'finish'")
-    press(page, "Enter")
-    page.wait("document.body.innerText.includes('can be closed')")
-    server.thread.join(60)
-    assert not server.thread.is_alive() and page.complaints() == []
-
-
-def test_keys_walk_turn_and_judge_whole_queries(server, page):
-    opened(page, server)
-    while page.run("item.texts.length") != 6:
-        press(page, "s")
-    press(page, "1", shift=True)  # "red shoes"
-    assert words_of(page) == [1, 1, -1, -1, -1, -1]
-    press(page, " ", " ")
-    assert words_of(page) == [1, 1, 0, -1, -1, -1]
-    press(page, "ArrowRight", "ArrowDown", "ArrowUp", "ArrowUp", "ArrowUp")
-    assert page.run("at") == 0
-    press(page, " ", shift=True)
-    assert words_of(page) == [0, 0, 0, -1, -1, -1]
-    assert page.run("document.getElementById('bad').getAttribute('aria-pressed')") == "true"
-    press(page, "a", "Enter")
-    (found,) = server.desk.labels
-    assert (found.words, found.sentence) == ((0, 0, 0, -1, -1, -1), 1)
-    press(page, "Enter")
-    assert "no word was judged" in page.run("document.getElementById('error').textContent")
-    press(page, "?")
-    assert not page.run("document.getElementById('help').hidden")
-    press(page, "Escape")
-    assert page.run("document.getElementById('help').hidden")
-
-
-def test_a_query_from_right_to_left_is_walked_from_right_to_left(server, page):
-    opened(page, server)
-    while not page.run("item.texts[0]").startswith("א"):
-        press(page, "s")
-    press(page, "ArrowLeft")
-    assert page.run("at") == 1
-    press(page, "ArrowRight")
-    assert page.run("at") == 0
-
-
-def test_somebody_labels_by_touch(server, page):
-    opened(page, server, width=390)
-    page.run("buttons[0].click(); buttons[1].click(); buttons[1].click()")
-    assert words_of(page)[:2] == [1, 0]
-    assert page.run("buttons[0].getAttribute('aria-checked')") == "true"
-    assert page.run("buttons[1].getAttribute('aria-label')").endswith(", not wanted")
-    small = page.run("[...document.querySelectorAll('.word, .actions button')].filter("
-                     "b => b.offsetHeight > 0 && b.offsetHeight < 44).length")  # fmt: skip
-    assert small == 0 and not page.run("document.documentElement.scrollWidth > innerWidth")
-    page.run("document.getElementById('guidance').value = 'only shoes'; "
-             "document.getElementById('guidance').dispatchEvent(new Event('change'))")
-    page.run("document.getElementById('next').click()")
-    page.wait(f"{IDLE} && words.every(word => word < 0)")
-    (found,) = server.desk.labels
-    assert found.words[:3] == (1, 0, -1)[: len(found.words[:3])]
-    assert found.guidance == "only shoes"
-
-
-def test_hostile_texts_are_texts(server, page):
-    opened(page, server)
-    assert page.run("document.title") == "Label by hand" and page.run("document.images.length") == 0
-    seen = page.run("document.getElementById('history').innerText")
-    assert "<img src=x" in seen and "\\u202e" in seen and "\u202e" not in seen
-    own = f"http://127.0.0.1:{server.port}/"
-    asked = [address for address in page.asked_for() if address.startswith("http")]
-    assert [address for address in asked if address.startswith(own)]
-    assert all(address.startswith("http://127.0.0.1:") for address in asked)
+        LabelServer(WordForm(desk_of(tmp_path / "x.jsonl"), 0.6), server.port)
 
 
 # --- killed
@@ -458,7 +334,8 @@ sys.path[:0] = {path!r}
 import pathlib
 import test_hand
 from tppo.stages.hand.terminal import label_in_terminal
-label_in_terminal(test_hand.desk_of(pathlib.Path({file!r}), test_hand.TEXTS[:1], answers=3), 0.6)
+desk = test_hand.desk_of(pathlib.Path({file!r}), test_hand.TEXTS[:1], answers=3)
+label_in_terminal(test_hand.WordForm(desk, 0.6))
 """
 
 
@@ -503,4 +380,4 @@ def test_somebody_labels_in_a_terminal(tmp_path):
 
 def test_a_pipe_is_no_terminal(tmp_path):
     with pytest.raises(DataError, match="standard input is no terminal"):
-        label_in_terminal(desk_of(tmp_path / "hand.jsonl"), 0.6)
+        label_in_terminal(WordForm(desk_of(tmp_path / "hand.jsonl"), 0.6))

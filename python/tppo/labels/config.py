@@ -11,6 +11,7 @@ from tppo.labels.endpoint.config import EndpointConfig
 from tppo.settings import Count, Natural, Share, Text, section
 
 GUIDANCE = "A word is wanted if it helps this user to find what he is likely to look for next."
+PAIR_GUIDANCE = "The better answer has more of what this user is likely to look for next."
 
 
 @section
@@ -31,6 +32,10 @@ class HandConfig:
     """Show what the user searched for next in truth."""
     guidance: Text = GUIDANCE
     """By what is judged: it stands on the page, may be changed there, and is kept with a label."""
+    pairs: Count = 50
+    """Pairs of answers to compare (tppo prefer); the stage ends there, or where you end it."""
+    pair_guidance: Text = PAIR_GUIDANCE
+    """By what pairs are compared: it stands on their page, and is kept with them."""
     terminal: bool = False
     """Label in the terminal instead of a browser."""
     browser: bool = True

@@ -224,9 +224,10 @@ class SERConfig:
     model, from labels of words."""
     pooling: Literal["last", "mean"] = "last"
     """pairs: the model reads the state of an answer's last token, or the mean of all of them."""
-    seed_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    seed_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the labelled sessions, or prompts, whose labels are used. The labels of the others
-    are hidden, and say only how right the model was."""
+    are hidden, and say only how right the model was. By default .15, and all that people gave by
+    hand."""
     heldout_share: Part = 0.1
     """Share of them that is kept for figures, and never trained on."""
     rounds: Natural = 3

@@ -76,6 +76,10 @@ NOISE = Artifact("noise/noise.json", "how noisy the policy's gradient is, by whe
 MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
 MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
                                optional=True)  # fmt: skip
+PREFERENCES = Artifact("prefer/pairs.jsonl", "pairs of answers with the one that people find "
+                       "better, as `tppo ser --pairs` reads them", optional=True)  # fmt: skip
+EQUALS = Artifact("prefer/equal.jsonl", "pairs that people find equally good, or disagree on",
+                  optional=True)  # fmt: skip
 SER_MODEL = Artifact("ser/model", "the reward model that has labelled for itself, of whole answers "
                      "or of tokens, and its tokenizer")  # fmt: skip
 SER_REPORT = Artifact("ser/report.json", "what each round kept, how right it was, and the accuracy "

@@ -42,7 +42,7 @@ def label_answers(run: Run, *, ask: bool = True) -> None:
     ):
         people, sources, both = list[Label](), Sources(), list[tuple[Label, Label]]()
         if config.labeller == "hand":
-            people = label_by_hand(run, lambda answer: _asked(sessions, answer), ask=ask)
+            people = label_by_hand(run, lambda answer: asked(sessions, answer), ask=ask)
         hand: dict[str, Label] = {}
         for one in people:
             hand.setdefault(one.id, one)  # who judged an answer first
@@ -76,7 +76,7 @@ def _by_machine(run: Run, sessions: LineIndex[Session], until: ExitStack) -> Ite
         return ()
     if machine == "rule":
         return (
-            label_by_rule(a.id, a.text, _asked(sessions, a).targets, config.sentence_threshold)
+            label_by_rule(a.id, a.text, asked(sessions, a).targets, config.sentence_threshold)
             for a in track(run.iter_answers(), "label")
         )
     answers = sum(1 for _ in read_lines(run.path(ANSWERS)))
@@ -159,7 +159,7 @@ def compare_labels(run: Run, path: Path) -> None:
 def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
     """What an endpoint is to judge, one at a time; the history as the policy sees it."""
     for answer in run.iter_answers():
-        yield label_item(answer, _asked(sessions, answer))
+        yield label_item(answer, asked(sessions, answer))
 
 
 def label_item(answer: Answer, session: Session) -> LabelItem:
@@ -167,7 +167,7 @@ def label_item(answer: Answer, session: Session) -> LabelItem:
     return LabelItem(answer.id, history_lines(session), list(session.targets), answer.text)
 
 
-def _asked(sessions: LineIndex[Session], answer: Answer) -> Session:
+def asked(sessions: LineIndex[Session], answer: Answer) -> Session:
     """The session that an answer belongs to."""
     session = sessions.get(answer.session)
     if session is None:

@@ -29,6 +29,7 @@ from tppo.stages.artifacts import (
     ANSWERS,
     CATEGORIES,
     CRITIC,
+    EQUALS,
     HEAT_ROWS,
     HELDOUT_SESSIONS,
     IMPROVED,
@@ -41,6 +42,7 @@ from tppo.stages.artifacts import (
     PIT_POLICY,
     PIT_REPORT,
     POLICY,
+    PREFERENCES,
     QUERY_LENGTHS,
     RESULT,
     REWARD_MODEL,
@@ -274,10 +276,20 @@ register(Stage(
     settings=(_HELD,),
 ))  # fmt: skip
 register(Stage(
+    "prefer", "tppo.stages.prefer:prefer",
+    "which of two answers is better, by hand, for ser: label.hand.pairs of them",
+    inputs=(TRAIN_SESSIONS, ANSWERS.of_every_round()),
+    outputs=(PREFERENCES, EQUALS),
+    settings=("label.hand.pairs",),
+    lost="what was said is kept in hand-pairs.jsonl",
+    flags=("label.hand",),
+))  # fmt: skip
+register(Stage(
     "ser", "tppo.stages.ser:ser_stage",
     "a reward model that labels for itself, from a share of the labels; or: ser --pairs FILE",
     inputs=(
         SFT_MODEL, ANSWERS, ANSWERS.of_every_round(), LABELS, LABELS.of_every_round(), CATEGORIES,
+        PREFERENCES, EQUALS,
     ),
     outputs=(SER_MODEL, SER_REPORT),
     settings=(

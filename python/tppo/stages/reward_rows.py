@@ -12,7 +12,7 @@ from tppo.labels.label import iter_labels, read_labels
 from tppo.labels.queries import parse_answer
 from tppo.labels.twins import Twin, repeating_twin
 from tppo.labels.words import map_labels, token_categories
-from tppo.methods.reward_model import LabelledAnswer
+from tppo.methods.reward_model import NOT_LABELLED, LabelledAnswer
 from tppo.models.own_tokens import OwnTokens
 from tppo.models.tokenizer import decode, token_offsets
 from tppo.sessions.prompts import encode_answer
@@ -44,6 +44,15 @@ def check_sessions(run: Run) -> set[str]:
     """The sessions with an answer that was drawn to be held out."""
     checks = {item.id for item in iter_labels(run.path(LABELS)) if item.check}
     return {answer.session for answer in run.iter_answers() if answer.id in checks}
+
+
+def without_label(run: Run) -> list[LabelledAnswer]:
+    """The answers that nobody has labelled: no class at any token, and none of the whole that
+    would count.
+    """
+    known = {item.id for item in iter_labels(run.path(LABELS))}
+    return [LabelledAnswer(a.prompt_ids, a.response_ids, [NOT_LABELLED] * len(a.response_ids), 1)
+            for a in run.iter_answers() if a.id not in known]  # fmt: skip
 
 
 def _twins(run: Run) -> Iterator[tuple[Answer, Twin, str]]:

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tppo.errors import DataError
+from tppo.labels.hand import BY_HAND
+from tppo.labels.label import iter_labels
 from tppo.methods.config import RewardModelConfig, SERConfig
 from tppo.methods.reward_model import IRRELEVANT, RELEVANT, PolicyTokens
 from tppo.methods.sentence_model import SentenceReader
@@ -25,17 +27,26 @@ from tppo.models.config import AdapterConfig, ModelConfig, Prefix
 from tppo.models.policy import load_trained, trained_state
 from tppo.progress import say
 from tppo.rewards.sentence_model import SentenceModel
-from tppo.stages.artifacts import ANSWERS, LABELS, SER_MODEL, SER_REPORT, SFT_MODEL
+from tppo.stages.artifacts import (
+    ANSWERS,
+    EQUALS,
+    LABELS,
+    PREFERENCES,
+    SER_MODEL,
+    SER_REPORT,
+    SFT_MODEL,
+)
 from tppo.stages.reward_model import new_reward_model, save_reward_model
-from tppo.stages.reward_rows import policy_rows, policy_twins
+from tppo.stages.reward_rows import policy_rows, policy_twins, without_label
 from tppo.stages.run import Run
-from tppo.stages.session_pairs import session_pairs
+from tppo.stages.session_pairs import preferred_pairs, session_pairs
 from tppo.store.checkpoint import Checkpoints, load_latest, save_checkpoint
 from tppo.store.jsonl import write_json, write_jsonl
 from tppo.store.run_folder import KEPT
 
 Item = TypeVar("Item")
 STAGE = "ser"
+SEED_SHARE = 0.15  # of the paper
 
 
 class Split(NamedTuple):
@@ -48,20 +59,25 @@ class Split(NamedTuple):
 
 
 def split(
-    labelled: Mapping[Any, Sequence[Item]], others: Sequence[Item], config: SERConfig, seed: int
+    labelled: Mapping[Any, Sequence[Item]],
+    others: Sequence[Item],
+    config: SERConfig,
+    seed: int,
+    by_hand: bool = False,
 ) -> Split:
     """Items by what they belong to (a session, a prompt), which stays together.
 
-    others: that nobody has labelled.
+    others: that nobody has labelled.  by_hand: whether people have labelled, for the seed alone.
     Errors: DataError where a share leaves none.
     """
     groups = random.Random(f"{seed}/reward").sample(sorted(labelled), len(labelled))
     n_heldout = max(1, round(config.heldout_share * len(groups)))
     train = groups[n_heldout:]
-    n_seed = round(config.seed_share * len(train))
+    share = config.seed_share or (1.0 if by_hand else SEED_SHARE)
+    n_seed = round(share * len(train))
     if not n_seed:
         raise DataError(
-            f"ser.seed_share was {config.seed_share:g}: of {len(train)} prompts with labels that "
+            f"ser.seed_share was {share:g}: of {len(train)} prompts with labels that "
             f"is none, expected a share of at least {1 / max(1, len(train)):.2g}"
         )
     chosen = set(random.Random(f"{seed}/ser").sample(train, n_seed))
@@ -182,13 +198,20 @@ def ser_stage(run: Run) -> None:
         if config.labels == "words":
             _word_rounds(run, out, config, training)
             return
-        labelled, others = session_pairs(run.paths(ANSWERS), run.paths(LABELS))
+        preferred, equal = run.path(PREFERENCES), run.path(EQUALS)
+        by_hand = preferred.exists() or equal.exists()
+        if by_hand:
+            labelled, others = preferred_pairs(run.paths(ANSWERS), preferred, equal)
+            say(f"ser: the seed is what people have said of pairs ({preferred}), and no label of "
+                "an answer")  # fmt: skip
+        else:
+            labelled, others = session_pairs(run.paths(ANSWERS), run.paths(LABELS))
         start = partial(
             new_reader, run.path(SFT_MODEL), run.tokenizer, run.device, config, training,
             loading=run.config.model, lora=run.config.lora, seed=run.seed,
             prefix=run.config.prefix,
         )  # fmt: skip
-        parts = split(labelled, others, config, run.seed)
+        parts = split(labelled, others, config, run.seed, by_hand)
         pair_rounds(out, start, parts, run.tokenizer, config, training, run.seed)
 
 
@@ -197,14 +220,14 @@ def _word_rounds(run: Run, out: Path, config: SERConfig, training: RewardModelCo
         raise DataError(f"--reward-model.model was {training.model!r}, expected none with "
                         "--ser.labels words: tokens are labelled in the policy's tokenizer")
     rows, twins = policy_rows(run), policy_twins(run)
-    parts = split(rows, [], config, run.seed)
+    by_hand = any(label.labeller.startswith(BY_HAND) for label in iter_labels(run.path(LABELS)))
+    parts = split(rows, without_label(run), config, run.seed, by_hand)
     have = {label for row in parts.seed for label in row.categories}
     for label, name in ((IRRELEVANT, "irrelevant"), (RELEVANT, "relevant")):
         if label not in have:
             raise DataError(
-                f"ser.seed_share was {config.seed_share:g}: none of the words of {len(parts.seed)} "
-                f"answers is {name}, expected both classes; a larger share, or more answers "
-                "(--generate.samples)"
+                f"none of the words of {len(parts.seed)} answers is {name}, expected both classes; "
+                "a larger --ser.seed-share, or more labelled answers (--generate.samples)"
             )
     repeated = [twin for session in parts.keys for twin in twins.get(session, ())]
     parts = parts._replace(seed=parts.seed + repeated)

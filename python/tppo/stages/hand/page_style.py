@@ -1,4 +1,4 @@
-"""The style sheet of the page for labelling by hand."""
+"""The style sheet of the pages for labelling by hand."""
 
 from tppo.evaluation.style import COLOURS
 
@@ -35,6 +35,12 @@ ol, ul { list-style: none; margin: 0; padding: 0; }
 #history li:first-child, #targets li:first-child { border-top: 0; }
 #history { max-height: 60vh; overflow-y: auto; }
 #truth { margin-top: 1rem; }
+#judged { min-width: 0; }
+#said {
+  position: absolute; width: 1px; height: 1px; margin: 0; overflow: hidden; clip-path: inset(50%);
+}
+#two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.line { font-size: 1.125rem; }
 .query {
   display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; padding: .5rem 0;
   border-top: 1px solid var(--line); max-height: 14rem; overflow-y: auto;
@@ -69,12 +75,13 @@ button { cursor: pointer; }
 }
 .actions { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: 1rem; }
 .actions button, .word { touch-action: manipulation; }
-#next { background: var(--link); border-color: var(--link); color: var(--card); }
+.actions .first { background: var(--link); border-color: var(--link); color: var(--card); }
+.actions button[aria-pressed=true] { outline: 3px solid var(--link); outline-offset: 2px; }
 kbd {
   padding: 0 .35rem; border: 1px solid var(--line); border-radius: 4px; font: inherit;
   font-size: .8125rem; background: var(--page);
 }
-#next kbd { background: none; border-color: currentColor; }
+.first kbd { background: none; border-color: currentColor; }
 #error { color: var(--bad); min-height: 1.5rem; margin: .5rem 0 0; }
 #done { text-align: center; padding: 2rem 1rem; }
 #done .actions { justify-content: center; }
@@ -88,14 +95,18 @@ form label:first-child input { flex: 1; min-width: 0; }
 #help dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; }
 #help dd { margin: 0; }
 #help { margin-top: 1rem; }
+@media (pointer: coarse) { button, input, .word { min-height: 2.75rem; } }
 @media (max-width: 52rem) {
+  html { scroll-padding-bottom: 5rem; }
   body { padding: 1rem .75rem 2rem; }
-  main { grid-template-columns: 1fr; }
-  #history { max-height: 12rem; }
-  .word { min-height: 2.75rem; }
-  .actions { position: sticky; bottom: 0; padding: .5rem 0; background: var(--card); }
-  .actions button { flex: 1; min-height: 2.75rem; }
+  main, #two { grid-template-columns: 1fr; gap: .75rem; }
+  section { padding: .75rem .9rem; }
+  #history { max-height: 9rem; }
+  button, input, .word { min-height: 2.75rem; }
+  .actions { position: sticky; bottom: 0; padding: .5rem 0; background: var(--page); }
+  .actions button { flex: 1; padding: .4rem .5rem; }
   kbd { display: none; }
+  #help kbd { display: inline; }
 }
 """
 )

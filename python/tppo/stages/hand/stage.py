@@ -14,6 +14,7 @@ from tppo.sessions.session import Session
 from tppo.stages.answers import Answer
 from tppo.stages.artifacts import SFT_MODEL
 from tppo.stages.hand.desk import Desk
+from tppo.stages.hand.forms import WordForm
 from tppo.stages.hand.server import label_in_browser
 from tppo.stages.run import Run
 
@@ -53,7 +54,7 @@ def _ask(run: Run, desk: Desk) -> None:
     config = run.config.label.hand
     if not desk.drawn:
         raise DataError("no generated answer has a word, so there is nothing to judge")
-    threshold = run.config.label.sentence_threshold
+    form = WordForm(desk, run.config.label.sentence_threshold)
     teacher = None
     aside = replace(run)  # what only chooses which answers are shown is no input of the stage
     if config.suggestions and aside.path(SFT_MODEL).exists():
@@ -68,9 +69,10 @@ def _ask(run: Run, desk: Desk) -> None:
         if config.terminal:
             from tppo.stages.hand.terminal import label_in_terminal
 
-            label_in_terminal(desk, threshold)
+            label_in_terminal(form)
         else:
-            label_in_browser(desk, config.port, threshold, browser=config.browser)
+            label_in_browser(form, config.port, f"label: judge {config.answers} answers",
+                             browser=config.browser)  # fmt: skip
     finally:
         if teacher is not None:
             teacher.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tppo.errors import DataError
 from tppo.evaluation.page import visible
-from tppo.stages.hand.desk import Desk, Item, whole
-from tppo.stages.hand.server import shown
+from tppo.stages.hand.asking import Asking
+from tppo.stages.hand.desk import Item, whole
+from tppo.stages.hand.forms import WordForm
 from tppo.stopping import Stopped
 
 CLIENT = "terminal"
@@ -27,8 +28,19 @@ CLEAR, INVERSE, PLAIN = "\x1b[2J\x1b[H", "\x1b[7m", "\x1b[0m"
 MARKS = {1: "\u2713", 0: "\u2717", -1: "?"}
 
 
-def label_in_terminal(desk: Desk, threshold: float) -> None:
+Keys = Iterator[str]
+
+
+def label_in_terminal(form: WordForm) -> None:
     """Ask until enough is labelled or the person ends it.
+
+    Errors: DataError where standard input is no terminal.
+    """
+    in_terminal(lambda keys: _Asker(form, keys).run())
+
+
+def in_terminal(ask: Callable[[Keys], None]) -> None:
+    """Ask by keys; the terminal is as before behind it.
 
     Errors: DataError where standard input is no terminal.
     """
@@ -37,13 +49,13 @@ def label_in_terminal(desk: Desk, threshold: float) -> None:
                         "expected one; without it a page in the browser asks")  # fmt: skip
     try:
         with _keys() as keys:
-            _Asker(desk, threshold, keys).run()
+            ask(keys)
     except Stopped as stop:
         raise Stopped(stop.signum, "what was judged is kept") from None
 
 
 @contextmanager
-def _keys() -> Iterator[Iterator[str]]:
+def _keys() -> Iterator[Keys]:
     """The keys that are pressed, one by one; the terminal is as before behind the block."""
     import termios  # there is none on Windows
     import tty
@@ -51,7 +63,7 @@ def _keys() -> Iterator[Iterator[str]]:
     place = sys.stdin.fileno()
     before = termios.tcgetattr(place)
 
-    def pressed() -> Iterator[str]:
+    def pressed() -> Keys:
         while data := os.read(place, 64):  # several where somebody is quick
             while data:
                 size = 3 if data[:1] == b"\x1b" else 1
@@ -68,17 +80,17 @@ def _keys() -> Iterator[Iterator[str]]:
 class _Asker:
     """One person at a terminal."""
 
-    def __init__(self, desk: Desk, threshold: float, keys: Iterator[str]) -> None:
-        self.desk, self.threshold, self.keys = desk, threshold, keys
-        self.me, self.note = desk.config.annotator, ""
+    def __init__(self, form: WordForm, keys: Keys) -> None:
+        self.form, self.desk, self.keys = form, form.desk, keys
+        self.me, self.note = form.desk.config.annotator, ""
 
     def run(self) -> None:
         """Show answers and take what is pressed."""
         item, words, given = self._next()
         place = 0
         while item is not None:
-            texts = shown(item, self.desk.config.show_targets)
-            sentence = whole(words, self.threshold) if given is None else given
+            texts = self.form.shown(item)
+            sentence = whole(words, self.form.threshold) if given is None else given
             self._draw(texts, words, place, sentence)
             key = next(self.keys, "q")
             self.note = ""
@@ -126,19 +138,11 @@ class _Asker:
 
     def _next(self) -> tuple[Item | None, list[int], int | None]:
         item = self.desk.next(CLIENT, self.me)
-        n = 0 if item is None else len(shown(item, False)["texts"])
+        n = 0 if item is None else len(self.form.shown(item)["texts"])
         return item, [-1] * n, None
 
     def _draw(self, texts: dict[str, Any], words: list[int], place: int, sentence: int) -> None:
-        progress = self.desk.progress()
-        lines = [f"{progress['labelled']} of {progress['wanted']} answers. {self.desk.guidance}"]
-        if (agreed := progress["agreement"]) is not None:
-            lines.append(f"A model of your labels agrees with you on {agreed['share']:.0%} of "
-                         f"{agreed['words']} words that it did not learn from.")  # fmt: skip
-        lines.append("")
-        lines += [f"  {visible(line)}" for line in texts["history"]]
-        lines += [f"  (next in truth: {visible(line)})" for line in texts["targets"] or ()]
-        lines.append("")
+        lines = lines_above(self.desk, texts)
         for number, line in enumerate(texts["lines"], 1):
             pieces = [visible(part["text"]) if part["word"] is None
                       else _word(visible(part["text"]), words[part["word"]], part["word"] == place)
@@ -147,6 +151,19 @@ class _Asker:
         verdict = "wanted" if sentence else "not wanted"
         lines += ["", f"  The answer as a whole: {verdict}", "", HELP, self.note]
         print(CLEAR + "\n".join(lines), flush=True)
+
+
+def lines_above(desk: Asking[Any, Any], texts: dict[str, Any]) -> list[str]:
+    """What stands above the answers: how far the work is, by what is judged, the history."""
+    progress = desk.progress()
+    lines = [f"{progress['labelled']} of {progress['wanted']}. {desk.guidance}"]
+    if (agreed := progress.get("agreement")) is not None:
+        lines.append(f"A model of your labels agrees with you on {agreed['share']:.0%} of "
+                     f"{agreed['words']} words that it did not learn from.")  # fmt: skip
+    lines.append("")
+    lines += [f"  {visible(line)}" for line in texts["history"]]
+    lines += [f"  (next in truth: {visible(line)})" for line in texts["targets"] or ()]
+    return [*lines, ""]
 
 
 def _word(text: str, value: int, here: bool) -> str:
