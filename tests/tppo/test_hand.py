@@ -4,12 +4,9 @@ import http.client
 import json
 import os
 import pty
-import random
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -31,8 +28,11 @@ HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>\u202e"
 TEXTS = ["red shoes\ntrail running shoes\nbuy", "海鲜上海\nred 鞋", "אבג דהו\nshoes, red"]
 
 
+MORE = ()  # events of every history, for a test that wants others
+
+
 def session(number):
-    history = (Event("search", f"query {number}"), Event("click", HOSTILE))
+    history = (Event("search", f"query {number}"), *MORE, Event("click", HOSTILE))
     return Session(f"s{number}", f"u{number % 40}", "test", (), history, ("red shoes", HOSTILE))
 
 
@@ -283,46 +283,16 @@ def test_words_are_shown_in_their_lines_and_the_truth_only_if_asked_for(server, 
     shown = [[part["text"] for part in line if part["word"] is not None] for line in item["lines"]]
     assert sum(shown, []) == item["texts"] and len(shown) == text.count("\n") + 1
     assert item["history"][-1] == f"click: {HOSTILE}"
-    desk = desk_of(tmp_path / "other.jsonl", ["x" * 1_000_000], 2, show_targets=True)
+    desk = desk_of(tmp_path / "other.jsonl", ["x" * 100_000], 2, show_targets=True)
     with served(WordForm(desk, 0.6)) as long:
         item = call(long, "/next", ME)[1]["item"]
     assert item["targets"] == ["red shoes", HOSTILE]
-    assert item["texts"] == ["x" * 2000 + " … (998,000 more characters)"]
+    assert item["texts"] == ["x" * 2000 + " … (98,000 more characters)"]
 
 
 def test_a_port_that_is_taken_is_named(server, tmp_path):
     with pytest.raises(DataError, match=f"--label.hand.port was {server.port}, which cannot be"):
         LabelServer(WordForm(desk_of(tmp_path / "x.jsonl"), 0.6), server.port)
-
-
-# --- killed
-
-
-LABELLER = """
-import sys
-sys.path[:0] = {path!r}
-import pathlib
-import test_hand
-desk = test_hand.desk_of(pathlib.Path({file!r}), n=2500, answers=2000)
-while True:
-    item = test_hand.judge(desk)
-    print(item.answer.id, flush=True)
-"""
-
-
-def test_a_kill_loses_nothing_that_was_kept(tmp_path):
-    file, rng, seen = tmp_path / "hand.jsonl", random.Random(0), []
-    code = LABELLER.format(path=[p for p in sys.path if p], file=str(file))
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        seen.append(process.stdout.readline().strip())  # it is at work
-        time.sleep(0.05 * rng.random())
-        process.send_signal(signal.SIGKILL)
-        seen += process.stdout.read().split()
-        process.stdout.close()
-        process.wait(60)
-    assert len(seen) == len(set(seen)) >= 4  # what is kept is not asked again
-    assert {found.id for found in HandLabels(file)} >= set(seen)
 
 
 # --- the terminal

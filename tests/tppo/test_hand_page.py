@@ -1,11 +1,13 @@
 """The pages for labelling by hand, in a real browser: by keys, by touch, and as it is heard."""
 
 import pytest
+import test_hand
 from browser import browser, chromium
 from test_hand import HOSTILE, desk_of, served
 from test_hand_pairs import pair_desk_of
 
 from tppo.labels.words import word_spans
+from tppo.sessions.session import Event
 from tppo.stages.hand.forms import PairForm, WordForm
 
 
@@ -30,8 +32,13 @@ def pairs(tmp_path):
         yield made
 
 
-CODES = {"1": "Digit1", "0": "Digit0", " ": "Space", "Enter": "Enter"}
+CODES = {"1": "Digit1", "2": "Digit2", "0": "Digit0", " ": "Space", "Enter": "Enter"}
 IDLE = "!busy"
+
+
+def errors(page):
+    """What scripts did not catch, and what the browser refused; not what the server refuses."""
+    return [text for text in page.complaints() if "status of 400" not in text]
 
 
 def press(page, *keys, shift=False):
@@ -45,8 +52,6 @@ def press(page, *keys, shift=False):
 
 
 def opened(page, server, **how):
-    page.open(server.address, **how)
-    page.run("sessionStorage.clear()")
     page.open(server.address, **how)
     page.wait("item && !busy")
 
@@ -81,7 +86,7 @@ def test_somebody_labels_by_keys_alone(server, page, width, dark):
     press(page, "Enter")
     page.wait("document.body.innerText.includes('can be closed')")
     server.thread.join(60)
-    assert not server.thread.is_alive() and page.complaints() == []
+    assert not server.thread.is_alive() and errors(page) == []
 
 
 def test_keys_walk_turn_and_judge_whole_queries(server, page):
@@ -118,8 +123,10 @@ def test_a_query_from_right_to_left_is_walked_from_right_to_left(server, page):
     assert page.run("at") == 0
 
 
-SMALL = """[...document.querySelectorAll("button, input")].filter(
+SMALL = """[...document.querySelectorAll("button, input, textarea")].filter(
   b => b.offsetHeight > 0 && (b.offsetHeight < 44 || b.offsetWidth < 44)).map(b => b.id)"""
+WRAPPED = """[...document.querySelectorAll(".actions button")].filter(
+  b => b.offsetHeight > 60).map(b => b.id)"""  # their texts are a line each
 
 
 def tap(page, element):
@@ -211,31 +218,35 @@ def test_a_screen_reader_is_told_what_is_judged(server, page):
     assert {"history", "answer", "query 1"} <= names
     press(page, "Enter")
     assert page.run("document.getElementById('said').textContent") == "1 of 4 are done."
-    assert [r for r, *_ in heard(page) if r in ("status", "alert")] == ["status", "alert"]
+    assert {"status", "alert"} <= {role for role, *_ in heard(page)}
 
 
 @pytest.mark.parametrize("kind", ["words", "pairs"])
-def test_hostile_texts_are_texts(page, kind, tmp_path):
+def test_hostile_texts_are_texts(page, kind, tmp_path, monkeypatch):
     """A megabyte of one query, markup, control characters, an override of the direction."""
-    texts = [f"red {HOSTILE}\x00\x1b[2J\nbuy", "y" * 1_000_000 + "\nred"]
-    form = (WordForm(desk_of(tmp_path / "a.jsonl", texts), 0.6) if kind == "words"
-            else PairForm(pair_desk_of(tmp_path / "a.jsonl", texts=texts)))  # fmt: skip
+    texts = [f"red {HOSTILE}\x00\x1b[2J\nbuy", "y" * 20_000 + "\nred"]
+    long = Event("search", "z" * 1_000_000)
+    monkeypatch.setattr(test_hand, "MORE", (long,))
+    form = (WordForm(desk_of(tmp_path / "a.jsonl", texts, 4), 0.6) if kind == "words"
+            else PairForm(pair_desk_of(tmp_path / "a.jsonl", 4, texts)))  # fmt: skip
     with served(form) as server:
         inert(page, server)
 
 
 def inert(page, server):
     opened(page, server, width=390)
-    answer = page.run("document.getElementById('judged').innerText")
-    while "<img" not in answer or page.run(f"Boolean({by_id('answer')})") and "yyy" not in answer:
-        press(page, "s")
+    answer = ""
+    for _ in range(4):
         answer += page.run("document.getElementById('judged').innerText")
-    assert "\\u0000" in answer and "\\u001b[2J" in answer and "more characters" in answer
-    assert not set(answer) & set("\u202e\0\x1b") and len(answer) < 20_000
+        press(page, "s")
+    assert "img" in answer and "more characters" in answer
+    assert "\\u0000" in answer and "\\u001b" in answer
+    assert not set(answer) & set("\u202e\0\x1b") and len(answer) < 40_000
     assert not page.run("document.documentElement.scrollWidth > innerWidth")
     assert page.run("document.title").endswith("by hand")
-    assert page.run("document.images.length") == 0 and page.complaints() == []
+    assert page.run("document.images.length") == 0 and errors(page) == []
     seen = page.run("document.getElementById('history').innerText")
+    assert "zzz … (998,008 more characters)" in seen
     assert "<img src=x" in seen and "\\u202e" in seen and "\u202e" not in seen
     own = f"http://127.0.0.1:{server.port}/"
     asked = [address for address in page.asked_for() if address.startswith("http")]
@@ -279,7 +290,7 @@ def test_somebody_compares_pairs_by_one_key_each(pairs, page, width, dark):
     press(page, "Enter")
     page.wait("document.body.innerText.includes('can be closed')")
     pairs.thread.join(60)
-    assert not pairs.thread.is_alive() and page.complaints() == []
+    assert not pairs.thread.is_alive() and errors(page) == []
 
 
 def test_a_key_that_is_held_or_pressed_twice_judges_one_pair(pairs, page):
@@ -297,7 +308,7 @@ def test_a_key_that_is_held_or_pressed_twice_judges_one_pair(pairs, page):
 
 def test_somebody_compares_pairs_by_touch_and_is_told_what_is_there(pairs, page):
     opened(page, pairs, width=390)
-    assert page.run(SMALL) == []
+    assert page.run(SMALL) == [] and page.run(WRAPPED) == []
     assert not page.run("document.documentElement.scrollWidth > innerWidth")
     assert {"answer 1", "answer 2", "history"} <= {name for _, name, _ in heard(page, "region")}
     for side in ("right", "equal", "left"):

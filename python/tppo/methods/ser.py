@@ -32,6 +32,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor, nn
 
 from tppo.methods.config import RewardModelConfig, SERConfig
+from tppo.methods.reward_model import enough_passes
 from tppo.methods.sentence_model import (
     Pair,
     SentenceReader,
@@ -145,7 +146,8 @@ class Doubtful(NamedTuple):
 class Pairs:
     """SER's own labels: which of two answers is the better one.
 
-    start: gives the model, as it is before any training.
+    start: gives the model, as it is before any training.  few: whether the seed may be so small
+    that the passes of `training` are too few updates to learn anything (`enough_passes`).
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class Pairs:
         config: SERConfig,
         training: RewardModelConfig,
         seed: int,
+        few: bool = False,
     ):
         self.start, self.config, self.training, self.seed = start, config, training, seed
+        self.few = few
         self.heldout = [item.pair() for item in heldout]
         self.reader = start()
         self.keeper: Keeper = NOTHING_KEPT
@@ -170,8 +174,8 @@ class Pairs:
         """By `train_sentence_model`, all epochs."""
         self.reader = self.start()
         pairs = [item.pair(label) for item, label in zip(items, labels, strict=True)]
-        train_sentence_model(self.reader, pairs, [], self.training, seed=self.seed,
-                             keeper=self.keeper)  # fmt: skip
+        training = enough_passes(self.training, len(pairs)) if self.few else self.training
+        train_sentence_model(self.reader, pairs, [], training, seed=self.seed, keeper=self.keeper)
 
     def sure_of(self, items: Sequence[Doubtful], enough: int) -> Found[int]:
         """Pairs by the filter, the winner is the higher score."""

@@ -18,6 +18,7 @@ from tppo.methods.reward_model import (
     LabelledAnswer,
     Reader,
     class_logits_of,
+    enough_passes,
     evaluate_reward_model,
     train_reward_model,
 )
@@ -30,7 +31,7 @@ TokenLabel = tuple[list[int], int]  # classes of the tokens, NOT_LABELLED where 
 class Tokens:
     """Labels of words: the token reward model labels tokens that it is sure of.
 
-    start: gives the model, as it is before any training.
+    start: gives the model, as it is before any training.  few: as in `tppo.methods.ser.Pairs`.
 
     An answer as a whole is relevant where at least `sentence_threshold` of the tokens are that the
     model takes for relevant or irrelevant; an answer with no token to be sure of is not kept.
@@ -44,8 +45,10 @@ class Tokens:
         training: RewardModelConfig,
         seed: int,
         sentence_threshold: float = 0.6,
+        few: bool = False,
     ):
         self.start, self.config, self.training, self.seed = start, config, training, seed
+        self.few = few
         self.heldout, self.threshold = heldout, sentence_threshold
         self.reader = start()
         self.keeper: Keeper = NOTHING_KEPT
@@ -60,7 +63,8 @@ class Tokens:
         self.reader = self.start()
         rows = [item if label is None else item._replace(categories=label[0], sentence=label[1])
                 for item, label in zip(items, labels, strict=True)]  # fmt: skip
-        train_reward_model(self.reader, rows, self.training, seed=self.seed, keeper=self.keeper)
+        training = enough_passes(self.training, len(rows)) if self.few else self.training
+        train_reward_model(self.reader, rows, training, seed=self.seed, keeper=self.keeper)
 
     def sure_of(self, items: Sequence[LabelledAnswer], enough: int) -> Found[TokenLabel]:
         """Tokens by the probability of their class; `right` counts those of class 1 and 2."""

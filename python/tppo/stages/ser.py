@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tppo.errors import DataError
-from tppo.labels.hand import BY_HAND
-from tppo.labels.label import iter_labels
+from tppo.labels.sources import by_hand
 from tppo.methods.config import RewardModelConfig, SERConfig
 from tppo.methods.reward_model import IRRELEVANT, RELEVANT, PolicyTokens
 from tppo.methods.sentence_model import SentenceReader
@@ -37,7 +36,7 @@ from tppo.stages.artifacts import (
     SFT_MODEL,
 )
 from tppo.stages.reward_model import new_reward_model, save_reward_model
-from tppo.stages.reward_rows import policy_rows, policy_twins, without_label
+from tppo.stages.reward_rows import check_sessions, policy_rows, policy_twins, without_label
 from tppo.stages.run import Run
 from tppo.stages.session_pairs import preferred_pairs, session_pairs
 from tppo.store.checkpoint import Checkpoints, load_latest, save_checkpoint
@@ -63,17 +62,21 @@ def split(
     others: Sequence[Item],
     config: SERConfig,
     seed: int,
-    by_hand: bool = False,
+    hand: bool = False,
+    checks: Collection[Any] = (),
 ) -> Split:
     """Items by what they belong to (a session, a prompt), which stays together.
 
-    others: that nobody has labelled.  by_hand: whether people have labelled, for the seed alone.
+    others: that nobody has labelled.  hand: whether people have labelled, who gave labels to have
+    them used.  checks: what is held out before the rest.
     Errors: DataError where a share leaves none.
     """
     groups = random.Random(f"{seed}/reward").sample(sorted(labelled), len(labelled))
-    n_heldout = max(1, round(config.heldout_share * len(groups)))
+    groups.sort(key=lambda group: group not in checks)
+    n_heldout = max(1, round(config.heldout_share * len(groups)),
+                    min(len(checks), len(groups) // 2))  # fmt: skip
     train = groups[n_heldout:]
-    share = config.seed_share or (1.0 if by_hand else SEED_SHARE)
+    share = config.seed_share or (1.0 if hand else SEED_SHARE)
     n_seed = round(share * len(train))
     if not n_seed:
         raise DataError(
@@ -184,9 +187,11 @@ def pair_rounds(
     config: SERConfig,
     training: RewardModelConfig,
     seed: int,
+    *,
+    few: bool = False,
 ) -> None:
-    """The rounds by pairs of answers."""
-    learner = Pairs(start, parts.heldout, config, training, seed)
+    """The rounds by pairs of answers.  few: as in `tppo.methods.ser.Pairs`."""
+    learner = Pairs(start, parts.heldout, config, training, seed, few)
     run_rounds(out, learner, parts, config, lambda model, folder: model.save(folder, tokenizer),
                lambda item: item.better is not None)  # fmt: skip
 
@@ -199,8 +204,8 @@ def ser_stage(run: Run) -> None:
             _word_rounds(run, out, config, training)
             return
         preferred, equal = run.path(PREFERENCES), run.path(EQUALS)
-        by_hand = preferred.exists() or equal.exists()
-        if by_hand:
+        hand = preferred.exists() or equal.exists()
+        if hand:
             labelled, others = preferred_pairs(run.paths(ANSWERS), preferred, equal)
             say(f"ser: the seed is what people have said of pairs ({preferred}), and no label of "
                 "an answer")  # fmt: skip
@@ -211,8 +216,8 @@ def ser_stage(run: Run) -> None:
             loading=run.config.model, lora=run.config.lora, seed=run.seed,
             prefix=run.config.prefix,
         )  # fmt: skip
-        parts = split(labelled, others, config, run.seed, by_hand)
-        pair_rounds(out, start, parts, run.tokenizer, config, training, run.seed)
+        parts = split(labelled, others, config, run.seed, hand)
+        pair_rounds(out, start, parts, run.tokenizer, config, training, run.seed, few=hand)
 
 
 def _word_rounds(run: Run, out: Path, config: SERConfig, training: RewardModelConfig) -> None:
@@ -220,8 +225,8 @@ def _word_rounds(run: Run, out: Path, config: SERConfig, training: RewardModelCo
         raise DataError(f"--reward-model.model was {training.model!r}, expected none with "
                         "--ser.labels words: tokens are labelled in the policy's tokenizer")
     rows, twins = policy_rows(run), policy_twins(run)
-    by_hand = any(label.labeller.startswith(BY_HAND) for label in iter_labels(run.path(LABELS)))
-    parts = split(rows, without_label(run), config, run.seed, by_hand)
+    hand = any(by_hand(row.labeller) for of in rows.values() for row in of)
+    parts = split(rows, without_label(run), config, run.seed, hand, check_sessions(run))
     have = {label for row in parts.seed for label in row.categories}
     for label, name in ((IRRELEVANT, "irrelevant"), (RELEVANT, "relevant")):
         if label not in have:
@@ -234,7 +239,7 @@ def _word_rounds(run: Run, out: Path, config: SERConfig, training: RewardModelCo
     learner = Tokens(
         lambda: PolicyTokens(new_reward_model(run)[0], run.tokenizer.pad_token_id,
                              run.config.prefix),
-        parts.heldout, config, training, run.seed, run.config.label.sentence_threshold,
+        parts.heldout, config, training, run.seed, run.config.label.sentence_threshold, hand,
     )  # fmt: skip
     run_rounds(out, learner, parts, config,
                lambda model, folder: save_reward_model(run, model, run.tokenizer, folder),

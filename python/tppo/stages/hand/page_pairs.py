@@ -59,7 +59,8 @@ _WORK = """<div id="two">
 <section aria-label="answer 2"><h2>Answer 2</h2><ol id="second"></ol></section>
 </div>"""
 
-_ACTIONS = """<button type="button" id="left" class="first">1 is better <kbd>1</kbd></button>
+_ACTIONS = """
+<button type="button" id="left" class="first">1 is better <kbd>1</kbd></button>
 <button type="button" id="equal">Equal <kbd>0</kbd></button>
 <button type="button" id="right" class="first">2 is better <kbd>2</kbd></button>"""
 

@@ -161,12 +161,11 @@ knows: you may stop here. <button type="button" id="end">Stop labelling</button>
 <div id="truth" hidden><h2>What he searched for next</h2><ul id="targets"></ul></div></section>
 <div id="judged">
 {work}
-<div class="actions">
-{actions}
+<div class="actions"><div>{actions}</div><div>
 <button type="button" id="undo">Undo <kbd>u</kbd></button>
 <button type="button" id="skip">Skip <kbd>s</kbd></button>
 <button type="button" id="ask" aria-expanded="false" aria-controls="help">Keys <kbd>?</kbd></button>
-</div>
+</div></div>
 <div id="help" hidden><dl>{shown}</dl><p class="soft">{escape(note)}</p></div>
 </div>
 </main>
@@ -175,7 +174,7 @@ knows: you may stop here. <button type="button" id="end">Stop labelling</button>
 <button type="button" id="back">Undo the last <kbd>u</kbd></button></div></section>
 <p id="error" role="alert"></p>
 <form id="settings">
-<label>By what you judge <input id="guidance" value="{escape(guidance)}" autocomplete="off"></label>
+<label>By what you judge <textarea id="guidance" rows="1">{escape(guidance)}</textarea></label>
 <label>You are <input id="annotator" value="{escape(annotator)}" size="10" autocomplete="off">
 </label>
 </form>"""

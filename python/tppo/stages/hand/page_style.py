@@ -47,13 +47,13 @@ ol, ul { list-style: none; margin: 0; padding: 0; }
 }
 .query:first-child { border-top: 0; }
 button, input, textarea {
-  font: inherit; color: inherit; background: var(--page);
-  border: 1px solid var(--line); border-radius: 8px; padding: .4rem .8rem;
+  font: inherit; color: inherit; background: var(--page); border-radius: 8px;
+  border: 1px solid color-mix(in oklab, var(--soft) 70%, var(--line)); padding: .4rem .8rem;
 }
-button { cursor: pointer; }
+button { cursor: pointer; white-space: nowrap; }
 .word {
   position: relative; padding: .3rem .7rem .3rem 1.75rem; min-height: 2.5rem; max-width: 100%;
-  font-size: 1.125rem; background: var(--card);
+  font-size: 1.125rem; background: var(--card); white-space: normal;
 }
 .word::before { content: "?"; position: absolute; left: .6rem; color: var(--soft); }
 [dir=rtl] .word { padding: .3rem 1.75rem .3rem .7rem; }
@@ -73,7 +73,8 @@ button { cursor: pointer; }
   border-color: var(--link);
   box-shadow: inset 0 0 0 1px var(--link);
 }
-.actions { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: 1rem; }
+.actions, .actions div { display: flex; flex-wrap: wrap; gap: .5rem; }
+.actions { margin-top: 1rem; }
 .actions button, .word { touch-action: manipulation; }
 .actions .first { background: var(--link); border-color: var(--link); color: var(--card); }
 .actions button[aria-pressed=true] { outline: 3px solid var(--link); outline-offset: 2px; }
@@ -91,20 +92,26 @@ form label {
   align-items: center; color: var(--soft); font-size: .875rem;
 }
 form label:first-child { flex: 1 1 24rem; }
-form label:first-child input { flex: 1; min-width: 0; }
+form textarea { flex: 1; min-width: 0; field-sizing: content; resize: vertical; color: inherit; }
 #help dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; }
 #help dd { margin: 0; }
 #help { margin-top: 1rem; }
-@media (pointer: coarse) { button, input, .word { min-height: 2.75rem; } }
+@media (pointer: coarse) { button, input, textarea, .word { min-height: 2.75rem; } }
 @media (max-width: 52rem) {
   html { scroll-padding-bottom: 5rem; }
   body { padding: 1rem .75rem 2rem; }
   main, #two { grid-template-columns: 1fr; gap: .75rem; }
   section { padding: .75rem .9rem; }
   #history { max-height: 9rem; }
-  button, input, .word { min-height: 2.75rem; }
-  .actions { position: sticky; bottom: 0; padding: .5rem 0; background: var(--page); }
+  button, input, textarea, .word { min-height: 2.75rem; }
+  .actions {
+    position: sticky; bottom: 0; padding: .5rem 0;
+    background: var(--page); border-top: 1px solid var(--line);
+  }
+  .actions div { flex: 1 1 auto; flex-wrap: nowrap; }
   .actions button { flex: 1; padding: .4rem .5rem; }
+  #whole > :first-child { flex-basis: 100%; }
+  form, form label:first-child { display: grid; grid-template-columns: 1fr; }
   kbd { display: none; }
   #help kbd { display: inline; }
 }
