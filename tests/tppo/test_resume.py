@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_stopping import TINY, at, call_before, run, server, signalled  # noqa: F401
 
 from tppo.cli import main
+from tppo.methods.ppo import PPO
 from tppo.models.keeper import NOTHING_KEPT
 from tppo.models.rollout import HFRollout, _draws, _draws_go_on
 from tppo.store import checkpoint
@@ -27,8 +28,9 @@ SETTINGS = TINY | {
     "sft": {"max_steps": 7, "eval_every": 2, "batch_size": 16},
     "reward_model": {"epochs": 2, "batch_size": 16},
     "generate": {"samples": 40, "max_new_tokens": 8, "batch_size": 8},
+    "ppo": TINY["ppo"] | {"checkpoint_every": 1},
 }
-CHAIN = ("data", "sft", "generate", "label", "map", "train-rm", "train", "eval")
+CHAIN = ("data", "sft", "generate", "label", "map", "train-rm", "train", "baselines", "eval")
 # Stage, the function whose call is met, which call, and what is said when it goes on.
 KILLS = {
     "sft": ("tppo.methods.sft", "sft_step", 6, "sft: resumes after step 5 of 7"),
@@ -37,6 +39,9 @@ KILLS = {
     "generate": (HFRollout, "_sample", 4, "generate: resumes after batch 3 of 5"),
     "train-rm": (
         "tppo.methods.reward_model", "_backward", 5, "train-rm: resumes after step 4 of 6"),
+    "baselines": (PPO, "step", 5, "ppo: resumes after step 1 of 3"),  # of the second
+    "baselines, in its reward model": (
+        "tppo.methods.sentence_model", "check_step", 3, "sentence model: resumes after step 2 of"),
     "eval": (HFRollout, "_sample", 2, "eval, sft: resumes after batch 1 of"),
     "eval, in training SFT on": (
         "tppo.methods.sft", "sft_step", 3, "eval, SFT continued: resumes after step 2 of"),
@@ -81,7 +86,7 @@ def contents(folder):
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, content = path.relative_to(folder).as_posix(), path.read_bytes()
-        if name in ("manifest.json", "report.json", "result.json"):
+        if path.name in ("manifest.json", "report.json", "result.json"):
             content = without_seconds(json.loads(content))
         found[name] = content
     return found
@@ -92,7 +97,7 @@ def without_seconds(found):
     if not isinstance(found, dict):
         return found
     return {key: without_seconds(value) for key, value in found.items()
-            if key not in ("seconds", "report.json", "result.json")}  # fmt: skip
+            if key != "seconds" and not key.endswith(("report.json", "result.json"))}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", KILLS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +35,11 @@ from tppo.stages.artifacts import PIT_POLICY, PIT_REPORT
 from tppo.stages.journal import METRICS
 from tppo.stages.loop import Loop
 from tppo.stages.models import adapted, ppo_models
+from tppo.stages.parts import Parts
 from tppo.stages.preferences import answer_ids
 from tppo.store.checkpoint import Checkpoints
 from tppo.store.jsonl import plain, read_json, write_json, write_jsonl
-from tppo.store.run_folder import KEPT, RunFolder
+from tppo.store.run_folder import KEPT
 
 STAGE = "pit"
 MODEL = "model"  # in the folder of each part
@@ -110,30 +110,21 @@ def train_pit(out: Path, training: Training, pairs: Sequence[Better]) -> dict[st
     """
     config = training.config.pit
     train, heldout = held_out(training, pairs)
-    (out / KEPT).mkdir(exist_ok=True)
-    parts, report = RunFolder(out / KEPT), dict[str, Any]()
-
-    def done(name: str) -> bool:
-        return (parts.root / name).exists()
-
-    @contextmanager
-    def part(name: str) -> Any:
-        say(f"pit: {name}")
-        with parts.stage(name, [], training.settings(), training.seed, resume=True) as work:
-            yield work
-
-    if not done("sft"):
-        with part("sft") as work:
+    parts, report = Parts("pit", out, training.settings(), training.seed), dict[str, Any]()
+    if not parts.done("sft"):
+        with parts.part("sft") as work:
+            stopping.defer()
             sft_part(work, training, train, heldout, Checkpoints(work / KEPT, "pit, sft"))
-    if not done("gap"):
-        with part("gap") as work:
+    if not parts.done("gap"):
+        with parts.part("gap") as work:
+            stopping.defer()
             gap_part(work, training, train, heldout, Checkpoints(work / KEPT, "pit, gap"))
     newest = "sft"
     for name, steps in (("stage-0", config.stage_0), ("stage-1", config.stage_1)):
         if not steps:
             continue
-        if not done(name):
-            with stopping.deferrable(), part(name) as work:
+        if not parts.done(name):
+            with parts.part(name) as work:
                 start = parts.root / newest / MODEL
                 stage_loop(work, parts.root, training, train, start, name, steps).run_all()
         report[name.replace("-", "_")] = read_json(parts.root / name / "report.json")

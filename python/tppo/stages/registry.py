@@ -220,7 +220,7 @@ register(Stage(
     outputs=OF_BASELINES,
     settings=lambda given: (*_of_train(given), "generate.samples", *_OF_REWARD_MODEL),
     banner="Two baselines are trained as PPO was: on labels of answers, and paid at the end.",
-    lost="its steps so far are lost",
+    lost="no step of PPO is lost",
 ))  # fmt: skip
 register(Stage(
     "eval", "tppo.stages.evaluate:evaluate",
