@@ -647,6 +647,7 @@ def test_a_missing_file_and_a_missing_stage_are_named(tmp_path):
     (["--reward-model.model", "FILE"], "file: a file, expected a local folder"),
     (["--label.labeller", "endpoint"], "model was '', expected its name at the endpoint"),
     (["--label.labeller", "hand", "--label.hand.rest", "endpoint"], "model was '', expected its"),
+    (["--label.labeller", "endpoint", "--label.endpoint.model", "hand:m"], "labels by hand"),
     (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.price-read",
       "1"], "price_read, price_written were 1.0, None"),
     (["--label.labeller", "endpoint", "--label.endpoint.model", "m", "--label.endpoint.template",

@@ -11,6 +11,7 @@ import tyro
 from pydantic import BeforeValidator
 
 from tppo.labels.endpoint.prompt import Template
+from tppo.labels.hand import BY_HAND
 from tppo.settings import Count, Natural, NonNegative, Positive, Share, Text, section
 
 NO_KEY = "no-key"
@@ -104,6 +105,9 @@ def check(config: EndpointConfig) -> None:
     """Raise ValueError for a configuration with which no request can be made."""
     if not config.model.strip():
         raise ValueError(f"model was {config.model!r}, expected its name at the endpoint")
+    if config.model.startswith(BY_HAND):
+        raise ValueError(f"model was {config.model!r}, expected another name: {BY_HAND!r} is how "
+                         "labels by hand are told from others")  # fmt: skip
     check_key(config)
     prices = (config.price_read, config.price_written)
     if prices.count(None) == 1:
