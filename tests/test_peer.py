@@ -5,6 +5,7 @@ The trainers here are packages written to a folder and imported from it.
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +149,15 @@ def test_the_state_of_a_trainer_is_told_and_nothing_of_it_imported(
                      "supported": versions, "state": state}
     assert why is None if words is None else why.startswith(words) and "\n" not in why
     assert name not in sys.modules
+
+
+def test_what_a_trainer_prints_while_it_is_probed_is_no_part_of_the_report(
+        peer, monkeypatch, capsys):
+    monkeypatch.setattr(_peer, "PEERS", {"oldtrainer": _peer.Peer(">=1,<2", "oldtrainer")})
+    loud = SimpleNamespace(probe=lambda: print("welcome to oldtrainer"))
+    monkeypatch.setitem(sys.modules, "tppo_kernels.integrations.oldtrainer", loud)
+    assert _peer.states(probe=True)[0]["state"] == "works"
+    assert tuple(capsys.readouterr()) == ("", "welcome to oldtrainer\n")
 
 
 def test_names_are_replaced_wherever_they_were_imported_and_put_back(peer):

@@ -14,6 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -65,7 +66,8 @@ def _state(name: str, probe: bool) -> dict[str, str | None]:
         state = "known version"
         if probe:
             state = "fails"
-            importlib.import_module(f"{__package__}.{name}").probe()
+            with redirect_stdout(sys.stderr):  # what a trainer prints is no part of our report
+                importlib.import_module(f"{__package__}.{name}").probe()
             state = "works"
     except PeerError as error:
         why = str(error)
