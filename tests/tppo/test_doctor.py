@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from _weights import enlarged
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.cli import main
+from tppo.models.tokenizer import train_tokenizer
 from tppo.stages import doctor
+from tppo.stages.model_check import FIT, check_model, table
 from tppo.stages.needs import GB, LEVELS, STAGES, Work, need, plan, turned
 
 CPU = torch.device("cpu")
@@ -78,3 +81,84 @@ def test_the_command_says_what_there_is_and_runs_the_self_test(tmp_path, capsys)
     assert "self-test: all passed" in shown and "gae" in shown
     assert re.search(r"(?m)^  skyrl +skyrl is not installed, expected skyrl>=[\d.,<]+: pip ", shown)
     assert GB == 10**9
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["search: red shoes\nblue hat", "search: boots!"] * 4, 280)
+
+
+def model(tokenizer, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes | ids | options)
+    return enlarged(LlamaForCausalLM(config)).eval()
+
+
+def verdicts(given, tokenizer):
+    return {found.check: found.verdict for found in check_model(given, tokenizer)}
+
+
+def test_a_sound_model_is_trusted_in_every_way(tokenizer):
+    given = model(tokenizer)
+    before = {name: x.clone() for name, x in given.state_dict().items()}
+    found = check_model(given, tokenizer)
+    assert {row.verdict for row in found} == {FIT} and len(found) >= 8
+    checks = " ".join(row.check for row in found)
+    for word in ("twice", "step-0 ratio", "transformers", "gradients", "backend reference"):
+        assert word in checks
+    assert "train it as you like" in table(found)[-1]
+    assert all(torch.equal(before[name], x) for name, x in given.state_dict().items())
+    assert all(p.grad is None for p in given.parameters())
+
+
+def test_dropout_is_found(tokenizer):
+    given = model(tokenizer, attention_dropout=0.5).train()
+    found = verdicts(given, tokenizer)
+    assert found["the same batch, read twice"].startswith("do not train it: something random")
+
+
+def test_an_attention_that_sees_padding_is_found(tokenizer, monkeypatch):
+    """It ignores the mask of padding: an answer's log-probs depend on its neighbours."""
+    given = model(tokenizer)
+    for layer in given.model.layers:
+        real = layer.self_attn.forward
+
+        def forward(*args, real=real, attention_mask=None, **rest):
+            return real(*args, attention_mask=None, **rest)
+
+        monkeypatch.setattr(layer.self_attn, "forward", forward)
+    found = verdicts(given, tokenizer)
+    assert found["one answer alone, by transformers"].startswith("do not train it: padding")
+
+
+def test_an_attention_that_shares_wrongly_is_sent_to_dense_prompts(tokenizer, monkeypatch):
+    """Answers to one prompt that see each other: dense prompts are right, shared ones are not."""
+    import tppo_kernels as tk
+    from tppo_kernels.models import shared_prefix as module
+
+    given, real = model(tokenizer), tk.prefix_attention
+
+    def blind(q, k, v, layout, **rest):
+        return torch.roll(real(q, k, v, layout, **rest), 1, 2)
+
+    monkeypatch.setattr(module, "prefix_attention", blind)
+    found = verdicts(given, tokenizer)
+    assert found["shared prompts, log-probs"] == "train with --prefix dense"
+    assert found["shared prompts, gradients"] == "train with --prefix dense"
+    assert found["step-0 ratio: as the update reads it"] == FIT
+    assert table(check_model(given, tokenizer))[-1] == "what to trust: train with --prefix dense"
+
+
+def test_the_table_of_a_model_on_disk_and_the_exit_status(tokenizer, tmp_path, capsys):
+    given = model(tokenizer)
+    given.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert doctor.check(tmp_path, CPU)
+    shown = capsys.readouterr().out
+    assert re.search(r"(?m)^head, backend \w+ +[\d.e-]+ +1.0e-04 +ok$", shown)
+    (tmp_path / "model.safetensors").unlink()
+    assert doctor.check(tmp_path, CPU)
+    assert "no weights here" in capsys.readouterr().out

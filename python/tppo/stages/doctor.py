@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 ABOUT = (
     "What this machine can do: its memory, which stages of which models fit it, which packages are "
-    "missing and how to get them, the backends of every operator, and a self-test of each. The "
-    "exit status is 1 where the self-test fails."
+    "missing and how to get them, the backends of every operator, and a self-test of each. With "
+    "--model M the model itself is read in every way that a training reads it, and a table says "
+    "what to trust. The exit status is 1 where the self-test or a way of reading fails."
 )
 # Extras of the package: the module that shows it is there, and what it is for.
 EXTRAS = {
@@ -46,8 +47,9 @@ class DoctorOptions:
     """Flags of `tppo doctor`."""
 
     model: FilePath | None = None
-    """A causal LM to plan for (a local folder, or an id of the Hugging Face hub, of which
-    config.json alone is read); by default four shapes, from 0.5B to 14B parameters."""
+    """A causal LM to plan for, by default four shapes from 0.5B to 14B parameters.  One in a local
+    folder is loaded and read: PPO's step-0 ratio, shared prompts against dense ones, every backend
+    that is here; of an id of the Hugging Face hub config.json alone is read."""
     plan: Literal["yes", "no"] = "yes"
     """Whether to compute what fits, which takes most of the time."""
 
@@ -63,11 +65,27 @@ def main(arguments: list[str]) -> None:
     print("\n".join([*machine_lines(device), "", *missing_lines(device.type == "cuda")]))
     if options.plan == "yes":
         print("\n".join(["", *fit_lines(shapes(options.model), device, free_memory(device))]))
+    good = options.model is None or check(options.model, device)
     print()
     from tppo_kernels.__main__ import main as kernels
 
     del torch
-    sys.exit(kernels([]))
+    sys.exit(kernels([]) or int(not good))
+
+
+def check(path: Path, device: torch.device) -> bool:
+    """Prints what reading a local model in every way gives; whether all of them agree."""
+    from tppo.models.load import load_policy
+    from tppo.models.tokenizer import load_tokenizer
+    from tppo.stages.model_check import FIT, check_model, table
+
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        print(f"\n{path}: no weights here (model.safetensors), so the model itself is not read")
+        return True
+    with status(f"reading {path}"):
+        findings = check_model(load_policy(path, device), load_tokenizer(path))
+    print("\n".join(["", f"{path}, read in every way that a training reads it", *table(findings)]))
+    return all(found.verdict == FIT for found in findings)
 
 
 def machine_lines(device: torch.device) -> list[str]:
