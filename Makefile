@@ -31,7 +31,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci lint docs wheel docker bench hand-pictures fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci lint docs wheel docker bench hand-pictures faults fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -92,6 +92,9 @@ bench: .venv/dev  ## the operators against eager and compiled PyTorch on this ma
 
 hand-pictures: .venv/dev  ## pictures of the pages for labelling by hand, into build/hand-pictures
 	$(BIN)/python tests/tppo/hand_pictures.py
+
+faults: .venv/dev  ## 200 kills and 100 other faults put into a tiny run, with a table of what was lost (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py
 
 fuzz: .venv/dev  ## 100,000 random gradients of the log-prob operators against fp64 (about 5 minutes)
 	$(BIN)/python tests/fuzz_gradients.py 100000

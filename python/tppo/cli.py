@@ -30,6 +30,8 @@ OTHERS = {
                "tppo.stages.doctor:main"),
     "plan": ("what each stage would take of a GPU's memory, before anything is trained",
              "tppo.stages.plan:main"),
+    "replay": ("repeats a batch that PPO skipped because its figures were not finite, and names "
+               "the operator", "tppo.stages.replay:main"),
     "report": ("report.html of a run folder, finished or under way: result, curves, answers",
                "tppo.stages.report.command:main"),
     "study": ("arms trained at equal cost and compared: what labels of words and rewards of "
@@ -75,7 +77,7 @@ def _main(arguments: list[str]) -> None:
             perform(command, rest)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         if os.environ.get("TPPO_TRACEBACK") == "1":
             raise
         sys.exit(f"tppo {command}: {_told(error)}")

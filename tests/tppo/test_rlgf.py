@@ -3,6 +3,7 @@
 Chang et al. 2023: PPO++, AggreVaTeD, LOLS and D2LOLS.
 """
 
+import contextlib
 import copy
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from tppo.methods.experience import Models
 from tppo.methods.ppo import PPO
 from tppo.methods.rlgf import AGGREVATED, PLUS, SKIPPED, GuidedPPO
 from tppo.models.batch import Batch
+from tppo.models.guards import GuardError
 from tppo.models.load import load_policy
 from tppo.models.policy import Critic, TwoCritics, learners, policy_logprobs
 from tppo.models.rollout import LOST, HFRollout, RolloutBatch, Sampling
@@ -269,7 +271,8 @@ def test_masks_say_who_is_trained_where(folder, algorithm):  # noqa: F811
 @pytest.mark.parametrize("value", [NAN, 1e38])
 def test_nothing_is_learnt_from_a_token_that_it_should_not_be(folder, algorithm, value):  # noqa: F811
     """Neither the log-probs of the guide's tokens nor targets of the critic where it is not
-    trained: whatever stands there, every weight moves to the same bits; at another token it stops.
+    trained: whatever stands there, every weight moves to the same bits; a minibatch with it at
+    another token is skipped.
     """
     results = []
     for poison in (False, True):
@@ -291,8 +294,9 @@ def test_nothing_is_learnt_from_a_token_that_it_should_not_be(folder, algorithm,
         (data, _), _ = scored(ppo)
         b, t = getattr(data.masks, mask).nonzero()[0].tolist()
         getattr(data, name)[b, t] = NAN
-        with pytest.raises(RuntimeError, match="not finite|is nan"):
+        with contextlib.suppress(GuardError):  # after several in a row
             ppo.update(data)
+        assert ppo.skips.of_step
 
 
 def test_the_guides_critic_has_targets_of_the_guide_alone(folder):  # noqa: F811

@@ -126,12 +126,13 @@ WITHOUT_RESULT = {
     # The content of the model is compared, wherever it lies.
     "train-rm": RECOMPUTED | {"reward_model.model", "model.allow_pickle"},
     "train": RECOMPUTED | {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
-                           "reward_model.min_auc_sessions", "ppo.without_signal"},
+                           "reward_model.min_auc_sessions", "ppo.without_signal",
+                           "ppo.max_spoilt"},
     "eval": RECOMPUTED,
     # It builds PPO to score answers, and trains nothing.
     "heat": RECOMPUTED | {"ppo.lr", "ppo.critic_lr", "ppo.clip", "ppo.steps", "ppo.adaptive_kl",
-                          "ppo.lr_schedule", "ppo.lr_warmup_steps", "ppo.critic_lr_warmup_steps",
-                          "ppo.critic_warmup_steps"},
+                          "ppo.max_spoilt", "ppo.lr_schedule", "ppo.lr_warmup_steps",
+                          "ppo.critic_lr_warmup_steps", "ppo.critic_warmup_steps"},
 }  # fmt: skip
 
 

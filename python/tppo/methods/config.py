@@ -16,7 +16,7 @@ from tppo.settings import Count, Natural, NonNegative, Part, Positive, Share, Te
 MAX_TOKENS = 65_536  # that a model reads at once
 Algorithm = Literal["ppo", "ppo++", "aggrevated", "lols", "d2lols"]
 # Settings of PPO that the weights do not depend on.
-WITHOUT_EFFECT = ("checkpoint_every", "verify_prefix", "without_signal")
+WITHOUT_EFFECT = ("checkpoint_every", "max_spoilt", "verify_prefix", "without_signal")
 
 
 @section
@@ -187,6 +187,9 @@ class PPOConfig:
     """Weights whose held-out KL per response is larger, in nats, are not kept."""
     checkpoint_every: Count = 5
     """PPO steps between two checkpoints."""
+    max_spoilt: Count = 3
+    """A batch whose loss, gradient, reward or value is not finite is skipped, counted (ppo/spoilt)
+    and kept for `tppo replay`; so many in a row stop the training."""
     without_signal: bool = False
     """Go on where there is nothing to learn from: labels of one class, a policy that stays put."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tppo.methods.advantages import Masks
-from tppo.models.batch import Batch, assembled
+from tppo.models.batch import Batch, assembled, pad_rows
 from tppo.models.policy import Critic
 from tppo.models.rollout import RolloutBatch
 
@@ -129,3 +129,29 @@ def columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> l
     kinds = zip(*(found for _, found in rows), strict=True)
     return [assembled(batch.mask, [(i, x) for (i, _), x in zip(rows, kind, strict=True)])
             for kind in kinds]  # fmt: skip
+
+
+def learner_masks(
+    batch: Batch,
+    category: Tensor | None,
+    author: Sequence[Sequence[bool]] | None,
+    literal: Sequence[int] | None,
+) -> Masks:
+    """The masks of what the learner wrote, which author says where another wrote too.
+
+    A forced token is a step of the MDP, and no more: its reward counts in the returns before it.
+    literal: the ids that end an answer; of the policy only they and tokens of class 1 or 2 are
+    trained, as the paper reads literally.
+    """
+    own = batch.mask
+    if author is not None:
+        lengths = [*map(len, author)], [*map(len, batch.response_ids)]
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"author had rows of {lengths[0]}, expected one entry a response "
+                             f"token, {lengths[1]}")  # fmt: skip
+        own = pad_rows(author, batch.mask)  # [B, T]
+    policy = own
+    if literal is not None and category is not None:
+        ends = torch.isin(batch.targets, batch.targets.new_tensor(literal))  # [B, T]
+        policy = own & ((category > 0) | ends)
+    return Masks(action=batch.mask, policy=policy, critic=own, kl=own)

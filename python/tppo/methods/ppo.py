@@ -35,6 +35,7 @@ from tppo.methods.experience import (
     Models,
     Reading,
     columns,
+    learner_masks,
     minibatch_metrics,
     rollout_metrics,
 )
@@ -49,16 +50,15 @@ from tppo.methods.guards import (
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
 from tppo.methods.schedules import Schedules
-from tppo.models.batch import Batch, pad_rows
+from tppo.methods.spoilt import SPOILT, PartSize, Skips, SpoiltRollout, check_experience
+from tppo.models.batch import Batch
 from tppo.models.config import Prefix
-from tppo.models.guards import check_figures, check_step, check_weights, trainable
+from tppo.models.guards import check_weights, not_finite, trainable
 from tppo.models.parallel import ALONE, World
 from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.token_model import TokenModelReward
-
-PPO_REMEDY = "usually a smaller --ppo.lr or --ppo.critic-lr helps"
 
 
 class PPO:
@@ -97,6 +97,7 @@ class PPO:
         self.pad_id, self.seed, self.prefix, self.world = pad_id, seed, prefix, world
         self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.step_count, self.weights_checked = 0, False
+        self.skips, self.part_size = Skips(config.max_spoilt), PartSize(config.max_tokens)
         if self.advantage.needs_critic != (models.critic is not None):
             raise ValueError(
                 f"models.critic was {'None' if models.critic is None else 'a critic'}, expected "
@@ -127,8 +128,13 @@ class PPO:
         if not self.weights_checked:  # later steps begin where an update was checked
             check_weights(f"before ppo step {self.step_count}", self._with_weights())
             self.weights_checked = True
+        self.skips.of_step = 0
         rollout = self.sample(questions.ids)
-        experience, metrics = self.score(rollout, self.answers(questions, rollout))
+        try:
+            experience, metrics = self.score(rollout, self.answers(questions, rollout))
+        except SpoiltRollout as found:
+            self.skips.add(self.step_count, found.data, str(found), self._with_weights())
+            return {SPOILT: 1.0, "policy/updates": 0.0}, rollout
         metrics |= self.update(experience)
         self.schedules.adapt(self.step_count, metrics["objective/kl"], len(questions))
         metrics["episode"] = self.step_count * len(questions)
@@ -192,18 +198,6 @@ class PPO:
             read.rewards, read.values, masks, read.old, read.ref, answers.groups, bootstrap
         )
         found = check_advantage(found, batch.mask, self.advantage.needs_critic)
-        of_classes = read.category is not None
-        figures = {
-            "log-probs of the policy": read.old,
-            "log-probs of the reference": read.ref,
-            "class logits of the reward model" if of_classes else "rewards": read.rewards,
-            "values of the critic": read.values,
-            "values of the critic after the last tokens": read.after,
-            "advantages": found.advantages,
-            "returns": found.returns,
-        }
-        known = {name: x for name, x in figures.items() if x is not None}
-        check_figures(f"ppo step {self.step_count}", known)
         experience = Experience(
             batch=batch,
             masks=masks,
@@ -214,19 +208,23 @@ class PPO:
             advantages=found.advantages,
             returns=found.returns,
         )
+        check_experience(self.step_count, read, experience)
         rows, kl_coef = self.counted(rollout), self.schedules.kl_coef
         return experience, rollout_metrics(rollout, read, masks.kl, kl_coef, rows)
 
     def _read(self, batch: Batch, answers: Answers) -> Reading:
         """Each process reads its share of the responses with every model, and rates its own."""
         models, temperature, world = self.models, self.sampling.temperature, self.world
-        parts = batch.parts(self.config.max_tokens, world.size)[world.rank]
-        states: list[tuple[list[int], tuple[Tensor, ...]]] = []
-        for index in parts:
+
+        def read(index: list[int]) -> tuple[list[int], tuple[Tensor, ...]]:
             part = batch.rows(index)
             old, _ = policy_logprobs(models.policy, part, temperature)
             ref, _ = policy_logprobs(models.ref, part, temperature)
-            states.append((index, (old, ref, *(models.critic(part) if models.critic else ()))))
+            return index, (old, ref, *(models.critic(part) if models.critic else ()))
+
+        states = self.part_size.fitted(
+            batch, lambda n: [read(index) for index in batch.parts(n, world.size)[world.rank]]
+        )
         exchanged = world.exchanged((states, self.rated(batch, answers)))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
         rewards, *category = columns(batch, [row for _, part in exchanged for row in part])
@@ -261,13 +259,16 @@ class PPO:
         updates = 0
         for rows in minibatches:
             figures, stepped = self._minibatch(experience.rows(rows), not parts)
-            parts.append(figures)
-            if not stepped:
+            parts += [figures] if figures else []
+            if figures and not stepped:
                 break
-            updates += 1
+            updates += stepped
         self.optimizer.zero_grad()  # their memory is free while the next responses are sampled
         check_weights(f"after ppo step {self.step_count}", self.models.trained, trained=True)
         ratios = torch.tensor([part["val/ratio"] for part in parts])
+        rates |= {SPOILT: float(self.skips.of_step)} if self.skips.of_step else {}
+        if not parts:
+            return rates | {"policy/updates": 0.0}
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         of_policy = 0 if self.schedules.critic_alone(self.step_count) else updates
         return means | rates | {
@@ -283,19 +284,19 @@ class PPO:
         return named if self.models.critic is not None else {"lr": named["lr"]}
 
     def _minibatch(self, data: Experience, first: bool) -> tuple[dict[str, float], bool]:
-        """One optimiser step, unless `target_kl` forbids it; its figures, whether it was taken."""
+        """One optimiser step, unless `target_kl` forbids it; its figures, whether it was taken.
+        None of them where the minibatch is skipped, because some of it is not finite."""
         config, models, world = self.config, self.models, self.world
-        indices = data.batch.parts(config.max_tokens, world.size)[world.rank]
-        parts = [data.rows(index) for index in indices]
         alone = self.schedules.critic_alone(self.step_count)
         trained = {name: model for name, model in models.trained.items()
                    if name == "critic" or not alone}  # fmt: skip
         # The policy's first update is checked as the critic's is, where that came before.
         step_zero = first and self.step_count in (1, config.critic_warmup_steps + 1)
-        if step_zero and config.verify_prefix and parts and parts[0].batch.shares:
-            check_shared_prefix(models, self.reward, parts[0].batch, self.sampling.temperature)
-        self.optimizer.zero_grad()
-        losses = [self._backward(part, data, step_zero) for part in parts]
+        own = data.batch.parts(self.part_size.tokens, world.size)[world.rank]
+        if step_zero and config.verify_prefix and own and data.batch.rows(own[0]).shares:
+            check_shared_prefix(models, self.reward, data.batch.rows(own[0]),
+                                self.sampling.temperature)  # fmt: skip
+        losses = self.part_size.fitted(data.batch, lambda n: self.gradients(data, n, step_zero))
         for model in trained.values():
             world.add_gradients(model.parameters())
         if step_zero:
@@ -309,12 +310,23 @@ class PPO:
         sums = {"policy loss": sum(part.policy for part in whole)}
         if models.critic is not None:
             sums["value loss"] = sum(part.value for part in whole if part.value is not None)
-        check_step(f"ppo step {self.step_count}", trained, sums, norms, PPO_REMEDY)
+        _, why = not_finite(f"ppo step {self.step_count}", trained, sums, norms)
+        if why:
+            self.optimizer.zero_grad()
+            self.skips.add(self.step_count, data, why, self._with_weights(), part="minibatch")
+            return {}, False
         figures = minibatch_metrics(whole)
         if config.target_kl is not None and figures["policy/approxkl_avg"] > config.target_kl:
             return figures, False
         self.optimizer.step()
+        self.skips.in_row = 0
         return figures, True
+
+    def gradients(self, data: Experience, max_tokens: int, step_zero: bool = False) -> list[Losses]:
+        """The gradients of a minibatch, from the beginning, with so many tokens read at once."""
+        self.optimizer.zero_grad()
+        parts = data.batch.parts(max_tokens, self.world.size)[self.world.rank]
+        return [self._backward(data.rows(index), data, step_zero) for index in parts]
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
@@ -355,24 +367,9 @@ class PPO:
         category: Tensor | None,
         author: Sequence[Sequence[bool]] | None = None,
     ) -> Masks:
-        """What the learner wrote is trained, in policy and critic, and pays KL.
-
-        A forced token is a step of the MDP, and no more: its reward counts in the returns before
-        it.  The paper read literally (`train_on_unlabelled` False): of the policy only tokens of
-        class 1 or 2, and EOS.
-        """
-        own = batch.mask
-        if author is not None:
-            lengths = [*map(len, author)], [*map(len, batch.response_ids)]
-            if lengths[0] != lengths[1]:
-                raise ValueError(f"author had rows of {lengths[0]}, expected one entry a response "
-                                 f"token, {lengths[1]}")  # fmt: skip
-            own = pad_rows(author, batch.mask)  # [B, T]
-        policy = own
-        if not self.config.train_on_unlabelled and category is not None:
-            ends = torch.isin(batch.targets, batch.targets.new_tensor(self.eos_ids))  # [B, T]
-            policy = own & ((category > 0) | ends)
-        return Masks(action=batch.mask, policy=policy, critic=own, kl=own)
+        """What the learner wrote is trained, in policy and critic, and pays KL."""
+        literal = None if self.config.train_on_unlabelled else self.eos_ids
+        return learner_masks(batch, category, author, literal)
 
     @property
     def bootstraps(self) -> bool:

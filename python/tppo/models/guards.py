@@ -30,18 +30,29 @@ def check_step(
     norms: the norm of the gradient of each of the models, by the same names.
     Errors: GuardError where one of either is not finite, naming step, model and parameter.
     """
+    figures, bad = not_finite(when, models, losses, norms)
+    if bad:
+        raise GuardError(
+            f"{bad}. Stopped before the optimiser's step, which would have spoilt the weights; "
+            f"{remedy}"
+        )
+    return figures[: len(losses)]
+
+
+def not_finite(
+    when: str,
+    models: Mapping[str, nn.Module],
+    losses: Mapping[str, Any],
+    norms: Mapping[str, Tensor],
+) -> tuple[list[float], str]:
+    """Losses and norms as numbers, and what is not finite of them, "" where nothing is."""
     device = next(iter(norms.values())).device
     tensors = [torch.as_tensor(x).detach().to(device, torch.float32)
                for x in (*losses.values(), *norms.values())]  # fmt: skip
     figures = torch.stack(tensors).tolist()
     names = [*losses, *(f"gradient norm of the {name}" for name in norms)]
     bad = [f"{name} is {x}" for name, x in zip(names, figures, strict=True) if not math.isfinite(x)]
-    if bad:
-        raise GuardError(
-            f"{when}: {', '.join(bad)}{_culprit(models)}. Stopped before the optimiser's step, "
-            f"which would have spoilt the weights; {remedy}"
-        )
-    return figures[: len(losses)]
+    return figures, f"{when}: {', '.join(bad)}{_culprit(models)}" if bad else ""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -76,8 +87,8 @@ def check_figures(when: str, figures: Mapping[str, Tensor]) -> None:
     bad = [name for name, good in zip(figures, finite, strict=True) if not good]
     if bad:
         raise GuardError(
-            f"{when}: not finite: {', '.join(bad)}. Stopped before the update, which would have "
-            "spoilt the weights"
+            f"{when}: not finite: {', '.join(bad)}, before the update, which would have spoilt the "
+            "weights"
         )
 
 

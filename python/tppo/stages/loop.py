@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from tppo.methods.critic_fit import Answered, fit_critic, sampled
 from tppo.methods.guards import stands_still, sums
 from tppo.methods.ppo import PPO
 from tppo.methods.rlgf import SKIPPED, in_brackets
+from tppo.methods.spoilt import SPOILT
 from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import save_model
@@ -38,7 +39,8 @@ from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
-from tppo.stages.skipped import skip
+from tppo.stages.replay import write_spoilt
+from tppo.stages.skipped import skip, steps_taken, taken
 from tppo.store.checkpoint import Checkpoints, save_checkpoint
 from tppo.store.jsonl import write_json
 from tppo.store.run_folder import KEPT
@@ -102,6 +104,7 @@ class Loop:
         `journal` writes rows and samples, by default into `out` alone.
         """
         self.trainer, self.train, self.held, self.out = trainer, train, held, out
+        trainer.skips.keep = partial(write_spoilt, out) if trainer.world.rank == 0 else None
         self.tokenizer, self.watch, self.about = tokenizer, watch or Watch(), about or {}
         self.config, self.world = trainer.config, trainer.world
         self.steps, self.batch_size = schedule(len(train), self.config)
@@ -128,7 +131,7 @@ class Loop:
             for step in range(first, self.steps + 1):
                 row = self.step(step)
                 bar.advance()
-                if not row.get(SKIPPED):
+                if taken(row):
                     bar.note(self.noted(row))
                 if step < self.steps:
                     self.stop_if_asked(step)
@@ -186,7 +189,7 @@ class Loop:
         skipped = bool(metrics.get(SKIPPED))
         if skipped:
             skip(self, step)
-        if first and not skipped and before == sums(weights):
+        if first and not skipped and SPOILT not in metrics and before == sums(weights):
             stands_still(self.config.without_signal)
         row = {"step": step, **metrics}
         if not skipped:
@@ -340,15 +343,15 @@ class Loop:
 
     def report(self) -> dict[str, Any]:
         """What the closing table needs to know of the training."""
-        taken = [row for row in self.metrics if not row.get(SKIPPED)]
+        rows = steps_taken(self.metrics)
         return {
             "steps": self.steps,
             "optimizer_steps": sum(row["policy/updates"] for row in self.metrics),
             "kept_step": self.best_step,
             "qualified": bool(self.best),
-            "first_reward": taken[0]["objective/scores"],
-            "last_reward": taken[-1]["objective/scores"],
-            **({"skipped_steps": missed} if (missed := self.steps - len(taken)) else {}),
+            "first_reward": rows[0]["objective/scores"],
+            "last_reward": rows[-1]["objective/scores"],
+            **({"skipped_steps": missed} if (missed := self.steps - len(rows)) else {}),
             "reached": self.reached(),
             **({"critic_fit": self.critic_fit} if self.critic_fit else {}),
             **self.about,
@@ -360,11 +363,9 @@ class Loop:
         if self.held is None:
             return {}
         name = f"heldout/{self._looked_at()[0]}"
-        return {
-            f"{level:g}": next((row["step"] for row in self.metrics if row.get(name, 0) >= level),
-                               None)
-            for level in REACHED
-        }  # fmt: skip
+        return {f"{level:g}": next((row["step"] for row in self.metrics
+                                    if row.get(name, 0) >= level), None)
+                for level in REACHED}  # fmt: skip
 
     def _looked_at(self) -> list[str]:
         """Names of the figures of held-out answers, the one first by which weights are kept."""
@@ -375,10 +376,8 @@ class Loop:
         form = ""
         if FORMAT in self._looked_at():
             form = f"format >= {self.min_format:.3f} ({self.config.min_format:g} of SFT's) and "
-        return (
-            f"WARNING: no step had held-out {form}KL <= {self.config.max_kl:g}; the last one is "
-            "kept"
-        )
+        return (f"WARNING: no step had held-out {form}KL <= {self.config.max_kl:g}; the last one "
+                "is kept")  # fmt: skip
 
 
 def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`tppo doctor --model M`: what the model itself gives when it is read in every way of a training."""
+"""`tppo doctor --model M`: what the model itself gives, read in every way of a training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _dense(model: PreTrainedModel, batch: Batch, old: Tensor, bounds: Bounds) ->
             _row("the same batch, read twice", lambda: policy_logprobs(model, batch, 1.0)[0], old,
                  twice, 0.0, "do not train it: something random is in its forward (dropout?)"),
             _row("step-0 ratio: as the update reads it", update, old, bounds, bounds.forward,
-                 "do not train it: other rows of a batch, or padding, change an answer's log-probs"),
+                 "do not train it: other rows of a batch, or padding, change its log-probs"),
             _row("one answer alone, by transformers", lambda: _alone(model, batch), old, bounds,
                  bounds.forward, "do not train it: padding, or a head that is no linear map, "
                  "changes its log-probs"),
@@ -159,7 +159,7 @@ def _heads(model: PreTrainedModel, batch: Batch, old: Tensor, bounds: Bounds) ->
                     found = head(states, batch.targets, batch.mask)[0]
             except tk.BackendError:
                 continue
-            rows.append(_row(f"head, backend {name}", lambda found=found: found, old, bounds,
+            rows.append(_row(f"head, backend {name}", found.clone, old, bounds,
                              bounds.forward, f"not backend {name}: TPPO_BACKEND=reference goes "
                              "on without it"))  # fmt: skip
     return rows

@@ -1,4 +1,4 @@
-"""A step of PPO that could not be taken, because its guide gave no answer."""
+"""Steps of PPO that could not be taken: without a guide's answer, or with figures not finite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from tppo.methods.rlgf import SKIPPED, GuidedPPO
 from tppo.models.guards import GuardError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
     from tppo.stages.loop import Loop
+
+
+def taken(row: Mapping[str, Any]) -> bool:
+    """Whether the step of a row has scored answers."""
+    return "objective/scores" in row
+
+
+def steps_taken(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of the steps that were taken.  Errors: GuardError where there are none."""
+    found = [row for row in rows if taken(row)]
+    if not found:
+        raise GuardError(f"ppo: none of {len(rows)} steps could be taken, because the figures of "
+                         "their answers are not finite (the reasons stand above)")  # fmt: skip
+    return found
 
 
 def skip(loop: Loop, step: int) -> None:
