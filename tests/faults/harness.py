@@ -145,6 +145,22 @@ def clock_backwards():
     time.time = back
 
 
+def spoilt_reward(when):
+    """To be called in a child: one token's reward is NaN, at one call of the reward."""
+    from tppo.methods import ppo
+
+    real, calls = ppo.check_reward, []
+
+    def check_reward(found, mask):
+        found = real(found, mask)
+        calls.append(1)
+        if len(calls) == when:
+            found.rewards[0, 0] = float("nan")
+        return found
+
+    ppo.check_reward = check_reward
+
+
 def child(log, arguments, prepare):
     """`tppo` with these arguments in a process of its own."""
     code, done = 99, None
@@ -387,6 +403,8 @@ def two_processes(machine, stage):
     end = time.monotonic() + HANG
     while not (folder / f"{stage}.tmp").exists() and first.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
+    if not first.is_alive():
+        return Case("two processes", stage, f"the first: {log.read_text()[-300:]}", False)
     os.kill(first.pid, signal.SIGSTOP)
     second = machine.run([stage, "--out", str(folder)])
     os.kill(first.pid, signal.SIGCONT)

@@ -1,6 +1,8 @@
 """A reduced form of `make faults`: a fault or two of each kind, in stages that differ most."""
 
 import errno
+import functools
+import json
 import random
 import signal
 
@@ -52,6 +54,27 @@ def test_a_harmed_checkpoint_is_passed_over(machine):
 
 def test_two_processes_in_one_folder(machine):
     lost_nothing(harness.two_processes(machine, "train"))
+
+
+def test_a_reward_that_is_not_a_number_costs_a_step_and_is_replayed(machine):
+    """`tppo replay` on what the run has kept names the first operator that it spoils."""
+    folder = machine.copy("train")
+    before = sorted(path.name for path in folder.iterdir())
+    ended = machine.run(["train", "--out", str(folder)],
+                        functools.partial(harness.spoilt_reward, 2))  # fmt: skip
+    assert ended.code == 0, ended.said
+    kept = folder / "spoilt/train-step-2-1.json"
+    assert f"The rollout is skipped (1 in a row); `tppo replay {kept}` repeats it" in ended.said
+    rows = [json.loads(line) for line in (folder / "train/metrics.jsonl").read_text().splitlines()]
+    assert [row.get("ppo/spoilt", 0) for row in rows] == [0, 1, 0]
+    assert json.loads((folder / "train/report.json").read_text())["skipped_steps"] == 1
+    after = harness.contents(folder)
+    again = machine.run(["replay", str(kept)])
+    assert again.code == 0, again.said
+    assert "rewards of the batch: nan at token 0 of response 0 (1 values)" in again.said
+    assert "found: linear_ppo_loss: " in again.said and "Its input advantages is nan" in again.said
+    assert harness.contents(folder) == after
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "spoilt", "train"])
 
 
 def test_the_harness_sees_what_is_lost(machine, monkeypatch):

@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tyro
+
 from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say, status
@@ -38,7 +40,7 @@ KEYS = {"step", "part", "why", "prompts", "responses", "prefix", "pad_id", "stag
 class ReplayOptions:
     """Flags of `tppo replay`."""
 
-    batch: FilePath
+    batch: tyro.conf.Positional[FilePath | None] = None
     """The file that the warning of the skipped batch names: RUN/spoilt/train-step-12-1.json."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
@@ -75,10 +77,14 @@ def write_spoilt(stage: Path, batch: SpoiltBatch) -> str:
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo replay`."""
     options = parse(ReplayOptions, "tppo replay", ABOUT, arguments)
-    kept = read_kept(options.batch)
+    path = options.batch
+    if path is None:
+        raise DataError("no file was given, expected the .json that the warning of the skipped "
+                        "batch names: tppo replay RUN/spoilt/train-step-12-1.json")  # fmt: skip
+    kept = read_kept(path)
     with status("loading the run"):
-        loop = loop_of_run(options.batch.absolute().parent.parent, options.device)
-    print("\n".join(replay(loop.trainer, loop, kept, options.batch)))
+        loop = loop_of_run(path.absolute().parent.parent, options.device)
+    print("\n".join(replay(loop.trainer, loop, kept, path)))
 
 
 def read_kept(path: Path) -> dict[str, Any]:
