@@ -3,7 +3,6 @@
 Chang et al. 2023: PPO++, AggreVaTeD, LOLS and D2LOLS.
 """
 
-import contextlib
 import copy
 from dataclasses import replace
 
@@ -294,8 +293,10 @@ def test_nothing_is_learnt_from_a_token_that_it_should_not_be(folder, algorithm,
         (data, _), _ = scored(ppo)
         b, t = getattr(data.masks, mask).nonzero()[0].tolist()
         getattr(data, name)[b, t] = NAN
-        with contextlib.suppress(GuardError):  # after several in a row
+        try:
             ppo.update(data)
+        except GuardError:  # at the first update, or after several in a row
+            continue
         assert ppo.skips.of_step
 
 
