@@ -270,6 +270,8 @@ def test_the_agreement_of_people_and_of_a_run_is_printed_from_its_files(out, cap
     given = judge(run, 10, wrong=1)
     judge(run, 6, annotator="anna")
     words = [sum(len(label.words) for _, label in part) for part in (given, given[-6:])]
+    path = journal_of(run)
+    path.write_bytes(b'{"id": "cut off\n' + path.read_bytes())
     main(["label", "--out", str(out), "--agreement", str(journal_of(run))])
     told = capsys.readouterr().out
     blocks = told.split("kappa")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from tppo.labels.journal import Journal, Without
 from tppo.labels.label import Label
@@ -104,12 +105,16 @@ class HandPairs(Journal[Preferred]):
 
 
 def is_journal(path: Path) -> bool:
-    """Whether a file holds judgements of words by hand rather than labels: by its first line."""
+    """Whether a file holds judgements of words by hand rather than labels: by its first line that
+    is whole.
+    """
     if not path.exists():
         return False
     with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    try:
-        return isinstance(_LINE.validate_json(first), Judged | Without)
-    except ValidationError:
-        return False
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:  # blank, or cut off by a kill
+                continue
+            return isinstance(row, dict) and "annotator" in row and "responses" not in row
+    return False
