@@ -79,9 +79,11 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
 
-    def open(self, address: str, *, width: int = 1400, dark: bool = False) -> None:
-        """Loads an address in a window of a width, in light or dark."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900,
+    def open(
+        self, address: str, *, width: int = 1400, height: int = 900, dark: bool = False
+    ) -> None:
+        """Loads an address in a window of a size, in light or dark."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
@@ -122,8 +124,9 @@ class Browser:
                       windowsVirtualKeyCode=13)  # fmt: skip
 
     def picture(self, path: Path) -> None:
-        """Writes what is seen, the whole page, as PNG."""
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        """Writes what is seen, the whole page, as PNG or, by the file's name, as small WebP."""
+        kind = {"format": "webp", "quality": 60} if path.suffix == ".webp" else {}
+        found = self.send("Page.captureScreenshot", captureBeyondViewport=True, **kind)
         path.write_bytes(b64decode(found["data"]))
 
     def asked_for(self) -> set[str]:

@@ -1,6 +1,7 @@
 """Pictures of the pages for labelling by hand, in a real browser, to be looked at.
 
     python tests/tppo/hand_pictures.py [--out build/hand-pictures]     make hand-pictures
+    python tests/tppo/hand_pictures.py --docs                          the two of docs/pictures
 
 Words and pairs at 1400 and 390 px, light and dark, with help open, with texts from right to left,
 in scripts without spaces, and hostile ones.
@@ -25,6 +26,7 @@ from tppo.stages.hand.desk import Desk
 from tppo.stages.hand.forms import PairForm, WordForm
 from tppo.stages.hand.pairs import PairDesk
 
+DOCS = Path(__file__).parents[2] / "docs/pictures"
 HISTORY = [
     ("search", "running shoes"), ("click", "Trail running shoes for wet ground, size 42"),
     ("search", "waterproof trail shoes"), ("search", "gaiters for trail running"),
@@ -51,7 +53,7 @@ class Teacher:
 
     def foretell(self, id: str) -> tuple[float, ...]:
         """Of so many words."""
-        return (0.9, 0.2, 0.8) * 40
+        return (0.9, 0.8, 0.9, 0.7, 0.2, 0.9, 0.8, 0.9) * 15
 
     def doubt(self, id: str) -> float:
         """The same of all."""
@@ -65,6 +67,10 @@ def main(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # it still writes at its end
     with profile as folder, browser(program, Path(folder)) as page:
+        if out == DOCS:
+            for form in ("words", "pairs"):
+                picture(page, form, "plain", out / f"{form}.webp", width=1000, height=560)
+            return 0
         for kind in ANSWERS:
             for width in (1400, 390):
                 for dark in (False, True):
@@ -78,17 +84,20 @@ def main(out: Path) -> int:
     return 0
 
 
-def picture(page: Browser, form: str, kind: str, file: Path, *, width: int, dark: bool) -> None:
+def picture(
+    page: Browser, form: str, kind: str, file: Path, *, width: int, height: int = 900,
+    dark: bool = False,
+) -> None:
     """One page, a part of its words judged; of plain texts with help open beside."""
     with tempfile.TemporaryDirectory() as folder:
         made = words_of(kind, Path(folder)) if form == "words" else pairs_of(kind, Path(folder))
         with served(made) as server:
-            page.open(server.address, width=width, dark=dark)
+            page.open(server.address, width=width, height=height, dark=dark)
             page.wait("item && !busy")
             if form == "words":
                 page.run("set([0, 1, 2], 1); set([3], 0); go(4)")
             page.picture(file)
-            if kind == "plain" and not dark:
+            if kind == "plain" and not dark and file.suffix == ".png":
                 page.run("help()")
                 page.picture(file.with_stem(f"{file.stem}-help"))
 
@@ -113,6 +122,8 @@ def words_of(kind: str, folder: Path) -> WordForm:
         count = len(word_spans(item.answer.text))
         desk.judge("a", "me", item.id, [1, 0, 1] * 40 if count == 120 else [1] * count, 1)
     desk.model_changed()
+    progress = desk.progress()
+    desk.progress = lambda: progress | {"seconds": 11.0}  # type: ignore[method-assign]
     return WordForm(desk, 0.6)
 
 
@@ -125,5 +136,5 @@ def pairs_of(kind: str, folder: Path) -> PairForm:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv
-                       else "build/hand-pictures")))  # fmt: skip
+    given = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "build/hand-pictures"
+    sys.exit(main(DOCS if "--docs" in sys.argv else Path(given)))

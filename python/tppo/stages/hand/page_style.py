@@ -42,7 +42,8 @@ ol, ul { list-style: none; margin: 0; padding: 0; }
 #two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .line { font-size: 1.125rem; }
 .query {
-  display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; padding: .5rem 0;
+  display: flex; flex-wrap: wrap; align-items: center; gap: .4rem;
+  padding: .5rem .35rem; margin: 0 -.35rem;  /* the ring of a word is seen whole */
   border-top: 1px solid var(--line); max-height: 14rem; overflow-y: auto;
 }
 .query:first-child { border-top: 0; }
@@ -55,6 +56,7 @@ button { cursor: pointer; white-space: nowrap; }
   position: relative; padding: .3rem .7rem .3rem 1.75rem; min-height: 2.5rem; max-width: 100%;
   font-size: 1.125rem; background: var(--card); white-space: normal;
 }
+.word[tabindex="0"] { box-shadow: 0 0 0 2px var(--link); }
 .word::before { content: "?"; position: absolute; left: .6rem; color: var(--soft); }
 [dir=rtl] .word { padding: .3rem 1.75rem .3rem .7rem; }
 [dir=rtl] .word::before { left: auto; right: .6rem; }
