@@ -1,6 +1,9 @@
 """The stage prefer, by which people compare pairs of answers, and SER from labels by hand."""
 
 import json
+import shutil
+import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,11 +12,13 @@ from test_ser_run import TINY
 from tppo.config import fill_defaults
 from tppo.errors import DataError
 from tppo.labels.config import HandConfig, LabelConfig
-from tppo.labels.hand import HandPairs, Preferred
+from tppo.labels.hand import HandLabels, HandPairs, Preferred
 from tppo.labels.label import read_labels, write_labels
+from tppo.labels.words import word_spans
 from tppo.methods.config import SERConfig
 from tppo.stages import prefer as stage
 from tppo.stages.answer_pairs import answer_pairs
+from tppo.stages.hand import stage as hand_stage
 from tppo.stages.preferences import read_preferences
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_json, read_jsonl
@@ -29,8 +34,8 @@ def prepared(tmp_path_factory):
     return run.out
 
 
-def run_of(out, hand=None, **ser):
-    label = LabelConfig(hand=hand or HandConfig())
+def run_of(out, hand=None, labeller="rule", **ser):
+    label = LabelConfig(labeller=labeller, hand=hand or HandConfig())
     config = replace(TINY, label=label, ser=SERConfig(**ser))
     return Run(out=out, config=fill_defaults(config, pretrained=False))
 
@@ -149,3 +154,29 @@ def test_ser_begins_with_words_by_hand_and_labels_the_rest(prepared, monkeypatch
         assert report["rounds"][1]["kept"] > 0 and report["all_labels"] is None
     finally:
         write_labels(prepared / "label/labels.jsonl", labels)
+
+
+@pytest.mark.parametrize("suggestions", [True, False])
+def test_without_suggestions_no_model_is_trained_and_all_answers_are_drawn(
+    prepared, tmp_path, monkeypatch, suggestions
+):
+    out = shutil.copytree(prepared, tmp_path / "run")
+    teachers = []
+
+    def ask(form, port, what, browser):
+        desk = form.desk
+        for n in range(27):
+            end = time.monotonic() + 60
+            while suggestions and n == 25 and not desk.teacher.learnt and time.monotonic() < end:
+                time.sleep(0.02)
+            item = desk.next("t", "me")
+            count = len(word_spans(item.answer.text))
+            desk.judge("t", "me", item.id, [i % 2 for i in range(count)], 1)
+        teachers.append(desk.teacher)
+
+    monkeypatch.setattr(hand_stage, "label_in_browser", ask)
+    run_of(out, HandConfig(answers=27, suggestions=suggestions), "hand").perform("label")
+    kinds = Counter(found.kind for found in HandLabels(out / "hand-labels.jsonl"))
+    assert kinds == {"check": 10, "random": 15} | (
+        {"chosen": 2} if suggestions else {"random": 17})  # fmt: skip
+    assert (teachers[0] is not None) == suggestions

@@ -101,6 +101,7 @@ function wholeTurn() {
 const letters = {a: wholeTurn};
 
 function pressed(event) {
+  if (event.repeat && !event.code.startsWith("Arrow")) return;  // arrows alone may be held
   const backwards = buttons[at]
     && getComputedStyle(buttons[at].parentElement).direction === "rtl" ? -1 : 1;
   const acts = {
