@@ -23,26 +23,31 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
 FOLDER = Path(sys.argv[1])
 PROMPT, RESPONSE, ROWS, LETTER, STEPS = 3, 12, 8, 7, 3
+MODELS = "language_model", "value_model"
 SETTINGS = dict(strategy="fsdp2", param_offload=False, optimizer_offload=False, model_dtype="fp32",
                 use_torch_compile=False, mixed_precision=dict(param_dtype="fp32"),
                 use_dynamic_bsz=False, micro_batch_size_per_gpu=2, infer_micro_batch_size_per_gpu=2)
 
 
-def saved_model():
-    """A model of two layers and sixteen letters."""
+def saved_models():
+    """An actor and a critic of two layers and sixteen letters."""
     torch.manual_seed(0)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(16)}, "t0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1",
-                            chat_template="{{ messages }}").save_pretrained(FOLDER)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_labels=1,
-        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
-        eos_token_id=1)).save_pretrained(FOLDER)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1",
+                                        chat_template="{{ messages }}")
+    for model in (LlamaForCausalLM, LlamaForTokenClassification):
+        folder = FOLDER / MODELS[model is LlamaForTokenClassification]
+        tokenizer.save_pretrained(folder)
+        model(LlamaConfig(
+            vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_labels=1,
+            num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+            eos_token_id=1)).save_pretrained(folder)
 
 
 def workers(kind, processes, loss, rate):
@@ -72,7 +77,7 @@ def workers(kind, processes, loss, rate):
 
     config = TrainingWorkerConfig(
         model_type=kind, engine_config=FSDPEngineConfig(**SETTINGS),
-        model_config=HFModelConfig(path=str(FOLDER), use_remove_padding=False,
+        model_config=HFModelConfig(path=str(FOLDER / kind), use_remove_padding=False,
                                    enable_gradient_checkpointing=False,
                                    override_config={"attn_implementation": "sdpa"}),
         optimizer_config=FSDPOptimizerConfig(lr=rate, total_training_steps=100),
@@ -113,7 +118,7 @@ def main():
     from verl.workers.config import ActorConfig, CriticConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
-    saved_model()
+    saved_models()
     mode = "tppo" if "tppo" in core_algos.POLICY_LOSS_REGISTRY else "vanilla"
     actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_mini_batch_size=4,
                         ppo_micro_batch_size_per_gpu=2, entropy_coeff=0.01, use_kl_loss=True,
@@ -129,8 +134,8 @@ def main():
         "critic": {"ppo_mini_batch_size": 4, "ppo_epochs": 2, "data_loader_seed": 1,
                    "shuffle": False}})
     trainer.distillation_config, trainer.ref_in_actor = None, False
-    policy = workers("language_model", 2, partial(losses.ppo_loss, actor), 1e-2)
-    trainer.critic_wg = workers("value_model", 1, partial(losses.value_loss, critic), 1e-2)
+    policy = workers(MODELS[0], 2, partial(losses.ppo_loss, actor), 1e-2)
+    trainer.critic_wg = workers(MODELS[1], 1, partial(losses.value_loss, critic), 1e-2)
     trainer.actor_rollout_wg = SimpleNamespace(
         compute_log_prob=lambda data: policy.infer_batch(data).get(),
         update_actor=lambda data: policy.train_mini_batch(data).get())

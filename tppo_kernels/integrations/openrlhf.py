@@ -32,7 +32,7 @@ import tppo_kernels as tk
 
 from . import _peer
 from ._peer import Part, Replacements
-from ._tensors import alike, differentiated, floats, mask_of, plain
+from ._tensors import alike, differentiated, floats, has_gap, mask_of, plain
 
 VERSIONS = _peer.PEERS["openrlhf"].versions
 HOOK = "tppo_kernels.integrations.openrlhf.patch_when_imported"
@@ -62,9 +62,12 @@ def get_advantages_and_returns(self: Any, values: Tensor, rewards: Tensor,
     mask = mask_of(action_mask) if ours and action_mask is not None else None
     if not ours or (mask is None and action_mask is not None):
         return _maker.original(_GAE)(self, values, rewards, action_mask, gamma, lambd)
-    if mask is not None:
-        values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
-    return tuple(tk.gae(rewards, values, gamma=gamma, lam=lambd))  # type: ignore[return-value]
+    if mask is not None and has_gap(mask):
+        # Something valid stands behind a masked slot, which is a step there. Behind the last valid
+        # one there is nothing to carry, and steps of zeros are no steps.
+        values, rewards, mask = (*(torch.where(mask, x, 0) for x in (values, rewards)), None)
+    return tuple(tk.gae(rewards, values, mask, gamma=gamma,  # type: ignore[return-value]
+                        lam=lambd))
 
 
 def _reduction(token_level: bool, dp_size: int = 1, batch_num_tokens: Any = None,
