@@ -28,7 +28,7 @@ from transformers import (
 )
 
 FOLDER = Path(sys.argv[1])
-PROMPT, RESPONSE, ROWS, LETTER, STEPS = 3, 12, 8, 7, 3
+PROMPT, RESPONSE, ROWS, LETTER, STEPS = 3, 12, 8, 7, 6
 MODELS = "language_model", "value_model"
 SETTINGS = dict(strategy="fsdp2", param_offload=False, optimizer_offload=False, model_dtype="fp32",
                 use_torch_compile=False, mixed_precision=dict(param_dtype="fp32"),
@@ -111,7 +111,7 @@ def batch():
 
 
 def main():
-    """Three steps of PPO as verl's trainer orders them."""
+    """Six steps of PPO as verl's trainer orders them."""
     from functools import partial
 
     from verl.trainer.ppo import core_algos, ray_trainer

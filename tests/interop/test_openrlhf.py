@@ -277,7 +277,8 @@ def test_nothing_is_slower_than_openrlhfs(capsys, name, size):
             return found[0] if name == "policy" else found  # beside its figures
         return with_backward(of, *([] if at is None else [args[at]]))
 
-    times = compared(capsys, f"{name}, {size}", call(getattr(STOCK, name)), call(function))
+    times = compared(capsys, f"{name}, {size}", call(getattr(STOCK, name)), call(function),
+                     seconds=4.0 if name == "gae" else 1.0)  # one call of theirs takes 40 ms
     if name == "gae" and size == "64 x 2048":
         assert times >= 50
 

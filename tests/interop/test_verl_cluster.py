@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_ppo_of_verls_trainer_and_workers_is_the_same_with_ours(installed, tmp_path):
-    """Three steps by its driver, an FSDP actor of two processes and a critic of one: everything
+    """Six steps by its driver, an FSDP actor of two processes and a critic of one: everything
     that verl logs is equal, and the log-probs of what is paid rise."""
     found = {}
     for how, environ in (("stock", {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none",
@@ -21,11 +21,12 @@ def test_ppo_of_verls_trainer_and_workers_is_the_same_with_ours(installed, tmp_p
         (tmp_path / how).mkdir()
         done = subprocess.run(
             [sys.executable, "-W", "ignore", HERE / "_verl_run.py", tmp_path / how,
-             tmp_path / f"{how}.json"], env=environ, capture_output=True, text=True)
+             tmp_path / f"{how}.json"], env=environ | {"RAY_DEDUP_LOGS": "0"}, text=True,
+            capture_output=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         found[how] = json.loads((tmp_path / f"{how}.json").read_text())
         said = [x for x in (done.stdout + done.stderr).splitlines() if "GAE, whitening" in x]
-        assert len(said) == {"stock": 0, "ours": 4}[how], said  # the driver and its three workers
+        assert (len(said) >= 4) if how == "ours" else not said  # the driver and its three workers
     assert found["stock"]["ours"] == "verl.trainer.ppo.core_algos"
     assert found["ours"]["ours"] == "tppo_kernels.integrations.verl"
     assert (found["stock"]["mode"], found["ours"]["mode"]) == ("vanilla", "tppo")
