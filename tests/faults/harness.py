@@ -380,6 +380,24 @@ def harmed_file(machine, stage, name, how):
     return Case("harmed file", what, outcome, outcome in ("identical", "refused, named"))
 
 
+def harmed_settings(machine, how):
+    """The settings of the run, which a stage alone starts from."""
+    folder = machine.copy("eval")
+    harm(folder / "run.yaml", how)
+    ended = machine.run(["eval", "--out", str(folder)])
+    outcome = f"no sentence that names it: {ended.said[:900]}"
+    if ended.code == 0:
+        same = contents(folder / "eval") == contents(machine.finished / "eval")
+        # Without the file the flags are those by default, as for any command without one.
+        told = "WARNING: eval builds on files of sft, which would now be others" in ended.said
+        outcome = "identical" if same else "told, setting by setting" if told else ended.said[:900]
+    elif ended.refused and "run.yaml" in ended.said:
+        outcome = "refused, named"
+    shutil.rmtree(folder)
+    return Case("harmed settings", f"run.yaml {how}", outcome,
+                outcome in ("identical", "refused, named", "told, setting by setting"))  # fmt: skip
+
+
 def harmed_checkpoint(machine, stage, name, how):
     """A file of the newest checkpoint of a stage that was killed."""
     folder = machine.copy(stage)
@@ -445,6 +463,8 @@ def whole(machine, kills, seed=0):
     for name in ("policy.safetensors", "optimizer.pt", "state.json", "COMPLETE.json"):
         for how in HARMS:
             yield harmed_checkpoint(machine, "train", name, how)
+    for how in ("truncated", "missing", "foreign"):  # a flipped bit is a setting that one may type
+        yield harmed_settings(machine, how)
     for stage in ("sft", "train"):
         yield two_processes(machine, stage)
         yield prepared(machine, "clock backwards", stage, clock_backwards)
