@@ -187,6 +187,19 @@ def test_the_sentence_and_the_name_that_are_typed_are_kept(server, page):
     assert (found.annotator, found.guidance, found.words[0]) == ("anna", "only shoes", 1)
 
 
+def test_somebody_ends_it_with_fewer_answers_and_by_no_slip(server, page):
+    opened(page, server, width=390)
+    tap(page, "buttons[0]")
+    tap(page, by_id("next"))
+    page.wait("words.every(word => word < 0)")
+    tap(page, by_id("end"))
+    assert "press again" in page.run(f"{by_id('end')}.textContent") and server.thread.is_alive()
+    tap(page, by_id("end"))
+    page.wait("document.body.innerText.includes('can be closed')")
+    server.thread.join(60)
+    assert not server.thread.is_alive() and len(list(server.form.desk.labels)) == 1
+
+
 def heard(page, role=None):
     """What a screen reader is told, as (role, name, states) in the order of the page."""
     found = []

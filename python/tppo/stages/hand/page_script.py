@@ -97,6 +97,12 @@ async function finish() {
       "on. This page can be closed."));
   }
 }
+let sure = false;
+function end() {  // with fewer than were asked for: a second press, so that no slip ends it
+  if (sure) finish();
+  sure = !sure;
+  $("end").textContent = sure ? "End here: press again" : "End here";
+}
 function undo() { send("/undo", {}); }
 function skip() { if (item) send("/skip", {id: item.id}); }
 function help() {
@@ -120,7 +126,7 @@ document.addEventListener("keydown", event => {
   } else if (item) pressed(event);
 });
 for (const [id, act] of [["undo", undo], ["back", undo], ["skip", skip], ["ask", help],
-                         ["finish", finish], ["end", finish]])
+                         ["finish", finish], ["end", end]])
   $(id).addEventListener("click", act);
 $("settings").addEventListener("submit", event => event.preventDefault());
 $("guidance").addEventListener("change", () => call("/guidance", {text: $("guidance").value}));
@@ -153,7 +159,7 @@ def frame(
 <div id="figures"></div>
 <p id="said" role="status"></p>
 <p id="stop" class="soft" hidden>The last labels have changed next to nothing of what the model
-knows: you may stop here. <button type="button" id="end">Stop labelling</button></p>
+knows: you may stop here.</p>
 </header>
 <main id="work" hidden>
 <section aria-label="history"><h2>What the user did, the newest last</h2>
@@ -177,4 +183,5 @@ knows: you may stop here. <button type="button" id="end">Stop labelling</button>
 <label>By what you judge <textarea id="guidance" rows="1">{escape(guidance)}</textarea></label>
 <label>You are <input id="annotator" value="{escape(annotator)}" size="10" autocomplete="off">
 </label>
+<button type="button" id="end">End here</button>
 </form>"""
