@@ -18,7 +18,6 @@ from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
 from tppo.flags import wants_help
 from tppo.help import stage_page
-from tppo.labels.config import machine_of
 from tppo.labels.endpoint.config import (
     api_key,
     check,
@@ -228,7 +227,7 @@ def _check_early(
     if command in ("run", "train", "eval"):
         run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label
-    if machine_of(label) != "endpoint":
+    if label.machine != "endpoint":
         return
     check_key(label.endpoint)
     if command == "label" or command == "run":

@@ -69,7 +69,7 @@ class LabelConfig:
                 "labeller 'hand': the rest are answers that nobody has judged by hand"
             )
 
-
-def machine_of(label: LabelConfig) -> Literal["rule", "endpoint"] | None:
-    """Who labels besides people, or instead of them."""
-    return label.hand.rest if label.labeller == "hand" else label.labeller
+    @property
+    def machine(self) -> Literal["rule", "endpoint"] | None:
+        """Who labels besides people, or instead of them."""
+        return self.hand.rest if self.labeller == "hand" else self.labeller

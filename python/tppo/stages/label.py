@@ -9,7 +9,7 @@ from pathlib import Path
 from tppo.errors import DataError
 from tppo.evaluation.judge import spoken
 from tppo.labels.agreement import Pair, compare_files, pairwise, shown
-from tppo.labels.config import ENOUGH, machine_of
+from tppo.labels.config import ENOUGH
 from tppo.labels.endpoint.batch import export_batch, import_batch
 from tppo.labels.endpoint.config import NoKey
 from tppo.labels.endpoint.live import EndpointError, LabelItem, label
@@ -69,7 +69,7 @@ def _by_machine(run: Run, sessions: LineIndex[Session], until: ExitStack) -> Ite
     closed.
     """
     config = run.config.label
-    machine = machine_of(config)
+    machine = config.machine
     if machine != "endpoint":
         forget(run.label_lost)
     if machine is None:

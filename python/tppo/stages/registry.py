@@ -24,7 +24,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tppo.labels.config import machine_of
 from tppo.stages.artifacts import (
     ANSWERS,
     CATEGORIES,
@@ -105,9 +104,9 @@ def _of_sft(given: Given) -> tuple[str, ...]:
 def _of_label(given: Given) -> tuple[str, ...]:
     label = given.config.label
     by_hand = ("label.hand.answers", "label.hand.rest") if label.labeller == "hand" else ()
-    if machine_of(label) is None:
+    if label.machine is None:
         return "label.labeller", *by_hand
-    if machine_of(label) == "rule":
+    if label.machine == "rule":
         return "label.labeller", *by_hand, "label.sentence_threshold", "rule"
     return (
         "label.labeller", *by_hand,
