@@ -29,7 +29,7 @@ import _trl  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification  # noqa: E402
 
 from tppo.methods.config import PPOConfig  # noqa: E402
-from tppo.methods.experience import Models  # noqa: E402
+from tppo.methods.experience import Experience, Models  # noqa: E402
 from tppo.methods.ppo import PPO  # noqa: E402
 from tppo.models.config import Prefix  # noqa: E402
 from tppo.models.policy import Critic, RewardModel  # noqa: E402
@@ -117,12 +117,16 @@ def rollout(vocab: int, prompt: int, response: int, group: int, groups: int) -> 
     return RolloutBatch(prompts, [ids(response) for _ in prompts], None, ["length"] * len(prompts))
 
 
-def update(ppo: PPO, batch: RolloutBatch) -> dict[str, float]:
-    """Everything between a rollout and the next weights."""
+def scored(ppo: PPO, batch: RolloutBatch) -> Experience:
+    """What an update trains on."""
     lengths = [float(len(ids)) for ids in batch.response_ids]
     questions = Questions(batch.prompt_ids, columns={"suggested_length": lengths})
-    experience, _ = ppo.score(batch, ppo.answers(questions, batch))
-    return ppo.update(experience)
+    return ppo.score(batch, ppo.answers(questions, batch))[0]
+
+
+def update(ppo: PPO, batch: RolloutBatch) -> dict[str, float]:
+    """Everything between a rollout and the next weights."""
+    return ppo.update(scored(ppo, batch))
 
 
 def gate(ways: dict[str, PPO], batch: RolloutBatch, tolerance: float) -> None:
@@ -130,8 +134,10 @@ def gate(ways: dict[str, PPO], batch: RolloutBatch, tolerance: float) -> None:
     metrics, gradients = {}, {}
     for prefix, ppo in ways.items():
         metrics[prefix] = update(ppo, batch)
+        ppo.gradients(scored(ppo, batch), ppo.config.max_tokens)  # an update keeps none
         parameters = [p for m in ppo.models.trained.values() for p in m.parameters()]
-        gradients[prefix] = [p.grad.clone() for p in parameters if p.grad is not None]
+        gradients[prefix] = [p.grad for p in parameters if p.grad is not None]
+        assert gradients[prefix], "no gradients to compare"
     for name, dense in metrics["dense"].items():
         if abs(metrics["shared"][name] - dense) > tolerance * max(1.0, abs(dense)):
             raise RedGate(f"red gate, no number: {name} is {metrics['shared'][name]:g} shared, "

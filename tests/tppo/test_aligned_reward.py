@@ -340,7 +340,7 @@ TINY = {
     "scratch": {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 400},
     "sft": {"max_steps": 30, "eval_every": 10, "decay_steps": 30},
     "generate": {"samples": 96},
-    "reward_model": {"epochs": 2, "lr": 3e-3},
+    "reward_model": {"epochs": 2, "lr": 3e-3, "min_auc": 0.0},
     "ppo": {"steps": 2, "batch_size": 16, "minibatch_size": 8, "min_format": 0.0,
             "max_kl": 100.0},
     "eval": {"temperatures": [1.0], "heat_users": 2},

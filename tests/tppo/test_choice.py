@@ -108,7 +108,7 @@ def test_answers_of_the_policy_are_labelled_while_it_trains_and_pay_from_then_on
     class Watched(rounds.Rounds):
         def before(self, step, trainer):
             super().before(step, trainer)
-            weights = trainer.reward.model.model.state_dict()
+            weights = trainer.reward.reward.model.model.state_dict()  # behind the form's cost
             seen.append((step, list(self.pairs), {k: v.clone() for k, v in weights.items()}))
 
     monkeypatch.setattr("tppo.stages.study.arms.Rounds", Watched)

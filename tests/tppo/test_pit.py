@@ -178,11 +178,11 @@ def test_references_of_stage_1_are_what_the_policy_writes(trained, tmp_path):
     assert own.columns != loops[1].asked(2, rows).columns and improver.texts([[5]])
 
 
-@pytest.mark.parametrize(("module", "step"), [
-    ("tppo.methods.sentence_model", 4),  # in the gap model
-    ("tppo.methods.ppo", 4),  # in step 2 of stage 1
+@pytest.mark.parametrize(("check", "step"), [
+    ("tppo.methods.sentence_model.check_step", 4),  # in the gap model
+    ("tppo.methods.ppo.not_finite", 4),  # in step 2 of stage 1
 ])  # fmt: skip
-def test_a_kill_in_any_part_costs_no_bit(trained, model, tmp_path, capfd, module, step):  # noqa: F811
+def test_a_kill_in_any_part_costs_no_bit(trained, model, tmp_path, capfd, check, step):  # noqa: F811
     result, out = trained
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in texts(24, 4)))
@@ -196,11 +196,11 @@ def test_a_kill_in_any_part_costs_no_bit(trained, model, tmp_path, capfd, module
     ):  # fmt: skip
         for name in names:
             flags += [f"--{section}.{name.replace('_', '-')}", str(getattr(given, name))]
-    killed(step, flags, tmp_path, module)
-    parts = tmp_path / "o/pit.tmp/checkpoints"
-    assert (parts / "sft").is_dir() and (parts / "stage-0").is_dir() == module.endswith("ppo")
+    killed(step, flags, tmp_path, check)
+    parts, in_ppo = tmp_path / "o/pit.tmp/checkpoints", "methods.ppo" in check
+    assert (parts / "sft").is_dir() and (parts / "stage-0").is_dir() == in_ppo
     main(flags)
-    part, steps = ("ppo", 1) if module.endswith("ppo") else ("pit, gap", 3)
+    part, steps = ("ppo", 1) if in_ppo else ("pit, gap", 3)
     assert f"{part}: resumes after step {steps} of" in capfd.readouterr().err
     for file in ("model/model.safetensors", "gap/model.safetensors"):
         assert_same(load_file(tmp_path / "o/pit" / file), load_file(out / "pit" / file))

@@ -310,9 +310,10 @@ from tppo.cli import main
 from tppo.store import checkpoint
 
 checkpoint.EVERY_S, checkpoint.WRITING = 0.0, float("inf")  # after every step
-trained = importlib.import_module(sys.argv.pop(1))
+module, _, name = sys.argv.pop(1).rpartition(".")
+trained = importlib.import_module(module)
 
-steps, check = 0, trained.check_step
+steps, check = 0, getattr(trained, name)
 
 def counted(*arguments):
     global steps
@@ -321,16 +322,16 @@ def counted(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return check(*arguments)
 
-trained.check_step = counted
+setattr(trained, name, counted)
 main(sys.argv[2:])
 """
 
 
-def killed(step, flags, folder, module="tppo.methods.sentence_model"):
+def killed(step, flags, folder, check="tppo.methods.sentence_model.check_step"):
     """The command in a process that is killed inside of an optimiser step, counted from 1, of the
-    trainings of a module.
+    trainings that call `check` in each.
     """
-    done = subprocess.run([sys.executable, "-c", KILL, module, str(step), *flags], cwd=folder,
+    done = subprocess.run([sys.executable, "-c", KILL, check, str(step), *flags], cwd=folder,
                           timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == -signal.SIGKILL
 
