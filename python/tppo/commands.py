@@ -25,6 +25,7 @@ from tppo.labels.endpoint.config import (
     check_key,
     need_libraries,
 )
+from tppo.labels.label import machine_of
 from tppo.options import LabelOptions, Options, PairOptions, RunOptions, TrainOptions
 from tppo.progress import say, status
 from tppo.settings import from_dict
@@ -227,7 +228,7 @@ def _check_early(
     if command in ("run", "train", "eval"):
         run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label
-    if label.machine != "endpoint":
+    if machine_of(label) != "endpoint":
         return
     check_key(label.endpoint)
     if command == "label" or command == "run":

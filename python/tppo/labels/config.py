@@ -68,8 +68,3 @@ class LabelConfig:
                 f"hand.rest, labeller were {self.hand.rest!r}, {self.labeller!r}, expected "
                 "labeller 'hand': the rest are answers that nobody has judged by hand"
             )
-
-    @property
-    def machine(self) -> Literal["rule", "endpoint"] | None:
-        """Who labels besides people, or instead of them."""
-        return self.hand.rest if self.labeller == "hand" else self.labeller

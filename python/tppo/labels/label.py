@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from tppo.labels.words import NOT_LABELLED, map_labels
 from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from tppo.labels.config import LabelConfig
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,8 @@ def _label(line: Line) -> Label:
 
 def _binary(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value in (0, 1)
+
+
+def machine_of(label: LabelConfig) -> Literal["rule", "endpoint"] | None:
+    """Who labels besides people, or instead of them."""
+    return label.hand.rest if label.labeller == "hand" else label.labeller

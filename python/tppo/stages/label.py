@@ -15,7 +15,7 @@ from tppo.labels.endpoint.config import NoKey
 from tppo.labels.endpoint.live import EndpointError, LabelItem, label
 from tppo.labels.endpoint.lost import forget, lost_by_endpoint, recorded
 from tppo.labels.hand import is_journal
-from tppo.labels.label import Label, iter_labels, write_labels
+from tppo.labels.label import Label, iter_labels, machine_of, write_labels
 from tppo.labels.rule import label_by_rule
 from tppo.labels.sources import Sources, mixed
 from tppo.progress import say, track
@@ -69,7 +69,7 @@ def _by_machine(run: Run, sessions: LineIndex[Session], until: ExitStack) -> Ite
     closed.
     """
     config = run.config.label
-    machine = config.machine
+    machine = machine_of(config)
     if machine != "endpoint":
         forget(run.label_lost)
     if machine is None:

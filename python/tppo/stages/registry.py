@@ -24,6 +24,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tppo.labels.label import machine_of
 from tppo.stages.artifacts import (
     ANSWERS,
     CATEGORIES,
@@ -104,9 +105,9 @@ def _of_sft(given: Given) -> tuple[str, ...]:
 def _of_label(given: Given) -> tuple[str, ...]:
     label = given.config.label
     by_hand = ("label.hand.answers", "label.hand.rest") if label.labeller == "hand" else ()
-    if label.machine is None:
+    if machine_of(label) is None:
         return "label.labeller", *by_hand
-    if label.machine == "rule":
+    if machine_of(label) == "rule":
         return "label.labeller", *by_hand, "label.sentence_threshold", "rule"
     return (
         "label.labeller", *by_hand,
