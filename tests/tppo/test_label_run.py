@@ -40,7 +40,10 @@ def by_rule(request, number):
     return answer(said.words, said.sentence)
 
 
-@pytest.fixture(params=["sim4ia_sessions", "ikat_turns"])
+FULL = os.environ.get("TPPO_TEST_FULL") == "1"
+
+
+@pytest.fixture(params=["sim4ia_sessions", *["ikat_turns"] * FULL])
 def flags(request, tmp_path):
     """The flags of a small run on a file of real sessions, but for the server."""
     folder = os.environ.get("TPPO_SESSIONS")
