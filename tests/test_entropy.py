@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,8 +86,7 @@ def test_textbook_and_gradcheck(options):
 
 
 SHAPES = [(1,), (7,), (3, 21), (65,), (2, 3, 5), (), (0, 5)]
-WIDTHS = (2, 63, 64, 65, 1000, 2100)
-CASES = quarter(itertools.product(DTYPES, SHAPES, WIDTHS, (False, True)), seed=3)
+CASES = third(itertools.product(DTYPES, SHAPES, (2, 63, 64, 65, 1000, 2100), (False, True)), seed=3)
 
 
 def test_accuracy_over_dtypes_shapes_strides(backend):

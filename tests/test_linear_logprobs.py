@@ -17,7 +17,7 @@ from _linear_cases import (
     sample,
     textbook,
 )
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -70,7 +70,7 @@ CASES = [(backend, dtype, memory, part, shaped, bias)
          if not (backend == "cpp" and dtype == torch.float64)]
 
 
-@pytest.mark.parametrize("backend, dtype, memory, part, shaped, bias", quarter(CASES, 1))
+@pytest.mark.parametrize("backend, dtype, memory, part, shaped, bias", third(CASES, 1))
 def test_textbook(backend, dtype, memory, part, shaped, bias):
     """fp32 upcast of logits (trl#1980), entropy as the memory peak (verl#2828, trl#4013)."""
     hidden, weight, targets, b = sample(3, 43, dtype=dtype, seed=3)
@@ -102,7 +102,7 @@ def test_kept_exponentials_are_accurate(dtype, spread, part, softcap):
     assert_close(actual, exact, dtype, top=30)
 
 
-SHAPES = quarter(itertools.product(DTYPES, (1, 7, 63, 64, 65, 1000), MASKS, (False, True)), seed=2)
+SHAPES = third(itertools.product(DTYPES, (1, 7, 63, 64, 65, 1000), MASKS, (False, True)), seed=2)
 
 
 def test_shapes_masks_strides():

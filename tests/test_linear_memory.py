@@ -25,7 +25,7 @@ from _linear_cases import (
     sample,
     textbook,
 )
-from _matrix import quarter
+from _matrix import third
 from torch.utils.flop_counter import FlopCounterMode
 
 import tppo_kernels as tk
@@ -186,7 +186,7 @@ def test_the_chunk_of_a_gpu_follows_its_memory(monkeypatch, gigabytes, chunks):
     assert _linear.auto_bytes(torch.device("cpu")) == 1 << 30
 
 
-ROUNDED = quarter(itertools.product((torch.bfloat16, torch.float16), (0.15, 1.0, 6.0),
+ROUNDED = third(itertools.product((torch.bfloat16, torch.float16), (0.15, 1.0, 6.0),
                                   ("store", "recompute", 100_000, "frozen"),
                                   ("logprobs", "entropy"), (None, 3.0)), 5)
 
@@ -205,7 +205,7 @@ def test_the_roundings_of_a_gpu(dtype, spread, memory, part, softcap):
                  top=30)
 
 
-FEW = quarter(itertools.product((1, 2, 3, 8), (64, 8192), (0.15, 1.0, 3.0, 6.0),
+FEW = third(itertools.product((1, 2, 3, 8), (64, 8192), (0.15, 1.0, 3.0, 6.0),
                               ("store", "recompute", "frozen"), ("logprobs", "entropy", "both")), 6)
 
 

@@ -20,7 +20,7 @@ from _linear_cases import (
 )
 from _linear_cases import textbook as textbook_logprobs
 from _loss_cases import terms_of
-from _matrix import quarter
+from _matrix import third
 from test_linear_memory import BACKENDS, REAL, STEPS, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +111,7 @@ CASES = [(backend, dtype, ratio, reduction, shaped)
          for shaped in (False, True) if not (backend == "cpp" and dtype == torch.float64)]
 
 
-@pytest.mark.parametrize("backend, dtype, ratio, reduction, shaped", quarter(CASES, 1))
+@pytest.mark.parametrize("backend, dtype, ratio, reduction, shaped", third(CASES, 1))
 def test_equals_the_two_operators_and_the_textbook(backend, dtype, ratio, reduction, shaped):
     """A second copy of the loss drifts (Liger#1082, trl#7063): there is none."""
     x = batch(dtype=dtype, sequences=4)
@@ -129,7 +129,7 @@ def test_equals_the_two_operators_and_the_textbook(backend, dtype, ratio, reduct
 
 
 @pytest.mark.parametrize("estimator, weights, entropy_grad, ratio",
-                         quarter(itertools.product(KL_ESTIMATORS, (None, "token", "sequence"),
+                         third(itertools.product(KL_ESTIMATORS, (None, "token", "sequence"),
                                                  (False, True), ("token", "sequence")), 2))
 def test_terms(estimator, weights, entropy_grad, ratio):
     x = batch(dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_terms(estimator, weights, entropy_grad, ratio):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
-SHAPES = quarter(itertools.product(DTYPES, (1, 7, 63, 64, 65, 1000), MASKS, (False, True)), seed=3)
+SHAPES = third(itertools.product(DTYPES, (1, 7, 63, 64, 65, 1000), MASKS, (False, True)), seed=3)
 
 
 def test_shapes_masks_strides():

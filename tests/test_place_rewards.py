@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,7 +148,7 @@ def test_packed_equals_padded():
         assert packed.dropped == padded.dropped
 
 
-CASES = quarter(itertools.product((1, 7, 63, 64, 65, 200), MASKS[1:], (*DTYPES, torch.float64),
+CASES = third(itertools.product((1, 7, 63, 64, 65, 200), MASKS[1:], (*DTYPES, torch.float64),
                                 ("last", "each", "spread"), ("error", "move_back", "drop")), seed=4)
 
 

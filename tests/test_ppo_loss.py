@@ -8,7 +8,7 @@ from _loss_cases import ALL_TERMS, terms_of
 from _loss_cases import policy_eager as eager_loss
 from _loss_cases import policy_run as run
 from _loss_cases import policy_sample as sample
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +111,7 @@ CASES = [(ratio, reduction, estimator, dual, weights, mask)
 
 
 @pytest.mark.parametrize("ratio, reduction, estimator, dual, weights, mask",
-                         quarter(quarter(quarter(CASES, 1), 2), 3))
+                         third(third(third(CASES, 1), 2), 3))
 def test_textbook(ratio, reduction, estimator, dual, weights, mask):
     x = sample(3, 5, torch.float64, seed=len(reduction) + len(estimator))
     if weights != "token":
@@ -143,7 +143,7 @@ def test_gradcheck(ratio, reduction):
                                                        **options).loss, (logprobs, entropy))
 
 
-@pytest.mark.parametrize("dtype, tokens, kind, layout, ratio", quarter(
+@pytest.mark.parametrize("dtype, tokens, kind, layout, ratio", third(
     [(d, t, k, s, r) for d in DTYPES for t in SIZES for k in MASKS
      for s in ("contiguous", "strided") for r in RATIOS]))
 def test_accuracy(dtype, tokens, kind, layout, ratio):

@@ -9,7 +9,7 @@ import torch
 from _loss_cases import check_objectives, hold_to_fp64, terms_of
 from _loss_cases import policy_run as run
 from _loss_cases import policy_sample as sample
-from _matrix import quarter
+from _matrix import third
 
 import tppo_kernels as tk
 from tppo_kernels._core import record
@@ -67,7 +67,7 @@ CASES = [(o, r, reduction, e, clamp, weighted, s, m)
 
 
 @pytest.mark.parametrize("objective, ratio, reduction, estimator, clamp, weighted, sequences, mask",
-                         quarter(quarter(quarter(quarter(CASES, 1), 2), 3)))
+                         third(third(third(third(CASES, 1), 2), 3)))
 def test_as_published(objective, ratio, reduction, estimator, clamp, weighted, sequences, mask):
     """MiniMax-M1's CISPO, Qwen's SAPO, the KL of DeepSeek-V3.2 and verl's clamp of it."""
     x, valid = sample(4, 5, torch.float64, seed=len(reduction)), sample_mask(mask, 4, 5, seed=4)
@@ -228,13 +228,13 @@ def test_bad_input(change, error, words):
 
 def test_cpp():
     with tk.use_backend("cpp"):
-        check_objectives((1, 255, 256, 257, 600, 24, 64), quarter)
+        check_objectives((1, 255, 256, 257, 600, 24, 64), third)
 
 
 def test_cuda_kernel_emulated(monkeypatch):
     """csrc/ppo_loss.cu run on the CPU; numbers that lie on a GPU are read by pointer."""
     _emulated.on_the_cpu(monkeypatch, "ppo_loss", "loss", "ppo_loss", "value_loss")
-    check_objectives((1, 255, 257, 1030, 24), lambda cases: quarter(quarter(cases)))
+    check_objectives((1, 255, 257, 1030, 24), lambda cases: third(third(cases)))
     monkeypatch.setattr("tppo_kernels._kernels.losses.on_host", lambda x: False)
     hold_to_fp64(run, sample(3, 9), sample_mask("row", 3, 9), objective="sapo", kl_coef=0.1,
                  tau_pos=torch.tensor(2.0).bfloat16(), kl_clamp=torch.tensor(0.02))

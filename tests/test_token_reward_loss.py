@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -105,7 +105,7 @@ CASES = [(k, r, w, b, s) for k in MASKS for r in ("token", "sequence") for w in 
          for b in (None, 1.0, 3.0) for s in (True, False)]
 
 
-@pytest.mark.parametrize("kind, reduction, weights, balance, judged", quarter(CASES))
+@pytest.mark.parametrize("kind, reduction, weights, balance, judged", third(CASES))
 def test_textbook(kind, reduction, weights, balance, judged):
     logits, labels, sentences = sample(4, 9, torch.float64, 5)
     labels[labels == 1] = torch.tensor([1, 2, 2])[torch.arange(int((labels == 1).sum())) % 3]
@@ -267,7 +267,7 @@ def eager(logits, labels, mask, sentences):
             torch.autograd.grad(loss, z)[0])
 
 
-@pytest.mark.parametrize("dtype, tokens, kind, layout", quarter(
+@pytest.mark.parametrize("dtype, tokens, kind, layout", third(
     [(d, t, k, s) for d in DTYPES for t in SIZES for k in MASKS
      for s in ("contiguous", "strided")], 2))
 def test_accuracy(dtype, tokens, kind, layout):

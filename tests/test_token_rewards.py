@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,7 +96,7 @@ def test_textbook(mode, kind):
         assert torch.equal(actual.category, category)
 
 
-@pytest.mark.parametrize("dtype, tokens, kind, layout, mode", quarter(
+@pytest.mark.parametrize("dtype, tokens, kind, layout, mode", third(
     [(d, t, k, s, m) for d in DTYPES for t in SIZES for k in MASKS
      for s in ("contiguous", "strided") for m in ("argmax", "expected")], 1))
 def test_accuracy(dtype, tokens, kind, layout, mode):

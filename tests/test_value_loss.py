@@ -19,7 +19,7 @@ from _loss_cases import (
 )
 from _loss_cases import critic_run as run
 from _loss_cases import critic_sample as sample
-from _matrix import quarter
+from _matrix import third
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -116,7 +116,7 @@ def test_gradcheck(reduction):
             v, mask=mask, **x, clip=clip, reduction=reduction).loss, values)
 
 
-@pytest.mark.parametrize("dtype, tokens, kind, layout", quarter(
+@pytest.mark.parametrize("dtype, tokens, kind, layout", third(
     [(d, t, k, s) for d in DTYPES for t in SIZES for k in MASKS
      for s in ("contiguous", "strided")]))
 def test_accuracy(dtype, tokens, kind, layout):

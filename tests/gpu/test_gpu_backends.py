@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from _gpu import DEVICE, GRIDS, inputs, pairs, place, placed, poison, run, strided_on_device
-from _matrix import quarter
+from _matrix import third
 
 import tppo_kernels as tk
 from tppo_kernels._core.op import OPS
@@ -22,7 +22,7 @@ from tppo_kernels.testing import (
 
 SHAPES = [(1, 1), (3, 7), (2, 63), (64, 2), (5, 65), (4, 1000), (2, 4099)]
 KINDS = ("none", "left", "interior", "row", "all-false")
-CASES = quarter(itertools.product(DTYPES, SHAPES, KINDS))
+CASES = third(itertools.product(DTYPES, SHAPES, KINDS))
 FLOORS = {"gae": SEQUENTIAL_FLOOR, "whiten": SEQUENTIAL_FLOOR, "token_advantages": SEQUENTIAL_FLOOR}
 SCALARS = {"gae": ("gamma", "lam"), "token_advantages": ("kl_coef", "gamma"),
            "token_logprobs": ("temperature",), "value_loss": ("clip",),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from _families import tiny
-from _matrix import quarter
+from _matrix import third
 from _weights import enlarged
 from safetensors.torch import load_file
 from test_reading import PAD, TOLERANCE, Used, alone, broken, together, worst
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EVERY = sorted(FAMILIES | set(SHARED) | {"qwen3_next"})
 WITHOUT_CLASSIFIER = ("cohere", "cohere2", "gemma3_text", "gptj", "granite", "olmo", "olmo2", "opt")
-CHOSEN = sorted({*quarter(EVERY, seed=5), "gemma3_text", "opt", "qwen3_next"})  # odd ones always
+CHOSEN = sorted({*third(EVERY, seed=5), "gemma3_text", "opt", "qwen3_next"})  # the odd ones always
 ABSOLUTE = ("gpt2", "gpt_neo", "opt")  # positions are embeddings: a shift of all of them shows
 # Windows shorter than the prompts, in the families that have such layers.
 WINDOWS = {name: {"sliding_window": 4} for name in ("cohere2", "gemma2", "gemma3_text", "mistral")}

@@ -19,7 +19,7 @@ from _linear_cases import (
     sample,
     textbook,
 )
-from _matrix import quarter
+from _matrix import third
 from triton.runtime.interpreter import InterpreterBuilder
 
 import tppo_kernels as tk
@@ -46,7 +46,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kept, "KEPT_BLOCK", 256)
 
 
-CASES = quarter(itertools.product((torch.float32, torch.float16), ("store", "recompute", 40_000),
+CASES = third(itertools.product((torch.float32, torch.float16), ("store", "recompute", 40_000),
                                 ("both", "logprobs", "entropy"), (False, True), (5, 600)), 7)
 
 

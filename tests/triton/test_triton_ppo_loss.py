@@ -19,7 +19,7 @@ from _loss_cases import (
     reference,
     terms_of,
 )
-from _matrix import quarter
+from _matrix import third
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -33,7 +33,7 @@ from tppo_kernels.testing import DTYPES, MASKS, POISONS, assert_same_bits, sampl
 
 VARIANTS = list(itertools.product(("token", "sequence"), REDUCTIONS, KL_ESTIMATORS))
 SHAPES = (1, 7, 63, 64, 65, 300)
-CASES = quarter(quarter(itertools.product(SHAPES, MASKS, (False, True))))
+CASES = third(third(itertools.product(SHAPES, MASKS, (False, True))))
 CASES = [(DTYPES[i % 3], *case, VARIANTS[7 * i % len(VARIANTS)]) for i, case in enumerate(CASES)]
 
 
@@ -159,7 +159,7 @@ def test_two_launches_and_nothing_else(monkeypatch):
 
 
 def test_objectives_and_kl_terms(triton):
-    check_objectives((1, 40, 130), lambda cases: quarter(quarter(cases)))
+    check_objectives((1, 40, 130), lambda cases: third(third(cases)))
 
 
 def test_numbers_of_the_objectives_by_pointer(triton, monkeypatch):
