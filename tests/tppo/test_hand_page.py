@@ -2,7 +2,8 @@
 
 import pytest
 import test_hand
-from browser import browser, chromium
+from browser import browser
+from pages import find_chromium
 from test_hand import HOSTILE, desk_of, served
 from test_hand_pairs import pair_desk_of
 
@@ -13,10 +14,7 @@ from tppo.stages.hand.forms import PairForm, WordForm
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    program = chromium()
-    if program is None:
-        pytest.skip("no chromium is installed to open the page in")
-    with browser(program, tmp_path_factory.mktemp("browser")) as opened:
+    with browser(find_chromium(), tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 
 

@@ -11,9 +11,9 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from browser import browser, chromium
+from browser import browser
 from exported import export
-from pages import contrast
+from pages import contrast, find_chromium
 
 import tppo
 from tppo.cli import main
@@ -202,10 +202,7 @@ def test_the_command_serves_until_ctrl_c(out):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    program = chromium()
-    if program is None:
-        pytest.skip("no chromium is installed to open the page in")
-    with browser(program, tmp_path_factory.mktemp("browser")) as opened:
+    with browser(find_chromium(), tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 
 
