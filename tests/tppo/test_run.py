@@ -405,19 +405,6 @@ def test_a_policy_that_does_not_move_stops_at_its_first_step(finished, tmp_path)
     assert not (folder / "train").exists()
 
 
-KILLED_AT_RENAME = """
-import os, signal, sys
-from tppo.cli import main
-real = os.rename
-def rename(source, target):
-    if str(target).endswith("/train"):  # the export is whole and has not got its name
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-os.rename = rename
-main(sys.argv[1:])
-"""
-
-
 def test_the_format_that_keeps_weights_is_relative_to_that_of_sft(finished, tmp_path):
     """Where SFT itself seldom had the format, no step qualified and the last one was kept."""
     run = Run(finished, fill_defaults(_parse("train", ["--out", str(finished)])[0].settings, False))
@@ -430,33 +417,6 @@ def test_the_format_that_keeps_weights_is_relative_to_that_of_sft(finished, tmp_
     loop.best, loop.best_score, loop.min_format = {}, None, figures["heldout/format"] + 1e-3
     loop.evaluate_heldout(2, loop.held)
     assert not loop.best
-
-
-def test_a_killed_ppo_resumes_bit_identically(finished, tmp_path, capsys):
-    folder = shutil.copytree(finished, tmp_path / "out")
-    for stage in ("train", "eval", "heat"):
-        shutil.rmtree(folder / stage)
-    command = [sys.executable, "-m", "tppo", "train", "--out", str(folder)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 600
-        while not (folder / "train.tmp" / "checkpoints" / "step-2").is_dir():
-            assert process.poll() is None and time.monotonic() < deadline, log.name
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (folder / "train").exists()
-    killed = [sys.executable, "-c", KILLED_AT_RENAME, "train", "--out", str(folder)]
-    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
-    assert (folder / "train.tmp" / "model" / "model.safetensors").exists()
-    main(["train", "--out", str(folder)])
-    assert "ppo: resumes after step 3 of 4" in capsys.readouterr().err
-    kept, again = (
-        load_file(path / "train" / "model" / "model.safetensors") for path in (finished, folder)
-    )
-    assert kept.keys() == again.keys() and all(torch.equal(kept[k], again[k]) for k in kept)
-    for name in ("metrics.jsonl", "samples.jsonl", "model/generation_config.json"):
-        assert (folder / "train" / name).read_bytes() == (finished / "train" / name).read_bytes()
 
 
 def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_path):
