@@ -25,7 +25,13 @@ if TYPE_CHECKING:
         SERConfig,
         SFTConfig,
     )
-    from tppo.models.config import AdapterConfig, GenerateConfig, GuideConfig, ModelConfig
+    from tppo.models.config import (
+        AdapterConfig,
+        GenerateConfig,
+        GuideConfig,
+        ModelConfig,
+        VLLMConfig,
+    )
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.dense import ABC, RED, RTO
     from tppo.rewards.function import FunctionReward
@@ -44,7 +50,9 @@ _HOMES = {
     "tppo.methods.config": (
         "PITConfig", "PPOConfig", "RLGFConfig", "RewardModelConfig", "SERConfig", "SFTConfig",
     ),
-    "tppo.models.config": ("AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig"),
+    "tppo.models.config": (
+        "AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig", "VLLMConfig",
+    ),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.dense": ("ABC", "RED", "RTO"),
     "tppo.rewards.function": ("FunctionReward",),
@@ -91,6 +99,7 @@ __all__ = [
     "TokenAdvantages",
     "TokenModelReward",
     "TokenReward",
+    "VLLMConfig",
     "load",
     "pit",
     "register",

@@ -25,7 +25,10 @@ from tppo.models.config import (
     GuideConfig,
     ModelConfig,
     Prefix,
+    RolloutName,
+    Sampler,
     ScratchConfig,
+    VLLMConfig,
 )
 from tppo.sessions.config import SessionsConfig
 from tppo.settings import Text, section
@@ -38,6 +41,9 @@ class Config:
 
     prefix: Prefix = "shared"
     """shared computes a prompt once for all its responses; dense repeats it, to compare."""
+    rollout: RolloutName = "hf"
+    """Who samples: hf, transformers' generate; vllm, an engine beside the models in the same
+    process (docs/vllm.md)."""
     algorithm: Algorithm = "ppo"
     """Of the stage train: ppo, or one of those in which a guide writes a part of the answers, with
     settings in the sections rlgf and guide: ppo++, aggrevated, lols, d2lols."""
@@ -49,6 +55,7 @@ class Config:
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -58,7 +65,15 @@ class Config:
     ser: SERConfig = field(default_factory=SERConfig)
     pit: PITConfig = field(default_factory=PITConfig)
 
+    @property
+    def sampler(self) -> Sampler:
+        """How answers are sampled."""
+        return Sampler(self.rollout, self.vllm, self.generate.batch_size, self.prefix)
+
     def __post_init__(self) -> None:
+        if self.rollout != "vllm" and self.vllm != VLLMConfig():
+            raise ValueError(f"vllm was {self.vllm}, expected the defaults with rollout "
+                             f"{self.rollout}: --rollout vllm")  # fmt: skip
         if self.algorithm == "ppo":
             for name in ("rlgf", "guide"):
                 given = getattr(self, name)

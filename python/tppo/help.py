@@ -62,6 +62,7 @@ def shown_flags(stage: Stage) -> set[str]:
         found.update(settings(one) if callable(settings) else settings)
     found = {name for name in found if name.startswith("--") or not name.startswith("-")}
     found |= {"eval.judge"} if "judge" in found else set()
+    found |= {"vllm"} if "rollout" in found else set()
     return found | ({"model"} if "model.dtype" in found else set())
 
 

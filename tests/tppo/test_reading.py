@@ -25,10 +25,10 @@ from tppo.methods.ppo import PPO
 from tppo.methods.reward_model import PolicyTokens
 from tppo.methods.sft import Examples, answer_loss, sft_step
 from tppo.models import batch as batches
-from tppo.models import rollout as rollouts
 from tppo.models.batch import Batch
 from tppo.models.policy import Critic, RewardModel, policy_logprobs
 from tppo.models.rollout import HFRollout, RolloutBatch, Sampling
+from tppo.models.rollout import hf as rollouts
 from tppo.rewards import Questions
 from tppo.rewards.token_model import TokenModelReward
 

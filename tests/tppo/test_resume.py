@@ -19,7 +19,7 @@ from test_stopping import TINY, at, call_before, run, server, signalled  # noqa:
 from tppo.cli import main
 from tppo.methods.ppo import PPO
 from tppo.models.keeper import NOTHING_KEPT
-from tppo.models.rollout import HFRollout, _draws, _draws_go_on
+from tppo.models.rollout.hf import HFRollout, _draws, _draws_go_on
 from tppo.store import checkpoint
 from tppo.store.checkpoint import Checkpoints
 from tppo.store.disk import DiskFull

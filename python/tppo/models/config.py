@@ -5,13 +5,14 @@ This file loads no torch, so that `tppo --help` can list the settings at once.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from tppo.settings import Count, Natural, NonNegative, Positive, Text, section
 
 Prefix = Literal["shared", "dense"]
+RolloutName = Literal["hf", "vllm"]
 DType = Literal["auto", "float32", "bfloat16"]
 ALL_LINEAR = "all-linear"
 
@@ -101,6 +102,24 @@ class GenerateConfig:
     """Of sampling; a lower one keeps closer to the likeliest tokens."""
     batch_size: Count = 256
     """Answers that are sampled at once: fewer take less memory."""
+
+
+@section
+class VLLMConfig:
+    """The engine of --rollout vllm (docs/vllm.md)."""
+
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Of the GPU's memory: the engine's weights and the keys and values of the answers under way;
+    what it takes is free during the update. On a CPU the keys and values take what they need."""
+
+
+class Sampler(NamedTuple):
+    """What `tppo.models.rollout.build` has to know of how answers are sampled."""
+
+    rollout: RolloutName = "hf"
+    vllm: VLLMConfig = VLLMConfig()
+    batch_size: int = 256
+    prefix: Prefix = "shared"
 
 
 @section

@@ -16,7 +16,14 @@ from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import GRPO, RLOO
 from tppo.methods.config import PPOConfig, RLGFConfig
 from tppo.methods.rlgf import TARGET
-from tppo.models.config import GuideConfig, Prefix
+from tppo.models.config import (
+    GenerateConfig,
+    GuideConfig,
+    Prefix,
+    RolloutName,
+    Sampler,
+    VLLMConfig,
+)
 from tppo.rewards import Answers, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.rewards.terminal import TerminalReward
@@ -76,6 +83,16 @@ def check_place(device: Any, prefix: Any) -> None:
     if prefix not in get_args(Prefix):
         choices = " or ".join(get_args(Prefix))
         raise DataError(f"prefix was {short(prefix)}, expected {choices}")
+
+
+def as_sampler(rollout: Any, generate: GenerateConfig, prefix: Prefix) -> Sampler:
+    """Who samples, from a name or the settings of vLLM.  Errors: DataError where it is neither."""
+    if isinstance(rollout, VLLMConfig):
+        return Sampler("vllm", rollout, generate.batch_size, prefix)
+    if rollout not in get_args(RolloutName):
+        choices = ", ".join(map(repr, get_args(RolloutName)))
+        raise DataError(f"rollout was {short(rollout)}, expected {choices} or a tppo.VLLMConfig")
+    return Sampler(rollout, batch_size=generate.batch_size, prefix=prefix)
 
 
 def check_advantage_given(advantage: Any, config: PPOConfig) -> None:

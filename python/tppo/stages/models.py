@@ -21,7 +21,7 @@ from tppo.models.folder import model_eos_ids
 from tppo.models.parallel import ALONE, World
 from tppo.models.policy import Critic, TwoCritics
 from tppo.models.recompute import recompute_layers
-from tppo.models.rollout import HFRollout
+from tppo.models.rollout import build
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Reward
 from tppo.stages.artifacts import SFT_MODEL
@@ -73,13 +73,12 @@ def new_ppo(
     """PPO over `policy` by `config`, with a critic from SFT where the advantage needs one."""
     advantage = ADVANTAGES[config.advantage](config)
     pad_id, eos_ids = run.tokenizer.pad_token_id, model_eos_ids(run.tokenizer, policy)
-    batch_size, prefix = run.config.generate.batch_size, run.config.prefix
     models = ppo_models(policy, ref, run.path(SFT_MODEL), run.device, run.config.model,
                         run.config.lora, critics=guided.critics(advantage),
                         seed=run.seed)  # fmt: skip
     return guided.trainer(
         models,
-        HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix),
+        build(policy, run.config.sampler, pad_id=pad_id, eos_id=eos_ids),
         config,
         reward=reward,
         advantage=advantage,
@@ -88,7 +87,7 @@ def new_ppo(
         pad_id=pad_id,
         eos_id=eos_ids,
         seed=run.seed,
-        prefix=prefix,
+        prefix=run.config.prefix,
         world=world,
     )
 

@@ -23,8 +23,8 @@ def train_by_function(
     """What `PPOTrainer(...).train()` does, to the same weights.
 
     reward, judge: `module:function`.  data, heldout: JSONL files of prompts.  settings: those of
-    `ppo`, `generate`, `model`, `lora`, `algorithm`, `rlgf`, `guide`, `prefix` and `report_to` are
-    used.  options: the trainer's others, by name.
+    `ppo`, `generate`, `model`, `lora`, `algorithm`, `rlgf`, `guide`, `prefix`, `rollout`, `vllm`
+    and `report_to` are used.  options: the trainer's others, by name.
     Errors: DataError naming what is not given.
     """
     for name, value, expected in (
@@ -49,6 +49,7 @@ def train_by_function(
         rlgf=settings.rlgf,
         guide=settings.guide,
         prefix=settings.prefix,
+        rollout=settings.vllm if settings.rollout == "vllm" else settings.rollout,
         report_to=settings.report_to,
         **options,
     ).train()

@@ -80,7 +80,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HELD = "model.dtype"  # the type of weights in memory
-_SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix", _HELD)
+_SAMPLING = ("generate.max_new_tokens", "generate.batch_size", "prefix", "rollout", _HELD)
 
 _OF_REWARD_MODEL = (
     "reward_model", "-reward_model.model", "-reward_model.revision", "-reward_model.min_auc",
@@ -160,7 +160,7 @@ register(Stage(
     "answers of the SFT model",
     inputs=(TRAIN_SESSIONS, SFT_MODEL),
     outputs=(ANSWERS,),
-    settings=("generate", "prefix", _HELD),
+    settings=("generate", "prefix", "rollout", _HELD),
     lost="no batch of this process is lost",
     banner="The SFT model answers training sessions; these answers will be labelled.",
     in_run=True,

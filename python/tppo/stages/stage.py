@@ -44,7 +44,8 @@ class Stage:
     settings: names of those that change its result: `ppo.lr` is one, `ppo` a section, `-ppo.lr` the
     section without it, "rule" the edition of the rule's verdicts, "judge" the name of a judge in
     place of the rule, if there is one, "lora" the adapters, if some are trained, "guided" the
-    algorithm with its guide, if it is not plain PPO.  A setting that decides how fast, how often or
+    algorithm with its guide, if it is not plain PPO, "rollout" the engine that samples, if it is
+    not transformers' own.  A setting that decides how fast, how often or
     whether at all something happens, but not what comes of it, is not among them: changing it
     repeats no stage.
     An own output among the inputs is of rounds before; the first round has none.
@@ -166,6 +167,8 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
             found |= guided_settings(given.config)
         elif name == "lora":
             found |= {name: plain(given.config.lora)} if given.config.lora.on else {}
+        elif name == "rollout":
+            found |= {} if given.config.rollout == "hf" else {name: given.config.rollout}
         else:
             found[name] = RULE if name == "rule" else plain(attrgetter(name)(given.config))
     return found

@@ -28,13 +28,15 @@ from tppo.models.config import (
     GuideConfig,
     ModelConfig,
     Prefix,
+    RolloutName,
+    VLLMConfig,
 )
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.parallel import World, from_environment, joined
 from tppo.models.preflight import preflight
-from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.rollout import Engine, Sampling, build
 from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
@@ -46,6 +48,7 @@ from tppo.stages.given import (
     as_guide,
     as_judge,
     as_reward,
+    as_sampler,
     check_advantage_given,
     check_columns,
     check_model,
@@ -107,6 +110,8 @@ class PPOTrainer:
         (docs/rlgf.md).  guide: None, the model itself before training, with the sampling of a
         `tppo.GuideConfig()`; the folder or hub id of another model; a `tppo.GuideConfig`, also of
         an endpoint; or any `Rollout` of one's own.  rlgf: their settings.
+    rollout: who samples: "hf", transformers' `generate`; or "vllm", or a `tppo.VLLMConfig`
+        (docs/vllm.md).
     out: folder that gets `train/model`, `train/metrics.jsonl` (a row a step, TRL's names),
         `train/report.json`, and checkpoints while it runs.
     seed: decides everything random.  device: auto, cpu, cuda, cuda:1.
@@ -119,6 +124,10 @@ class PPOTrainer:
 
     Errors: DataError for arguments that do not fit together, before any weights are loaded.
     """
+
+    used = False
+    report: dict[str, Any] | None = None
+    _card: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -140,6 +149,7 @@ class PPOTrainer:
         seed: int = 0,
         device: str = "auto",
         prefix: Prefix = "shared",
+        rollout: RolloutName | VLLMConfig = "hf",
         report_to: str = "none",
     ) -> None:
         check_model(model)
@@ -152,6 +162,7 @@ class PPOTrainer:
         self.device = resolve_device(str(device))
         self.generate, self.loading = generate or GenerateConfig(), loading or ModelConfig()
         self.lora = lora or AdapterConfig()
+        self.sampler = as_sampler(rollout, self.generate, prefix)
         if self.lora.on:
             need_peft()
         self.reward = as_reward(reward)
@@ -177,9 +188,6 @@ class PPOTrainer:
                   prefix=self.prefix)  # fmt: skip
         self._held = None if self.heldout is None else self._questions(self.heldout)
         self.metrics: list[dict[str, Any]] = []
-        self.used = False
-        self.report: dict[str, Any] | None = None
-        self._card: dict[str, Any] | None = None
 
     def _load_all(self) -> None:
         """Tokenizer and model, and what they make of the prompts."""
@@ -327,14 +335,9 @@ class PPOTrainer:
         model = load_policy(self.path, self.device, config.dtype, pickles=config.allow_pickle)
         return limit_vocabulary(model, self.tokenizer)
 
-    def _engine(self) -> HFRollout:
-        return HFRollout(
-            self.model,
-            pad_id=self.tokenizer.pad_token_id,
-            eos_id=self.eos_ids,
-            batch_size=self.generate.batch_size,
-            prefix=self.prefix,
-        )
+    def _engine(self) -> Engine:
+        return build(self.model, self.sampler, pad_id=self.tokenizer.pad_token_id,
+                     eos_id=self.eos_ids)  # fmt: skip
 
     def _questions(self, prompts: Prompts) -> Questions:
         asked = questions(prompts, self.tokenizer, self.positions - self.sampling.max_new_tokens)
@@ -358,6 +361,7 @@ class PPOTrainer:
             "ppo": ppo,
             "generate": sampling,
             "prefix": self.prefix,
+            **({} if self.sampler.rollout == "hf" else {"rollout": self.sampler.rollout}),
             **({"lora": plain(self.lora)} if self.lora.on else {}),
             **guided_settings(self.settings),
             **guide_identity(self.settings, self.guide),

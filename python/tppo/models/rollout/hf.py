@@ -1,14 +1,12 @@
-"""Rollouts: prompts in, sampled token ids out.  Ids travel, never text."""
+"""Answers by transformers' `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from itertools import chain
-from math import inf
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,64 +24,13 @@ from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
+from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes, until_eos
 from tppo.models.vocabulary import phantoms
 from tppo.progress import say, say_once, status
 
-LOST = "lost"  # a response that a guide did not give: the step cannot be taken
 _PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
 CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
 _COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied to its rows
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample: the policy that is trained always from the whole distribution (top_p 1).
-
-    At temperature 0 the likeliest token is taken each time.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    seed: int = 0
-    top_p: float = 1.0
-    """Of a guide alone: the likeliest tokens with at least this much of the probability."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < inf:
-            raise ValueError(f"temperature was {self.temperature}, expected a finite one of at "
-                             "least 0, at which the likeliest token is taken")  # fmt: skip
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p was {self.top_p}, expected a share above 0, at most 1")
-
-
-class RolloutBatch(NamedTuple):
-    """One prompt and one response a row; `logprobs` are the engine's own where it reports them."""
-
-    prompt_ids: list[list[int]]
-    response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
-    logprobs: list[list[float]] | None
-    finish: list[str]  # "eos", "length" where the response was cut, LOST where a guide gave none
-    author: list[list[bool]] | None = None
-    """True at response tokens that the learner wrote, False at those that were forced; None: it
-    wrote all of them."""
-
-
-class Rollout(Protocol):
-    """An engine that samples responses."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        prefixes: Sequence[Sequence[int]] | None = None,
-    ) -> RolloutBatch:
-        """One response a prompt.
-
-        prefixes: forced beginnings of the responses, one a prompt, [] for none.  They are part of
-        `response_ids` and of `max_new_tokens`, and have no author; one that ends in an EOS is the
-        whole response.
-        """
-        ...
 
 
 class HFRollout:
@@ -227,7 +174,7 @@ class HFRollout:
                 f"({sampling.temperature:g}) is far too small"
             ) from None
         rows = output[:, batch.prompt_length :].tolist()
-        return [_until(row, self.eos_ids) for row in rows]
+        return [until_eos(row, self.eos_ids) for row in rows]
 
     def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
         """Keys and values of every prompt but its last token, computed once a distinct prompt.
@@ -289,32 +236,3 @@ def _draws_go_on(draws: Mapping[str, Tensor], device: torch.device, description:
     if "cuda" in draws:
         torch.cuda.set_rng_state(draws["cuda"], device)
     return True
-
-
-def check_prefixes(
-    prefixes: Sequence[Sequence[int]], rows: int, cap: int, eos_ids: Sequence[int]
-) -> None:
-    """Forced beginnings fit the rows and the cap, and none goes on behind an EOS.
-
-    Errors: ValueError naming the first that does not.
-    """
-    if len(prefixes) != rows:
-        raise ValueError(f"prefixes had {len(prefixes)} rows, expected one a prompt, {rows}")
-    for i, prefix in enumerate(prefixes):
-        if len(prefix) > cap:
-            raise ValueError(
-                f"the prefix of row {i} had {len(prefix)} tokens, expected at most max_new_tokens, "
-                f"{cap}, which counts them"
-            )
-        end = next((t for t, token in enumerate(prefix, 1) if token in eos_ids), len(prefix))
-        if end < len(prefix):
-            raise ValueError(
-                f"the prefix of row {i} had an EOS ({prefix[end - 1]}) at token {end - 1} of "
-                f"{len(prefix)}, expected none but at its end"
-            )
-
-
-def _until(row: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """The row up to its first EOS, included; what follows is filler."""
-    end = next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
-    return row[:end]

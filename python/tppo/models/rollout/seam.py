@@ -1,0 +1,107 @@
+"""What every engine that samples takes and gives.  Ids travel, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple, Protocol
+
+from tppo.models.keeper import NOTHING_KEPT, Keeper
+
+LOST = "lost"  # a response that a guide did not give: the step cannot be taken
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: the policy that is trained always from the whole distribution (top_p 1).
+
+    At temperature 0 the likeliest token is taken each time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    top_p: float = 1.0
+    """Of a guide alone: the likeliest tokens with at least this much of the probability."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature was {self.temperature}, expected a finite one of at "
+                             "least 0, at which the likeliest token is taken")  # fmt: skip
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p was {self.top_p}, expected a share above 0, at most 1")
+
+
+class RolloutBatch(NamedTuple):
+    """One prompt and one response a row; `logprobs` are the engine's own where it reports them."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]  # the EOS included where `finish` is "eos"
+    logprobs: list[list[float]] | None
+    finish: list[str]  # "eos", "length" where the response was cut, LOST where a guide gave none
+    author: list[list[bool]] | None = None
+    """True at response tokens that the learner wrote, False at those that were forced; None: it
+    wrote all of them."""
+
+
+class Rollout(Protocol):
+    """An engine that samples responses."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> RolloutBatch:
+        """One response a prompt.
+
+        prefixes: forced beginnings of the responses, one a prompt, [] for none.  They are part of
+        `response_ids` and of `max_new_tokens`, and have no author; one that ends in an EOS is the
+        whole response.
+        """
+        ...
+
+
+class Engine(Rollout, Protocol):
+    """A rollout whose work can be kept on the way: what `tppo.models.rollout.build` gives."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        description: str = "generate",
+        keeper: Keeper = NOTHING_KEPT,
+    ) -> RolloutBatch:
+        """As above.  keeper: has what an earlier process sampled by the same call."""
+        ...
+
+
+def check_prefixes(
+    prefixes: Sequence[Sequence[int]], rows: int, cap: int, eos_ids: Sequence[int]
+) -> None:
+    """Forced beginnings fit the rows and the cap, and none goes on behind an EOS.
+
+    Errors: ValueError naming the first that does not.
+    """
+    if len(prefixes) != rows:
+        raise ValueError(f"prefixes had {len(prefixes)} rows, expected one a prompt, {rows}")
+    for i, prefix in enumerate(prefixes):
+        if len(prefix) > cap:
+            raise ValueError(
+                f"the prefix of row {i} had {len(prefix)} tokens, expected at most max_new_tokens, "
+                f"{cap}, which counts them"
+            )
+        end = next((t for t, token in enumerate(prefix, 1) if token in eos_ids), len(prefix))
+        if end < len(prefix):
+            raise ValueError(
+                f"the prefix of row {i} had an EOS ({prefix[end - 1]}) at token {end - 1} of "
+                f"{len(prefix)}, expected none but at its end"
+            )
+
+
+def until_eos(row: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """The row up to its first EOS, included; what follows is filler."""
+    end = next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
+    return row[:end]
