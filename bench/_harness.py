@@ -118,8 +118,9 @@ class Attempts:
     """
 
     def __init__(self, unit: str, device: str, journal: Journal | None = None,
-                 seconds: int = OURS_S):
-        self.unit, self.device, self.journal, self.seconds = unit, device, journal, seconds
+                 seconds: int = OURS_S, peer_seconds: int = PEER_S):
+        self.unit, self.device, self.journal = unit, device, journal
+        self.seconds, self.peer_seconds = seconds, peer_seconds
         self.refused: dict[str, str] = {}
         self._said: str | None = None
 
@@ -131,7 +132,7 @@ class Attempts:
             self.journal.add("trying", unit=self.unit, who=who)
         self._said = who
         # unhandled, the alarm ends the process even inside a driver's call
-        signal.alarm(PEER_S if who else self.seconds)
+        signal.alarm(self.peer_seconds if who else self.seconds)
 
     def end(self) -> None:
         """Nothing is tried any more."""
@@ -381,8 +382,8 @@ def table(rows: list[Row]) -> str:
                      for line in [head, *body])
 
 
-def as_json(rows: list[Row], device: str, steps: list[Any] | None = None) -> dict[str, Any]:
-    """What `--bench-json` writes; steps: rows of whole PPO steps."""
-    kinds = {"rows": rows, "steps": steps or []}
+def as_json(rows: list[Row], device: str, **others: list[Any]) -> dict[str, Any]:
+    """What `--bench-json` writes; others: rows of whole PPO steps, and of rollouts."""
+    kinds = {"rows": rows, **others}
     return {"machine": machine(device),
             **{name: [asdict(r) for r in found] for name, found in kinds.items() if found}}

@@ -100,6 +100,7 @@ def results_of(records: list[Record]) -> dict[str, Any]:
             "rows": rows_of(records),
             "steps": last_by(records, "step", "model", "groups", "prompt", "response", "group",
                              "prefix"),
+            "rollouts": last_by(records, "rollout", "model", "prompts", "response", "engine"),
             "first_touch": [u for u in last_by(records, "unit", "part", "unit")
                             if u["part"] == "first-touch"],
             "kernels": last_by(records, "kernel", "name"),

@@ -28,6 +28,7 @@ GOAL_BENCHES = ("token_logprobs", "linear_logprobs", "linear_ppo_loss", "token_a
                 "ppo_loss", "token_head")
 OTHER_BENCHES = ("entropy", "kl", "prefix_attention", "reduce", "value_loss", "whiten")
 STEP = "step"  # a process of its own: it wants another release of TRL
+ROLLOUT = "rollout"  # a part of its own: engines start slowly
 SMALL = {
     "sessions": {"train_users": 2000, "heldout_users": 96, "test_users": 96, "transfer_users": 16},
     "sft": {"max_steps": 300, "eval_every": 50, "decay_steps": 250},
@@ -205,6 +206,17 @@ def benchmarks(check: Check, part: Part) -> None:
     part.said.append(f"{len(found['rows'])} rows, {len(found['steps'])} steps")
 
 
+def rollouts(check: Check, part: Part) -> None:
+    """Tokens a second of each engine that samples answers."""
+    if why := lacks(check, "pytest", "transformers"):
+        return part.skip(why)
+    ended = check.worker(part, *bench_command(check, (ROLLOUT,)))
+    judge(part, ended, failed_tests(ended.said))
+    for row in check.results()["rollouts"]:
+        what = row["note"] if row["tokens_s"] is None else f"{row['tokens_s']:,.0f} tokens/s"
+        part.said.append(f"{row['engine']}, {row['response']}: {what}")
+
+
 def learning(check: Check, part: Part) -> None:
     """`tppo run` on the fastest backends and on the reference, both at once: their curves agree."""
     if why := lacks(check, "transformers", "tokenizers", "safetensors", "tyro", "rich", "pydantic",
@@ -265,6 +277,7 @@ def sanitizer(check: Check, part: Part) -> None:
 
 
 PARTS = (
-    Spec(machine, 20, 12), Spec(build, 45, 40), Spec(first_touch, 60, 25), Spec(goals, 240, 35),
-    Spec(tests, 55, 15), Spec(kernels, 20, 6, required=False), Spec(benchmarks, 20, 15),
-    Spec(learning, 60, 25), Spec(sanitizer, 20, 1, required=False))
+    Spec(machine, 20, 12), Spec(build, 45, 40), Spec(first_touch, 60, 25), Spec(goals, 215, 32),
+    Spec(tests, 55, 15), Spec(kernels, 20, 6, required=False), Spec(benchmarks, 20, 14),
+    Spec(learning, 60, 23), Spec(rollouts, 45, 10, required=False),
+    Spec(sanitizer, 20, 1, required=False))

@@ -13,10 +13,12 @@ import torch
 from _harness import Attempts, Case, Row, as_json, no_number, run, table, without_the_broken
 from _journal import Journal
 from _peers import REASONS, said
+from _rollouts import RolloutRow, rollout_table
 from _steps import StepRow, step_table
 
 ROWS = pytest.StashKey[list[Row]]()
 STEPS = pytest.StashKey[list[StepRow]]()
+ROLLOUTS = pytest.StashKey[list[RolloutRow]]()
 BASELINES = {"op", "eager", "loop", "composed", "dense"}  # measured whatever a goal names
 
 
@@ -34,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[STEPS] = [], []
+    config.stash[ROWS], config.stash[STEPS], config.stash[ROLLOUTS] = [], [], []
 
 
 @pytest.fixture(scope="session")
@@ -168,8 +170,19 @@ def steps(request, journal) -> Callable[[list[StepRow]], None]:
     return keep
 
 
+@pytest.fixture
+def rollouts(request, journal) -> Callable[[list[RolloutRow]], None]:
+    """Keeps the rows of engines that sample."""
+    def keep(rows: list[RolloutRow]) -> None:
+        request.config.stash[ROLLOUTS] += rows
+        for row in rows if journal else ():
+            journal.add("rollout", **asdict(row))
+
+    return keep
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    rows, steps = config.stash[ROWS], config.stash[STEPS]
+    rows, steps, rollouts = (config.stash[key] for key in (ROWS, STEPS, ROLLOUTS))
     if rows:
         terminalreporter.section("operators")
         terminalreporter.write_line(table(rows))
@@ -178,9 +191,13 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     if steps:
         terminalreporter.section("a PPO step: a prompt shared by its answers, or dense")
         terminalreporter.write_line(step_table(steps))
+    if rollouts:
+        terminalreporter.section("answers, by engine")
+        terminalreporter.write_line(rollout_table(rollouts))
     target = config.getoption("--bench-json")
-    if target and (rows or steps):
+    if target and (rows or steps or rollouts):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(json.dumps(as_json(rows, device, steps), indent=1) + "\n")
+        found = as_json(rows, device, steps=steps, rollouts=rollouts)
+        Path(target).write_text(json.dumps(found, indent=1) + "\n")
         terminalreporter.write_line(f"written to {target}")

@@ -50,7 +50,8 @@ def markdown(results: dict[str, Any], plot: str | None) -> str:
         keys = [k for k in steps[0] if k != "device"]
         lines += ["", "## A PPO step", "", *_table(keys, [[_text(s[k]) for k in keys]
                                                           for s in steps])]
-    for title, name in (("Kernels, by ncu", "kernels"), ("First touch", "first_touch")):
+    for title, name in (("Answers, by engine", "rollouts"), ("Kernels, by ncu", "kernels"),
+                        ("First touch", "first_touch")):
         found: list[Row] = results.get(name, [])
         if found:
             keys = [k for k in found[0] if k != "part"]

@@ -243,6 +243,42 @@ def test_the_grid_of_a_step_is_whole_and_begins_with_what_is_always_measured(ben
 
 
 @pytest.fixture
+def bench_rollout(bench_step):
+    return importlib.import_module("bench_rollout")
+
+
+def test_an_engine_that_answers_something_else_gets_no_number(bench_rollout, harness, monkeypatch):
+    work = bench_rollout.work_of("demo", 6, 4, "cpu", compiled=False)
+    honest, reasons = bench_rollout.by_generate, {}
+
+    def another(work):
+        first, *rest = honest(work)
+        return [[*first[:2], (first[2] + 1) % 60, *first[3:]], *rest]
+
+    def shorter(work):
+        return [row[:4] for row in honest(work)]
+
+    def raises(work):
+        raise RuntimeError("no engine here")
+
+    monkeypatch.setattr(bench_rollout, "PEERS", {
+        "another": lambda work: another, "shorter": lambda work: shorter, "raises": raises})
+    rows = {r.engine: r for r in bench_rollout.measure(work, 2, harness.Attempts("x", "cpu"))}
+    assert rows["HFRollout"].tokens == rows["generate"].tokens > 0
+    assert rows["generate"].speed_up == 1.0 and rows["HFRollout"].tokens_s > 0
+    reasons = {name: rows[name].note for name in ("another", "shorter", "raises")}
+    assert "answer 0 has token" in reasons["another"] and "nats" in reasons["another"]
+    assert "answer 0 has 4 tokens, expected 6" in reasons["shorter"]
+    assert reasons["raises"] == "no number: RuntimeError: no engine here"
+    assert all(rows[name].tokens_s is None for name in reasons)
+    monkeypatch.setattr(bench_rollout, "by_trainer", another)  # ours gets none either, nor has any
+    with pytest.raises(harness.RedGate, match="no number: HFRollout: answer 0 has token"):
+        bench_rollout.measure(work, 2, harness.Attempts("x", "cpu"))
+    monkeypatch.setitem(bench_rollout.TIES, torch.float32, 100.0)
+    assert bench_rollout.excused(work, honest(work), another(work)) == 1
+
+
+@pytest.fixture
 def cases_of_a_gpu(harness, monkeypatch):
     """Every case that the benchmarks of the operators with goals build for a GPU, none measured."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("machine", "build", "first-touch", "goals", "tests", "kernels", "benchmarks", "learning",
-         "sanitizer")
+         "rollouts", "sanitizer")
 MACHINE = {"gpu": None, "cpu": "a CPU", "torch": "2", "python": "3", "copy_gb_s": 10.0,
            "matmul_tflop_s": 1.0, "matmul_dtype": "float32", "time": "now"}
 ROW = {"op": "gae", "shape": "1 x 1", "implementation": "op", "device": "cpu", "median_us": 1.0,
@@ -124,7 +124,8 @@ def test_budgets_add_up_to_less_than_the_whole_and_what_is_left_over_passes_on(
     total = gpu_check.TOTAL_S[smoke]
     assert sum(map(check.budget, gpu_check.PARTS)) <= total <= {False: 570, True: 180}[smoke]
     assert tuple(s.name for s in gpu_check.PARTS) == PARTS
-    assert {s.name for s in gpu_check.PARTS if not s.required} == {"kernels", "sanitizer"}
+    assert {s.name for s in gpu_check.PARTS if not s.required} == {"kernels", "rollouts",
+                                                                        "sanitizer"}
     half = gpu_check.Check(tmp_path / "b", smoke=smoke, seconds=total / 2)
     assert half.budget(gpu_check.PARTS[3]) == check.budget(gpu_check.PARTS[3]) / 2
     ends = []
@@ -373,7 +374,7 @@ def test_the_trainers_needs_are_present_or_among_the_wheels(gpu_check):
 def test_every_benchmark_is_in_a_part(gpu_check):
     present = {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")}
     parts = gpu_check._parts
-    assert present == {*parts.GOAL_BENCHES, *parts.OTHER_BENCHES, parts.STEP}
+    assert present == {*parts.GOAL_BENCHES, *parts.OTHER_BENCHES, parts.STEP, parts.ROLLOUT}
 
 
 def test_the_report_of_the_stored_results(gpu_check, tmp_path):

@@ -12,8 +12,8 @@ from tppo_kernels._core.op import OPS
 
 ROOT = Path(__file__).parent.parent
 BENCHED = {"entropy", "gae", "kl", "linear_logprobs", "linear_ppo_loss", "ppo_loss",
-           "prefix_attention", "reduce", "step", "token_advantages", "token_head", "token_logprobs",
-           "value_loss", "whiten"}
+           "prefix_attention", "reduce", "rollout", "step", "token_advantages", "token_head",
+           "token_logprobs", "value_loss", "whiten"}
 READMES = {"gae", "linear_logprobs", "ppo_loss", "prefix_attention"}  # whose derivation is long
 ENGINES = {"token_advantages": {"_composed.py"}}  # what several backends of an op share
 KERNEL_FILES = {"__init__.py", "__main__.py", "testing.py", "py.typed"}

@@ -16,11 +16,11 @@ from tppo.evaluation.ranking import rank_figures
 from tppo.labels.queries import answer_text, parse_answer, query_text
 from tppo.labels.words import fold
 from tppo.models.batch import Batch
-from tppo.models.config import Prefix
+from tppo.models.config import Sampler
 from tppo.models.folder import model_eos_ids
 from tppo.models.keeper import NOTHING_KEPT, Keeper
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.rollout import Sampling, build
 from tppo.rewards import Answers, Questions
 from tppo.sessions.session import Session
 
@@ -45,37 +45,35 @@ def evaluate_policy(
     sampling: Sampling,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    prefix: Prefix = "shared",
+    sampler: Sampler,
     keeper: Keeper = NOTHING_KEPT,
 ) -> Evaluated:
     """Sample one answer a question and judge them.
 
+    sampler: who samples them, and how many of them are read at once.
     keeper: has the answers that an earlier process sampled.
 
     The figures are those of `judge_answers`, with `kl` against `ref` at temperature 1 in nats a
     response and the mean `length` in tokens.
     """
     pad_id, eos_ids = tokenizer.pad_token_id, model_eos_ids(tokenizer, model)
-    engine = HFRollout(
-        model, pad_id=pad_id, eos_id=eos_ids, batch_size=batch_size, prefix=prefix
-    )
+    engine = build(model, sampler, pad_id=pad_id, eos_id=eos_ids)
     rollout = engine.generate(questions.ids, sampling, keeper=keeper)
     answers = Answers(
         questions.prompts, rollout.response_ids, questions.columns, tokenizer, eos_ids,
         range(len(questions)),
     )  # fmt: skip
-    each = each_figure(judge, answers)
+    each, size = each_figure(judge, answers), sampler.batch_size
     figures = averaged(each, len(questions))
     batches = (
         Batch(
-            rollout.prompt_ids[i : i + batch_size],
-            rollout.response_ids[i : i + batch_size],
+            rollout.prompt_ids[i : i + size],
+            rollout.response_ids[i : i + size],
             pad_id,
             model.device,
-            prefix,
+            sampler.prefix,
         )
-        for i in range(0, len(questions), batch_size)
+        for i in range(0, len(questions), size)
     )
     apart = model is not ref or sampling.temperature != 1.0  # else it is 0, and need not be read
     kl = _kl(model, ref, batches, sampling.temperature) / len(questions) if apart else 0.0

@@ -121,6 +121,11 @@ class Sampler(NamedTuple):
     batch_size: int = 256
     prefix: Prefix = "shared"
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """The setting that changes what is sampled, if it is not the default."""
+        return {} if self.rollout == "hf" else {"rollout": self.rollout}
+
 
 @section
 class GuideConfig:

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PretrainedConfig
 from tppo.models.guards import trainable
 from tppo.models.meta import META, Head, Holding, LiveBytes, Mark, Role, meta_model, sizes
 from tppo.models.recompute import recompute_layers
-from tppo.models.rollout.hf import CACHE
+from tppo.models.rollout.decoding import CACHE
 
 
 class Tokens(NamedTuple):

@@ -145,8 +145,7 @@ def _judge(
         run.judge,
         run.sampling(temperature=temperature, seed=run.seed),
         tokenizer=run.tokenizer,
-        batch_size=run.config.generate.batch_size,
-        prefix=run.config.prefix,
+        sampler=run.config.sampler,
         keeper=Checkpoints(kept / name, f"eval, {name}", "batch"),
     )
     texts = found.answers.texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tppo import stopping
-from tppo.models.rollout import HFRollout
+from tppo.models.rollout import build
 from tppo.models.tokenizer import decode
 from tppo.stages.artifacts import ANSWERS
 from tppo.stages.run import Run
@@ -23,12 +23,11 @@ def generate(run: Run) -> None:
         n = min(config.samples, config.samples_per_session * len(sessions))
         chosen = [order[i % len(order)] for i in range(n)]
         prompts = run.prompts(order[:n], model)
-        engine = HFRollout(
+        engine = build(
             model,
+            run.config.sampler,
             pad_id=run.tokenizer.pad_token_id,
             eos_id=run.eos_ids,
-            batch_size=config.batch_size,
-            prefix=run.config.prefix,
         )
         stopping.defer()
         rollout = engine.generate(

@@ -95,6 +95,11 @@ def as_sampler(rollout: Any, generate: GenerateConfig, prefix: Prefix) -> Sample
     return Sampler(rollout, batch_size=generate.batch_size, prefix=prefix)
 
 
+def given_rollout(settings: Config) -> RolloutName | VLLMConfig:
+    """Who samples by the settings of a run, as `as_sampler` takes it."""
+    return settings.vllm if settings.rollout == "vllm" else settings.rollout
+
+
 def check_advantage_given(advantage: Any, config: PPOConfig) -> None:
     """Errors: DataError where it is no `Advantage`, or compares responses where there is one."""
     if isinstance(advantage, str):

@@ -20,12 +20,12 @@ from tppo.methods.advantages import Advantage
 from tppo.methods.config import Algorithm, RLGFConfig
 from tppo.methods.ppo import PPO
 from tppo.methods.rlgf import GuidedPPO
-from tppo.models.config import GuideConfig, ModelConfig, Prefix
+from tppo.models.config import GuideConfig, ModelConfig, Sampler
 from tppo.models.folder import model_eos_ids
 from tppo.models.guide import ModelWriter, TextGuide, Writer, Written
 from tppo.models.hub import locate
 from tppo.models.load import load_policy
-from tppo.models.rollout import HFRollout, Rollout, Sampling
+from tppo.models.rollout import Engine, Rollout, Sampling, build
 from tppo.models.tokenizer import load_tokenizer
 from tppo.models.vocabulary import limit_vocabulary
 from tppo.progress import say
@@ -51,8 +51,8 @@ class Learner(NamedTuple):
     """The model that it starts from, which guides where no other is named."""
     tokenizer: PreTrainedTokenizerBase
     eos_ids: Sequence[int]
-    batch_size: int
-    prefix: Prefix
+    sampler: Sampler
+    """Who samples, the guide's part too where it is a model of this process."""
     questions: Questions
     """What it is trained on."""
     encode: Callable[[PreTrainedTokenizerBase, Any], list[int]]
@@ -119,9 +119,8 @@ def new_guide(
     def by_text(write: Writer) -> TextGuide:
         return TextGuide(write, learner.tokenizer, learner.eos_ids, prompts)
 
-    def engine(model: PreTrainedModel, pad_id: int, eos_ids: Sequence[int]) -> HFRollout:
-        return HFRollout(model, pad_id=pad_id, eos_id=eos_ids, batch_size=learner.batch_size,
-                         prefix=learner.prefix)  # fmt: skip
+    def engine(model: PreTrainedModel, pad_id: int, eos_ids: Sequence[int]) -> Engine:
+        return build(model, learner.sampler, pad_id=pad_id, eos_id=eos_ids)
 
     if config.base_url:
         return by_text(EndpointWriter(config))

@@ -34,6 +34,7 @@ from tppo.methods.rlgf import SKIPPED, in_brackets
 from tppo.methods.spoilt import SPOILT
 from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
+from tppo.models.config import Sampler
 from tppo.models.folder import save_model
 from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
@@ -70,8 +71,8 @@ class Held(NamedTuple):
 
     questions: Questions
     judge: Judge
-    batch_size: int = 256
-    """Answers sampled at once."""
+    sampler: Sampler = Sampler()
+    """Who answers."""
 
 
 class Loop:
@@ -224,8 +225,7 @@ class Loop:
                 held.judge,
                 replace(trainer.sampling, seed=trainer.seed),
                 tokenizer=self.tokenizer,
-                batch_size=held.batch_size,
-                prefix=trainer.prefix,
+                sampler=held.sampler,
             )
             figures = found.figures
             if all(row["step"] != step for row in self.samples):  # a resumed run asks SFT again

@@ -8,6 +8,7 @@ from typing import Any
 from tppo.config import Config
 from tppo.errors import DataError
 from tppo.rewards.user_function import load_given
+from tppo.stages.given import given_rollout
 from tppo.stages.trainer import PPOTrainer
 
 
@@ -49,7 +50,7 @@ def train_by_function(
         rlgf=settings.rlgf,
         guide=settings.guide,
         prefix=settings.prefix,
-        rollout=settings.vllm if settings.rollout == "vllm" else settings.rollout,
+        rollout=given_rollout(settings),
         report_to=settings.report_to,
         **options,
     ).train()

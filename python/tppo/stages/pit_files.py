@@ -11,9 +11,17 @@ from typing import Any, NamedTuple
 from tppo.config import Config, fill_defaults
 from tppo.errors import DataError
 from tppo.methods.config import PITConfig, PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import AdapterConfig, GenerateConfig, ModelConfig, Prefix
+from tppo.models.config import (
+    AdapterConfig,
+    GenerateConfig,
+    ModelConfig,
+    Prefix,
+    RolloutName,
+    VLLMConfig,
+)
 from tppo.models.rollout import Sampling
 from tppo.stages.artifacts import PIT_POLICY, PIT_REPORT
+from tppo.stages.given import as_sampler, given_rollout
 from tppo.stages.on_files import base_of, check_arguments, check_labelled, mark_of, need, once
 from tppo.stages.pit_parts import STAGE, Better, Training, encoder, train_pit
 from tppo.stages.preferences import read_preferences, spelled
@@ -66,6 +74,7 @@ def pit(
     seed: int = 0,
     device: str = "auto",
     prefix: Prefix = "shared",
+    rollout: RolloutName | VLLMConfig = "hf",
 ) -> PITResult:
     """Train a policy that betters answers, from pairs of a better and a worse one.
 
@@ -76,6 +85,7 @@ def pit(
     sft, gap, ppo: settings of the three trainings; `ppo.steps` is not used, the stages have their
         own in `config`.  generate: `max_new_tokens` (0: as the longest answer of the pairs, at most
         256), `temperature` and `batch_size`.
+    rollout: who samples, as in `PPOTrainer`.
     out: folder that gets `pit/model`, `pit/gap`, `pit/report.json` and the metrics of both stages.
 
     A script that was killed goes on in the part, and in PPO behind the checkpoint, where it was.
@@ -86,7 +96,9 @@ def pit(
         gap=(gap, RewardModelConfig), ppo=(ppo, PPOConfig), generate=(generate, GenerateConfig),
         loading=(loading, ModelConfig), lora=(lora, AdapterConfig),
     )  # fmt: skip
+    sampler = as_sampler(rollout, generate or GenerateConfig(), prefix)
     given = Config(
+        rollout=sampler.rollout, vllm=sampler.vllm,
         sft=sft or SFTConfig(), reward_model=gap or RewardModelConfig(), ppo=ppo or PPOConfig(),
         generate=generate or GenerateConfig(), pit=config or PITConfig(), prefix=prefix,
         model=loading or ModelConfig(), lora=lora or AdapterConfig(),
@@ -123,4 +135,4 @@ def pit_on_files(
     pairs, model = need(pairs, model, "to train")
     pit(model, pairs, config=settings.pit, sft=settings.sft, gap=settings.reward_model,
         ppo=settings.ppo, generate=settings.generate, loading=settings.model, lora=settings.lora,
-        prefix=settings.prefix, **options)  # fmt: skip
+        prefix=settings.prefix, rollout=given_rollout(settings), **options)  # fmt: skip

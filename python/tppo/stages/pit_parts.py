@@ -25,7 +25,7 @@ from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.keeper import NOTHING_KEPT, Keeper
 from tppo.models.load import load_policy
 from tppo.models.recompute import recompute_layers
-from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.rollout import Engine, Sampling, build
 from tppo.models.vocabulary import limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Questions, Reward
@@ -70,7 +70,8 @@ class Training:
         names = ("prefix", "pit", "sft", "reward_model", "ppo", "generate", "lora")
         found = {name: plain(getattr(self.config, name)) for name in names}
         del found["pit"]["improve_steps"]
-        return found | {"cap": self.cap, "dtype": self.config.model.dtype}
+        found |= {"cap": self.cap, "dtype": self.config.model.dtype}
+        return found | self.config.sampler.identity
 
     def policy(self, path: Path) -> PreTrainedModel:
         """The causal LM in a folder."""
@@ -78,11 +79,10 @@ class Training:
         model = load_policy(path, self.device, loading.dtype, pickles=loading.allow_pickle)
         return limit_vocabulary(model, self.tokenizer)
 
-    def engine(self, policy: PreTrainedModel) -> HFRollout:
+    def engine(self, policy: PreTrainedModel) -> Engine:
         """Samples answers of a policy."""
         eos_ids, pad_id = model_eos_ids(self.tokenizer, policy), self.tokenizer.pad_token_id
-        return HFRollout(policy, pad_id=pad_id, eos_id=eos_ids, prefix=self.config.prefix,
-                         batch_size=self.config.generate.batch_size)  # fmt: skip
+        return build(policy, self.config.sampler, pad_id=pad_id, eos_id=eos_ids)
 
     def improver(self, policy: PreTrainedModel) -> Improver:
         """The policy, asked for better answers."""

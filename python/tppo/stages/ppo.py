@@ -105,7 +105,7 @@ def loop_of(
     return Loop(
         trainer,
         questions,
-        Held(run.questions(heldout, policy), run.judge, run.config.generate.batch_size),
+        Held(run.questions(heldout, policy), run.judge, run.config.sampler),
         out,
         run.tokenizer,
         watch=Watch(
@@ -190,8 +190,8 @@ def guided_by(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Guided
     if guide.base_url and guide.system is None:
         guide = replace(guide, system=ASK_QUERIES)
     learner = Learner(
-        ref, run.tokenizer, model_eos_ids(run.tokenizer, ref), config.generate.batch_size,
-        config.prefix, questions_of(run, run.sessions("train"), policy), encode_prompt,
+        ref, run.tokenizer, model_eos_ids(run.tokenizer, ref), config.sampler,
+        questions_of(run, run.sessions("train"), policy), encode_prompt,
     )  # fmt: skip
     rollout = new_guide(guide, learner, run.device, config.model)
     return Guided(config.algorithm, rollout, config.rlgf, guide)

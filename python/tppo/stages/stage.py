@@ -168,7 +168,7 @@ def _chosen(given: Given, names: Iterable[str]) -> dict[str, Any]:
         elif name == "lora":
             found |= {name: plain(given.config.lora)} if given.config.lora.on else {}
         elif name == "rollout":
-            found |= {} if given.config.rollout == "hf" else {name: given.config.rollout}
+            found |= given.config.sampler.identity
         else:
             found[name] = RULE if name == "rule" else plain(attrgetter(name)(given.config))
     return found

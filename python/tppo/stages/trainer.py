@@ -273,7 +273,7 @@ class PPOTrainer:
         held = None
         if self._held is not None:
             assert self.judge is not None
-            held = Held(self._held, self.judge, self.generate.batch_size)
+            held = Held(self._held, self.judge, self.sampler)
         loop = Loop(trainer, self._train, held, out, self.tokenizer,
                     about={"reward": described(self.reward)}, journal=journal)  # fmt: skip
         self._say_what_runs()
@@ -283,8 +283,8 @@ class PPOTrainer:
         settings, given = self.settings, self.guide
         if settings.algorithm == "ppo":
             return UNGUIDED
-        learner = Learner(ref, self.tokenizer, self.eos_ids, self.generate.batch_size, self.prefix,
-                          self._train, partial(encode_given, place="guide"))  # fmt: skip
+        learner = Learner(ref, self.tokenizer, self.eos_ids, self.sampler, self._train,
+                          partial(encode_given, place="guide"))  # fmt: skip
         if isinstance(given, GuideConfig):
             given = new_guide(given, learner, self.device, self.loading)
         return Guided(settings.algorithm, given, settings.rlgf, settings.guide)
@@ -361,7 +361,7 @@ class PPOTrainer:
             "ppo": ppo,
             "generate": sampling,
             "prefix": self.prefix,
-            **({} if self.sampler.rollout == "hf" else {"rollout": self.sampler.rollout}),
+            **self.sampler.identity,
             **({"lora": plain(self.lora)} if self.lora.on else {}),
             **guided_settings(self.settings),
             **guide_identity(self.settings, self.guide),

@@ -5,32 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from tppo.models.batch import pad
 from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
+from tppo.models.rollout.decoding import CACHE, decode, empty_cache, has_rows
 from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes, until_eos
 from tppo.models.vocabulary import phantoms
 from tppo.progress import say, say_once, status
-
-_PREPARE = signature(GenerationMixin.prepare_inputs_for_generation)
-CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"  # its older name
-_COPIED = {DynamicLayer, DynamicSlidingWindowLayer}  # a prompt's may be copied to its rows
 
 
 class HFRollout:
@@ -40,7 +29,7 @@ class HFRollout:
     settings of the model's own generation config are not used.
 
     A prompt that stands in several rows of a batch is prefilled once for all of them (with
-    `prefix="dense"`: once for each).
+    `prefix="dense"`: once for each).  Answers that have ended leave their batch.
     """
 
     def __init__(
@@ -146,11 +135,8 @@ class HFRollout:
 
     def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
-        warm = sampling.temperature > 0
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(
-            do_sample=warm,
-            **(drawn if warm else {}),
+            do_sample=False,  # the draw is `decode`'s
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
@@ -158,11 +144,15 @@ class HFRollout:
         )
         try:
             with without_generation_settings(self.model):
-                output = self.model.generate(  # type: ignore[operator]
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    **{CACHE: self._prefill(prompts)},
-                    generation_config=config,
+                cache = self._prefill(prompts)
+                rows = decode(
+                    self.model,
+                    batch.input_ids,
+                    batch.attention_mask,
+                    empty_cache(self.model) if cache is None else cache,
+                    config,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
                 )
         except RuntimeError as error:
             if "probability tensor" not in str(error):
@@ -173,7 +163,6 @@ class HFRollout:
                 "its weights are: they are far too large, or the temperature "
                 f"({sampling.temperature:g}) is far too small"
             ) from None
-        rows = output[:, batch.prompt_length :].tolist()
         return [until_eos(row, self.eos_ids) for row in rows]
 
     def _prefill(self, prompts: list[Sequence[int]]) -> Cache | None:
@@ -194,7 +183,7 @@ class HFRollout:
             use_cache=True,
         )
         cache = output.get(CACHE)
-        if type(cache) is not DynamicCache or not {type(x) for x in cache.layers} <= _COPIED:
+        if not has_rows(cache):
             self.prefix = "dense"
             say_once(
                 f"{type(self.model).__name__} remembers a prompt by more than keys and values "

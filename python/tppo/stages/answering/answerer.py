@@ -16,12 +16,12 @@ from tppo.errors import DataError
 from tppo.methods.config import MAX_TOKENS
 from tppo.models.adapters import is_adapter
 from tppo.models.batch import Batch
-from tppo.models.config import DType
+from tppo.models.config import DType, GenerateConfig, RolloutName, VLLMConfig
 from tppo.models.folder import model_eos_ids
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.own_tokens import AlignedRewardModel, load_frozen, load_own_tokenizer
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.rollout import Sampling, build
 from tppo.models.tokenizer import load_tokenizer
 from tppo.models.vocabulary import limit_vocabulary
 from tppo.rewards import Answers, TokenReward
@@ -30,6 +30,7 @@ from tppo.sessions.prompts import encode_prompts
 from tppo.stages.answering.histories import Asked, asked, with_queries
 from tppo.stages.answering.recipe import Recipe, read_recipe
 from tppo.stages.artifacts import POLICY, REWARD_MODEL, SFT_MODEL, Artifact
+from tppo.stages.given import as_sampler
 from tppo.stages.lengths import positions_of
 from tppo.stages.prompts import Prompts, questions
 from tppo.store.hashes import MANIFEST
@@ -99,6 +100,7 @@ class Answerer:
     reward_model: the folder of a token reward model; by default that of the run, and none beside an
         exported model alone.
     device: auto, cpu, cuda, cuda:1.  dtype: of the weights in memory, as --model.dtype.
+    rollout: who samples: "hf", transformers' `generate`; or "vllm", or a `tppo.VLLMConfig`.
 
     It is not safe to call from several threads at once.
     Errors: DataError where the folder holds no such model, with what to run or to give.
@@ -111,7 +113,9 @@ class Answerer:
         reward_model: str | Path | None = None,
         device: str = "auto",
         dtype: DType = "auto",
+        rollout: RolloutName | VLLMConfig = "hf",
     ) -> None:
+        self.sampler = as_sampler(rollout, GenerateConfig(), "shared")
         self.path, found = find(Path(folder))
         rewards = found if reward_model is None else Path(reward_model)
         self.recipe: Recipe = read_recipe(self.path)
@@ -170,8 +174,8 @@ class Answerer:
         most = max(-(-count // self.recipe.queries) for count in counts)
         cap = max_new_tokens or self.recipe.max_new_tokens * most
         prompts = self._prompts(given, counts, cap)
-        engine = HFRollout(self.model, pad_id=self.tokenizer.pad_token_id, eos_id=self.eos_ids,
-                           batch_size=batch_size)  # fmt: skip
+        engine = build(self.model, self.sampler._replace(batch_size=batch_size),
+                       pad_id=self.tokenizer.pad_token_id, eos_id=self.eos_ids)  # fmt: skip
         warmth = self.recipe.temperature if temperature is None else temperature
         rows = [i for i in range(len(given)) for _ in range(several)]
         rollout = engine.generate([prompts[i] for i in rows], Sampling(cap, warmth, seed))
@@ -238,12 +242,15 @@ def load(
     reward_model: str | Path | None = None,
     device: str = "auto",
     dtype: DType = "auto",
+    rollout: RolloutName | VLLMConfig = "hf",
 ) -> Answerer:
     """The trained model of a run folder, or of an exported one alone: `tppo.load("DIR")`.
 
     The arguments, and the errors, are those of `Answerer`.
     """
-    return Answerer(folder, reward_model=reward_model, device=device, dtype=dtype)
+    return Answerer(
+        folder, reward_model=reward_model, device=device, dtype=dtype, rollout=rollout
+    )
 
 
 def find(folder: Path) -> tuple[Path, Path | None]:

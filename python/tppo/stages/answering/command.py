@@ -19,6 +19,7 @@ from tppo.console import is_unicode
 from tppo.environment import load_libraries
 from tppo.errors import DataError
 from tppo.flags import parse
+from tppo.models.config import RolloutName
 from tppo.progress import say, status
 from tppo.settings import Count, FilePath, Natural, NonNegative, Text, section
 from tppo.store.jsonl import plain
@@ -50,6 +51,8 @@ class ModelFlags:
     """auto, cpu, cuda, or cuda:1 for the second GPU."""
     threads: Count | None = None
     """CPU threads; by default torch's own."""
+    rollout: RolloutName = "hf"
+    """Who samples: hf, transformers' generate; vllm, an engine in this process (docs/vllm.md)."""
 
 
 @section
@@ -126,7 +129,8 @@ def load_model(flags: ModelFlags) -> Answerer:
     with status("loading torch and transformers"):
         load_libraries(flags.threads)
         from tppo.stages.answering.answerer import load
-    model = load(flags.out, reward_model=flags.reward_model, device=flags.device)
+    model = load(flags.out, reward_model=flags.reward_model, device=flags.device,
+                 rollout=flags.rollout)  # fmt: skip
     if model.reward is None:
         say(f"{model.path}: no reward model is beside it, so tokens have log-probs and no rewards "
             "(--reward-model names one)")  # fmt: skip

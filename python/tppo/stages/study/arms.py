@@ -22,7 +22,7 @@ from tppo.methods.config import PPOConfig
 from tppo.methods.critic_fit import Answered, fit_critic
 from tppo.methods.ppo import PPO
 from tppo.models.batch import Batch
-from tppo.models.rollout import HFRollout, RolloutBatch
+from tppo.models.rollout import RolloutBatch, build
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.terminal import TerminalReward
 from tppo.stages.artifacts import SFT_MODEL
@@ -89,8 +89,7 @@ def judged(material: Material, policy: PreTrainedModel, ref: PreTrainedModel) ->
     judge = RuleJudge(run.config.label.sentence_threshold)
     figures, answers, _ = evaluate_policy(
         policy, ref, run.questions(users, policy), judge, run.sampling(seed=run.seed),
-        tokenizer=run.tokenizer, batch_size=run.config.generate.batch_size,
-        prefix=run.config.prefix,
+        tokenizer=run.tokenizer, sampler=run.config.sampler,
     )  # fmt: skip
     return _row(judge, answers, {name: figures[name] for name in ("kl", "length")})
 
@@ -99,8 +98,7 @@ def best_of(material: Material, cell: Cell, reward: Reward, ref: PreTrainedModel
     """The same of the best paid of several samples of the SFT model; the KL is its bound."""
     run, users, n = material.run, material.judges, cell.arm.responses_per_prompt
     pad_id, config = run.tokenizer.pad_token_id, run.config
-    rollout = HFRollout(ref, pad_id=pad_id, eos_id=run.eos_ids,
-                        batch_size=config.generate.batch_size, prefix=config.prefix)  # fmt: skip
+    rollout = build(ref, config.sampler, pad_id=pad_id, eos_id=run.eos_ids)
     found = best_of_n(
         rollout, reward, questions_of(run, users, ref), n, run.sampling(seed=run.seed),
         tokenizer=run.tokenizer, pad_id=pad_id, eos_ids=run.eos_ids, device=run.device,

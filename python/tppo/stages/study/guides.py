@@ -33,8 +33,8 @@ def guided_by(material: Material, cell: Cell, ref: PreTrainedModel, reward: Rewa
     if arm.guide == "strong":
         config = GuideConfig(model=str(_strong(material, cell, reward)), top_p=1.0)
     rlgf = RLGFConfig(switch_step=max(1, cell.steps // 5))
-    learner = Learner(ref, run.tokenizer, run.eos_ids, run.config.generate.batch_size,
-                      run.config.prefix, material.train, encode_prompt)  # fmt: skip
+    learner = Learner(ref, run.tokenizer, run.eos_ids, run.config.sampler, material.train,
+                      encode_prompt)  # fmt: skip
     return Guided(arm.algorithm, new_guide(config, learner, run.device, run.config.model), rlgf,
                   config)  # fmt: skip
 
