@@ -1,6 +1,7 @@
 """A batch with figures that are not finite is skipped, counted, told and kept; one too large for
 the memory is read in smaller parts, with the same gradients."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -153,6 +154,36 @@ def test_only_the_newest_batches_are_kept(folder, tmp_path, monkeypatch):  # noq
     ppo.skips.add(4, data, "ppo step 4: value loss is inf", ppo._with_weights(), part="minibatch")
     left = sorted(file.name for file in path.parent.iterdir())
     assert left == ["train-step-4-1.json", "train-step-4-1.safetensors"]
+
+
+def test_what_is_kept_is_bounded_in_bytes_and_a_kill_leaves_nothing(
+    folder, tmp_path, monkeypatch  # noqa: F811
+):
+    ppo, data, path = kept_batch(folder, tmp_path, lambda data: None)
+    (path.parent / "train-step-2-1.safetensors").write_bytes(b"killed before its JSON")
+    one = path.with_suffix(".safetensors").stat().st_size
+    monkeypatch.setattr(replays, "MOST_BYTES", 2 * one + 500)
+    for step in (4, 5):
+        ppo.skips.in_row = 0
+        ppo.skips.add(step, data, f"ppo step {step}: nan", ppo._with_weights(), part="minibatch")
+    left = sorted(file.stem for file in path.parent.iterdir())
+    assert left == ["train-step-4-1"] * 2 + ["train-step-5-1"] * 2
+
+
+def test_a_full_disk_costs_what_is_kept_of_a_batch_and_no_more(
+    folder, tmp_path, monkeypatch, capsys  # noqa: F811
+):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    ppo, data, path = kept_batch(folder, tmp_path, lambda data: None)
+    monkeypatch.setattr(replays, "write_json", full)
+    ppo.skips.in_row = 0
+    ppo.skips.add(4, data, "ppo step 4: nan", ppo._with_weights(), part="minibatch")
+    said = capsys.readouterr().err
+    assert "a batch that is skipped cannot be written: No space left on device" in said
+    assert "ppo step 4: nan. The minibatch is skipped (1 in a row)\n" in said
+    assert {file.stem for file in path.parent.iterdir()} == {"train-step-3-1"}
 
 
 def gradients(ppo):

@@ -63,7 +63,8 @@ def check_experience(step: int, read: Reading, found: Experience) -> Experience:
 class Skips:
     """Counts the batches that are skipped.
 
-    most: in a row, before the training stops.  keep: writes one for `tppo replay` and says where.
+    most: in a row, before the training stops.  keep: writes one for `tppo replay`, and says where,
+    or "" if it could not.
     """
 
     def __init__(self, most: int):
@@ -83,8 +84,8 @@ class Skips:
             raise GuardError(f"{why}. {error}" if part == "minibatch" else why) from None
         self.in_row, self.of_step = self.in_row + 1, self.of_step + 1
         kept = ""
-        if self.keep:
-            kept = f"; `tppo replay {self.keep(SpoiltBatch(step, part, data, why))}` repeats it"
+        if self.keep and (path := self.keep(SpoiltBatch(step, part, data, why))):
+            kept = f"; `tppo replay {path}` repeats it"
         say(f"WARNING: {why}. The {part} is skipped ({self.in_row} in a row){kept}")
         if self.in_row >= self.most:
             raise GuardError(

@@ -1,7 +1,7 @@
 """What a stage that trains leaves on the disk while it does: figures, and sample answers.
 
-`metrics.jsonl` has a row a step, `samples.jsonl` a row a sample answer; both are written whole
-each time, so that a reader (`tppo report`) finds either state and never a part of one.
+`metrics.jsonl` has a row a step, `samples.jsonl` a row a sample answer; both grow line by line, so
+that a step of a long training costs what one of a short training does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tppo.evaluation.judge import SESSION, finish
-from tppo.store.jsonl import write_jsonl
+from tppo.store.rows import RowFile
 
 if TYPE_CHECKING:
     from tppo.evaluation.metrics import Evaluated
@@ -25,18 +25,18 @@ class Journal:
     """The two files in the folder of a stage."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.samples = out, 0
+        self.out = out
+        self.metrics, self.samples = RowFile(out / METRICS), RowFile(out / SAMPLES)
 
     def resume(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any] = ()) -> None:
         """Write again what a checkpoint has kept: of a stage's folder it alone was left."""
         self.write(rows, samples)
 
     def write(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Any] = ()) -> None:
-        """All rows and samples so far."""
-        write_jsonl(self.out / METRICS, rows)
-        if len(samples) != self.samples:
-            write_jsonl(self.out / SAMPLES, samples)
-            self.samples = len(samples)
+        """Bring both files up to all rows and samples so far."""
+        self.metrics.write(rows)
+        if samples:
+            self.samples.write(samples)
 
 
 def sample_rows(step: int, found: Evaluated) -> list[dict[str, Any]]:

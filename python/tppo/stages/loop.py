@@ -10,8 +10,6 @@ step, `samples.jsonl` with some answers of each evaluation, and at the end `mode
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,10 +38,12 @@ from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
+from tppo.stages.order import PromptOrder, schedule
 from tppo.stages.replay import write_spoilt
 from tppo.stages.skipped import skip, steps_taken, taken
 from tppo.store.checkpoint import Checkpoints, save_checkpoint
 from tppo.store.jsonl import write_json
+from tppo.store.rows import Rows
 from tppo.store.run_folder import KEPT
 
 REACHED = (0.8, 0.9)  # levels of the judge's first figure
@@ -111,8 +111,8 @@ class Loop:
         self.steps, self.batch_size = schedule(len(train), self.config)
         trainer.schedules.steps = self.steps
         trainer.schedules.check_length()
-        self.order = prompt_order(len(train), self.steps * self.batch_size, trainer.seed)
-        self.metrics, self.samples = list[dict[str, Any]](), list[dict[str, Any]]()
+        self.order = PromptOrder(len(train), trainer.seed)
+        self.metrics, self.samples, self.new_samples = Rows(), Rows(), list[dict[str, Any]]()
         self.journal = journal or Journal(out)
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_score: float | None = None
@@ -181,7 +181,7 @@ class Loop:
         """One PPO step; looks at held-out questions and writes a checkpoint when it is time."""
         start = time.monotonic()
         weights = self.trainer.policy_weights
-        chosen = self.order[(step - 1) * self.batch_size : step * self.batch_size]
+        chosen = self.order.rows((step - 1) * self.batch_size, self.batch_size)
         rows = [i for i in chosen for _ in range(self.config.responses_per_prompt)]
         first = step == self.config.critic_warmup_steps + 1  # that trains the policy
         before = sums(weights) if first else None
@@ -202,6 +202,8 @@ class Loop:
         if self.held is not None and (step % self.config.eval_every == 0 or last):
             row |= self.evaluate_heldout(step, self.held)
         self.metrics.append(row)
+        self.samples.extend(sorted(self.new_samples, key=lambda sample: sample["step"]))
+        self.new_samples.clear()
         self.seconds += time.monotonic() - start
         if self.world.rank == 0:
             self.journal.write(self.metrics, self.samples)
@@ -228,9 +230,8 @@ class Loop:
                 sampler=held.sampler,
             )
             figures = found.figures
-            if all(row["step"] != step for row in self.samples):  # a resumed run asks SFT again
-                self.samples += sample_rows(step, found)
-                self.samples.sort(key=lambda row: row["step"])
+            if step or all(row["step"] for row in self.samples):  # a resumed run asks SFT again
+                self.new_samples += sample_rows(step, found)
         return self.world.of_first(figures)
 
     @cached_property
@@ -271,6 +272,8 @@ class Loop:
             "best_step": self.best_step,
             "seconds": self.seconds,
             "schedules": self.trainer.schedules.state(),
+            "spoilt_in_row": self.trainer.skips.in_row,
+            "part_size": self.trainer.part_size.tokens,
             "critic_fit": self.critic_fit,
         }
         optimizer = self.trainer.optimizer.state_dict()
@@ -286,6 +289,10 @@ class Loop:
         self.trainer.optimizer.load_state_dict(found.optimizer)
         self.trainer.step_count = found.step
         self.trainer.schedules.load(found.state["schedules"])
+        self.trainer.skips.in_row = found.state["spoilt_in_row"]
+        self.trainer.part_size.tokens = tokens = found.state["part_size"]
+        if tokens < self.config.max_tokens:
+            say(f"ppo: reads {tokens} tokens at once, as before: the memory did not hold more")
         self.critic_fit = found.state["critic_fit"]
         self.best = {
             name: found.weights[f"best_{name}"]
@@ -378,21 +385,3 @@ class Loop:
             form = f"format >= {self.min_format:.3f} ({self.config.min_format:g} of SFT's) and "
         return (f"WARNING: no step had held-out {form}KL <= {self.config.max_kl:g}; the last one "
                 "is kept")  # fmt: skip
-
-
-def schedule(questions: int, config: PPOConfig) -> tuple[int, int]:
-    """Steps and prompts a step: a small file gets fewer of both."""
-    batch_size = min(config.batch_size, questions)
-    if config.max_passes is None:
-        return config.steps, batch_size
-    most = math.ceil(config.max_passes * questions / batch_size)
-    return max(1, min(config.steps, most)), batch_size
-
-
-def prompt_order(questions: int, n: int, seed: int) -> list[int]:
-    """Indices of the prompts of all steps: one shuffled pass after another."""
-    rng = random.Random(f"{seed}/ppo")
-    order: list[int] = []
-    while len(order) < n:
-        order += rng.sample(range(questions), questions)
-    return order[:n]

@@ -1,7 +1,7 @@
 """A batch that PPO skipped, kept on the disk, and `tppo replay`, which repeats its step.
 
 `spoilt/train-step-12-1.json` beside the stage's folder, with its tensors in a `.safetensors` of the
-same name: no pickle.
+same name: no pickle.  A run keeps the newest 20 of them, of 2 GiB at most.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say, status
 from tppo.settings import FilePath, section
+from tppo.store.disk import DiskFull, space_for
 from tppo.store.jsonl import read_object, write_json
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ ABOUT = (
     "weights of the newest checkpoint and TPPO_CHECK=1, and names the first operator whose result "
     "is not finite. Nothing of the run is changed."
 )
-FOLDER, MOST = "spoilt", 20  # batches that a run keeps
+FOLDER, MOST, MOST_BYTES = "spoilt", 20, 2 << 30  # batches that a run keeps, and what they take
+SUFFIX = ".safetensors"
 TENSORS = ("rewards", "category", "logprobs", "values", "advantages", "returns")
 MASKS = ("action", "policy", "critic", "kl")
 KEYS = {"step", "part", "why", "prompts", "responses", "prefix", "pad_id", "stage"}
@@ -47,7 +49,9 @@ class ReplayOptions:
 
 
 def write_spoilt(stage: Path, batch: SpoiltBatch) -> str:
-    """Keep a batch beside the folder of the stage under way; the path, or why it is not kept."""
+    """Keep a batch beside the folder of the stage under way, and the newest of those before it; the
+    path, or "" where the disk does not take it, which the training goes on without.
+    """
     from safetensors.torch import save_file
 
     folder = stage.parent / FOLDER
@@ -57,21 +61,41 @@ def write_spoilt(stage: Path, batch: SpoiltBatch) -> str:
     while (folder / f"{name}-{number}.json").exists():
         number += 1
     path, data = folder / f"{name}-{number}.json", batch.data
-    old = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
-    for file in old[: max(0, len(old) - MOST + 1)]:
-        file.unlink()
-        file.with_suffix(".safetensors").unlink(missing_ok=True)
     given = {name: getattr(data, name) for name in TENSORS} | data.masks._asdict()
     tensors = {key: x.detach().cpu().contiguous().clone()
                for key, x in given.items() if x is not None}  # fmt: skip
-    save_file(tensors, path.with_suffix(".safetensors"))
-    write_json(path, {
-        "step": batch.step, "part": batch.part, "why": batch.why, "stage": stage.name,
-        "prompts": [[*ids] for ids in data.batch.prompt_ids],
-        "responses": [[*ids] for ids in data.batch.response_ids],
-        "prefix": data.batch.prefix, "pad_id": data.batch.pad_id,
-    })  # fmt: skip
+    _make_room(folder, sum(x.nbytes for x in tensors.values()))
+    try:
+        with space_for(folder, "a batch that is skipped", "It is skipped all the same."):
+            save_file(tensors, path.with_suffix(SUFFIX))
+            write_json(path, {
+                "step": batch.step, "part": batch.part, "why": batch.why, "stage": stage.name,
+                "prompts": [[*ids] for ids in data.batch.prompt_ids],
+                "responses": [[*ids] for ids in data.batch.response_ids],
+                "prefix": data.batch.prefix, "pad_id": data.batch.pad_id,
+            })  # fmt: skip
+    except DiskFull as error:
+        path.with_suffix(SUFFIX).unlink(missing_ok=True)
+        say(f"WARNING: {error}")
+        return ""
     return str(path)
+
+
+def _make_room(folder: Path, nbytes: int) -> None:
+    """Delete the oldest batches until one more of so many bytes is within both limits, and what a
+    kill has left of one.
+    """
+    kept = {file.with_suffix("") for file in folder.glob("*.json")}
+    for file in folder.glob(f"*{SUFFIX}"):
+        if file.with_suffix("") not in kept:
+            file.unlink()
+    newest = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: -file.stat().st_mtime)
+    total = nbytes
+    for number, file in enumerate(newest, 2):
+        total += file.stat().st_size
+        if number > MOST or total > MOST_BYTES:
+            file.with_suffix(".json").unlink(missing_ok=True)  # first: it names the other
+            file.unlink()
 
 
 def main(arguments: list[str]) -> None:
@@ -93,7 +117,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     if kept is None or not kept.keys() >= KEYS:
         raise DataError(f"{path}: no batch that PPO has skipped, expected the .json that the "
                         "warning names (RUN/spoilt/train-step-N-1.json)")  # fmt: skip
-    tensors = path.with_suffix(".safetensors")
+    tensors = path.with_suffix(SUFFIX)
     if not tensors.is_file():
         raise DataError(f"{tensors}: no such file, expected the batch's tensors beside {path.name}")
     return kept
@@ -159,7 +183,7 @@ def experience_of(kept: dict[str, Any], path: Path, ppo: PPO) -> Experience:
     from tppo.methods.experience import Experience
     from tppo.models.batch import Batch
 
-    device, file = ppo.models.policy.device, path.with_suffix(".safetensors")
+    device, file = ppo.models.policy.device, path.with_suffix(SUFFIX)
     batch = Batch(kept["prompts"], kept["responses"], kept["pad_id"], device, kept["prefix"])
     try:
         found = {name: x.to(device) for name, x in load_file(file).items()}

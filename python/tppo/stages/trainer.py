@@ -245,7 +245,7 @@ class PPOTrainer:
             if world.rank == 0:
                 write_recipe(out / POLICY.name, self._recipe())
             report = world.of_first(loop.report() if world.rank == 0 else None)
-        self.metrics, self.report, self._card = loop.metrics, report, loop.card()
+        self.metrics, self.report, self._card = [*loop.metrics], report, loop.card()
         return report
 
     def _loop(self, out: Path, world: World, journal: Journal | None) -> Loop:

@@ -24,6 +24,7 @@ from tppo.progress import say, say_once
 from tppo.store.disk import DiskFull, space_for
 from tppo.store.hashes import sha256
 from tppo.store.jsonl import read_object, sync_directory, write_json, write_text
+from tppo.store.rows import RowFile, Rows, read_rows
 from tppo.store.run_folder import versions
 
 COMPLETE, LATEST = "COMPLETE.json", "latest"
@@ -138,7 +139,10 @@ def _write(
         )
     with open(work / "optimizer.pt", "wb") as opened:  # here: Python says why a write fails
         torch.save(optimizer, opened)
-    write_json(work / "state.json", state)
+    rows = {name: value for name, value in state.items() if isinstance(value, Rows)}
+    for name, value in rows.items():  # as they are: encoded anew they would cost more every time
+        RowFile(work / f"{name}.jsonl").write(value)
+    write_json(work / "state.json", {k: v for k, v in state.items() if k not in rows})
     files = sorted(work.iterdir())
     for file in files:
         sync_directory(file)
@@ -177,7 +181,8 @@ def _load(path: Path, step: int) -> Checkpoint:
         step=step,
         weights={file.stem: load_file(file) for file in path.glob("*.safetensors")},
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+        state=json.loads((path / "state.json").read_text(encoding="utf-8"))
+        | {file.stem: read_rows(file) for file in path.glob("*.jsonl")},
     )
 
 

@@ -19,7 +19,7 @@ from tppo.stages.journal import METRICS, SAMPLES
 from tppo.stages.registry import REGISTRY
 from tppo.store.folder_lock import holder
 from tppo.store.hashes import MANIFEST
-from tppo.store.jsonl import read_jsonl, read_object
+from tppo.store.jsonl import parse_object, read_lines, read_object
 
 REPORT = "report.html"
 ROWS = {  # the files whose rows are drawn, of the stages that have others than metrics.jsonl
@@ -144,4 +144,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))  # a list of rows
-    return [line.values for line in read_jsonl(path)]
+    lines = [*enumerate(read_lines(path), 1)]
+    if not lines[-1][1].endswith(b"\n"):  # of a stage under way: the row is not whole yet
+        lines.pop()
+    return [parse_object(path, number, raw) for number, raw in lines if raw.strip()]

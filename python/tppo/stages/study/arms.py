@@ -26,8 +26,8 @@ from tppo.models.rollout import RolloutBatch, build
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.terminal import TerminalReward
 from tppo.stages.artifacts import SFT_MODEL
-from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
+from tppo.stages.order import PromptOrder
 from tppo.stages.ppo import answered, policy_and_ref, questions_of
 from tppo.stages.study.config import Cell
 from tppo.stages.study.guides import guided_by
@@ -163,13 +163,13 @@ def trained(
                       guided=guided_by(material, cell, ref, reward))  # fmt: skip
     fit = fitted(material, trainer, cell.arm.fit_critic) if cell.arm.fit_critic else {}
     size = cell.arm.responses_per_prompt
-    order = prompt_order(len(material.train), cell.steps * config.batch_size, run.seed)
+    order = PromptOrder(len(material.train), run.seed)
     curve, sampled = [start_of(material)], list[dict[str, Any]]()
     explained: list[float] = []
     rounds = Rounds(material, cell)
     for step in range(1, cell.steps + 1):
         rounds.before(step, trainer)
-        chosen = order[(step - 1) * config.batch_size : step * config.batch_size]
+        chosen = order.rows((step - 1) * config.batch_size, config.batch_size)
         questions = material.train.rows([i for i in chosen for _ in range(size)])
         figures, rollout = trainer.step(questions)
         sampled.append(of_the_step(material, trainer, questions, rollout, figures))

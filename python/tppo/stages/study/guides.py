@@ -16,8 +16,8 @@ from tppo.rewards import Reward
 from tppo.rewards.terminal import TerminalReward
 from tppo.sessions.prompts import encode_prompt
 from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
-from tppo.stages.loop import prompt_order
 from tppo.stages.models import new_ppo
+from tppo.stages.order import PromptOrder
 from tppo.stages.ppo import policy_and_ref
 from tppo.stages.registry import SFT_MODEL
 from tppo.stages.study.config import Cell
@@ -53,9 +53,9 @@ def _strong(material: Material, cell: Cell, reward: Reward) -> Path:
     config = replace(run.config.ppo, steps=steps, batch_size=size)
     paid = reward.reward if isinstance(reward, TerminalReward) else reward
     trainer = new_ppo(run, config, policy, ref, paid)
-    order = prompt_order(len(material.train), steps * size, run.seed + 1)
-    for first in range(0, len(order), size):
-        trainer.step(material.train.rows(order[first : first + size]))
+    order = PromptOrder(len(material.train), run.seed + 1)
+    for step in range(steps):
+        trainer.step(material.train.rows(order.rows(step * size, size)))
     save_model(policy, run.tokenizer, work)
     try:
         work.rename(folder)
