@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ModelConfig,
         VLLMConfig,
     )
+    from tppo.models.rollout.vllm import VLLMRollout
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.dense import ABC, RED, RTO
     from tppo.rewards.function import FunctionReward
@@ -53,6 +54,7 @@ _HOMES = {
     "tppo.models.config": (
         "AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig", "VLLMConfig",
     ),
+    "tppo.models.rollout.vllm": ("VLLMRollout",),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.dense": ("ABC", "RED", "RTO"),
     "tppo.rewards.function": ("FunctionReward",),
@@ -100,6 +102,7 @@ __all__ = [
     "TokenModelReward",
     "TokenReward",
     "VLLMConfig",
+    "VLLMRollout",
     "load",
     "pit",
     "register",

@@ -112,7 +112,7 @@ def rollout_metrics(
     """
     kl = torch.where(own, read.old - read.ref, 0.0).sum(1)[rows].mean().item()
     score = read.rewards.sum(1)[rows]
-    return {
+    return drift_metrics(rollout, read.old, own) | {
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
         "objective/entropy": -torch.where(own, read.old, 0.0).sum(1)[rows].mean().item(),
@@ -122,6 +122,18 @@ def rollout_metrics(
         "objective/scores_std": score.std(correction=0).item(),
         "val/num_eos_tokens": float([rollout.finish[i] for i in rows].count("eos")),
     }
+
+
+def drift_metrics(rollout: RolloutBatch, old: Tensor, own: Tensor) -> dict[str, float]:
+    """How far the log-probs of the engine that sampled are from the trainer's, which are trained
+    with: |difference| of the tokens that the policy wrote, in nats; nothing where it tells none.
+    """
+    if rollout.logprobs is None:
+        return {}
+    apart = torch.where(own, pad_rows(rollout.logprobs, old) - old, 0.0).abs()  # [B, T]
+    mean = apart.sum() / own.sum().clamp(min=1)
+    return {"rollout/logprob_drift_max": apart.max().item(),
+            "rollout/logprob_drift_mean": mean.item()}  # fmt: skip
 
 
 def columns(batch: Batch, rows: list[tuple[list[int], tuple[Tensor, ...]]]) -> list[Tensor]:

@@ -31,14 +31,16 @@ class GreedyLast:
                              "would stand behind one of them alone")  # fmt: skip
         last = [i for i in range(len(prompts)) if i % self.size == self.size - 1]
         others = [i for i in range(len(prompts)) if i % self.size != self.size - 1]
-        rows: dict[int, tuple[list[int], str, list[bool]]] = {}
+        rows: dict[int, tuple[list[int], list[float], str, list[bool]]] = {}
         for index, how in ((others, sampling), (last, replace(sampling, temperature=0.0))):
             if index:
                 found = self.rollout.generate([prompts[i] for i in index], how)
-                for i, ids, why in zip(index, found.response_ids, found.finish, strict=True):
-                    rows[i] = ids, why, [how is sampling] * len(ids)
-        order = range(len(prompts))
-        return RolloutBatch(
-            [[*p] for p in prompts], [rows[i][0] for i in order], None, [rows[i][1] for i in order],
-            [rows[i][2] for i in order],
-        )  # fmt: skip
+                told = found.logprobs or [[]] * len(index)
+                for i, ids, one, why in zip(index, found.response_ids, told, found.finish,
+                                              strict=True):  # fmt: skip
+                    rows[i] = ids, one, why, [how is sampling] * len(ids)
+        every = [rows[i] for i in range(len(prompts))]
+        probs = [row[1] for row in every]
+        return RolloutBatch([[*p] for p in prompts], [row[0] for row in every],
+                            probs if any(probs) else None, [row[2] for row in every],
+                            [row[3] for row in every])  # fmt: skip

@@ -21,6 +21,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,13 +161,15 @@ class PPO:
         forced = () if prefixes is None else ([prefixes[i] for i in indices],)
         sampled = self.rollout.generate([prompts[i] for i in indices],
                                         replace(self.sampling, seed=seed), *forced)  # fmt: skip
-        own = (indices, sampled.response_ids, sampled.finish, sampled.author or [[]] * len(indices))
+        nothing: list[list[Any]] = [[]] * len(indices)
+        own = (indices, sampled.response_ids, sampled.logprobs or nothing, sampled.finish,
+               sampled.author or nothing)  # fmt: skip
         rows = {i: row for part in world.exchanged(own) for i, *row in zip(*part, strict=True)}
-        responses, finish, author = zip(*(rows[i] for i in range(len(prompts))), strict=True)
-        return RolloutBatch(
-            [[*p] for p in prompts], list(responses), None, list(finish),
-            list(author) if any(author) else None,
-        )  # fmt: skip
+        responses, logprobs, finish, author = (
+            [*x] for x in zip(*(rows[i] for i in range(len(prompts))), strict=True)
+        )
+        return RolloutBatch([[*p] for p in prompts], responses, logprobs if any(logprobs) else None,
+                            finish, author if any(author) else None)  # fmt: skip
 
     def answers(self, questions: Questions, rollout: RolloutBatch) -> Answers:
         """What the reward may look at: the rollout's responses to these questions."""

@@ -313,21 +313,40 @@ def merged(model: Any) -> Any:
     What is not adapted stays shared with `model`; the sums lie in the memory of the host.
     """
     plain = shared_copy(model)
-    for name, layer in list(plain.named_modules()):
-        if not hasattr(layer, "lora_A") or not hasattr(layer, "get_base_layer"):
-            continue
+    for name, layer in _adapted_layers(plain):
         base, weight = layer.get_base_layer(), layer.get_base_layer().weight
         if weight is plain.get_input_embeddings().weight:  # a head that is no longer tied
             _say_untied(plain)
         delta = layer.lora_B[NAME].weight.float() @ layer.lora_A[NAME].weight.float()
         delta = (delta.T if layer.fan_in_fan_out else delta) * layer.scaling[NAME]
         base.weight = nn.Parameter((weight.float() + delta).to(weight.dtype).cpu(), False)
-        parent, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(parent), child, base)
-    for module in (plain, plain.base_model):
+        _put(plain, name, base)
+    return _forget_adapter(plain)
+
+
+def unadapted(model: Any) -> Any:
+    """The base of an adapted model, whose weights it shares."""
+    plain = shared_copy(model)
+    for name, layer in _adapted_layers(plain):
+        _put(plain, name, layer.get_base_layer())
+    return _forget_adapter(plain)
+
+
+def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer")]  # fmt: skip
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _forget_adapter(model: Any) -> Any:
+    for module in (model, model.base_model):
         for left in ("adapter", "peft_config", "fused_head"):
             vars(module).pop(left, None)
-    return plain
+    return model
 
 
 def merge_into(model: Any, folder: str | Path, *, pickles: bool = False) -> Any:

@@ -28,6 +28,13 @@ def build(
 
     Errors: DataError where it cannot be had here, or not with this model.
     """
+    if sampler.rollout == "vllm":
+        from tppo.models.rollout.vllm import VLLMRollout  # with it comes vLLM, where it is asked
+
+        return VLLMRollout(
+            model, pad_id=pad_id, eos_id=eos_id, batch_size=sampler.batch_size,
+            prefix=sampler.prefix, config=sampler.vllm,
+        )  # fmt: skip
     return HFRollout(
         model, pad_id=pad_id, eos_id=eos_id, batch_size=sampler.batch_size, prefix=sampler.prefix
     )

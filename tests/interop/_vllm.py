@@ -1,0 +1,55 @@
+"""Models and prompts that the tests of vLLM share: tiny ones, whose log-probs are not all alike."""
+
+import torch
+from _weights import enlarged
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tppo.models.adapters import add_adapter
+from tppo.models.config import AdapterConfig
+from tppo.models.rollout import HFRollout
+from tppo.models.rollout.vllm import VLLMRollout
+
+PAD, EOS, OTHER_EOS, SIZE = 0, 1, 2, 320
+
+
+def tiny(seed=0, tied=True, std=0.12, **options):
+    """A Llama with heads of 32 numbers, whose next tokens have quite different probabilities."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": SIZE,
+        "max_position_embeddings": 256, "tie_word_embeddings": tied, "bos_token_id": None,
+        "eos_token_id": EOS, "pad_token_id": PAD, **options,
+    })  # fmt: skip
+    return enlarged(LlamaForCausalLM(config), std).eval()
+
+
+def adapted(model, rank=4, seed=3, size=0.3):
+    """The model with an adapter that changes its output."""
+    model = add_adapter(model, AdapterConfig(rank=rank), seed=seed)
+    move(model, seed, size)
+    return model
+
+
+@torch.no_grad()
+def move(model, seed, size=0.1):
+    """Changes the weights that are trained, by noise of that share of their spread."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim == 2:
+            noise = torch.randn(parameter.shape, generator=generator)
+            spread = parameter.std() if parameter.std() > 0 else 0.1
+            parameter += size * spread * noise
+
+
+def prompts(rows, length=40, seed=1, size=SIZE):
+    """Different prompts of a few lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, size, (length - i % 5,), generator=generator).tolist()
+            for i in range(rows)]
+
+
+def engines(model, eos_id=EOS, batch_size=64, **options):
+    """transformers' and vLLM's for one model."""
+    return (HFRollout(model, pad_id=PAD, eos_id=eos_id, batch_size=batch_size),
+            VLLMRollout(model, pad_id=PAD, eos_id=eos_id, batch_size=batch_size, **options))

@@ -1,0 +1,221 @@
+"""vLLM as a rollout: what it samples is what transformers would, and from the same distribution."""
+
+import os
+
+import pytest
+import torch
+from _vllm import EOS, OTHER_EOS, PAD, SIZE, adapted, engines, move, prompts, tiny
+
+from tppo.models.batch import Batch
+from tppo.models.policy import policy_logprobs
+from tppo.models.rollout import Sampling
+from tppo.models.rollout.vllm import row_seed
+
+EOS_IDS = [EOS, OTHER_EOS, 100, 150, 200, 250, 300]  # so many that answers do end
+TIE = 1e-3  # nats: where two tokens are as near as that, either may be the likelier
+
+
+@pytest.fixture(scope="module")
+def both():
+    model = tiny()
+    found = engines(model, eos_id=EOS_IDS)
+    yield model, *found
+    found[1].close()
+
+
+@torch.no_grad()
+def next_logprobs(model, ids, temperature=1.0):
+    return (model(torch.tensor([ids])).logits[0, -1] / temperature).log_softmax(-1)
+
+
+def assert_greedy_alike(model, asked, one, other):
+    """Token by token equal, up to the first tie within TIE of a row, which is named.
+
+    Gives the ties: everything behind one is another answer.
+    """
+    ties = []
+    for row, (ids, a, b) in enumerate(zip(asked, one, other, strict=True)):
+        for t, (x, y) in enumerate(zip(a, b, strict=False)):
+            if x != y:
+                found = next_logprobs(model, [*ids, *a[:t]])
+                gap = abs(found[x] - found[y]).item()
+                assert gap < TIE, f"row {row} token {t}: {x} and {y}, {gap:.3g} nats apart"
+                ties.append((row, t, x, y, gap))
+                break
+        else:
+            assert len(a) == len(b), f"row {row}"
+    return ties
+
+
+def test_greedy_answers_are_those_of_transformers_token_by_token(both):
+    model, hf, vllm = both
+    asked, sampling = prompts(64), Sampling(16, 0.0)
+    one, other = hf.generate(asked, sampling), vllm.generate(asked, sampling)
+    ties = assert_greedy_alike(model, asked, one.response_ids, other.response_ids)
+    assert len(ties) <= 2, ties
+    assert len({tuple(row) for row in one.response_ids}) > 50  # no model that always says the same
+    if not ties:
+        assert one.finish == other.finish
+    assert "eos" in one.finish and "length" in one.finish
+
+
+def chi_square(model, ids, drawn, temperature):
+    """The p-value of the drawn first tokens; rare tokens are one cell."""
+    expected = next_logprobs(model, ids, temperature).exp() * len(drawn)
+    counts = torch.bincount(torch.tensor(drawn), minlength=SIZE).float()
+    often = expected >= 5
+    e = torch.cat([expected[often], expected[~often].sum()[None]])
+    o = torch.cat([counts[often], counts[~often].sum()[None]])
+    assert len(e) > 10
+    statistic = ((o - e) ** 2 / e).sum().double()
+    return 1 - torch.special.gammainc(torch.tensor((len(e) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_first_tokens_are_distributed_as_the_softmax(both, temperature):
+    model, _, vllm = both
+    ids, n = prompts(1, seed=5)[0], 3_000
+    drawn = vllm.generate([ids] * n, Sampling(1, temperature, seed=11)).response_ids
+    first = [row[0] for row in drawn]
+    assert chi_square(model, ids, first, temperature) > 1e-3
+    for wrong in (0.8 * temperature, 1.25 * temperature):  # the test can fail
+        assert chi_square(model, ids, first, wrong) < 1e-6
+
+
+def test_log_probs_are_those_of_the_trainer_at_the_temperature(both):
+    model, _, vllm = both
+    asked = prompts(8, seed=9)
+    found = vllm.generate(asked, Sampling(12, 0.7, seed=2))
+    with torch.no_grad():
+        batch = Batch(found.prompt_ids, found.response_ids, PAD, model.device)
+        own = policy_logprobs(model, batch, 0.7)[0]
+    for row, logprobs in enumerate(found.logprobs):
+        assert len(logprobs) == len(found.response_ids[row])
+        torch.testing.assert_close(own[row, : len(logprobs)], torch.tensor(logprobs),
+                                   atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_a_call_is_repeatable_and_another_seed_gives_other_answers(both):
+    _, _, vllm = both
+    asked = [ids for ids in prompts(6) for _ in range(3)]
+    first, again = (vllm.generate(asked, Sampling(10, seed=4)) for _ in range(2))
+    assert first.response_ids == again.response_ids
+    assert vllm.generate(asked, Sampling(10, seed=5)).response_ids != first.response_ids
+    assert len({tuple(row) for row in first.response_ids[:3]}) == 3  # a row, a seed
+    assert len({row_seed(seed, row) for seed in range(50) for row in range(50)}) == 2_500
+
+
+def test_a_prompt_is_computed_once_for_its_answers(both):
+    model, _, vllm = both
+    asked = [ids for ids in prompts(4, length=100, seed=21) for _ in range(8)]
+    before = vllm.engine.prefix_hits()
+    vllm.generate(asked, Sampling(4, seed=1))
+    queries, hits = (b - a for a, b in zip(before, vllm.engine.prefix_hits(), strict=True))
+    assert queries >= sum(map(len, asked))
+    assert hits >= 4 * 7 * 96  # the whole blocks of 32 tokens, of all answers but the first
+
+
+def test_any_of_several_eos_ids_ends_an_answer_and_is_in_it():
+    model = tiny(seed=2)
+    hf, vllm = engines(model, eos_id=[EOS, OTHER_EOS, 7])
+    try:
+        asked = prompts(64, seed=3)
+        found = vllm.generate(asked, Sampling(40, seed=6))
+        for ids, finish in zip(found.response_ids, found.finish, strict=True):
+            ends = [i for i, token in enumerate(ids) if token in (EOS, OTHER_EOS, 7)]
+            assert ends == ([len(ids) - 1] if finish == "eos" else [])
+            assert finish == "eos" or len(ids) == 40
+        last = {row[-1] for row, why in zip(found.response_ids, found.finish, strict=True)
+                if why == "eos"}
+        assert len(last) > 1
+    finally:
+        vllm.close()
+
+
+def test_forced_beginnings_are_part_of_the_answer_and_have_no_author(both):
+    model, hf, vllm = both
+    asked, forced = prompts(5, seed=13), [[], [9, 8], [7] * 12, [5, EOS], [4] * 3]
+    sampling = Sampling(12, 0.0)
+    one, other = (x.generate(asked, sampling, forced) for x in (hf, vllm))
+    assert other.response_ids == one.response_ids and other.finish == one.finish
+    assert other.author == one.author
+    for start, logprobs in zip(forced, other.logprobs, strict=True):
+        assert all(x != x for x in logprobs[: len(start)])
+    nothing = vllm.generate(asked, Sampling(12, seed=3), [[]] * 5)
+    assert nothing.response_ids == vllm.generate(asked, Sampling(12, seed=3)).response_ids
+    with pytest.raises(ValueError, match="prefix of row 1 had 13 tokens"):
+        vllm.generate(asked, sampling, [[], [3] * 13, [], [], []])
+
+
+def test_the_likeliest_tokens_alone_with_top_p(both):
+    model, _, vllm = both
+    ids = prompts(1, seed=5)[0]
+    drawn = vllm.generate([ids] * 400, Sampling(1, 1.0, seed=1, top_p=0.5)).response_ids
+    order = next_logprobs(model, ids).exp().sort(descending=True)
+    most = int((order.values.cumsum(0) < 0.5).sum()) + 1
+    assert {row[0] for row in drawn} <= set(order.indices[:most].tolist())
+
+
+def test_tokens_that_the_tokenizer_lacks_are_never_sampled():
+    model = tiny(seed=4)
+    model.valid_vocab = 100  # as `limit_vocabulary` sets it
+    hf, vllm = engines(model, eos_id=[])
+    try:
+        asked = prompts(16, seed=3, size=100)
+        found = vllm.generate(asked, Sampling(20, seed=6))
+        assert max(map(max, found.response_ids)) < 100
+        with torch.no_grad():
+            batch = Batch(found.prompt_ids, found.response_ids, PAD, model.device)
+            own = policy_logprobs(model, batch, 1.0)[0]
+        torch.testing.assert_close(own, torch.tensor(found.logprobs), atol=1e-4, rtol=0)
+        greedy = Sampling(12, 0.0)
+        assert (vllm.generate(asked, greedy).response_ids
+                == hf.generate(asked, greedy).response_ids)  # fmt: skip
+    finally:
+        vllm.close()
+
+
+def test_a_longer_prompt_than_those_before_starts_another_engine(both):
+    model, hf, vllm = both
+    model.config.max_position_embeddings, before = 4096, model.config.max_position_embeddings
+    long = [torch.randint(3, SIZE, (1300,), generator=torch.Generator().manual_seed(1)).tolist()]
+    try:
+        assert vllm.generate(long, Sampling(4, 0.0)).response_ids == hf.generate(
+            long, Sampling(4, 0.0)).response_ids  # fmt: skip
+    finally:
+        model.config.max_position_embeddings = before
+    with pytest.raises(ValueError, match="positions"):
+        vllm.close()
+        vllm.generate(long, Sampling(4, 0.0))
+
+
+def test_the_process_is_left_as_it_was():
+    model = tiny(seed=5)
+    environ, threads, function = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    _, vllm = engines(model)
+    vllm.generate(prompts(4), Sampling(4, seed=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert dict(os.environ) == environ and torch.set_num_threads is function
+    assert torch.get_num_threads() == threads
+    vllm.close()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_new_weights_are_there_before_every_call(lora):
+    model = adapted(tiny(seed=6)) if lora else tiny(seed=6)
+    hf, vllm = engines(model)
+    asked, greedy = prompts(16, seed=8), Sampling(12, 0.0)
+    seen = []
+    try:
+        for step in range(3):
+            one, other = hf.generate(asked, greedy), vllm.generate(asked, greedy)
+            assert not assert_greedy_alike(model, asked, one.response_ids, other.response_ids)
+            assert vllm.drift < 1e-4
+            seen.append(other.response_ids)
+            move(model, step)
+        assert seen[0] != seen[1] != seen[2]
+    finally:
+        vllm.close()
