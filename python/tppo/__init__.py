@@ -30,12 +30,14 @@ if TYPE_CHECKING:
         GenerateConfig,
         GuideConfig,
         ModelConfig,
+        RewardServerConfig,
         VLLMConfig,
     )
     from tppo.models.rollout.vllm import VLLMRollout
     from tppo.rewards import Answers, Reward, TokenReward
     from tppo.rewards.dense import ABC, RED, RTO
     from tppo.rewards.function import FunctionReward
+    from tppo.rewards.served import ServedReward
     from tppo.rewards.terminal import TerminalReward
     from tppo.rewards.token_model import TokenModelReward
     from tppo.stages.answering.answerer import Answerer, load
@@ -52,12 +54,14 @@ _HOMES = {
         "PITConfig", "PPOConfig", "RLGFConfig", "RewardModelConfig", "SERConfig", "SFTConfig",
     ),
     "tppo.models.config": (
-        "AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig", "VLLMConfig",
+        "AdapterConfig", "GenerateConfig", "GuideConfig", "ModelConfig", "RewardServerConfig",
+        "VLLMConfig",
     ),
     "tppo.models.rollout.vllm": ("VLLMRollout",),
     "tppo.rewards": ("Answers", "Reward", "TokenReward"),
     "tppo.rewards.dense": ("ABC", "RED", "RTO"),
     "tppo.rewards.function": ("FunctionReward",),
+    "tppo.rewards.served": ("ServedReward",),
     "tppo.rewards.terminal": ("TerminalReward",),
     "tppo.rewards.token_model": ("TokenModelReward",),
     "tppo.stages.answering.answerer": ("Answerer", "load"),
@@ -93,9 +97,11 @@ __all__ = [
     "RLGFConfig",
     "Reward",
     "RewardModelConfig",
+    "RewardServerConfig",
     "RuleJudge",
     "SERConfig",
     "SFTConfig",
+    "ServedReward",
     "Stage",
     "TerminalReward",
     "TokenAdvantages",

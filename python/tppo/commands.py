@@ -225,6 +225,10 @@ def _check_early(
         from tppo.stages.guides import check_guide
 
         check_guide(run.config.guide)
+    if command in ("run", "train") and run.config.reward_server.base_url:
+        from tppo.rewards.served import as_endpoint
+
+        as_endpoint(run.config.reward_server)
     if command in ("run", "train", "eval"):
         run.judge  # noqa: B018 (one that is not there, or has no key, is refused here)
     label = run.config.label

@@ -25,6 +25,7 @@ from tppo.models.config import (
     GuideConfig,
     ModelConfig,
     Prefix,
+    RewardServerConfig,
     RolloutName,
     Sampler,
     ScratchConfig,
@@ -61,6 +62,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     rlgf: RLGFConfig = field(default_factory=RLGFConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
+    reward_server: RewardServerConfig = field(default_factory=RewardServerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ser: SERConfig = field(default_factory=SERConfig)
     pit: PITConfig = field(default_factory=PITConfig)

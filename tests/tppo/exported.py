@@ -14,6 +14,7 @@ from tppo.models.config import ScratchConfig
 from tppo.models.folder import save_model
 from tppo.models.load import load_reward_model
 from tppo.models.policy import new_policy
+from tppo.models.probe import write_probe
 from tppo.models.tokenizer import train_tokenizer
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.prompts import prompt_text
@@ -47,6 +48,7 @@ def export(out: Path, recipe: Recipe | None = None, template: str | None = None)
     reward.config.own_tokens = False
     enlarged(reward).save_pretrained(out / REWARD_MODEL.path)
     tokenizer.save_pretrained(out / REWARD_MODEL.path)
+    write_probe(reward, tokenizer, out / REWARD_MODEL.path)
     for artifact in (POLICY, REWARD_MODEL):
         (out / artifact.stage / MANIFEST).write_text("{}")
     return out

@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 pytest.importorskip("pydantic", reason="pydantic is not installed: pip install tppo-kernels[label]")
 
-from tppo.labels.endpoint import ask as label_ask  # noqa: E402
 from tppo.labels.endpoint import live as label_openai
+from tppo.labels.endpoint import retry as label_retry  # noqa: E402
 from tppo.labels.endpoint.live import (  # noqa: E402
     Dropped,
     EndpointConfig,
@@ -160,7 +160,7 @@ def serving(reply):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv("TPPO_TEST_KEY", KEY)
-    monkeypatch.setattr(label_ask, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(label_retry, "FIRST_WAIT_S", 0.02)
     for name in (
         "HTTP_PROXY",
         "HTTPS_PROXY",

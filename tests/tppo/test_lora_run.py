@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_server import RewardServer
 from safetensors.torch import load_file
 from test_door import (  # noqa: F401
     CONFIG,
@@ -27,6 +28,7 @@ from tppo.config import Config, fill_defaults
 from tppo.models.adapters import load_adapter, shared_copy
 from tppo.models.config import AdapterConfig
 from tppo.models.load import load_policy, load_reward_model
+from tppo.models.probe import read_probe
 from tppo.sessions.prompts import encode_prompt, prompt_text
 from tppo.sessions.session import read_sessions
 from tppo.store.yaml_file import read_yaml
@@ -60,8 +62,10 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
     config, checkpoints = root / "tiny.json", []
     config.write_text(json.dumps(TINY))
-    for name in ("data", "sft", "generate", "label", "map", "train-rm"):
+    for name in ("data", "sft", "generate", "label", "map", "train-rm", "merge"):
         stage(name, root / "a", config)
+    assert [folder.name for folder in (root / "a/merge").iterdir() if folder.is_dir()] == [
+        "reward-model"]  # for a server of it, before there is a policy
     remove = shutil.rmtree
 
     def keep(path, *args, **kwargs):
@@ -121,6 +125,29 @@ def test_merged_models_are_plain_and_the_same(finished):
     wanted = load_reward_model(out / "train-rm/model", CPU)
     torch.testing.assert_close(found(input_ids=ids).logits, wanted(input_ids=ids).logits)
     assert load_policy(out / "train/model", CPU).config.model_type == "llama"
+    assert found.config.id2label == {0: "none", 1: "irrelevant", 2: "relevant"}
+    one, other = (read_probe(folder) for folder in (out / "merge/reward-model",
+                                                    out / "train-rm/model"))  # fmt: skip
+    assert one.ids == other.ids
+    torch.testing.assert_close(torch.tensor(one.logits), torch.tensor(other.logits), atol=1e-5,
+                               rtol=1e-4)  # fmt: skip
+    shown = found(input_ids=torch.tensor([one.ids])).logits[0]
+    torch.testing.assert_close(shown, torch.tensor(one.logits), atol=1e-5, rtol=1e-4)
+
+
+def test_a_training_with_adapters_is_paid_by_a_server_of_the_merged_model(finished, tmp_path):
+    """The adapter's folder knows its server by what it said of the short text."""
+    out, config, _ = finished
+    rows = []
+    with RewardServer(out / "merge/reward-model") as server:
+        for name, flags in (("here", ()), ("served", ("--reward-server.base-url", server.url))):
+            shutil.copytree(out, tmp_path / name)
+            shutil.rmtree(tmp_path / name / "train")
+            stage("train", tmp_path / name, config, *flags)
+            lines = (tmp_path / name / "train/metrics.jsonl").read_text().splitlines()
+            rows.append([json.loads(line)["objective/scores"] for line in lines])
+        assert sum(path == "/pooling" for path, _, _ in server.requests) >= len(rows[1])
+    assert rows[1] == pytest.approx(rows[0], abs=2e-5) and len(set(rows[0])) > 1
 
 
 @pytest.fixture(scope="module")

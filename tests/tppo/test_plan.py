@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config, T5Config
 
 from tppo.cli import main
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig
+from tppo.models.config import GenerateConfig, RewardServerConfig
 from tppo.models.memory import Tokens, _run, _trained
 from tppo.models.meta import Holding, LiveBytes, meta_model, sizes
 from tppo.models.tokenizer import train_tokenizer
@@ -180,6 +180,20 @@ def test_requests_to_a_guide_at_an_endpoint_are_planned_with_their_price(algorit
     assert f"about {round(1000 * asked):,} requests for 1,000 answers in 100 steps" in said
     assert f"at most {read:.2f} million tokens read and {written:.2f} written" in said
     assert f"cost at most {2 * read + 50 * written:.2f} at the prices" in said
+
+
+def test_a_reward_model_at_a_server_takes_no_memory(capsys):
+    config = Qwen2Config(**GROUPED)
+    served = Work(reward_server=RewardServerConfig(base_url="http://127.0.0.1:8000"))
+    for lora in (None, 16):
+        how = Holding(torch.bfloat16, lora, False, None)
+        here, there = (need("train", config, how, work) for work in (Work(), served))
+        trunk = sizes(meta_model(config, replace(how, lora=None)), "value").weights
+        adapter = sizes(meta_model(config, how), "language").trained * how.dtype.itemsize
+        assert here.weights - there.weights == (adapter if lora else trunk) > 0
+        assert need("train-rm", config, how, served) == need("train-rm", config, how, Work())
+    main(["plan", "--shape", "0.5B", "--reward-server.base-url", "http://x:1"])
+    assert "reward model at http://x:1 takes no memory here in train" in capsys.readouterr().out
 
 
 def test_it_says_what_to_turn_and_loads_no_weights(tmp_path, capsys):

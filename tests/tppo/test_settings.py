@@ -137,6 +137,7 @@ def test_a_path_that_is_empty_is_not_the_current_folder(flag):
 MAY_BE_EMPTY = {f"settings.{section}.endpoint.{name}"
                 for section in ("label", "eval") for name in ("base_url", "model")}  # fmt: skip
 MAY_BE_EMPTY |= {"settings.guide.base_url", "settings.guide.name"}
+MAY_BE_EMPTY |= {"settings.reward_server.base_url", "settings.reward_server.name"}
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "", [], {}, True])

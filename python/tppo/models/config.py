@@ -174,3 +174,31 @@ class GuideConfig:
         if self.revision is not None and self.model is None:
             raise ValueError(f"revision was {self.revision!r} and model None, expected the id on "
                              "the hub that it is a revision of")  # fmt: skip
+
+
+@section
+class RewardServerConfig:
+    """A server that reads answers with the token reward model in place of this process: vLLM, see
+    docs/served-reward-model.md. The model need not fit beside the policy, and several trainings
+    may ask one server."""
+
+    base_url: str = ""
+    """Such as http://127.0.0.1:8000; empty: the reward model is loaded here."""
+    name: str = ""
+    """The model's name at the server; by default the only one that it has."""
+    api_key_env: Text | None = None
+    """Environment variable that holds the key; None for a server that asks for none."""
+    concurrency: Count = 4
+    """Requests in flight."""
+    max_tokens: Count = 16_384
+    """Tokens of prompts and answers in a request; an answer is never parted."""
+    max_retries: Natural = 90
+    """Further tries of a request after 429, 5xx, a time-out or a connection that fails, at most 8 s
+    apart: with 90 the training waits about eleven minutes for a server that is started again."""
+    timeout_s: Positive = 120.0
+    """Limit of one try, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.name and not self.base_url:
+            raise ValueError(f"name was {self.name!r} and base_url empty, expected the server's "
+                             "address too, such as http://127.0.0.1:8000")  # fmt: skip

@@ -28,6 +28,7 @@ from tppo.models.hub import is_gguf
 from tppo.models.token_classifier import token_classifier
 
 GENERATION_CONFIG, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+CLASSES = ("none", "irrelevant", "relevant")  # of a token reward model, as its export names them
 HALF = (torch.float16, torch.bfloat16)
 _OF_HEADER = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16,
               "BF16": torch.bfloat16}  # fmt: skip
@@ -82,7 +83,10 @@ def load_reward_model(
     """
     auto = token_classifier(load_from(AutoConfig, path))
     options = {"num_labels": 3, "ignore_mismatched_sizes": new_head}
-    return _load(auto, path, device, dtype, pickles, **options)
+    model = _load(auto, path, device, dtype, pickles, **options)
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
+    return model
 
 
 def _load(

@@ -22,6 +22,10 @@ class Artifact:
         """The input of a stage that reads what each round has left: `Run.paths` gives them."""
         return replace(self, every=True)
 
+    def if_there(self) -> Artifact:
+        """The input of a stage that also does without it."""
+        return replace(self, optional=True)
+
     @property
     def stage(self) -> str:
         """The stage that makes it."""
@@ -73,7 +77,7 @@ RESULT = Artifact("eval/result.json", "the closing table; also in the run folder
 HEAT_ROWS = Artifact("heat/tokens.jsonl", "answers of SFT and TPPO token by token, a row each")
 NOISE = Artifact("noise/noise.json", "how noisy the policy's gradient is, by where rewards are "
                  "paid")  # fmt: skip
-MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model")
+MERGED_POLICY = Artifact("merge/policy", "the policy after PPO as a plain model", optional=True)
 MERGED_REWARD_MODEL = Artifact("merge/reward-model", "the token reward model as a plain model",
                                optional=True)  # fmt: skip
 PREFERENCES = Artifact("prefer/pairs.jsonl", "pairs of answers with the one that people find "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.labels.endpoint import ask
 from tppo.labels.endpoint.config import EndpointConfig, api_key, need_libraries, without_key
+from tppo.labels.endpoint.forms import Action
 from tppo.labels.endpoint.http import exchange, new_client
 from tppo.labels.endpoint.replies import Trouble, completion_text
+from tppo.labels.endpoint.retry import persistently
 from tppo.methods.advantages import Advantage
 from tppo.methods.config import Algorithm, RLGFConfig
 from tppo.methods.ppo import PPO
@@ -200,22 +200,23 @@ class EndpointWriter:
         self, client: Any, request: dict[str, Any], lost: asyncio.Event
     ) -> Written | Trouble | None:
         """The text of one reply, tried again where that can help; None where others were lost."""
-        for number in range(self.config.max_retries + 1):
+
+        async def attempt() -> tuple[Written | Trouble | None, Action]:
+            if lost.is_set():
+                return None, "drop"
             found = completion_text(await exchange(client, request), self.endpoint)
-            if not isinstance(found, Trouble):
-                self.answered = True
-                return Written(found[0], found[1] != "length")
-            last = number == self.config.max_retries
-            if last or found.form.action(self.answered) != "retry":
-                return found
-            wait = min(ask.FIRST_WAIT_S * 2**number, ask.MOST_WAIT_S) * (1 - random.random() / 4)
-            wait = wait if found.wait_s is None else min(found.wait_s, self.endpoint.max_wait_s)
+            if isinstance(found, Trouble):
+                return found, found.form.action(self.answered)
+            self.answered = True
+            return Written(found[0], found[1] != "length"), "label"
+
+        async def pause(seconds: float, _: Trouble) -> None:
             try:
-                await asyncio.wait_for(lost.wait(), wait)
-                return None
+                await asyncio.wait_for(lost.wait(), seconds)
             except asyncio.TimeoutError:
                 pass
-        return None
+
+        return (await persistently(attempt, self.endpoint, pause))[0]
 
 
 def _endpoint(config: GuideConfig) -> EndpointConfig:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from tppo.methods.config import Algorithm, PPOConfig, RewardModelConfig, RLGFConfig, SFTConfig
-from tppo.models.config import GenerateConfig, GuideConfig, ModelConfig, Prefix
+from tppo.models.config import (
+    GenerateConfig,
+    GuideConfig,
+    ModelConfig,
+    Prefix,
+    RewardServerConfig,
+)
 from tppo.settings import Count, section
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ class Work:
     """As in `tppo train`: with a guide, ppo++, aggrevated, lols or d2lols."""
     rlgf: RLGFConfig = field(default_factory=RLGFConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
+    reward_server: RewardServerConfig = field(default_factory=RewardServerConfig)
 
 
 class Need(NamedTuple):
@@ -109,10 +116,12 @@ def need(
     trained, value = sizes(model, "language"), sizes(model, "value")
     item, critic = how.dtype.itemsize, critics(work)
     guide = guide if stage == "train" else None
+    frozen_rm = 0 if work.reward_server.base_url else 1
     # Models of which all weights are held; with LoRA one, and the adapters of so many.
     held = {
         "sft": (whole, 1), "generate": (whole, 0), "train-rm": (trunk, 1),
-        "train": (2 * whole + (1 + critic) * trunk, 2 + critic), "eval": (3 * whole, 3),
+        "train": (2 * whole + (frozen_rm + critic) * trunk, 1 + frozen_rm + critic),
+        "eval": (3 * whole, 3),
     }[stage]  # fmt: skip
     adapters = trained.trained * item if how.lora else 0
     weights = held[0] if how.lora is None else whole + held[1] * adapters

@@ -28,6 +28,9 @@ def train_by_function(
     and `report_to` are used.  options: the trainer's others, by name.
     Errors: DataError naming what is not given.
     """
+    if settings.reward_server.base_url:
+        raise DataError(f"--reward-server.base-url was {settings.reward_server.base_url!r}, "
+                        "expected none with --reward, which may name a tppo.ServedReward itself")
     for name, value, expected in (
         ("--reward", reward, "module:function; --heldout and --judge are of such a training"),
         ("--data", data, "a JSONL file of prompts"),

@@ -190,7 +190,7 @@ def one_model(config: PretrainedConfig, name: str, options: PlanOptions) -> list
     work, nbytes, guide = options.work, nbytes_of(options.gpu_memory), guide_config(options)
     lines = [
         f"{name} on {options.gpu_memory}: prompts of {work.prompt_tokens} tokens, answers of "
-        f"{work.response_tokens}; GB of 10^9 bytes", *guide_lines(work),
+        f"{work.response_tokens}; GB of 10^9 bytes", *guide_lines(work), *server_lines(work),
         f"labels of an endpoint: {ENOUGH} answers are enough to begin with (docs/evidence.md), "
         f"--generate.samples {ENOUGH} in place of {GenerateConfig().samples:,}",
     ]  # fmt: skip
@@ -242,6 +242,12 @@ def guide_lines(work: Work) -> list[str]:
         cost = (read * work.guide.price_read + written * work.guide.price_written) / 1e6
         line += f", which cost at most {cost:,.2f} at the prices given"
     return [line]
+
+
+def server_lines(work: Work) -> list[str]:
+    """What is not held here, because a server has it."""
+    url = work.reward_server.base_url
+    return [f"the reward model at {url} takes no memory here in train"] if url else []
 
 
 _WIDTHS = (9, 9, 10, 10, 12, 7, 9, 8, 7, 2)

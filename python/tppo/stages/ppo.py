@@ -26,6 +26,7 @@ from tppo.models.parallel import ALONE, World, joined
 from tppo.models.rollout import RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
+from tppo.rewards.served import ServedReward, served_rewards
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.prompts import encode_prompt
 from tppo.sessions.session import Session
@@ -99,6 +100,9 @@ def loop_of(
     """
     policy, heldout = trainer.models.policy, run.sessions("heldout")
     questions = questions_of(run, run.sessions("train"), policy)
+    for served in served_rewards(trainer.reward):
+        longest = max(map(len, questions.ids)) + trainer.sampling.max_new_tokens
+        served.server.check_length(longest)
     if about is None:
         report = read_json(run.path(REWARD_REPORT))
         about = {key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")}
@@ -169,16 +173,21 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
 def run_reward(
     run: Run, policy: PreTrainedModel, ref: PreTrainedModel, model: Artifact = REWARD_MODEL
 ) -> Reward:
-    """What pays in a run of stages: a frozen token reward model, and the form where it costs."""
-    config = run.config.ppo
-    eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
-    reward: Reward = TokenModelReward(
-        load_frozen(run.path(model), run.tokenizer, run.device, eos_ids, dtype, base=ref),
-        mode=config.reward,
-        values=config.reward_values,
-        length_alpha=config.length_alpha,
-        max_tokens=config.max_tokens,
-    )
+    """What pays in a run of stages: a frozen token reward model, here or at `--reward-server`, and
+    the form where it costs.
+    """
+    config, server = run.config.ppo, run.config.reward_server
+    paid: dict[str, Any] = {
+        "mode": config.reward, "values": config.reward_values, "length_alpha": config.length_alpha,
+    }  # fmt: skip
+    reward: Reward
+    if server.base_url:
+        reward = ServedReward(server, run.path(model), **paid)
+        reward.server.check_policy(run.tokenizer)
+    else:
+        eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
+        frozen = load_frozen(run.path(model), run.tokenizer, run.device, eos_ids, dtype, base=ref)
+        reward = TokenModelReward(frozen, **paid, max_tokens=config.max_tokens)
     return FormatReward(reward, config.format_cost) if config.format_cost else reward
 
 

@@ -208,7 +208,7 @@ register(Stage(
     outside=_guide,
     banner="The policy is trained by token-level PPO from the SFT model.",
     flags=("reward_model.min_auc", "reward_model.min_auc_sessions", "algorithm", "rlgf", "guide",
-           "report_to"),
+           "report_to", "reward_server"),
     lost="no step of this process is lost",
     in_run=True,
     processes=True,
@@ -270,8 +270,8 @@ register(Stage(
 ))  # fmt: skip
 register(Stage(
     "merge", "tppo.stages.merge:merge",
-    "of a run with --lora: policy and reward model as plain models, their base in them",
-    inputs=(SFT_MODEL, REWARD_MODEL, POLICY),
+    "of a run with --lora: policy (once it is trained) and reward model as plain models",
+    inputs=(SFT_MODEL, REWARD_MODEL, POLICY.if_there()),
     outputs=(MERGED_POLICY, MERGED_REWARD_MODEL),
     settings=(_HELD,),
 ))  # fmt: skip

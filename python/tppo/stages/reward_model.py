@@ -23,6 +23,7 @@ from tppo.methods.reward_model import (
 from tppo.models.adapters import add_to_classifier, merged, save_classifier
 from tppo.models.folder import save_weights
 from tppo.models.own_tokens import OwnTokens, start_reward_model
+from tppo.models.probe import write_probe
 from tppo.models.recompute import recompute_layers
 from tppo.progress import say
 from tppo.stages.artifacts import REWARD_MODEL, REWARD_REPORT, SFT_MODEL
@@ -125,9 +126,12 @@ def save_reward_model(
     folder: Path,
     own: Path | None = None,
 ) -> None:
-    """A trained one; with LoRA adapter and head alone, where their base is a part of the run."""
+    """A trained one, with what it says of a short text (`tppo.models.probe`); with LoRA adapter and
+    head alone, where their base is a part of the run.
+    """
     if run.config.lora.on and own is None:
         save_classifier(model, folder)
     else:  # the folder of the user may be gone when the reward model is read
         save_weights(merged(model) if run.config.lora.on else model, folder)
     tokenizer.save_pretrained(folder)
+    write_probe(model, tokenizer, folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -110,7 +110,7 @@ def register(stage: Stage) -> Stage:
                              f"{stage.name}/...")  # fmt: skip
     for artifact in stage.inputs:
         maker = stage if artifact.stage == stage.name else REGISTRY.get(artifact.stage)
-        if maker is None or replace(artifact, every=False) not in maker.outputs:
+        if maker is None or artifact.path not in [output.path for output in maker.outputs]:
             known = "no such stage is registered" if maker is None else "its stage has " + (
                 ", ".join(output.path for output in maker.outputs) or "no outputs")  # fmt: skip
             raise ValueError(f"stage {stage.name}: input {artifact.path!r}, expected an output of "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +17,8 @@ from tppo.labels.endpoint.config import EndpointConfig, api_key
 from tppo.labels.endpoint.forms import FORM, Action
 from tppo.labels.endpoint.http import exchange, new_client
 from tppo.labels.endpoint.prompt import REPAIR, Judgement, LabelItem, prompt
-from tppo.labels.endpoint.replies import Reply, Trouble, outcome, too_long_a_wait
+from tppo.labels.endpoint.replies import Reply, Trouble, outcome
+from tppo.labels.endpoint.retry import persistently
 from tppo.progress import say
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FEW = 3  # items lost by an endpoint that has answered none: enough to stop
 MANY = 20  # items lost in a row, where more are lost than is allowed: enough to stop
 POLL_S = 0.02  # between two checks whether an item that was begun is answered
-FIRST_WAIT_S, MOST_WAIT_S = 0.5, 8.0  # between tries where the server asks for no wait
 LONG_WAIT_S = 10.0  # a wait that is worth a line
 
 
@@ -139,26 +138,18 @@ class Asker:
         self, messages: list[dict[str, str]], item: LabelItem, schema: bool
     ) -> tuple[Judgement | Trouble, Action]:
         """One request, tried again where the table demands it, and what to do with its reply."""
-        config, client = self.config, self.client
+        client = self.client
         assert client is not None
-        request = chat_request(config, messages, schema)
-        tries = config.max_retries + 1
-        number = 0
-        while True:
-            number += 1
+        request = chat_request(self.config, messages, schema)
+
+        async def attempt() -> tuple[Judgement | Trouble, Action]:
             await self._ready()
             reply = await exchange(client, request)
-            result = outcome(reply, config, item.response, schema and not self.schema_works)
-            action = self._action(reply, result, schema)
-            if isinstance(result, Judgement) or action != "retry":
-                return result, action
-            if result.wait_s is not None and result.wait_s > config.max_wait_s:
-                return too_long_a_wait(result, config), "stop"
-            if number == tries:
-                break
-            await self._pause(number, result.wait_s)
-        often = f"{tries} times" if tries > 1 else "once"
-        return Trouble(result.form, f"{result.reason}, {often}"), result.form.spent
+            asked = schema and not self.schema_works
+            result = outcome(reply, self.config, item.response, asked)
+            return result, self._action(reply, result, schema)
+
+        return await persistently(attempt, self.config, self._pause)
 
     def _action(self, reply: Reply, result: Judgement | Trouble, schema: bool) -> Action:
         """The table's action for a reply; an answer is counted first, because it was paid for."""
@@ -184,16 +175,15 @@ class Asker:
         if self.fatal:
             raise _Stopped
 
-    async def _pause(self, number: int, asked: float | None) -> None:
-        """Wait after a try: as the server asks, and then with everybody else, or ever longer."""
-        if asked is None:
-            wait = min(FIRST_WAIT_S * 2 ** (number - 1), MOST_WAIT_S)
-            await self._sleep(wait * (1 - 0.25 * random.random()))
+    async def _pause(self, seconds: float, trouble: Trouble) -> None:
+        """Wait after a try; where the server asks for it, then with everybody else."""
+        if trouble.wait_s is None:
+            await self._sleep(seconds)
             return
         now = time.monotonic()
-        if asked >= LONG_WAIT_S and self.resume_at < now:
-            say(f"labelling: the server asks to wait {asked:.0f} s")
-        self.resume_at = max(self.resume_at, now + asked)
+        if seconds >= LONG_WAIT_S and self.resume_at < now:
+            say(f"labelling: the server asks to wait {seconds:.0f} s")
+        self.resume_at = max(self.resume_at, now + seconds)
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not longer than the run lasts."""

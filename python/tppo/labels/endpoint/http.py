@@ -10,7 +10,7 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from tppo.labels.endpoint.config import EndpointConfig, check_port
+from tppo.labels.endpoint.config import NO_KEY, EndpointConfig, check_port
 from tppo.labels.endpoint.proxy import proxy_for
 from tppo.labels.endpoint.replies import Reply, reply_of
 
@@ -23,6 +23,19 @@ def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
 
     Raises ValueError for a proxy variable that cannot be used, naming it.
     """
+    import openai
+
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=config.base_url,
+        timeout=config.timeout_s,
+        max_retries=0,
+        http_client=new_http(config),
+    )
+
+
+def new_http(config: EndpointConfig) -> Any:
+    """A client for requests of any kind, which follows no redirection.  Errors: `new_client`."""
     import openai
 
     # httpx or its successor, whichever this release of openai is built on.
@@ -38,12 +51,8 @@ def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
             except asyncio.TimeoutError:
                 raise http.ReadTimeout("the whole reply took too long") from None
 
-    return openai.AsyncOpenAI(
-        api_key=key,
-        base_url=config.base_url,
-        timeout=config.timeout_s,
-        max_retries=0,
-        http_client=Limited(follow_redirects=False, transport=_transport(http, config)),
+    return Limited(
+        follow_redirects=False, transport=_transport(http, config), timeout=config.timeout_s
     )
 
 
@@ -87,3 +96,22 @@ async def exchange(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Reply
         return reply_of(error.status_code, error.response.headers, error.response.content)
     except (openai.OpenAIError, ValueError, RecursionError):
         return Reply(failure="garbled")
+
+
+async def exchange_json(client: Any, url: str, key: str, body: dict[str, Any] | None) -> Reply:
+    """Send a JSON object, or ask for what is at an address where there is none to be sent.
+
+    client: of `new_http`.
+    """
+    headers = {} if key == NO_KEY else {"Authorization": f"Bearer {key}"}
+    try:
+        raw = await (client.get(url, headers=headers) if body is None
+                     else client.post(url, json=body, headers=headers))  # fmt: skip
+    except Exception as error:  # by name: httpx's classes, or those of its successor
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if "TimeoutException" in kinds:
+            return Reply(failure="slow")
+        if "TransportError" not in kinds:
+            raise
+        return Reply(failure="unreachable" if re.search("Connect|Proxy", kinds[0]) else "broken")
+    return reply_of(raw.status_code, raw.headers, raw.content)

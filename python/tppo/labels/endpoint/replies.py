@@ -92,6 +92,18 @@ def completion_text(reply: Reply, config: EndpointConfig) -> tuple[str, str] | T
     return text, str(choice.get("finish_reason"))
 
 
+def object_of(reply: Reply, config: EndpointConfig) -> dict[str, Any] | Trouble:
+    """The JSON object of a reply to another request than for a chat, or why there is none."""
+    if reply.failure and reply.failure != "garbled":
+        return _trouble(FORM[reply.failure], reply, config)
+    error = _error(reply.body)
+    if reply.status == 200 and error is None:
+        if isinstance(reply.body, dict):
+            return reply.body
+        return Trouble(FORM["garbled"], f"the reply of {config.base_url} is no JSON object")
+    return _trouble(_form(reply.status, error or {}, False), reply, config, error or {})
+
+
 def _read(
     text: str, choice: dict[str, Any], config: EndpointConfig, response: str
 ) -> Judgement | Trouble:
