@@ -321,10 +321,16 @@ class ServedReward(TokenModelReward):
         return found
 
 
-def served_rewards(reward: Any) -> list[ServedReward]:
-    """Those that a reward asks a server for, itself or inside."""
-    modules = reward.modules() if isinstance(reward, nn.Module) else ()
-    return [module for module in modules if isinstance(module, ServedReward)]
+def check_served(reward: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Before the first step: whoever a reward asks, itself or inside, reads what the policy writes.
+
+    longest: tokens of the longest prompt and answer.
+    Errors: DataError where a server cannot read so many, or its model reads other tokens.
+    """
+    for module in reward.modules() if isinstance(reward, nn.Module) else ():
+        if isinstance(module, RewardServer):
+            module.check_policy(tokenizer)
+            module.check_length(longest)
 
 
 def as_endpoint(config: RewardServerConfig) -> EndpointConfig:

@@ -26,7 +26,7 @@ from tppo.models.parallel import ALONE, World, joined
 from tppo.models.rollout import RolloutBatch
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.format import QUERIES, FormatReward
-from tppo.rewards.served import ServedReward, served_rewards
+from tppo.rewards.served import ServedReward, check_served
 from tppo.rewards.token_model import SUGGESTED_LENGTH, TokenModelReward
 from tppo.sessions.prompts import encode_prompt
 from tppo.sessions.session import Session
@@ -100,9 +100,8 @@ def loop_of(
     """
     policy, heldout = trainer.models.policy, run.sessions("heldout")
     questions = questions_of(run, run.sessions("train"), policy)
-    for served in served_rewards(trainer.reward):
-        longest = max(map(len, questions.ids)) + trainer.sampling.max_new_tokens
-        served.server.check_length(longest)
+    longest = max(map(len, questions.ids)) + trainer.sampling.max_new_tokens
+    check_served(trainer.reward, run.tokenizer, longest)
     if about is None:
         report = read_json(run.path(REWARD_REPORT))
         about = {key: report[key] for key in ("auc", "relevant_share", "sessions", "labeller")}
@@ -183,7 +182,6 @@ def run_reward(
     reward: Reward
     if server.base_url:
         reward = ServedReward(server, run.path(model), **paid)
-        reward.server.check_policy(run.tokenizer)
     else:
         eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype
         frozen = load_frozen(run.path(model), run.tokenizer, run.device, eos_ids, dtype, base=ref)

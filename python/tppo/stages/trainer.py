@@ -41,7 +41,7 @@ from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
 from tppo.rewards import Questions, Reward
-from tppo.rewards.served import served_rewards
+from tppo.rewards.served import check_served
 from tppo.stages.answering.recipe import Recipe, write_recipe
 from tppo.stages.artifacts import POLICY
 from tppo.stages.given import (
@@ -199,9 +199,7 @@ class PPOTrainer:
         longest = self.generate.max_new_tokens or min(LONGEST, self.positions // 2)
         self.sampling = Sampling(longest, self.generate.temperature, self.seed)
         self._train = self._questions(self.prompts)
-        for served in served_rewards(self.reward):
-            served.server.check_policy(self.tokenizer)
-            served.server.check_length(max(map(len, self._train.ids)) + longest)
+        check_served(self.reward, self.tokenizer, max(map(len, self._train.ids)) + longest)
 
     def train(self) -> dict[str, Any]:
         """Every step that is still to do; returns the report, also in `report.json`.
