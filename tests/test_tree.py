@@ -42,6 +42,8 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_integrations.py", "test_rooms.py", "test_ppo_objectives.py",
                 "test_ppo_loss_backends.py", "test_ppo_loss_torch.py",
                 "test_peer.py", "test_peers_from_source.py", "test_trl.py", "test_watch.py"}
+FAULTS = {"cases.py", "endpoint.py", "harness.py", "injected.py", "machine.py", "spoilt.py",
+          "works.py", "test_faults.py"}  # fmt: skip
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 170,
@@ -86,6 +88,8 @@ def test_no_file_is_unlisted():
             assert parts[1] in SHARED_CSRC or parts[1].split(".")[0] in names, file
         if parts[0] == "tests" and len(parts) == 2:
             assert parts[1] in SHARED_TESTS | {f"test_{n}.py" for n in names}, file
+        if parts[:2] == ["tests", "faults"]:
+            assert parts[2] in FAULTS, file
         if parts[:2] == ["tests", "gpu"]:
             assert parts[2] in GPU_TESTS | {f"test_gpu_{n}.py" for n in names}, file
         if parts[:2] == ["tests", "triton"]:
@@ -97,6 +101,7 @@ def test_no_file_is_unlisted():
 def test_lists_name_what_is_there():
     """A name that is left in a list would let a new file of that name in unseen."""
     assert all((ROOT / "tests" / file).exists() for file in SHARED_TESTS)
+    assert all((ROOT / "tests/faults" / file).exists() for file in FAULTS)
     assert all((ROOT / "tests/gpu" / file).exists() for file in GPU_TESTS)
     assert all((ROOT / "tests/triton" / file).exists() for file in TRITON_TESTS)
     assert all((ROOT / "csrc" / file).exists() for file in SHARED_CSRC)

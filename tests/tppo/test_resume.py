@@ -20,6 +20,7 @@ from tppo.cli import main
 from tppo.methods.ppo import PPO
 from tppo.models.keeper import NOTHING_KEPT
 from tppo.models.rollout.hf import HFRollout, _draws, _draws_go_on
+from tppo.stages.parts import Parts
 from tppo.store import checkpoint
 from tppo.store.checkpoint import Checkpoints
 from tppo.store.disk import DiskFull
@@ -75,6 +76,17 @@ def killed(server, tmp_path, folder, stage, kill, *flags):  # noqa: F811
                functools.partial(at_every_step, met))  # fmt: skip
     assert done.code == -signal.SIGKILL, done.said
     assert not (folder / stage).exists()
+
+
+def test_a_whole_part_that_has_changed_since_is_made_again(tmp_path, capsys):
+    """It was taken for whole because its folder was there."""
+    parts = Parts("pit", tmp_path, {"a": 1}, 0)
+    with parts.part("sft") as work:
+        (work / "model.safetensors").write_bytes(b"weights")
+    assert parts.done("sft")
+    (parts.root / "sft/model.safetensors").write_bytes(b"weightz")
+    assert not parts.done("sft")
+    assert "model.safetensors is not the file that the stage wrote" in capsys.readouterr().err
 
 
 def contents(folder):

@@ -27,8 +27,8 @@ class Parts:
         self.folder = RunFolder(self.root)
 
     def done(self, name: str) -> bool:
-        """Whether a part is whole."""
-        return (self.root / name).exists()
+        """Whether a part is whole; one with a file that has changed since is made again."""
+        return self.folder.done(name, [], self.settings, self.seed)
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tppo.errors import DataError
 from tppo.progress import say
+from tppo.store.disk import space_for
 from tppo.store.jsonl import read_object
 
 LOCK = ".lock"
@@ -37,7 +38,9 @@ class FolderLock:
     def held(self) -> Iterator[None]:
         """Hold the lock.
 
-        Raises RuntimeError, naming process and command, where another process holds it.
+        Raises RuntimeError, naming process and command, where another process holds it; DiskFull
+        or NotWritable where the lock, or what the block writes, finds no space or may not be
+        written.
         """
         if self._depth:
             self._depth += 1
@@ -50,18 +53,21 @@ class FolderLock:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"{self.root}: {error.strerror}, expected a run folder, or a place for one"
+                f"{self.root}: {error.strerror}, expected a run folder, or a place for one that "
+                "can be written to (--out)"
             ) from None
-        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            self._take(descriptor)
-            self._depth = 1
+        remedy = "Make room and run the same command again."
+        with space_for(self.root, "what this command writes", remedy):
+            descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                yield
+                self._take(descriptor)
+                self._depth = 1
+                try:
+                    yield
+                finally:
+                    self._depth = 0
             finally:
-                self._depth = 0
-        finally:
-            os.close(descriptor)
+                os.close(descriptor)
 
     def _take(self, descriptor: int) -> None:
         try:

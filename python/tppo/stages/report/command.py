@@ -17,6 +17,7 @@ from tppo.progress import say, say_once
 from tppo.settings import FilePath, section
 from tppo.stages.report.found import sources
 from tppo.stages.report.page import write_report
+from tppo.store.disk import space_for
 
 ABOUT = ("Write report.html into a run folder, finished or under way: the result, curves of every "
          "stage, answers of SFT and TPPO token by token, settings, versions, time and files. "
@@ -38,7 +39,8 @@ class ReportOptions:
 def main(arguments: list[str]) -> None:
     """Entry point of `tppo report`."""
     options = parse(ReportOptions, "tppo report", ABOUT, arguments)
-    print(write_report(options.out))
+    with space_for(options.out, "report.html", "Make room and run the same command again."):
+        print(write_report(options.out))
     seen = sources(options.out)
     while options.watch:
         time.sleep(EVERY_S)
