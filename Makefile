@@ -31,7 +31,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci lint docs wheel docker bench hand-pictures faults fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci interop-vllm lint docs wheel docker bench hand-pictures faults fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -71,6 +71,9 @@ interop: .venv/dev  ## TRL, verl, SkyRL and the others from the index against ou
 
 interop-ci: .venv/dev  ## the part of interop that takes two minutes with its installs
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py --ci $(PEERS)
+
+interop-vllm: .venv/dev  ## vLLM as rollout, server of labels and of reward models: 4 minutes to install, then as long to test
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py vllm
 
 lint: .venv/dev
 	@echo "== ruff and mypy"

@@ -12,6 +12,7 @@ error there.  What a file needs besides pins stands at its head, as `# key: valu
               NAME; or "none", where the file lists all of them, pytest and pytest-xdist too
     python    the interpreter, of an environment without a base: python3.12
     no-deps   pins that are installed without what they ask for, separated by spaces
+    without   packages that are taken out again: others ask for them and do without
     python-below  a version, as 3.12, and a statement: pins that ask for that version are installed
               into an older interpreter too, where the statement runs before everything else
     ci        "yes": a part of --ci, which leaves tests that are marked slow out and sets
@@ -35,6 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
 TESTS = Path(__file__).resolve().parent
+PIP = (sys.executable, "-m", "pip", "--python")
 
 
 class Environment:
@@ -47,7 +49,7 @@ class Environment:
                              f"{', '.join(names())}")
         self.text = self.file.read_text()
         head = dict(re.findall(r"^# ([a-z-]+): (.+)$", self.text, re.M))
-        unknown = head.keys() - {"base", "python", "no-deps", "python-below", "ci"}
+        unknown = head.keys() - {"base", "python", "no-deps", "without", "python-below", "ci"}
         if unknown:
             raise SystemExit(f"{self.file.relative_to(ROOT)}: unknown key {sorted(unknown)[0]!r}")
         base = head.get("base", "project")
@@ -55,6 +57,7 @@ class Environment:
         self.alone = base == "none"
         self.interpreter = head.get("python", sys.executable)
         self.without_dependencies = head.get("no-deps", "").split()
+        self.without = head.get("without", "").split()
         self.ci = head.get("ci") == "yes"
         wanted, _, statement = head.get("python-below", "").partition(" ")
         older = wanted and sys.version_info < tuple(map(int, wanted.split(".")))
@@ -104,14 +107,16 @@ class Environment:
             self.install(*pins)
         if self.without_dependencies:
             self.install("--no-deps", *self.without_dependencies)
+        if self.without:
+            run(*PIP, self.python, "uninstall", "--quiet", "--yes", *self.without)
         ready.write_text(self.mark)
         print(f"== {time.perf_counter() - start:.0f} s", flush=True)
 
     def install(self, *arguments: str) -> None:
         """By the pip of the environment that runs this script, into this one."""
         older = [] if self.statement is None else ["--ignore-requires-python"]
-        run(sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet",
-            "--disable-pip-version-check", *older, *arguments)
+        run(*PIP, self.python, "install", "--quiet", "--disable-pip-version-check", *older,
+            *arguments)
 
     def test(self, ci: bool) -> int:
         """Runs the peer's tests and gives pytest's exit code."""

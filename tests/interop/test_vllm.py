@@ -74,11 +74,11 @@ def chi_square(model, ids, drawn, temperature):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_first_tokens_are_distributed_as_the_softmax(both, temperature):
     model, _, vllm = both
-    ids, n = prompts(1, seed=5)[0], 3_000
+    ids, n = prompts(1, seed=5)[0], 4_000
     drawn = vllm.generate([ids] * n, Sampling(1, temperature, seed=11)).response_ids
     first = [row[0] for row in drawn]
     assert chi_square(model, ids, first, temperature) > 1e-3
-    for wrong in (0.8 * temperature, 1.25 * temperature):  # the test can fail
+    for wrong in (0.75 * temperature, 1.33 * temperature):  # the test can fail
         assert chi_square(model, ids, first, wrong) < 1e-6
 
 
@@ -219,3 +219,18 @@ def test_new_weights_are_there_before_every_call(lora):
         assert seen[0] != seen[1] != seen[2]
     finally:
         vllm.close()
+
+
+def test_two_engines_of_a_process_do_not_disturb_each_other():
+    models = tiny(seed=7), tiny(seed=8)
+    asked, greedy = prompts(8, seed=8), Sampling(8, 0.0)
+    (hf, one), (_, two) = map(engines, models)
+    expected = hf.generate(asked, greedy).response_ids
+    assert one.generate(asked, greedy).response_ids == expected
+    assert two.generate(asked, greedy).response_ids != expected
+    two.close()
+    assert one.generate(asked, greedy).response_ids == expected
+    two.generate(asked, greedy)  # starts again
+    del two  # without a word
+    assert one.generate(asked, greedy).response_ids == expected
+    one.close()

@@ -5,10 +5,13 @@ This file alone knows vLLM's own names, and imports it where an engine is wanted
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -39,6 +42,9 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+
+
+_OPEN: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()
 
 
 class Said(NamedTuple):
@@ -98,6 +104,9 @@ class VLLMEngine:
                 plain.save_pretrained(folder)
             del plain
             self.llm = self._start(folder, config, batch_size, share_prompts)
+        # It would take the process group along that other engines of the process have too.
+        self.llm.llm_engine.engine_core._finalizer.detach()
+        _OPEN.add(self)
 
     def _start(self, folder: Path, config: VLLMConfig, batch_size: int, share: bool) -> Any:
         from vllm import LLM
@@ -134,9 +143,8 @@ class VLLMEngine:
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise DataError(f"--rollout vllm: vLLM does not take {type(self.model).__name__} with "
-                            f"these settings: {reason}; --rollout hf does") from error
+                            f"these settings: {_reason(error)}; --rollout hf does") from error
 
     @torch.no_grad()
     def hand_over(self) -> None:
@@ -171,7 +179,8 @@ class VLLMEngine:
 
         params = [SamplingParams(logprobs=0, detokenize=False, **one) for one in wanted]
         given = [TokensPrompt(prompt_token_ids=[*ids]) for ids in prompts]
-        found = self.llm.generate(given, params, use_tqdm=False, lora_request=self.adapter)
+        with torch.random.fork_rng():  # it draws, and then takes the draws of the requests' seeds
+            found = self.llm.generate(given, params, use_tqdm=False, lora_request=self.adapter)
         return [_said(request.outputs[0]) for request in found]
 
     def prefix_hits(self) -> tuple[int, int]:
@@ -194,9 +203,34 @@ class VLLMEngine:
             self.asleep = False
 
     def close(self) -> None:
-        """Give everything free."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        """Give everything free; the process group too where no other engine of the process has it.
+        """
+        if self not in _OPEN:
+            return
+        _OPEN.discard(self)
+        client = self.llm.llm_engine.engine_core
+        if _OPEN:
+            client.engine_core.model_executor.shutdown()
+        else:
+            client.shutdown()
+        del self.llm, client
+        gc.collect()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in [*_OPEN]:
+        engine.close()
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says, in one line; pydantic puts a title before it and an address behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("Value error,", "Assertion failed,"))]
+    return (told or lines or [type(error).__name__])[0].removeprefix("Value error, ")
 
 
 def _said(output: Any) -> Said:
@@ -263,7 +297,7 @@ def _scratch() -> Iterator[Path]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """What vLLM sets for a whole process is, after the block, as it was: variables of the
-    environment, generators of random numbers, torch's threads.
+    environment, generators of random numbers, torch's threads, what is garbage.
     """
     variables = dict(os.environ)
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -279,5 +313,6 @@ def _undisturbed() -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+        gc.unfreeze()  # what a process has when an engine starts would never be collected
         os.environ.clear()
         os.environ.update(variables)

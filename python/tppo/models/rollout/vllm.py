@@ -161,7 +161,10 @@ class VLLMRollout:
         """Tokens that an engine is started for: with reserve, so that it seldom starts again."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         most = max(1024, 2 * longest) + PROBE
-        return most if positions is None else max(longest, min(most, positions))
+        if positions is not None and longest > positions:
+            raise ValueError(f"a prompt and its answer have {longest} tokens, expected at most "
+                             f"{positions}, the positions of the model")  # fmt: skip
+        return most if positions is None else min(most, positions)
 
     def _check(self, engine: VLLMEngine, prompt: Sequence[int]) -> None:
         """The engine has the weights of the model: both give an answer the same log-probs.
