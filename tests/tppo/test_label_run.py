@@ -69,6 +69,10 @@ def test_a_run_labelled_over_http_and_what_a_repetition_sends(flags, tmp_path, c
         answers = rows(out / "generate" / "answers.jsonl")
         labels = rows(out / "label" / "labels.jsonl")
         with_words = [row for row in answers if any(map(str.isalnum, row["text"]))]
+        first: dict = {}
+        for n, row in enumerate(answers):  # those to one session are asked one after another
+            first.setdefault(row["session"], n)
+        with_words.sort(key=lambda row: first[row["session"]])
         assert [row["id"] for row in labels] == [row["id"] for row in with_words]
         assert {row["labeller"] for row in labels} == {"judge"}
         asked = len(server.requests)

@@ -21,11 +21,12 @@ from tppo.labels.sources import Sources, mixed
 from tppo.progress import say, track
 from tppo.sessions.prompts import history_lines
 from tppo.sessions.session import Session, session_of
-from tppo.stages.answers import Answer
+from tppo.stages.answers import Answer, answer_of
 from tppo.stages.artifacts import ANSWERS, LABELS, TRAIN_SESSIONS
 from tppo.stages.hand.stage import judgements_of, label_by_hand
 from tppo.stages.run import Run
 from tppo.store.jsonl import read_lines, write_json
+from tppo.store.line_groups import grouped_lines
 from tppo.store.line_index import LineIndex
 
 
@@ -157,8 +158,13 @@ def compare_labels(run: Run, path: Path) -> None:
 
 
 def _items(run: Run, sessions: LineIndex[Session]) -> Iterator[LabelItem]:
-    """What an endpoint is to judge, one at a time; the history as the policy sees it."""
-    for answer in run.iter_answers():
+    """What an endpoint is to judge, one at a time; the history as the policy sees it.
+
+    Answers to one history follow each other: a server that keeps what it has read (prefix caching)
+    reads their common beginning once.
+    """
+    for line in grouped_lines(run.path(ANSWERS), lambda line: answer_of(line).session):
+        answer = answer_of(line)
         yield label_item(answer, asked(sessions, answer))
 
 
