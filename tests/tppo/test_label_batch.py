@@ -62,7 +62,11 @@ def test_a_batch_goes_out_and_comes_back_and_nothing_is_asked_live(tmp_path):
         assert run.labels[0] == first.labels[0]
         asked = label(items, live, tmp_path / "other.jsonl")  # the same by live answers
         assert asked == run
-        assert all(row["body"] in server.requests[1:] for row in requests)
+        # Live the schema names the words too, which not every batch service takes.
+        live, batch = ([{**body, "response_format": None} for body in bodies] for bodies in
+                       (server.requests[1:], [row["body"] for row in requests]))  # fmt: skip
+        assert all(body in live for body in batch)
+        assert "prefixItems" not in json.dumps(requests)
     assert export_batch(items, NO_SERVER, cache, tmp_path / "out.jsonl") == 0
     assert import_batch(items, NO_SERVER, cache, tmp_path / "in.jsonl") == {"known": 3}
     assert KEY not in (tmp_path / "out.jsonl").read_text()

@@ -416,7 +416,9 @@ def test_a_server_that_refuses_the_schema_is_asked_without_it(tmp_path, status, 
         items = [item(n, response=f"red hat {n}") for n in range(5)]
         run = label(items, config(server, concurrency=1), tmp_path / "cache.jsonl")
         assert len(run.labels) == 5
-        assert ["response_format" in request for request in server.requests] == [True] + [False] * 5
+        assert ["response_format" in request for request in server.requests] == (
+            [True, True] + [False] * 5
+        )
     assert capsys.readouterr().err.count("refuses a JSON schema: from now on asked without") == 1
 
 

@@ -1,4 +1,4 @@
-"""Answers to one history are asked one after another, and their messages begin alike."""
+"""How answers are asked: those to one history together, and by a schema that names their words."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 
-from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
+from test_label_openai import config, environment, item, judge, label, serving, slots  # noqa: E402, F401
 
 from tppo.cli import main  # noqa: E402
 from tppo.errors import DataError  # noqa: E402
@@ -39,12 +39,12 @@ def test_lines_come_in_groups_and_keep_their_numbers(tmp_path):
 
 
 def test_answers_to_one_history_follow_each_other_and_share_their_beginning(tmp_path):
-    config, out = tmp_path / "tiny.json", tmp_path / "out"
-    config.write_text(json.dumps(TINY))
+    settings, out = tmp_path / "tiny.json", tmp_path / "out"
+    settings.write_text(json.dumps(TINY))
     for stage in ("data", "sft", "generate"):
-        main([stage, "--out", str(out), "--config", str(config)])
+        main([stage, "--out", str(out), "--config", str(settings)])
     with serving(lambda request, number: judge(request)) as server:
-        main(["label", "--out", str(out), "--config", str(config), "--label.labeller", "endpoint",
+        main(["label", "--out", str(out), "--config", str(settings), "--label.labeller", "endpoint",
               "--label.endpoint.model", "judge", "--label.endpoint.base-url", server.url,
               "--label.endpoint.api-key-env", "None", "--label.endpoint.concurrency", "1",
               "--label.endpoint.max-dropped", "1"])  # fmt: skip
@@ -59,3 +59,31 @@ def test_answers_to_one_history_follow_each_other_and_share_their_beginning(tmp_
         where = len(first) - len(first.partition('"returned_queries"')[2])
         assert common >= (where if one == other else first.index('{"history"'))
         assert common > 0.8 * len(first)
+
+
+def test_a_server_that_cannot_be_told_the_words_is_asked_for_the_form_alone(tmp_path, capsys):
+    """Also where several requests are on their way when it refuses the first of them."""
+
+    def reply(request, number):
+        schema = json.dumps(request["response_format"])
+        refused = 400, {}, {"error": {"message": "unsupported keyword"}}
+        return refused if "prefixItems" in schema else judge(request)
+
+    with serving(reply) as server:
+        items = [item(n, response=f"red hat {n}") for n in range(12)]
+        run = label(items, config(server, concurrency=4), tmp_path / "cache.jsonl")
+        assert len(run.labels) == 12 and len(server.requests) <= 12 + 4
+    told = capsys.readouterr().err
+    assert told.count("refuses a JSON schema that names the words") == 1
+    assert "asked without" not in told
+
+
+def test_the_schema_names_the_words_of_the_answer(tmp_path):
+    with serving(lambda request, number: judge(request)) as server:
+        label([item(response="red t-shirt, \u6771\u4eac\nblue hat")], config(server),
+              tmp_path / "c.jsonl")  # fmt: skip
+        schema = server.requests[0]["response_format"]["json_schema"]["schema"]
+    words = schema["properties"]["WORD_SEQUENCE_JUDGEMENTS"]
+    assert words["minItems"] == words["maxItems"] == 5 and words["items"] is False
+    assert [one["properties"]["word"]["enum"] for one in words["prefixItems"]] == [
+        ["red"], ["t-shirt"], ["\u6771\u4eac"], ["blue"], ["hat"]]  # fmt: skip

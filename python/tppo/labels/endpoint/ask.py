@@ -10,13 +10,13 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tppo.labels.endpoint.cache import Spent, Work, chat_request
 from tppo.labels.endpoint.config import EndpointConfig, api_key
 from tppo.labels.endpoint.forms import FORM, Action
 from tppo.labels.endpoint.http import exchange, new_client
-from tppo.labels.endpoint.prompt import REPAIR, Judgement, LabelItem, prompt
+from tppo.labels.endpoint.prompt import REPAIR, Judgement, LabelItem, prompt, response_format
 from tppo.labels.endpoint.replies import Reply, Trouble, outcome
 from tppo.labels.endpoint.retry import persistently
 from tppo.progress import say
@@ -28,6 +28,17 @@ FEW = 3  # items lost by an endpoint that has answered none: enough to stop
 MANY = 20  # items lost in a row, where more are lost than is allowed: enough to stop
 POLL_S = 0.02  # between two checks whether an item that was begun is answered
 LONG_WAIT_S = 10.0  # a wait that is worth a line
+
+
+# Schemas that are asked for, each with the next simpler one: one that names the words of the item,
+# one of the form alone, none.
+Level = Literal["words", "any", "none"]
+LEVELS: tuple[Level, ...] = ("words", "any", "none")
+SIMPLER: dict[Level, Level] = {"words": "any", "any": "none"}
+REFUSED: dict[Level, str] = {
+    "any": "a JSON schema that names the words: from now on asked with a general one",
+    "none": "a JSON schema: from now on asked without",
+}
 
 
 class EndpointError(RuntimeError):
@@ -50,9 +61,10 @@ class Asker:
     api_key: str = ""
     client: openai.AsyncOpenAI | None = None
     """Made for the first question: a full cache needs neither key nor server."""
-    schema: bool = field(init=False)
-    """Whether a JSON schema is asked for: until the server turns out to refuse it."""
-    schema_works: bool = False
+    level: Level = field(init=False)
+    """By what JSON schema the form of an answer is asked for: until the server refuses it."""
+    works: set[Level] = field(default_factory=set)
+    """Those that it has answered to."""
     answered: bool = False
     """Whether the endpoint has given an answer, of whatever worth, in this run."""
     fatal: str = ""
@@ -72,7 +84,8 @@ class Asker:
     """Until then the server has asked everybody to wait."""
 
     def __post_init__(self) -> None:
-        self.schema = self.config.schema
+        exact = self.config.template == "words"
+        self.level = ("words" if exact else "any") if self.config.schema else "none"
 
     async def ask(self, key: str, item: LabelItem) -> Judgement | Trouble | None:
         """The judgement of an item, on disk before it is returned; or what is wrong; or None, where
@@ -115,49 +128,55 @@ class Asker:
             self.stop(too_many(self.lost, self.total or 0, self.config, trouble.reason))
 
     async def _judge(self, item: LabelItem) -> Judgement | Trouble:
-        """The judgement of an item: without the schema where the server refuses that, and sent back
-        once where the answer holds none."""
+        """The judgement of an item: with a simpler schema, and then without, where the server
+        refuses that, and sent back once where the answer holds none."""
         template = self.config.template
         messages = [{"role": "user", "content": prompt(item, template)}]
-        result, action = await self._send(messages, item, self.schema)
-        if action == "plain":
-            result, action = await self._send(messages, item, False)
-            if self.schema and action in ("label", "repair"):
-                say(f"{self.config.base_url} refuses a JSON schema: from now on asked without")
-                self.schema = False
+        level = self.level
+        result, action = await self._send(messages, item, level)
+        while action == "plain" and level != "none":
+            level = max(SIMPLER[level], self.level, key=LEVELS.index)
+            result, action = await self._send(messages, item, level)
+            if LEVELS.index(level) > LEVELS.index(self.level) and action in ("label", "repair"):
+                self.level = level
+                say(f"{self.config.base_url} refuses {REFUSED[level]}")
         if action == "repair" and isinstance(result, Trouble):
             repair = {"role": "user", "content": REPAIR.format(reason=result.reason)}
             messages += [{"role": "assistant", "content": result.text}, repair]
-            result, action = await self._send(messages, item, self.schema)
+            result, action = await self._send(messages, item, self.level)
         if action == "stop" and isinstance(result, Trouble):
             self.stop(result.reason)
             raise _Stopped
         return result
 
     async def _send(
-        self, messages: list[dict[str, str]], item: LabelItem, schema: bool
+        self, messages: list[dict[str, str]], item: LabelItem, level: Level
     ) -> tuple[Judgement | Trouble, Action]:
         """One request, tried again where the table demands it, and what to do with its reply."""
         client = self.client
         assert client is not None
-        request = chat_request(self.config, messages, schema)
+        form = None
+        if level != "none":
+            exact = level == "words" and item.other is None
+            form = response_format(self.config.template, item.response if exact else None)
+        request = chat_request(self.config, messages, form)
 
         async def attempt() -> tuple[Judgement | Trouble, Action]:
             await self._ready()
             reply = await exchange(client, request)
-            asked = schema and not self.schema_works
+            asked = level != "none" and level not in self.works
             result = outcome(reply, self.config, item.response, asked)
-            return result, self._action(reply, result, schema)
+            return result, self._action(reply, result, level)
 
         return await persistently(attempt, self.config, self._pause)
 
-    def _action(self, reply: Reply, result: Judgement | Trouble, schema: bool) -> Action:
+    def _action(self, reply: Reply, result: Judgement | Trouble, level: Level) -> Action:
         """The table's action for a reply; an answer is counted first, because it was paid for."""
         form = FORM["verdict"] if isinstance(result, Judgement) else result.form
         if reply.status == 200 and (form.name == "verdict" or form.by in ("judge", "item")):
             self.spent.add(reply.body)
             self.answered = True
-            self.schema_works = self.schema_works or schema
+            self.works.add(level)
         return form.action(self.answered)
 
     async def _wait_for_a_sign(self) -> None:

@@ -15,7 +15,7 @@ from tppo.errors import DataError
 from tppo.labels.endpoint.ask import EndpointError, too_many
 from tppo.labels.endpoint.cache import Work, chat_request
 from tppo.labels.endpoint.config import EndpointConfig, check, need_libraries, without_key
-from tppo.labels.endpoint.prompt import Judgement, LabelItem, prompt
+from tppo.labels.endpoint.prompt import Judgement, LabelItem, prompt, response_format
 from tppo.labels.endpoint.replies import Reply, Trouble, outcome
 from tppo.labels.words import fold
 from tppo.progress import say, track
@@ -45,6 +45,7 @@ def _requests(
     items: Iterable[LabelItem], config: EndpointConfig, work: Work, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     seen = Fingerprints()
+    form = response_format(config.template) if config.schema else None
     for item in items:
         key = work.key(item)
         if not fold(item.response) or not seen.add(key):
@@ -58,7 +59,7 @@ def _requests(
             "custom_id": key,
             "method": "POST",
             "url": "/v1/chat/completions",
-            "body": chat_request(config, [message], config.schema),
+            "body": chat_request(config, [message], form),
         }
 
 

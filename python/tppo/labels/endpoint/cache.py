@@ -18,7 +18,6 @@ from tppo.labels.endpoint.prompt import (
     Judgement,
     LabelItem,
     prompt,
-    response_format,
     validated,
 )
 from tppo.progress import say, status
@@ -140,15 +139,15 @@ class Spent:
 
 
 def chat_request(
-    config: EndpointConfig, messages: list[dict[str, str]], schema: bool
+    config: EndpointConfig, messages: list[dict[str, str]], form: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The body of a chat completion."""
+    """The body of a chat completion.  form: `response_format`, None where none is asked for."""
     limit, newer = config.max_tokens, config.max_completion_tokens
     options = {
         "temperature": config.temperature,
         "max_tokens": limit if newer is None else None,
         "max_completion_tokens": newer,
-        "response_format": response_format(config.template) if schema else None,
+        "response_format": form,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return {"model": config.model, "messages": messages, **given}

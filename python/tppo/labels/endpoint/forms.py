@@ -14,7 +14,8 @@ LostBy = Literal["endpoint", "judge", "item"]
 ACTIONS: dict[Action, str] = {
     "label": "item labelled",
     "repair": "tried again: sent back once with the reason, then item dropped",
-    "plain": "tried again without the schema, and from now on where that helps, else item dropped",
+    "plain": "tried again with a simpler schema, then without, and from now on where that helps, "
+    "else item dropped",
     "retry": "tried again",
     "drop": "item dropped",
     "stop": "run stops, what was paid is kept",

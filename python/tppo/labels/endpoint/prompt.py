@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tppo.labels.words import fold, map_labels
+from tppo.labels.words import fold, map_labels, word_spans
 
 if TYPE_CHECKING:
     import pydantic
@@ -110,9 +110,19 @@ _TAGS: dict[Template, tuple[str, ...]] = {
 }
 
 
-def response_format(template: Template) -> dict[str, Any]:
-    """The form of an answer, as a server that keeps to a JSON schema takes it."""
-    schema = _object(**{tag: _PARTS[tag] for tag in _TAGS[template]})
+def response_format(template: Template, response: str | None = None) -> dict[str, Any]:
+    """The form of an answer, as a server that keeps to a JSON schema takes it.
+
+    response: then the words of the list are those of this response, so that whatever a model writes
+    is a judgement of it; some servers refuse such a schema (`prefixItems`).
+    """
+    parts = dict(_PARTS)
+    if response is not None:
+        words = [response[a:b] for a, b in word_spans(response)]
+        items = [_object(word={"type": "string", "enum": [word]}, label=_BINARY) for word in words]
+        parts[WORDS_TAG] = {"type": "array", "prefixItems": items, "items": False,
+                            "minItems": len(items), "maxItems": len(items)}  # fmt: skip
+    schema = _object(**{tag: parts[tag] for tag in _TAGS[template]})
     named = {"name": "judgements", "strict": True, "schema": schema}
     return {"type": "json_schema", "json_schema": named}
 
