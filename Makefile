@@ -99,8 +99,8 @@ hand-pictures: .venv/dev  ## pictures of the pages for labelling by hand, into b
 faults: .venv/dev  ## kills and other faults in every command of a tiny run; what was lost, in a table (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py $(FAULTS)
 
-fuzz: .venv/dev  ## 100,000 random gradients of the log-prob operators against fp64 (about 5 minutes)
-	$(BIN)/python tests/fuzz_gradients.py 100000
+fuzz: .venv/dev  ## 1,000,000 calls with hostile input: readers, parsers, operators, with a table (25 minutes); FUZZ="--target gae"
+	$(BIN)/python tests/fuzz/driver.py $(FUZZ)
 
 gpu-check:  ## on a machine with an NVIDIA GPU, no network: build, measure, test, train (10 minutes)
 	$(PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(CHECK)

@@ -38,9 +38,8 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_bench.py", "test_prefix.py", "test_lm_head.py", "test_aot.py",
                 "test_host_cost.py", "test_linear_memory.py", "test_linear_shards.py",
                 "test_gpu_check.py", "_emulated.py", "test_public.py", "test_sass.py", "_sass.py",
-                "test_hops.py", "test_docs.py", "fuzz_gradients.py", "test_fuzz_gradients.py",
-                "test_integrations.py", "test_rooms.py", "test_ppo_objectives.py",
-                "test_ppo_loss_backends.py", "test_ppo_loss_torch.py",
+                "test_hops.py", "test_docs.py", "test_integrations.py", "test_rooms.py",
+                "test_ppo_objectives.py", "test_ppo_loss_backends.py", "test_ppo_loss_torch.py",
                 "test_peer.py", "test_peers_from_source.py", "test_trl.py", "test_watch.py"}
 FAULTS = {"cases.py", "endpoint.py", "harness.py", "injected.py", "machine.py", "spoilt.py",
           "works.py", "test_faults.py"}  # fmt: skip

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 from tppo.labels.journal import Journal, Without
 from tppo.labels.label import Label
 from tppo.labels.words import word_spans
+from tppo.store.jsonl import bounded_lines
 
 Kind = Literal["random", "check", "chosen"]  # drawn; drawn, and never learnt from; where unsure
 Verdict = Literal[0, 1]
@@ -111,10 +112,10 @@ def is_journal(path: Path) -> bool:
     if not path.exists():
         return False
     with open(path, "rb") as file:
-        for line in file:
+        for line in bounded_lines(file, path):
             try:
                 row = json.loads(line)
-            except ValueError:  # blank, or cut off by a kill
+            except (ValueError, RecursionError):  # blank, cut off by a kill, or foreign
                 continue
             return isinstance(row, dict) and "annotator" in row and "responses" not in row
     return False

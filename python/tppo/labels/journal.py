@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from tppo.progress import say
-from tppo.store.jsonl import append_line
+from tppo.store.jsonl import append_line, bounded_lines
 
 
 class Said(Protocol):
@@ -70,7 +70,8 @@ class Journal(Generic[Kind]):
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         if self.path.exists():
             with open(self.path, "rb") as file:
-                yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
+                lines = bounded_lines(file, self.path)
+                yield from ((n, line) for n, line in enumerate(lines, 1) if line.strip())
 
     def __iter__(self) -> Iterator[Kind]:
         """The judgements that stand, the oldest first."""

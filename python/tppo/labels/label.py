@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tppo.labels.words import NOT_LABELLED, map_labels
-from tppo.store.jsonl import Line, is_text, read_jsonl, write_jsonl
+from tppo.store.jsonl import Line, is_encodable, is_text, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from tppo.labels.config import LabelConfig
@@ -65,7 +65,7 @@ def _label(line: Line) -> Label:
             raise line.error(f"words[{index}]", word, "[word, 0 or 1] (-1: not judged)")
     label = Label(
         id=line.get("id", is_text, "a text that is not blank"),
-        response=line.get("response", lambda v: isinstance(v, str), "a text"),
+        response=line.get("response", is_encodable, "a text that UTF-8 can hold"),
         words=tuple((word, value) for word, value in words),
         sentence=line.get("sentence", _binary, "0 or 1"),
         labeller=line.get("labeller", is_text, "a text that is not blank"),

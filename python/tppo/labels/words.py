@@ -40,7 +40,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     borders = dictionary_borders(text) if is_unspaced(text) else frozenset()
     for unit in _units(text, frozenset()):
         joined = previous is not None and not unit.spaced and unit.emoji == previous.emoji
-        if joined and unit.start not in borders:
+        if joined and (unit.bound or unit.start not in borders):
             spans[-1] = (spans[-1][0], unit.end)
         else:
             spans.append((unit.start, unit.end))

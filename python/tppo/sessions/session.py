@@ -11,15 +11,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tppo.errors import DataError
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import STOP, BadRows, Line, atomic_file, check_new, is_text, read_jsonl
+from tppo.store.jsonl import (
+    LONGEST,
+    STOP,
+    BadRows,
+    Line,
+    atomic_file,
+    check_new,
+    is_text,
+    read_jsonl,
+)
 
 __all__ = ["DataError", "Event", "Session", "iter_sessions", "read_sessions", "write_sessions"]
+
+
+T = TypeVar("T")
+
+MOST_ROWS = 500_000  # of one user or session, in the formats that have a row a search
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,7 @@ def _targets(line: Line) -> tuple[str, ...]:
 
 def _intent(line: Line) -> tuple[tuple[str, str], ...]:
     given = line.get(
-        "latent_intent", _is_texts, "an object of texts that are not blank", default={}
+        "latent_intent", _is_texts, "an object of texts, by names, that are not blank", default={}
     )
     return tuple((part, collapse(word)) for part, word in given.items())
 
@@ -133,6 +147,22 @@ def _texts(line: Line, field: str, values: list[Any]) -> tuple[str, ...]:
     return tuple(collapse(value) for value in values)
 
 
+def held(rows: Iterable[T], size: Callable[[T], int], of: str) -> list[T]:
+    """Rows that belong together and are held in memory, each with so many characters.
+
+    Raises DataError, beginning with `of`, for more than MOST_ROWS of them or LONGEST characters.
+    """
+    found: list[T] = []
+    characters = 0
+    for row in rows:
+        characters += size(row)
+        if len(found) == MOST_ROWS or characters > LONGEST:
+            raise DataError(f"{of} more than {MOST_ROWS:,} rows or {LONGEST >> 20} MB, expected "
+                            "fewer: is that one user?")  # fmt: skip
+        found.append(row)
+    return found
+
+
 def collapse(text: str) -> str:
     """A text with its white space collapsed to single spaces."""
     return " ".join(text.split())
@@ -143,7 +173,7 @@ def _is_list(value: object) -> bool:
 
 
 def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(is_text(item) for item in value.values())
+    return isinstance(value, dict) and all(map(is_text, (*value, *value.values())))
 
 
 def _is_count(value: object) -> bool:

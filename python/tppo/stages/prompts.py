@@ -15,12 +15,12 @@ from tppo.errors import DataError, short
 from tppo.plain_text import plain_text
 from tppo.rewards import Questions
 from tppo.rewards.user_function import GIVEN
-from tppo.store.jsonl import read_jsonl
+from tppo.store.jsonl import is_encodable, read_jsonl
 
 PROMPT = "prompt"  # the column that is read
 _EXPECTED = (
     "a text, or a chat: a list of messages {'role': ..., 'content': ...}, the last of them not by "
-    "the assistant"
+    "the assistant; UTF-8 must be able to hold each text"
 )
 
 
@@ -113,12 +113,12 @@ def _columns(rows: Sequence[Any], place: Callable[[int], str]) -> dict[str, list
 def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, None if nothing is."""
     if isinstance(prompt, str):
-        return None if prompt else f"expected {_EXPECTED}"
+        return None if prompt and is_encodable(prompt) else f"expected {_EXPECTED}"
     if not isinstance(prompt, list | tuple) or not prompt:
         return f"expected {_EXPECTED}"
     for k, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not (
-            isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+            is_encodable(message.get("role")) and is_encodable(message.get("content"))
         ):
             return f"message {k} was {short(message)}, expected {_EXPECTED}"
     return f"expected {_EXPECTED}" if prompt[-1]["role"] == "assistant" else None

@@ -13,11 +13,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 from tppo.errors import DataError, short
 from tppo.store.fingerprints import Fingerprints
 
+LONGEST = 64 << 20  # bytes of a line, or characters of an item of a list, that are held in memory
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -47,8 +48,8 @@ class BadRows:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, DataError):
             return False
-        if not self.skip:
-            raise DataError(f"{error}{self.remedy}") from None
+        if not self.skip:  # a block inside another one has added the remedy already
+            raise DataError(str(error).removesuffix(self.remedy) + self.remedy) from None
         self.count += 1
         if self.count <= self.FIRST:
             self.first.append(str(error))
@@ -98,7 +99,12 @@ def check_new(first_line: Fingerprints, line: Line, id: str) -> None:
 
 def is_text(value: object) -> bool:
     """Whether a value is a string that is not blank and that UTF-8 can hold."""
-    return isinstance(value, str) and bool(value.strip()) and not has_surrogate(value)
+    return is_encodable(value) and bool(value.strip())
+
+
+def is_encodable(value: object) -> TypeGuard[str]:
+    """Whether a value is a string that UTF-8 can hold."""
+    return isinstance(value, str) and not has_surrogate(value)
 
 
 def has_surrogate(text: str) -> bool:
@@ -108,13 +114,13 @@ def has_surrogate(text: str) -> bool:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """One JSON document, as `write_json` writes it."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(bounded_bytes(Path(path)))
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """One JSON object; None where there is no such file, or none that holds one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(bounded_bytes(Path(path)))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -156,19 +162,49 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
     A line ends at LF alone: U+2028 and the like may occur inside a text.
 
-    Raises DataError for a file that cannot be read or whose gzip data is damaged.
+    Raises DataError for a file that cannot be read or whose gzip data is damaged, and as
+    `bounded_lines` does.
     """
     number = 0
     try:
         with open(path, "rb") as plain_file:
             zipped = plain_file.peek(2)[:2] == b"\x1f\x8b"
             file: Any = gzip.open(plain_file) if zipped else plain_file
-            for number, raw in enumerate(file, start=1):
+            for number, raw in enumerate(bounded_lines(file, path), start=1):
                 yield raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: line {number + 1}: gzip data is damaged: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of an opened file, in memory that is bounded whatever the file holds.
+
+    Raises DataError naming a line of more than LONGEST bytes: a file without line breaks, or a few
+    bytes of gzip data that stand for gigabytes.
+    """
+    number = 0
+    while raw := file.readline(LONGEST + 1):
+        number += 1
+        if len(raw) > LONGEST:
+            raise DataError(
+                f"{path}: line {number}: has more than {LONGEST >> 20} MB, expected shorter lines: "
+                "is the file damaged, or without line breaks?"
+            )
+        yield raw
+
+
+def bounded_bytes(path: Path, most: int = LONGEST) -> bytes:
+    """What a file holds that is read as a whole.
+
+    Raises DataError for more than `most` bytes, and OSError where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise DataError(f"{path}: has more than {most >> 20} MB, expected a shorter document")
+    return found
 
 
 def decode_line(path: Path, number: int, raw: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from tppo.errors import DataError
 from tppo.progress import status
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import Line, check_new, parse_object
+from tppo.store.jsonl import Line, bounded_lines, check_new, parse_object
 
 
 class _HasId(Protocol):
@@ -44,7 +44,7 @@ class LineIndex(Generic[T]):
     def _scan(self) -> None:
         first_line, offset = Fingerprints(), 0
         with status(f"index {self.path.name}") as bar:
-            for number, raw in enumerate(self._file, start=1):
+            for number, raw in enumerate(bounded_lines(self._file, self.path), start=1):
                 if raw.strip():
                     line = self._line(number, raw)
                     id = self.parse(line).id

@@ -14,9 +14,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
 from tppo.errors import DataError
-from tppo.store.jsonl import write_text
+from tppo.store.jsonl import bounded_bytes, write_text
 
 MOST = 100_000
+BYTES = 1 << 20  # reading a megabyte takes about ten seconds
 Place = Sequence[str | int]
 
 
@@ -27,7 +28,7 @@ def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, Callable[[Place], int 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = bounded_bytes(path, BYTES).decode("utf-8-sig")
         tree = _yaml().compose(text)
         lines: dict[tuple[str | int, ...], int] = {}
         if tree is not None:

@@ -22,7 +22,7 @@ from tppo.labels.endpoint.prompt import (
 )
 from tppo.progress import say, status
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import append_line
+from tppo.store.jsonl import append_line, bounded_lines
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Work:
             return
         damaged = offset = 0
         with open(self.path, "rb") as file, status(f"reading {self.path.name}"):
-            for line in file:
+            for line in bounded_lines(file, self.path):
                 try:
                     if line.strip():
                         self._offsets.setdefault(validated(_Entry, line, "cache").key, offset)

@@ -168,7 +168,8 @@ def _error(body: Any) -> dict[str, Any] | None:
     detail = body.get("detail")  # of FastAPI
     if isinstance(detail, list) and detail and isinstance(detail[0], dict):
         place = detail[0].get("loc")
-        named = [part for part in place if part in PARAMETERS] if isinstance(place, list) else []
+        parts = [part for part in place if isinstance(part, str)] if isinstance(place, list) else []
+        named = [part for part in parts if part in PARAMETERS]
         return {"param": named[0] if named else None, "message": detail[0].get("msg")}
     return {"message": detail} if isinstance(detail, str) else None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tppo.errors import DataError, short
-from tppo.sessions.session import Event, Session, collapse
+from tppo.sessions.session import Event, Session, collapse, held
 from tppo.store.fingerprints import Fingerprints
 from tppo.store.jsonl import BadRows, decode_line, read_lines
 
@@ -57,10 +57,12 @@ def read_aol(
     users = Fingerprints()
     empty = True
     for user, group in groupby(_rows(path, left_out, bad), key=lambda row: row.user):
-        rows = list(group)
-        empty, first = False, rows[0].number
-        rows.sort(key=lambda row: row.time)
+        empty = False
         with bad:
+            rows = held(group, lambda row: len(row.query) + len(row.url),
+                        f"{path}: column 'AnonID': {short(user)} has")  # fmt: skip
+            first = rows[0].number
+            rows.sort(key=lambda row: row.time)
             if not users.add(user):
                 raise DataError(
                     f"{path}: line {first}: column 'AnonID': was {user!r} again after other "
@@ -129,7 +131,7 @@ def _row(path: Path, number: int, fields: list[str]) -> _Row:
     if rank and not rank.isdecimal() and not _RANK.fullmatch(rank):
         raise error(3, "a whole number or nothing")
     url = "" if len(url) <= 4 and url.casefold() in MISSING else collapse(url)
-    return _Row(number, user, collapse(query), when, url)
+    return _Row(number, collapse(user), collapse(query), when, url)
 
 
 def _sessions(rows: Sequence[_Row], gap: float) -> Iterator[list[_Row]]:

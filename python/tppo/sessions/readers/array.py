@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tppo.errors import DataError, short
-from tppo.store.jsonl import BadRows, Line, decode_line, read_jsonl, read_lines
+from tppo.store.jsonl import LONGEST, BadRows, Line, decode_line, read_jsonl, read_lines
 
 
 def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:
@@ -42,50 +43,101 @@ def begins(path: Path) -> str:
 
 
 def read_array(path: Path, bad: BadRows, item: str, expected: str) -> Iterator[Line]:
-    """The objects of a JSON list.  The file is held in memory.
+    """The objects of a JSON list.  One of them is held in memory at a time.
 
     Raises DataError naming line and column: for what is no list, and for an item that is no object.
     """
-    text = "".join(
-        decode_line(path, number, raw) for number, raw in enumerate(read_lines(path), start=1)
-    )
-    if text[(at := _skip(text, 0)) : at + 1] != "[":
-        raise _error(path, text, at, f"a JSON list of {item}s")
-    at = _skip(text, at + 1)
-    line, counted = 1, 0  # the line breaks before `counted` are counted
-    while text[at : at + 1] != "]":
-        try:
-            found, end = json.JSONDecoder().raw_decode(text, at)
-        except RecursionError:
-            raise _error(path, text, at, f"a {item}, not nested so deeply") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-            ) from None
-        except ValueError as error:  # an integer with thousands of digits
-            raise _error(path, text, at, f"JSON that can be held ({error})") from None
-        line, counted = line + text.count("\n", counted, at), at
+    text = _Window(path, item)
+    if text.next() != "[":
+        raise text.error(f"a JSON list of {item}s")
+    text.at += 1
+    while text.next() != "]":
+        line, error = text.place()[0], text.error(expected)
+        found = text.value()
         with bad:
             if not isinstance(found, dict):
-                raise _error(path, text, at, expected)
+                raise error
             yield Line(path, line, found)
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise _error(path, text, at, "a comma or the end of the list")
-    if (at := _skip(text, at + 1)) < len(text):
-        raise _error(path, text, at, "nothing after the list")
+        after = text.next()
+        if after == ",":
+            text.at += 1
+            text.next()
+        elif after != "]":
+            raise text.error("a comma or the end of the list")
+    text.at += 1
+    if text.next():
+        raise text.error("nothing after the list")
 
 
-def _skip(text: str, at: int) -> int:
-    """The next place that is not white space."""
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+class _Window:
+    """The part of a file's text that is held in memory, from the item that is read now."""
 
+    FIRST = 1 << 16  # characters that are read at a time, at least
 
-def _error(path: Path, text: str, at: int, expected: str) -> DataError:
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    was = short(text[at : at + 80].split("\n")[0]) if at < len(text) else "the end of the file"
-    return DataError(f"{path}: line {line}: column {column}: was {was}, expected {expected}")
+    def __init__(self, path: Path, item: str) -> None:
+        self.path, self.item = path, item
+        self.text, self.at = "", 0
+        self._lines = enumerate(read_lines(path), start=1)
+        self._line, self._column = 1, 1  # where `text` begins
+
+    def next(self) -> str:
+        """The next character that is not white space, where `at` is then; "" at the end."""
+        while True:
+            while self.text[self.at : self.at + 1].isspace():
+                self.at += 1
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The JSON value that begins at `at`, which is behind it then."""
+        while True:
+            try:
+                found, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except RecursionError:
+                raise self.error(f"a {self.item}, not nested so deeply") from None
+            except json.JSONDecodeError as error:
+                # Near the end of what is held, or in a string that does not end, more may help.
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
+                if cut and self._more():
+                    continue
+                self.at = error.pos
+                line, column = self.place()
+                raise DataError(
+                    f"{self.path}: line {line}: not JSON: {error.msg} at column {column}"
+                ) from None
+            except ValueError as error:  # an integer with thousands of digits
+                raise self.error(f"JSON that can be held ({error})") from None
+            if end == len(self.text) and self._more():  # a number may go on
+                continue
+            self.at = end
+            return found
+
+    def place(self) -> tuple[int, int]:
+        """Line and column of `at`."""
+        breaks = self.text.count("\n", 0, self.at)
+        column = self.at - self.text.rfind("\n", 0, self.at)
+        return self._line + breaks, column if breaks else self._column + self.at
+
+    def error(self, expected: str) -> DataError:
+        """The error for what stands at `at`."""
+        line, column = self.place()
+        shown = self.text[self.at : self.at + 80].split("\n")[0]
+        was = short(shown) if self.at < len(self.text) else "the end of the file"
+        return DataError(
+            f"{self.path}: line {line}: column {column}: was {was}, expected {expected}"
+        )
+
+    def _more(self) -> bool:
+        """Read on, to twice what is held from `at` on; whether anything was left to read."""
+        if len(self.text) - self.at > LONGEST:
+            raise self.error(f"a {self.item} of at most {LONGEST >> 20} MB")
+        self._line, self._column = self.place()
+        held, size = [self.text[self.at :]], len(self.text) - self.at
+        wanted = max(2 * size, size + self.FIRST)
+        for number, raw in self._lines:
+            held.append(decode_line(self.path, number, raw))
+            size += len(held[-1])
+            if size >= wanted:
+                break
+        self.text, self.at = "".join(held), 0
+        return len(held) > 1

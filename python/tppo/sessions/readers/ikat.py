@@ -27,7 +27,8 @@ def read_ikat(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sess
     first_line = Fingerprints()
     for line in read_array(path, bad, "topic", "an object with 'number', 'ptkb' and 'turns'"):
         with bad:
-            number = str(line.get("number", _is_number, "a text or a whole number"))
+            given = line.get("number", _is_number, "a text or a whole number")
+            number = collapse(str(given))
             sessions = list(_sessions(line, number, left_out))  # of a wrong topic none
             check_new(first_line, line, number)
             yield from sessions
@@ -80,7 +81,7 @@ def _turns(line: Line) -> Iterator[tuple[str, str, str | None]]:
             f"{place}.turn_id", _is_number, "a text or a whole number", default=index + 1
         )
         utterance = fields.get(f"{place}.{key}", is_text, "a text that is not blank")
-        yield str(number), collapse(utterance), collapse(rewrite or "") or None
+        yield collapse(str(number)), collapse(utterance), collapse(rewrite or "") or None
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tppo.errors import DataError, short
-from tppo.sessions.session import Event, Session, collapse
+from tppo.sessions.session import Event, Session, collapse, held
 from tppo.store.fingerprints import Fingerprints
 from tppo.store.jsonl import BadRows, is_text
 
@@ -50,9 +50,12 @@ def read_qac(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sessi
     Raises DataError naming row and column, or what to install where pyarrow is not.
     """
     first_row = Fingerprints()
-    for _, group in groupby(_sound(path, bad), key=lambda row: row.text("session_id")):
+    for session, group in groupby(_sound(path, bad), key=lambda row: row.text("session_id")):
         past: list[Event] = []
-        for row in sorted(group, key=lambda row: row.time() or ""):
+        rows: list[_Row] = []
+        with bad:
+            rows = held(group, _characters, f"{path}: column 'session_id': {short(session)} has")
+        for row in sorted(rows, key=lambda row: row.time() or ""):
             with bad:
                 id, term = _id(row), row.text("final_search_term")
                 given = row.values.get("past_search_terms")
@@ -78,13 +81,13 @@ def read_qac(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Sessi
 
 def _sound(path: Path, bad: BadRows) -> Iterator[_Row]:
     """The rows that name their session."""
-    for row in _rows(path):
+    for row in _rows(path, bad):
         with bad:
             row.text("session_id")
             yield row
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -104,16 +107,41 @@ def _rows(path: Path) -> Iterator[_Row]:
                     )
             wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in columns]
             for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield _Row(path, number, values)
-    except pyarrow.ArrowException as error:
+                yield from _of_batch(path, number, batch, bad)
+                number += batch.num_rows
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise DataError(f"{path}: not a sound parquet file: {message}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not number:
         raise DataError(f"{path}: no rows, expected searches")
+
+
+def _of_batch(path: Path, before: int, batch: Any, bad: BadRows) -> Iterator[_Row]:
+    """The rows of a batch behind so many others.  Nobody has checked that their texts are UTF-8, or
+    that Python has such a time.
+    """
+    try:
+        found = batch.to_pylist()
+    except (ValueError, OverflowError):  # in one of the rows: ask them one by one
+        found = None
+    for i in range(batch.num_rows):
+        number = before + i + 1
+        with bad:
+            try:
+                values = batch.slice(i, 1).to_pylist()[0] if found is None else found[i]
+            except (ValueError, OverflowError) as error:
+                reason = " ".join(str(error).split())
+                raise DataError(
+                    f"{path}: row {number}: a value that cannot be read, expected UTF-8: {reason}"
+                ) from None
+            yield _Row(path, number, values)
+
+
+def _characters(row: _Row) -> int:
+    """About how many characters a row holds."""
+    return sum(len(str(value)) for value in row.values.values())
 
 
 def _id(row: _Row) -> str:
@@ -134,16 +162,16 @@ def _past(row: _Row, given: Any) -> Iterator[Event]:
                 f"{row.path}: row {row.number}: column 'past_search_terms[{index}]': "
                 f"was {short(entry)}, expected [search, time]"
             )
-        time = str(fields[1]) if len(fields) > 1 and fields[1] is not None else None
-        yield Event("search", collapse(fields[0]), time)
+        time = collapse(str(fields[1])) if len(fields) > 1 and fields[1] is not None else ""
+        yield Event("search", collapse(fields[0]), time or None)
 
 
 def _prefix(row: _Row, term: str) -> Iterator[Event]:
     """The newest prefix that does not give the whole search away."""
-    prefixes: Sequence[Any] = [
-        row.values.get("prefix"),
-        *reversed(row.values.get("prefixes") or []),
-    ]
+    given = row.values.get("prefixes") or []
+    if not isinstance(given, list):
+        raise row.error("prefixes", "a list of texts")
+    prefixes: Sequence[Any] = [row.values.get("prefix"), *reversed(given)]
     for prefix in prefixes:
         if is_text(prefix) and collapse(prefix).casefold() != term.casefold():
             yield Event("prefix", collapse(prefix))

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tppo.errors import DataError, short
-from tppo.sessions.session import Event, Session, collapse
+from tppo.sessions.session import Event, Session, collapse, held
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import BadRows, decode_line, read_lines
+from tppo.store.jsonl import LONGEST, BadRows, decode_line, read_lines
 
 COLUMNS = ("row", "user", "session_id", "query", "date", "results", "search_id", "clicks")
 NEEDED = ("session_id", "query", "date")
@@ -42,8 +42,9 @@ def read_sim4ia(path: Path, left_out: Counter[str], bad: BadRows) -> Iterator[Se
     """
     seen = Fingerprints()
     for name, group in groupby(_rows(path, left_out, bad), key=lambda row: row.session):
-        rows = list(group)
         with bad:
+            rows = held(group, lambda row: len(row.event.text),
+                        f"{path}: column 'session_id': {short(name)} has")  # fmt: skip
             if not seen.add(name):
                 raise DataError(
                     f"{path}: line {rows[0].number}: column 'session_id': was {name!r} again after "
@@ -104,7 +105,7 @@ def _row(path: Path, number: int, values: dict[str, str]) -> _Row:
             f"was {short(values[column])}, expected {expected}"
         )
 
-    session, time = values["session_id"].strip(), values["date"].strip()
+    session, time = collapse(values["session_id"]), values["date"].strip()
     if not session:
         raise error("session_id", "a session")
     try:
@@ -122,10 +123,12 @@ def _row(path: Path, number: int, values: dict[str, str]) -> _Row:
 
 def _records(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file, each with the line where it begins."""
-    reader = csv.reader(_lines(path, bad), strict=True)
+    size = [0]  # of the record so far, whose cells may hold line breaks
+    reader = csv.reader(_lines(path, bad, size), strict=True)
     number = 1
     while True:
         with bad:
+            size[0] = 0
             try:
                 values = next(reader)
             except StopIteration:
@@ -138,10 +141,14 @@ def _records(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
                 yield begins, values
 
 
-def _lines(path: Path, bad: BadRows) -> Iterator[str]:
+def _lines(path: Path, bad: BadRows, size: list[int]) -> Iterator[str]:
     """The lines of the file; one that is not UTF-8 and may be left out still counts as a line."""
     for number, raw in enumerate(read_lines(path), start=1):
         text = "\n"
         with bad:
             text = decode_line(path, number, raw)
+        size[0] += len(text)
+        if size[0] > LONGEST:
+            raise DataError(f"{path}: line {number}: a record of more than {LONGEST >> 20} MB, "
+                            "expected shorter ones: is a quote missing?")  # fmt: skip
         yield text

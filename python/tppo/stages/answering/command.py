@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +22,7 @@ from tppo.flags import parse
 from tppo.models.config import RolloutName
 from tppo.progress import say, status
 from tppo.settings import Count, FilePath, Natural, NonNegative, Text, section
-from tppo.store.jsonl import plain
+from tppo.store.jsonl import bounded_lines, plain
 
 if TYPE_CHECKING:
     from tppo.stages.answering.answerer import Answer, Answerer
@@ -147,12 +147,11 @@ def _given(options: AnswerOptions, model: Answerer) -> Iterator[Asked]:
         return iter([asked(given, recipe, "the history")])
     if options.data is not None:
         return read_file(options.data, recipe)
-    lines: Iterable[bytes] = sys.stdin.buffer
     if sys.stdin.isatty():
         say("Type a history, an event a line, the oldest first; a blank line asks for the answer, "
             "Ctrl-D ends.")  # fmt: skip
-        lines = iter(sys.stdin.buffer.readline, b"")
-    return read_histories(lines, Path("stdin"), recipe)
+    name = Path("stdin")
+    return read_histories(bounded_lines(sys.stdin.buffer, name), name, recipe)
 
 
 def _json(answer: Answer, number: int) -> str:

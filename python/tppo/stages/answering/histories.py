@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from tppo.errors import DataError, short
 from tppo.sessions.session import Event, Session, collapse
 from tppo.stages.answering.recipe import Recipe
-from tppo.store.jsonl import Line, decode_line, is_text, parse_object, read_lines
+from tppo.store.jsonl import (
+    LONGEST,
+    Line,
+    decode_line,
+    is_encodable,
+    is_text,
+    parse_object,
+    read_lines,
+)
 
 PROFILE = "profile"
 USER = "user"
@@ -47,7 +55,7 @@ def asked(given: Any, recipe: Recipe, id: str) -> Asked:
     if isinstance(given, Mapping):
         return _row(Line(Path(id), 0, dict(given)), recipe, id)
     if recipe.prompt == "as given":
-        if not (isinstance(given, str) and given.strip() or isinstance(given, list) and given):
+        if not (is_text(given) or isinstance(given, list) and given):
             raise DataError(f"{id}: prompt was {short(given)}, {CHAT}")
         return Asked(id, prompt=given)
     return _question(id, (), _events(given, recipe, id), recipe)
@@ -75,7 +83,7 @@ def read_histories(lines: Iterable[bytes], name: Path, recipe: Recipe) -> Iterat
     for blank, group in groupby(rest, key=lambda item: not item[1].strip()):
         if not blank:
             count += 1
-            texts = [decode_line(name, n, raw) for n, raw in group]
+            texts = [decode_line(name, n, raw) for n, raw in _bounded(group, name)]
             text = "".join(texts) if recipe.prompt == "as given" else texts
             yield asked(text, recipe, f"history {count}")
 
@@ -83,6 +91,17 @@ def read_histories(lines: Iterable[bytes], name: Path, recipe: Recipe) -> Iterat
 def read_file(path: Path, recipe: Recipe) -> Iterator[Asked]:
     """`read_histories` of a file, or of a gzip file."""
     return read_histories(read_lines(path), path, recipe)
+
+
+def _bounded(group: Iterable[tuple[int, bytes]], name: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a history, which is held in memory."""
+    size = 0
+    for n, raw in group:
+        size += len(raw)
+        if size > LONGEST:
+            raise DataError(f"{name}: line {n}: a history of more than {LONGEST >> 20} MB without "
+                            "a blank line, expected shorter ones")  # fmt: skip
+        yield n, raw
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -97,7 +116,8 @@ def _row(line: Line, recipe: Recipe, place: str) -> Asked:
                        "a whole number from 1 to 999", default=None)  # fmt: skip
     if recipe.prompt == "as given":
         prompt = line.get("prompt" if "prompt" in line.values else "messages",
-                          lambda v: isinstance(v, str | list) and v, CHAT.removeprefix("expected "))
+                          lambda v: is_text(v) or isinstance(v, list) and v,
+                          CHAT.removeprefix("expected "))
         return Asked(id, prompt=prompt)
     if "messages" in line.values and "history" not in line.values:
         messages = line.get("messages", lambda v: isinstance(v, list), "a list of messages")
@@ -133,7 +153,7 @@ def _message(message: Any, i: int) -> tuple[str, str]:
             parts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
             texts = [part for part in parts if isinstance(part, str)]
             content = "".join(texts) if len(texts) == len(parts) else None
-        if isinstance(content, str):
+        if is_encodable(content) and is_encodable(message["role"]):
             return message["role"], content
     raise DataError(f"messages[{i}] was {short(message)}, expected {{'role': a text, 'content': a "
                     "text}")  # fmt: skip

@@ -19,7 +19,7 @@ from tppo.errors import DataError
 from tppo.methods.config import PPOConfig
 from tppo.sessions.session import Session
 from tppo.settings import Count, NonNegative, Positive, Text, from_dict, section
-from tppo.store.jsonl import parse_object, plain, write_json
+from tppo.store.jsonl import bounded_bytes, parse_object, plain, write_json
 
 FILE = "tppo.json"
 
@@ -100,7 +100,7 @@ def read_recipe(folder: Path) -> Recipe:
     """
     file = folder / FILE
     try:
-        text = file.read_bytes()
+        text = bounded_bytes(file)
     except OSError:
         raise DataError(
             f"{file}: no such file, expected a model that `tppo` exported: the file says how the "

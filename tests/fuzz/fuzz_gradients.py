@@ -1,8 +1,6 @@
 """Gradients of `linear_logprobs` and `token_logprobs` in random small calls, against fp64.
 
-`python tests/fuzz_gradients.py 100000` (`make fuzz`) tries so many calls, `--first` names the first
-seed; `test_fuzz_gradients.py` a few. The formula below is the textbook's, differentiated by torch,
-and shares nothing with the operators.
+The formula below is the textbook's, differentiated by torch, and shares nothing with the operators.
 
 Every gradient is within `LIMIT` of its norm, or its terms nearly cancel: then it is within `SHARE`
 of the norm that they would have if all were positive, and `OF_Z` more for each unit of the row's
@@ -10,14 +8,15 @@ largest |z|, which is rounded to fp32. A row nearly uniform under the entropy al
 opposite slopes, leave little of terms that are rounded before they are added.
 """
 
-import argparse
 import random
-import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from guided import Target, Wrong
 
 import tppo_kernels as tk
+from tppo_kernels._core.op import missing
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 3e-3}
 OF_Z = 2.0 ** -23
@@ -171,32 +170,33 @@ def describe(seed: int) -> str:
             f"V {call.weight.shape[0]}, memory {call.memory}, {options}, frozen {call.frozen}")
 
 
-def run(seeds) -> tuple[list[int], int]:
+BACKENDS = ("reference",) + ("cpp",) * (missing("cpp") is None)
+
+
+def beyond(seed: int) -> tuple[str, bool]:
+    """What is wrong with the call of a seed, "" if nothing is; whether it was within the second
+    bound only."""
+    found = outcome(draw(seed))
+    if found.of_limit <= 1:
+        return "", False
+    told = (f"{found.of_limit:.3g} of the limit, {found.of_terms:.3g} of the terms: "
+            f"{describe(seed)}")
+    return ("" if found.of_terms <= 1 else told), True
+
+
+def run(seeds: Iterable[int]) -> tuple[list[int], int]:
     """(seeds of calls that are beyond both bounds, how many were within the second one only)."""
-    beyond, cancelled = [], 0
-    for seed in seeds:
-        found = outcome(draw(seed))
-        if not found.of_limit <= 1:
-            cancelled += 1
-            if not found.of_terms <= 1:
-                beyond.append(seed)
-                print(f"beyond: {found.of_limit:.3g} of the limit, {found.of_terms:.3g} of the "
-                      f"terms: {describe(seed)}", flush=True)
-    return beyond, cancelled
+    found = {seed: beyond(seed) for seed in seeds}
+    wrong = [seed for seed, (told, _) in found.items() if told]
+    return wrong, sum(second for _, second in found.values())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("calls", type=int)
-    parser.add_argument("--first", type=int, default=0)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.process_time()
-    beyond, cancelled = run(range(given.first, given.first + given.calls))
-    print(f"{given.calls} calls in {time.process_time() - start:.0f} s of processor time: "
-          f"{cancelled} with terms that nearly cancel, {len(beyond)} beyond the bounds")
-    return bool(beyond)
+def call(data: bytes) -> None:
+    seed = int.from_bytes(data[:8], "little")
+    with tk.use_backend(BACKENDS[seed % len(BACKENDS)]):
+        told, _ = beyond(seed // len(BACKENDS))
+    if told:
+        raise Wrong(told)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+TARGETS = [Target("gradients of log-probs", call, 150_000)]
