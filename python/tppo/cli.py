@@ -70,6 +70,10 @@ def _main(arguments: list[str]) -> None:
     try:
         environment.check()
         if command in OTHERS or (command == "data" and rest[:1] == ["inspect"]):
+            if environment.processes()[1] > 1:
+                from tppo.commands import refuse_several
+
+                refuse_several(command)
             _other(command)(rest if command in OTHERS else rest[1:])
         else:
             from tppo.commands import perform

@@ -52,11 +52,24 @@ def perform(command: str, rest: list[str]) -> None:
     if isinstance(extra, TrainOptions) and (extra.reward or extra.heldout or extra.judge):
         _train_by_function(extra)
         return
-    if isinstance(extra, PairOptions) and (extra.pairs or extra.heldout or extra.unlabelled):
+    on_pairs = isinstance(extra, PairOptions) and (
+        extra.pairs or extra.heldout or extra.unlabelled)  # fmt: skip
+    if on_pairs or command == "run" or not REGISTRY[command].processes:
+        refuse_several(command)
+    if isinstance(extra, PairOptions) and on_pairs:
         _on_pairs(command, extra)
         return
     names = _names(command, isinstance(extra, RunOptions) and extra.baselines)
     _run(command, names, options, extra.task() if isinstance(extra, LabelOptions) else None)
+
+
+def refuse_several(command: str) -> None:
+    """Errors: ValueError where torchrun has started several processes of what one does."""
+    _, size = environment.processes()
+    if size > 1:
+        able = " and ".join(f"`tppo {name}`" for name in REGISTRY if REGISTRY[name].processes)
+        raise ValueError(f"{size} processes, expected 1: several share {able} alone; start `tppo "
+                         f"{command}` without torchrun")  # fmt: skip
 
 
 def _parse(
@@ -142,9 +155,6 @@ def _run(
         round=options.round,
     )
     world = from_environment()
-    if world.size > 1 and (command == "run" or not REGISTRY[command].processes):
-        able = " and ".join(f"`tppo {name}`" for name in REGISTRY if REGISTRY[name].processes)
-        raise ValueError(f"{world.size} processes, expected 1: several share {able} alone")
     _check_early(command, names, run, label_task)
     say(f"tppo {command}: folder {options.out}, seed {options.seed}, device {run.device}"
         + (f", {world.size} processes" if world.size > 1 else ""))  # fmt: skip

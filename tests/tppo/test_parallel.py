@@ -13,6 +13,7 @@ from test_shared_prefix import EOS, PAD, models, new_trainer, questions, score
 
 from tppo.methods.config import PPOConfig, RLGFConfig
 from tppo.methods.critic_fit import fit_critic
+from tppo.methods.ppo import PPO
 from tppo.methods.rlgf import GuidedPPO
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError
@@ -82,6 +83,32 @@ def run_steps(world, answers=None):
     return metrics, weights
 
 
+def sampled(world):
+    """Answers, figures and weights of steps whose answers the processes sample together: in batches
+    that no number of processes divides, beside greedy ones, and with a guide.
+    """
+    found = {}
+    remax = replace(CONFIG, advantage="remax")
+    for name, config, batch in (("fives", CONFIG, 5), ("greedy", remax, 7)):
+        plain = new_trainer("shared", CONFIG, 6)
+        plain.rollout.batch_size, critic = batch, plain.models.critic
+        found[name] = _two_steps(PPO(
+            plain.models._replace(critic=critic if config is CONFIG else None), plain.rollout,
+            config, reward=plain.reward, sampling=plain.sampling, pad_id=PAD, eos_id=EOS, seed=0,
+            world=world,
+        ))  # fmt: skip
+    guide = HFRollout(models(seed=4)[0].policy, pad_id=PAD, eos_id=EOS, batch_size=4)
+    found["guide"] = _two_steps(by_lols(world, guide))
+    return found
+
+
+def _two_steps(ppo):
+    steps = [ppo.step(questions(PROMPTS)) for _ in range(2)]
+    weights = [p.detach().numpy() for model in ppo.models.trained.values()
+               for p in model.parameters()]  # fmt: skip
+    return [rollout.response_ids for _, rollout in steps], [row for row, _ in steps], weights
+
+
 def scheduled(world):
     """Figures and weights of three steps with every schedule at work."""
     ppo = new_trainer("shared", replace(CONFIG, batch_size=4, **FAST, **ALL_SCHEDULES), 6)
@@ -133,16 +160,9 @@ def guided(world):
 
     Which tokens are the guide's, as every process has it; figures, and the weights afterwards.
     """
-    plain = new_trainer("shared", CONFIG, 6)
-    used = plain.models
-    used = used._replace(critic=TwoCritics(used.critic, copy.deepcopy(used.critic)))
     guide = Away(HFRollout(models(seed=4)[0].policy, pad_id=PAD, eos_id=EOS), False)
-    ppo = GuidedPPO(
-        used, plain.rollout, CONFIG, reward=plain.reward, sampling=plain.sampling, pad_id=PAD,
-        eos_id=EOS, seed=0, algorithm="lols", guide=guide,
-        rlgf=RLGFConfig(tau=0.5), guide_sampling=Sampling(6),
-    )  # fmt: skip
-    ppo.world, metrics, authors = world, [], []
+    ppo = by_lols(world, guide)
+    used, metrics, authors = ppo.models, [], []
     for step in range(4):
         guide.away = step == 2 and world.rank == 1
         figures, rollout = ppo.step(questions(PROMPTS))
@@ -151,6 +171,19 @@ def guided(world):
     weights = [p.detach() for model in (used.policy, *used.critic.children())
                for p in model.parameters()]  # fmt: skip
     return metrics, weights, authors
+
+
+def by_lols(world, guide):
+    plain = new_trainer("shared", CONFIG, 6)
+    used = plain.models
+    used = used._replace(critic=TwoCritics(used.critic, copy.deepcopy(used.critic)))
+    ppo = GuidedPPO(
+        used, plain.rollout, CONFIG, reward=plain.reward, sampling=plain.sampling, pad_id=PAD,
+        eos_id=EOS, seed=0, algorithm="lols", guide=guide,
+        rlgf=RLGFConfig(tau=0.5), guide_sampling=Sampling(6),
+    )  # fmt: skip
+    ppo.world = world
+    return ppo
 
 
 def given_answers():
@@ -182,6 +215,17 @@ def spoilt_loss(world):
     return str(caught.value)
 
 
+def without_memory(world):
+    """Gradients of an update, by its losses, where the second process has less memory."""
+    ppo = new_trainer("shared", CONFIG, 6)
+    ppo.world = world
+    if world.rank == 1:
+        ppo.part_size.tokens = 12
+    ppo.step_count = 1
+    experience, figures = score(ppo, given_answers())
+    return figures | ppo.update(experience)
+
+
 def worker(rank, meeting, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -189,8 +233,9 @@ def worker(rank, meeting, queue):
     found = (run_steps(world, given_answers()), run_steps(world), scheduled(world), fitted(world))
     results = [(m, [w.numpy() for w in ws]) for m, ws in found]
     metrics, weights, authors = guided(world)
-    by_lols = metrics, [w.numpy() for w in weights], authors
-    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world), rated(world), by_lols]))
+    guide = metrics, [w.numpy() for w in weights], authors
+    queue.put((rank, [*results, spoilt_gradient(world), spoilt_loss(world), rated(world), guide,
+                      sampled(world), without_memory(world)]))  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
 
@@ -216,6 +261,9 @@ def test_two_processes_take_the_step_of_one():
         for first in (0, 3):
             rows = authors[first : first + 3]
             assert {True, False} <= {mine for row in rows for mine in row}
+    _same_answers(sampled(ALONE), results[0][8])
+    alone = without_memory(ALONE)
+    assert results[0][9] == results[1][9] == pytest.approx(alone, rel=1e-4, abs=1e-5)
     rows = results[0][2][0]
     assert rows[0]["policy/updates"] == 0 and len({row["objective/kl_coef"] for row in rows}) > 1
     assert any(0 < row["policy/updates"] < 4 for row in rows), "no step was stopped"
@@ -223,9 +271,35 @@ def test_two_processes_take_the_step_of_one():
     assert fit == pytest.approx(results[0][3][0], rel=1e-3, abs=1e-3) and fit.best_epoch > 0
     for a, b in zip(critic, results[0][3][1], strict=True):
         torch.testing.assert_close(torch.from_numpy(b), a, atol=1e-4, rtol=1e-3)
-    metrics, weights = run_steps(ALONE, given_answers())
-    for alone, shared in zip(metrics, results[0][0][0], strict=True):
-        for name, value in alone.items():
-            assert abs(shared[name] - value) <= 1e-4 * abs(value) + 1e-5, name
-    for alone, shared in zip(weights, results[0][0][1], strict=True):
-        torch.testing.assert_close(torch.from_numpy(shared), alone, atol=2e-5, rtol=1e-4)
+    for answers, found in ((given_answers(), results[0][0]), (None, results[0][1])):
+        metrics, weights = run_steps(ALONE, answers)
+        for alone, shared in zip(metrics, found[0], strict=True):
+            for name, value in alone.items():
+                assert abs(shared[name] - value) <= 1e-4 * abs(value) + 1e-5, name
+        for alone, shared in zip(weights, found[1], strict=True):
+            torch.testing.assert_close(torch.from_numpy(shared), alone, atol=2e-5, rtol=1e-4)
+
+
+def _same_answers(alone, shared):
+    """Several processes draw what one draws; their figures and weights differ by rounding."""
+    assert alone.keys() == shared.keys()
+    for name, (answers, metrics, weights) in alone.items():
+        assert shared[name][0] == answers, name
+        assert len({tuple(row) for row in answers[1]}) > 3, "too few answers to tell them apart"
+        for row, other in zip(metrics, shared[name][1], strict=True):
+            assert other == pytest.approx(row, rel=1e-4, abs=1e-5), name
+        for a, b in zip(weights, shared[name][2], strict=True):
+            assert abs(a - b).max() <= 2e-6, name
+
+
+def test_who_reads_what_does_not_depend_on_what_the_memory_of_one_holds():
+    """A process that halves its parts keeps its responses, and so do the others."""
+    batch = Batch([[g] * 9 for g in range(3, 8) for _ in range(4)], [[2] * n for n in range(1, 21)],
+                  PAD)  # fmt: skip
+    shares = []
+    for rank, tokens in enumerate((65_536, 20, 33)):
+        ppo = new_trainer("shared", CONFIG, 6)
+        ppo.world = World(rank, 3)
+        shares.append(ppo._share(batch, tokens))
+        assert all(tokens_of(batch, part) <= tokens or len(part) == 1 for part in shares[-1])
+    assert sorted(i for share in shares for part in share for i in part) == [*range(20)]

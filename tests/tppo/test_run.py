@@ -457,8 +457,10 @@ def test_other_stages_refuse_to_run_several_times_at_once(finished, monkeypatch)
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="2 processes, expected 1: several share `tppo train`"):
-        main(["eval", "--out", str(finished)])
+    expected = "2 processes, expected 1: several share `tppo train` and `tppo ser-train` alone; sta"
+    for command in (["eval"], ["run"], ["sft"], ["ser", "--pairs", "none.jsonl"], ["report"]):
+        with pytest.raises(SystemExit, match=f"{expected}rt `tppo {command[0]}` without torchrun"):
+            main([*command, "--out", str(finished)])
 
 
 # transformers reads a temperature without do_sample with a warning, and refuses to save it.

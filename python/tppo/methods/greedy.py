@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tppo.models.rollout import Rollout, RolloutBatch, Sampling
+from tppo.models.rollout import Rollout, RolloutBatch, Sampling, together
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class GreedyLast:
     with the others, and is not trained on.
     """
 
+    shares_out = True
     rollout: Rollout
     size: int
 
@@ -34,7 +35,7 @@ class GreedyLast:
         rows: dict[int, tuple[list[int], list[float], str, list[bool]]] = {}
         for index, how in ((others, sampling), (last, replace(sampling, temperature=0.0))):
             if index:
-                found = self.rollout.generate([prompts[i] for i in index], how)
+                found = together(self.rollout, [prompts[i] for i in index], how)
                 told = found.logprobs or [[]] * len(index)
                 for i, ids, one, why in zip(index, found.response_ids, told, found.finish,
                                               strict=True):  # fmt: skip

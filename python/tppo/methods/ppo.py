@@ -21,7 +21,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ from tppo.models.config import Prefix
 from tppo.models.guards import check_weights, not_finite, trainable
 from tppo.models.parallel import ALONE, World
 from tppo.models.policy import policy_head, policy_logprobs, policy_states
-from tppo.models.rollout import Rollout, RolloutBatch, Sampling
+from tppo.models.rollout import Rollout, RolloutBatch, Sampling, together
 from tppo.rewards import Answers, Questions, Reward
 from tppo.rewards.token_model import TokenModelReward
 
@@ -151,25 +150,15 @@ class PPO:
         prompts: Sequence[Sequence[int]],
         prefixes: Sequence[Sequence[int]] | None = None,
     ) -> RolloutBatch:
-        """One response a row; each process samples those of its prompts, from a seed of its own.
+        """One response a row; several processes share them out, and draw what one would.
 
         prefixes: forced beginnings, one a row, which the policy is not trained on.
         """
-        size, world = self.config.responses_per_prompt, self.world
-        indices = [i for i in range(len(prompts)) if i // size % world.size == world.rank]
-        seed = step_seed(self.seed, self.step_count, world.rank)
-        forced = () if prefixes is None else ([prefixes[i] for i in indices],)
-        sampled = self.rollout.generate([prompts[i] for i in indices],
-                                        replace(self.sampling, seed=seed), *forced)  # fmt: skip
-        nothing: list[list[Any]] = [[]] * len(indices)
-        own = (indices, sampled.response_ids, sampled.logprobs or nothing, sampled.finish,
-               sampled.author or nothing)  # fmt: skip
-        rows = {i: row for part in world.exchanged(own) for i, *row in zip(*part, strict=True)}
-        responses, logprobs, finish, author = (
-            [*x] for x in zip(*(rows[i] for i in range(len(prompts))), strict=True)
-        )
-        return RolloutBatch([[*p] for p in prompts], responses, logprobs if any(logprobs) else None,
-                            finish, author if any(author) else None)  # fmt: skip
+        seed = step_seed(self.seed, self.step_count)
+        sampling = replace(self.sampling, seed=seed, world=self.world)
+        found = together(self.rollout, prompts, sampling, prefixes)
+        author = found.author if found.author and any(found.author) else None
+        return found._replace(prompt_ids=[[*p] for p in prompts], author=author)
 
     def answers(self, questions: Questions, rollout: RolloutBatch) -> Answers:
         """What the reward may look at: the rollout's responses to these questions."""
@@ -226,7 +215,7 @@ class PPO:
             return index, (old, ref, *(models.critic(part) if models.critic else ()))
 
         states = self.part_size.fitted(
-            batch, lambda n: [read(index) for index in batch.parts(n, world.size)[world.rank]]
+            batch, lambda n: [read(index) for index in self._share(batch, n)]
         )
         exchanged = world.exchanged((states, self.rated(batch, answers)))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
@@ -295,7 +284,7 @@ class PPO:
                    if name == "critic" or not alone}  # fmt: skip
         # The policy's first update is checked as the critic's is, where that came before.
         step_zero = first and self.step_count in (1, config.critic_warmup_steps + 1)
-        own = data.batch.parts(self.part_size.tokens, world.size)[world.rank]
+        own = self._share(data.batch, self.part_size.tokens)
         if step_zero and config.verify_prefix and own and data.batch.rows(own[0]).shares:
             check_shared_prefix(models, self.reward, data.batch.rows(own[0]),
                                 self.sampling.temperature)  # fmt: skip
@@ -328,8 +317,19 @@ class PPO:
     def gradients(self, data: Experience, max_tokens: int, step_zero: bool = False) -> list[Losses]:
         """The gradients of a minibatch, from the beginning, with so many tokens read at once."""
         self.optimizer.zero_grad()
-        parts = data.batch.parts(max_tokens, self.world.size)[self.world.rank]
+        parts = self._share(data.batch, max_tokens)
         return [self._backward(data.rows(index), data, step_zero) for index in parts]
+
+    def _share(self, batch: Batch, max_tokens: int) -> list[list[int]]:
+        """The responses of this process, in parts of so many tokens; which ones they are depends on
+        no process's memory, or some would be read twice and others not at all.
+        """
+        own = batch.parts(self.config.max_tokens, self.world.size)[self.world.rank]
+        if max_tokens == self.config.max_tokens or not own:
+            return own
+        rows = sorted(chain.from_iterable(own))
+        (parts,) = batch.rows(rows).parts(max_tokens)
+        return [[rows[i] for i in part] for part in parts]
 
     def _backward(self, part: Experience, whole: Experience, step_zero: bool) -> Losses:
         """Loss and gradients of a part of a minibatch, with the denominators of the whole."""
@@ -394,6 +394,6 @@ class PPO:
         return torch.where(cut, after, torch.zeros_like(after))
 
 
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Independent seeds of the steps of one run, and of the processes in a step."""
-    return (seed * 1_000_003 + step * 7_919 + rank * 104_729) % 2**31
+def step_seed(seed: int, step: int) -> int:
+    """Independent seeds of the steps of one run."""
+    return (seed * 1_000_003 + step * 7_919) % 2**31

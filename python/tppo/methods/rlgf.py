@@ -41,7 +41,7 @@ from tppo.methods.experience import Experience, Losses
 from tppo.methods.ppo import PPO
 from tppo.models.batch import Batch
 from tppo.models.policy import TwoCritics, policy_logprobs
-from tppo.models.rollout import LOST, Rollout, RolloutBatch, Sampling
+from tppo.models.rollout import LOST, Rollout, RolloutBatch, Sampling, together
 from tppo.plain_text import plain_text
 from tppo.progress import say
 from tppo.rewards import Answers, Questions
@@ -63,6 +63,8 @@ class MixedRollout:
     sampling: the guide's temperature and top_p.
     """
 
+    shares_out = True
+
     def __init__(self, learner: Rollout, guide: Rollout, config: RLGFConfig, sampling: Sampling):
         self.learner, self.guide, self.config, self.sampling = learner, guide, config, sampling
         self.kind = PLAIN
@@ -80,7 +82,7 @@ class MixedRollout:
         if prefixes is not None:
             raise ValueError("prefixes were given, expected None where a guide writes too")
         if self.kind == PLAIN:
-            return self.learner.generate(prompts, sampling)
+            return together(self.learner, prompts, sampling)
         plus, rng = self.kind == PLUS, random.Random(f"{sampling.seed}/cut")
         beta = self.config.beta if plus else self.config.beta_aggrevated
         draws = [(rng.random(), rng.random()) for _ in prompts]
@@ -109,9 +111,9 @@ class MixedRollout:
         begun: Sequence[Sequence[int]] | None,
     ) -> RolloutBatch:
         if not by_guide:
-            return self.learner.generate(prompts, sampling, begun)
+            return together(self.learner, prompts, sampling, begun)
         own = replace(sampling, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
-        return self.guide.generate(prompts, own, begun)
+        return together(self.guide, prompts, own, begun)
 
 
 def _cut(length: int, draw: float) -> int:

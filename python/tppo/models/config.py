@@ -101,7 +101,7 @@ class GenerateConfig:
     temperature: Positive = 1.0
     """Of sampling; a lower one keeps closer to the likeliest tokens."""
     batch_size: Count = 256
-    """Answers that are sampled at once: fewer take less memory."""
+    """Answers that are sampled at once, of all processes together: fewer take less memory."""
 
 
 @section

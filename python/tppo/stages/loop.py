@@ -274,6 +274,7 @@ class Loop:
             "schedules": self.trainer.schedules.state(),
             "spoilt_in_row": self.trainer.skips.in_row,
             "part_size": self.trainer.part_size.tokens,
+            "processes": self.world.size,
             "critic_fit": self.critic_fit,
         }
         optimizer = self.trainer.optimizer.state_dict()
@@ -293,6 +294,10 @@ class Loop:
         self.trainer.part_size.tokens = tokens = found.state["part_size"]
         if tokens < self.config.max_tokens:
             say(f"ppo: reads {tokens} tokens at once, as before: the memory did not hold more")
+        if (before := found.state["processes"]) != self.world.size:
+            say(f"ppo: goes on in {self.world.size} processes, begun in {before}: the same answers "
+                "and steps but for rounding, and other answers of an engine or a guide of one's "
+                "own, which each process asks for itself")  # fmt: skip
         self.critic_fit = found.state["critic_fit"]
         self.best = {
             name: found.weights[f"best_{name}"]

@@ -15,10 +15,11 @@ from tppo.models.rollout.seam import (
     RolloutBatch,
     Sampling,
     check_prefixes,
+    together,
 )
 
 __all__ = ["LOST", "Engine", "HFRollout", "Rollout", "RolloutBatch", "Sampling", "build",
-           "check_prefixes"]  # fmt: skip
+           "check_prefixes", "together"]  # fmt: skip
 
 
 def build(

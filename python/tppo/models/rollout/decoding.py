@@ -57,6 +57,7 @@ def decode(
     *,
     temperature: float,
     top_p: float,
+    place: tuple[int, int] | None = None,
 ) -> list[list[int]]:
     """What the model writes behind each prompt, up to the cap; behind an EOS stands filler.
 
@@ -65,13 +66,16 @@ def decode(
         which no row leaves before the last has ended.
     config: cap, padding, EOS ids and suppressed ids; `do_sample` is false, for the draw is here.
     temperature: 0 takes the likeliest token, and draws nothing.
+    place: where these rows are a part of a batch, their first one in it, and how many it has: each
+        is drawn as in the whole batch.
     """
+    first, whole = place or (0, len(ids))
     prompt, cap = ids.shape[1], config.max_new_tokens
     rows = torch.arange(len(ids), device=ids.device)  # of the batch as it began: who is left
     written: list[list[int]] = [[] for _ in range(len(ids))]
     while len(rows):
         ended = _Ended(config.eos_token_id, 1.0 if cache is None else SHARE)
-        drawn = [_Drawn(rows, len(written), temperature, top_p)] if temperature else []
+        drawn = [_Drawn(rows + first, whole, temperature, top_p)] if temperature else []
         config.max_new_tokens = prompt + cap - ids.shape[1]
         ids = model.generate(  # type: ignore[operator]
             input_ids=ids,

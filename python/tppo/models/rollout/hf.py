@@ -18,7 +18,7 @@ from tppo.models.guards import GuardError, check_weights
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
 from tppo.models.rollout.decoding import CACHE, decode, empty_cache, has_rows
 from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes, until_eos
-from tppo.models.vocabulary import phantoms
+from tppo.models.vocabulary import embeddings_of, phantoms
 from tppo.progress import say, say_once, status
 
 
@@ -30,7 +30,12 @@ class HFRollout:
 
     A prompt that stands in several rows of a batch is prefilled once for all of them (with
     `prefix="dense"`: once for each).  Answers that have ended leave their batch.
+
+    Several processes share every batch out and get its answers, which are those of one process but
+    where rounding decides a draw: the noise of a token is drawn for the whole batch by each.
     """
+
+    shares_out = True
 
     def __init__(
         self,
@@ -125,7 +130,7 @@ class HFRollout:
                 written += _apart(kept.weights["answers"])
                 bar.resume(kept.step)
             for number in range(bar.count, len(chunks)):
-                written += self._sample([prompts[i] for i in chunks[number]], sampling)
+                written += self._shared_out([prompts[i] for i in chunks[number]], sampling)
                 bar.advance()
                 keeper.after(number + 1, len(chunks), partial(_rest, written, device))
         responses: list[list[int]] = [[] for _ in prompts]
@@ -133,7 +138,25 @@ class HFRollout:
             responses[i] = row
         return responses
 
-    def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def _shared_out(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """The answers of a batch, of which each process samples a share."""
+        world, n = sampling.world, len(prompts)
+        if world.size == 1:
+            return self._sample(prompts, sampling, (0, n))
+        first, end = (n * k // world.size for k in (world.rank, world.rank + 1))
+        own = self._sample(prompts[first:end], sampling, (first, n)) if first < end else []
+        rows = [*chain.from_iterable(world.exchanged(own))]
+        # The next batch's noise comes behind that of the longest answer, in whichever process.
+        behind = max(map(len, rows)) - max(map(len, own), default=0)
+        if behind and sampling.temperature:
+            like = torch.ones(n, embeddings_of(self.model), device=self.model.device)
+            for _ in range(behind):
+                like.multinomial(1)
+        return rows
+
+    def _sample(
+        self, prompts: list[Sequence[int]], sampling: Sampling, place: tuple[int, int]
+    ) -> list[list[int]]:
         batch = pad(prompts, [[] for _ in prompts], self.pad_id, self.model.device)
         config = GenerationConfig(
             do_sample=False,  # the draw is `decode`'s
@@ -153,6 +176,7 @@ class HFRollout:
                     config,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
+                    place=place,
                 )
         except RuntimeError as error:
             if "probability tensor" not in str(error):

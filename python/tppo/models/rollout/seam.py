@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tppo.models.keeper import NOTHING_KEPT, Keeper
+from tppo.models.parallel import ALONE, World
 
 LOST = "lost"  # a response that a guide did not give: the step cannot be taken
 
@@ -24,6 +26,8 @@ class Sampling:
     seed: int = 0
     top_p: float = 1.0
     """Of a guide alone: the likeliest tokens with at least this much of the probability."""
+    world: World = ALONE
+    """The processes that make the call together, each with all prompts, for all answers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < inf:
@@ -46,7 +50,11 @@ class RolloutBatch(NamedTuple):
 
 
 class Rollout(Protocol):
-    """An engine that samples responses."""
+    """An engine that samples responses.
+
+    One with an attribute `shares_out` that is true knows of `Sampling.world`; `together` gives each
+    process's share to any other.
+    """
 
     def generate(
         self,
@@ -76,6 +84,42 @@ class Engine(Rollout, Protocol):
     ) -> RolloutBatch:
         """As above.  keeper: has what an earlier process sampled by the same call."""
         ...
+
+
+def together(
+    rollout: Rollout,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    prefixes: Sequence[Sequence[int]] | None = None,
+) -> RolloutBatch:
+    """The answers of any engine for the processes of `sampling.world`.
+
+    Of an engine that shares out by itself, as transformers' does, they are those of one process.
+    Any other is asked by each process for the answers to its prompts, all of a prompt, with a seed
+    of its own: with another number of processes it gives other answers.
+    """
+    world = sampling.world
+    if world.size == 1 or getattr(rollout, "shares_out", False):
+        return rollout.generate(prompts, sampling, *(() if prefixes is None else (prefixes,)))
+    later = [prompts[i] != prompts[i - 1] for i in range(1, len(prompts))]
+    groups = accumulate(later, initial=0)  # which of the prompts a row has
+    own = [i for i, group in enumerate(groups) if group % world.size == world.rank]
+    found = RolloutBatch([], [], None, [])
+    if own:
+        found = rollout.generate(
+            [prompts[i] for i in own],
+            replace(sampling, world=ALONE, seed=(sampling.seed + world.rank * 104_729) % 2**31),
+            *(() if prefixes is None else ([prefixes[i] for i in own],)),
+        )
+    nothing: list[list[Any]] = [[]] * len(own)
+    part = (own, found.response_ids, found.logprobs or nothing, found.finish,
+            found.author or nothing)  # fmt: skip
+    rows = {i: row for part in world.exchanged(part) for i, *row in zip(*part, strict=True)}
+    responses, logprobs, finish, author = (
+        [*x] for x in zip(*(rows[i] for i in range(len(prompts))), strict=True)
+    )
+    return RolloutBatch([[*p] for p in prompts], responses, logprobs if any(logprobs) else None,
+                        finish, author if any(author) else None)  # fmt: skip
 
 
 def check_prefixes(
