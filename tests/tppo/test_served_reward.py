@@ -25,6 +25,7 @@ from tppo.models.tokenizer import train_tokenizer
 from tppo.rewards import Answers
 from tppo.rewards.served import RewardServerError
 from tppo.stages.artifacts import POLICY, REWARD_MODEL
+from tppo_kernels.integrations._reward_model import TokenRewardModel
 
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 CPU = torch.device("cpu")
@@ -100,6 +101,21 @@ def test_requests_are_of_ids_in_parts_and_carry_the_short_text(folder, server):
     sent = sorted(row for rows in asked for row in rows[1:])
     pairs = zip(batch.prompt_ids, batch.response_ids, strict=True)
     assert sent == sorted([*prompt, *response] for prompt, response in pairs)
+
+
+def test_workers_of_other_trainers_get_what_the_exported_model_gives_them(folder, server):
+    batch, given = answers(folder)
+    responses = [[], *batch.response_ids[1:]]  # SkyRL has empty ones
+    masks = [[int(t % 3 > 0) for t in range(len(ids))] for ids in responses]
+    lengths = given.columns["suggested_length"]
+    own, served = TokenRewardModel(folder, device="cpu"), tppo.ServedReward(server.url, folder)
+    for further in ((), (masks,), (masks, lengths)):
+        expected = own.rewards(batch.prompt_ids, responses, *further)
+        found = served.rewards(batch.prompt_ids, responses, *further)
+        assert found[0] == []
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    assert expected[1][0] == 0.0 != expected[1][1]
 
 
 def test_nobody_at_the_address_is_one_sentence_with_the_command(folder, server):

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+import tppo_kernels as tk
 from tppo.errors import DataError
 from tppo.labels.endpoint.config import EndpointConfig, api_key, need_libraries, without_key
 from tppo.labels.endpoint.forms import Action
 from tppo.labels.endpoint.http import exchange_json, new_http
 from tppo.labels.endpoint.replies import Trouble, object_of
 from tppo.labels.endpoint.retry import persistently
-from tppo.models.batch import Batch
+from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import RewardServerConfig
 from tppo.models.load import CLASSES
 from tppo.models.own_tokens import load_own_tokenizer
@@ -314,6 +315,36 @@ class ServedReward(TokenModelReward):
             self.server.check_policy(answers.tokenizer)
             self._read = answers.tokenizer
         return super().forward(batch, answers)
+
+    def rewards(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]] | None = None,
+        suggested_lengths: Sequence[float] | None = None,
+    ) -> list[list[float]]:
+        """A reward for each token of each response, 0 where a token is not the policy's: what
+        `TokenRewardModel.rewards` of tppo_kernels.integrations gives, for workers of SkyRL or verl.
+
+        prompts, responses: token ids.  masks: 1 at tokens that the policy has written; None: all.
+        suggested_lengths: one a response, in tokens; None: no length penalty.
+        """
+        rows = [i for i, response in enumerate(responses) if len(response)]
+        paid: list[list[float]] = [[] for _ in responses]
+        if not rows:
+            return paid
+        batch = Batch([prompts[i] for i in rows], [responses[i] for i in rows], 0)
+        mask = batch.mask if masks is None else pad_rows(
+            [masks[i] for i in rows], batch.mask.float()).bool()  # fmt: skip
+        lengths = None if suggested_lengths is None else torch.tensor(
+            [float(suggested_lengths[i]) for i in rows])  # [B]  # fmt: skip
+        found = tk.token_rewards(
+            self.logits(batch), mask, mode=self.mode, suggested_length=lengths,
+            alpha=self.length_alpha or 0.0, values=self.values,
+        ).rewards.tolist()  # fmt: skip
+        for i, row in zip(rows, found, strict=True):
+            paid[i] = row[: len(responses[i])]
+        return paid
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits of a batch, [B, T, 3]; requests of `RewardServerConfig.max_tokens`."""
