@@ -162,3 +162,16 @@ def test_the_table_of_a_model_on_disk_and_the_exit_status(tokenizer, tmp_path, c
     (tmp_path / "model.safetensors").unlink()
     assert doctor.check(tmp_path, CPU)
     assert "no weights here" in capsys.readouterr().out
+
+
+def test_the_servers_that_it_tells_to_start_are_those_of_the_documents():
+    lines = doctor.server_lines()
+    docs = Path(__file__).parent.parent.parent / "docs"
+    labels = (docs / "labelling-endpoints.md").read_text()
+    assert doctor.LABEL_SERVER in labels and doctor.LABEL_FLAGS in labels
+    assert any(doctor.LABEL_SERVER in line for line in lines)
+    command = " ".join((docs / "served-reward-model.md").read_text().replace("\\\n", " ").split())
+    (served,) = [line.split(maxsplit=2)[2] for line in lines if "reward model" in line]
+    assert served.replace("RUN", "runs/demo") in command
+    flag = next(line for line in lines if "--reward-server" in line).split()[-2]
+    assert flag in command and "vLLM" in lines[0]

@@ -336,8 +336,9 @@ class ServedReward(TokenModelReward):
         batch = Batch([prompts[i] for i in rows], [responses[i] for i in rows], 0)
         mask = batch.mask if masks is None else pad_rows(
             [masks[i] for i in rows], batch.mask.float()).bool()  # fmt: skip
-        lengths = None if suggested_lengths is None else torch.tensor(
-            [float(suggested_lengths[i]) for i in rows])  # [B]  # fmt: skip
+        lengths = None
+        if suggested_lengths is not None and self.length_alpha is not None:
+            lengths = torch.tensor([float(suggested_lengths[i]) for i in rows])  # [B]
         found = tk.token_rewards(
             self.logits(batch), mask, mode=self.mode, suggested_length=lengths,
             alpha=self.length_alpha or 0.0, values=self.values,

@@ -39,6 +39,11 @@ EXTRAS = {
     "triton": ("triton", "fused operators on an NVIDIA GPU"),
     "flash-attn": ("flash_attn", "the fastest shared prompts on an NVIDIA GPU"),
 }
+# What serves a labelling model, so that its verdicts keep to the schema of their requests.
+LABEL_SERVER = ("python -m vllm.entrypoints.openai.api_server --model MODEL "
+                "--served-model-name judge --enable-prefix-caching")  # fmt: skip
+LABEL_FLAGS = ("--label.labeller endpoint --label.endpoint.base-url http://127.0.0.1:8000/v1 "
+               "--label.endpoint.model judge --label.endpoint.api-key-env None")  # fmt: skip
 OF_A_GPU = ("triton", "flash-attn")
 
 
@@ -62,7 +67,8 @@ def main(arguments: list[str]) -> None:
 
         from tppo.models.load import resolve_device
     device = resolve_device("auto")
-    print("\n".join([*machine_lines(device), "", *missing_lines(device.type == "cuda")]))
+    print("\n".join([*machine_lines(device), "", *missing_lines(device.type == "cuda"), "",
+                     *server_lines()]))  # fmt: skip
     if options.plan == "yes":
         print("\n".join(["", *fit_lines(shapes(options.model), device, free_memory(device))]))
     good = options.model is None or check(options.model, device)
@@ -123,6 +129,19 @@ def missing_lines(gpu: bool) -> list[str]:
         if find_spec(module) is None and (gpu or extra not in OF_A_GPU):
             found.append(f"  {what}: pip install 'tppo-kernels[{extra}]'")
     return ["missing packages", *found] if found else ["no optional package is missing"]
+
+
+def server_lines() -> list[str]:
+    """How a server of vLLM is started, and asked, for labels and for rewards."""
+    from tppo.rewards.served import START
+
+    here = "vLLM is installed here" if find_spec("vllm") else "vLLM, which is not installed here"
+    return [
+        f"servers to start ({here})",
+        f"  labels        {LABEL_SERVER}", f"  asked with    {LABEL_FLAGS}",
+        f"  reward model  {START.format(folder='RUN/train-rm/model')}",
+        "  asked with    --reward-server.base-url http://127.0.0.1:8000",
+    ]  # fmt: skip
 
 
 def shapes(model: Path | None) -> dict[str, PretrainedConfig]:
