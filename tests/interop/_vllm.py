@@ -10,6 +10,7 @@ from tppo.models.rollout import HFRollout
 from tppo.models.rollout.vllm import VLLMRollout
 
 PAD, EOS, OTHER_EOS, SIZE = 0, 1, 2, 320
+TIE = 1e-3  # nats: where two tokens are as near as that, either may be the likelier
 
 
 def tiny(seed=0, tied=True, std=0.12, **options):
@@ -53,3 +54,27 @@ def engines(model, eos_id=EOS, batch_size=64, **options):
     """transformers' and vLLM's for one model."""
     return (HFRollout(model, pad_id=PAD, eos_id=eos_id, batch_size=batch_size),
             VLLMRollout(model, pad_id=PAD, eos_id=eos_id, batch_size=batch_size, **options))
+
+
+@torch.no_grad()
+def next_logprobs(model, ids, temperature=1.0):
+    return (model(torch.tensor([ids])).logits[0, -1] / temperature).log_softmax(-1)
+
+
+def assert_greedy_alike(model, asked, one, other):
+    """Token by token equal, up to the first tie within TIE of a row, which is named.
+
+    Gives the ties: everything behind one is another answer.
+    """
+    ties = []
+    for row, (ids, a, b) in enumerate(zip(asked, one, other, strict=True)):
+        for t, (x, y) in enumerate(zip(a, b, strict=False)):
+            if x != y:
+                found = next_logprobs(model, [*ids, *a[:t]])
+                gap = abs(found[x] - found[y]).item()
+                assert gap < TIE, f"row {row} token {t}: {x} and {y}, {gap:.3g} nats apart"
+                ties.append((row, t, x, y, gap))
+                break
+        else:
+            assert len(a) == len(b), f"row {row}"
+    return ties

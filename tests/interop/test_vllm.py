@@ -4,7 +4,19 @@ import os
 
 import pytest
 import torch
-from _vllm import EOS, OTHER_EOS, PAD, SIZE, adapted, engines, move, prompts, tiny
+from _vllm import (
+    EOS,
+    OTHER_EOS,
+    PAD,
+    SIZE,
+    adapted,
+    assert_greedy_alike,
+    engines,
+    move,
+    next_logprobs,
+    prompts,
+    tiny,
+)
 
 from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs
@@ -12,7 +24,6 @@ from tppo.models.rollout import Sampling
 from tppo.models.rollout.vllm import row_seed
 
 EOS_IDS = [EOS, OTHER_EOS, 100, 150, 200, 250, 300]  # so many that answers do end
-TIE = 1e-3  # nats: where two tokens are as near as that, either may be the likelier
 
 
 @pytest.fixture(scope="module")
@@ -21,30 +32,6 @@ def both():
     found = engines(model, eos_id=EOS_IDS)
     yield model, *found
     found[1].close()
-
-
-@torch.no_grad()
-def next_logprobs(model, ids, temperature=1.0):
-    return (model(torch.tensor([ids])).logits[0, -1] / temperature).log_softmax(-1)
-
-
-def assert_greedy_alike(model, asked, one, other):
-    """Token by token equal, up to the first tie within TIE of a row, which is named.
-
-    Gives the ties: everything behind one is another answer.
-    """
-    ties = []
-    for row, (ids, a, b) in enumerate(zip(asked, one, other, strict=True)):
-        for t, (x, y) in enumerate(zip(a, b, strict=False)):
-            if x != y:
-                found = next_logprobs(model, [*ids, *a[:t]])
-                gap = abs(found[x] - found[y]).item()
-                assert gap < TIE, f"row {row} token {t}: {x} and {y}, {gap:.3g} nats apart"
-                ties.append((row, t, x, y, gap))
-                break
-        else:
-            assert len(a) == len(b), f"row {row}"
-    return ties
 
 
 def test_greedy_answers_are_those_of_transformers_token_by_token(both):
@@ -234,3 +221,46 @@ def test_two_engines_of_a_process_do_not_disturb_each_other():
     del two  # without a word
     assert one.generate(asked, greedy).response_ids == expected
     one.close()
+
+
+class Kept:
+    """A keeper that is asked to stop after so many chunks, and gives them to the next call."""
+
+    def __init__(self, stop):
+        self.stop, self.step, self.rest = stop, 0, None
+
+    def newest(self, steps):
+        return self if self.rest else None
+
+    @property
+    def weights(self):
+        return self.rest.weights
+
+    def after(self, step, steps, rest):
+        self.step, self.rest = step, rest()
+        if step == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_a_call_that_was_stopped_goes_on_to_the_same_answers(both):
+    model, _, vllm = both
+    vllm.batch_size, before = 2, vllm.batch_size
+    asked = prompts(20, seed=31)
+    try:
+        whole = vllm.generate(asked, Sampling(6, seed=2))
+        keeper = Kept(1)  # of three chunks of eight
+        with pytest.raises(KeyboardInterrupt):
+            vllm.generate(asked, Sampling(6, seed=2), keeper=keeper)
+        calls, ask = [], vllm.engine.ask
+        vllm.engine.ask = lambda prompts, wanted: calls.append(len(prompts)) or ask(prompts, wanted)
+        assert vllm.generate(asked, Sampling(6, seed=2), keeper=keeper) == whole._replace(
+            logprobs=again(whole))  # fmt: skip
+        assert calls == [1, 8, 4]  # the test answer, and what was left
+    finally:
+        vllm.batch_size = before
+        vars(vllm.engine).pop("ask", None)
+
+
+def again(found):
+    """The log-probs as float32 keeps them."""
+    return [torch.tensor(row).tolist() for row in found.logprobs]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config, T5Config
 
 from tppo.cli import main
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
-from tppo.models.config import GenerateConfig, RewardServerConfig
+from tppo.models.config import GenerateConfig, RewardServerConfig, VLLMConfig
 from tppo.models.memory import Tokens, _run, _trained
 from tppo.models.meta import Holding, LiveBytes, meta_model, sizes
 from tppo.models.tokenizer import train_tokenizer
@@ -241,3 +241,21 @@ def test_its_help_loads_no_torch():
             "except SystemExit:\n    pass\nassert 'torch' not in sys.modules")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--gpu-memory" in done.stdout, done.stderr
+
+
+def test_a_share_for_vllm_is_planned():
+    config, how = plan.shape_config("0.5B"), Holding(torch.bfloat16, None, False, 24 * 10**9)
+    work, share = Work(rollout="vllm"), 0.4 * 24e9
+    assert plan.engine_lines(config, how, work) == [
+        "vLLM has 9.6 GB while it samples (--vllm.memory-share 0.4): 1.0 GB are its copy of the "
+        "weights, the rest the keys and values of 256 answers at once; during the update it takes "
+        "none"
+    ]
+    found = need("generate", config, how, work)
+    assert found.cache == pytest.approx(share - found.weights, rel=0.01)
+    assert found.moment == "vLLM's sampling" and found.total > share + found.weights
+    assert found.host == found.weights  # asleep, the engine's lie in the host's memory
+    assert need("generate", config, how, replace(work, rollout="hf")).host == 0
+    (line,) = plan.engine_lines(config, how, replace(work, vllm=VLLMConfig(memory_share=0.03)))
+    assert "leaves no room for an answer: at least --vllm.memory-share 0.05" in line
+    assert plan.engine_lines(config, how, Work()) == []

@@ -19,6 +19,8 @@ from tppo.models.config import (
     ModelConfig,
     Prefix,
     RewardServerConfig,
+    RolloutName,
+    VLLMConfig,
 )
 from tppo.settings import Count, section
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 GB = 10**9
 RESERVE = 3  # per cent
 STAGES = ("sft", "generate", "train-rm", "train", "eval")
+SAMPLING = ("generate", "train", "eval")
 
 
 @section
@@ -52,6 +55,9 @@ class Work:
     rlgf: RLGFConfig = field(default_factory=RLGFConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     reward_server: RewardServerConfig = field(default_factory=RewardServerConfig)
+    rollout: RolloutName = "hf"
+    """As in `tppo run`: with vllm the engine's share of the memory counts while it samples."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 class Need(NamedTuple):
@@ -59,7 +65,8 @@ class Need(NamedTuple):
 
     reserve: what a framework takes besides tensors: 1 GB for the context of a GPU and the work
     space of its libraries, and 3 % that are lost between blocks.  Both are assumed, not measured.
-    host: the best weights, which wait in the host's memory; no part of the sum.
+    host: the best weights, and those of vLLM during the update, which wait in the host's memory;
+        no part of the sum.
     """
 
     stage: str
@@ -133,6 +140,8 @@ def need(
     }[stage]  # fmt: skip
     optimizer = count * (8 if item == 4 else 12)  # moments in fp32, and 16-bit weights' copies
     host = {"sft": trained.trained, "train": count}.get(stage, 0) * item
+    if how.gpu_nbytes and work.rollout == "vllm" and stage in SAMPLING:
+        host += whole  # of the engine while it sleeps
     idle = max(critic - 1, 0) * value.trained if stage == "train" else 0  # of two critics one
     gradients = (count - idle) * item
     found = list(moments(stage, config, how, work))
@@ -197,10 +206,43 @@ def moments(
         read = reading_pass(config, how, tokens)
         yield Moment("reading the answers", read.nbytes, logits=read.logits)
         size = min(size, rows)
-    if stage in ("generate", "train", "eval"):
+    if stage in SAMPLING and work.rollout == "vllm":
+        engine = engine_need(config, how, work, size)
+        yield Moment("vLLM's sampling", engine.nbytes, 0, 0, engine.cache)
+    elif stage in SAMPLING:
         tokens, _ = batch_tokens(work, size, group.get(stage, 1), 2**62)
         sampled = sampling_pass(config, how.dtype, tokens)
         yield Moment("sampling", sampled.nbytes, 0, sampled.logits, sampled.cache)
+
+
+class EngineNeed(NamedTuple):
+    """Bytes that vLLM takes while it samples, and the answers that it has under way at once."""
+
+    nbytes: int
+    weights: int
+    cache: int
+    answers: int
+
+
+def engine_need(
+    config: PretrainedConfig, how: Holding, work: Work, rows: int
+) -> EngineNeed:
+    """Its share of a GPU, whatever it needs of it; on a CPU what the keys and values take.
+
+    answers: less than 1 where its copy of the weights leaves no room in the share.
+    """
+    from tppo.models.memory import kept_nbytes
+    from tppo.models.meta import meta_model, sizes
+    from tppo.models.rollout.engine import CPU_CACHE
+
+    weights = sizes(meta_model(config, replace(how, lora=None)), "language").weights
+    row = kept_nbytes(config, how.dtype) * (work.prompt_tokens + work.response_tokens)
+    if how.gpu_nbytes is None:
+        cache = max(min(rows * row, CPU_CACHE), 2 * row)
+        return EngineNeed(weights + cache, weights, cache, min(rows, cache // row))
+    share = int(work.vllm.memory_share * how.gpu_nbytes)
+    cache = max(share - weights, 0)
+    return EngineNeed(share, weights, cache, min(rows, cache // row))
 
 
 def batch_tokens(work: Work, rows: int, group: int, most: int) -> tuple[Any, int]:

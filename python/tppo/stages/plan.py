@@ -25,6 +25,7 @@ from tppo.stages.needs import (
     STAGES,
     Need,
     Work,
+    engine_need,
     first_level,
     flags,
     plan,
@@ -191,6 +192,7 @@ def one_model(config: PretrainedConfig, name: str, options: PlanOptions) -> list
     lines = [
         f"{name} on {options.gpu_memory}: prompts of {work.prompt_tokens} tokens, answers of "
         f"{work.response_tokens}; GB of 10^9 bytes", *guide_lines(work), *server_lines(work),
+        *engine_lines(config, holding(options, lora=False, gpu_nbytes=nbytes), work),
         f"labels of an endpoint: {ENOUGH} answers are enough to begin with (docs/evidence.md), "
         f"--generate.samples {ENOUGH} in place of {GenerateConfig().samples:,}",
     ]  # fmt: skip
@@ -248,6 +250,23 @@ def server_lines(work: Work) -> list[str]:
     """What is not held here, because a server has it."""
     url = work.reward_server.base_url
     return [f"the reward model at {url} takes no memory here in train"] if url else []
+
+
+def engine_lines(config: PretrainedConfig, how: Holding, work: Work) -> list[str]:
+    """What vLLM's share of the GPU holds, and what to give where it is too small."""
+    if work.rollout != "vllm":
+        return []
+    assert how.gpu_nbytes is not None
+    found = engine_need(config, how, work, work.generate.batch_size)
+    line = (f"vLLM has {found.nbytes / GB:.1f} GB while it samples (--vllm.memory-share "
+            f"{work.vllm.memory_share:g}): {found.weights / GB:.1f} GB are its copy of the "
+            "weights, ")  # fmt: skip
+    if found.answers < 1:
+        least = 1.2 * found.weights / how.gpu_nbytes
+        return [f"{line}which leaves no room for an answer: at least --vllm.memory-share "
+                f"{least:.2f}, or --rollout hf"]  # fmt: skip
+    return [f"{line}the rest the keys and values of {found.answers} answers at once; during the "
+            "update it takes none"]  # fmt: skip
 
 
 _WIDTHS = (9, 9, 10, 10, 12, 7, 9, 8, 7, 2)

@@ -21,7 +21,8 @@ from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes
 from tppo.progress import status
 
 PROBE = 16  # tokens of the answer that both sides score
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats, of any of its tokens
+# Nats, of any of its tokens.  Rounding to bfloat16 was measured to make .05 on average, up to .27.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 KEPT_EVERY = 4  # batches: the engine fills a batch up as answers end, and empties it at the end
 
 
