@@ -35,8 +35,13 @@ FILES = (
     "fuzz_parquet",
     "fuzz_labels",
     "fuzz_replies",
+    "fuzz_offsets",
+    "fuzz_settings",
     "fuzz_bombs",
     "fuzz_gradients",
+    "fuzz_losses",
+    "fuzz_sequences",
+    "fuzz_arguments",
 )
 
 

@@ -112,7 +112,7 @@ def cases() -> list[Case]:
         Case("ikat", "gzip", b'[{"turns": [', b'"' + b"x" * 99 + b'",\n', 0.05),
         Case("ikat", "gzip", b'[{"turns": "', b"x" * 99 + b"\\n", 0.05),
         Case("chat", "gzip", b"[", b" " * 999 + b"\n"),
-        Case("chat", "gzip", b"[", b'{"messages": []},\n', 0.002),
+        Case("chat", "gzip", b"[", b'{"messages": []' + b" " * 999 + b"},\n", 0.05),
     ]  # fmt: skip
 
 

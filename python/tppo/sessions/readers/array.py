@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tppo.errors import DataError, short
 from tppo.store.jsonl import LONGEST, BadRows, Line, decode_line, read_jsonl, read_lines
+
+_SPACE = re.compile(r"\s*")
 
 
 def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:
@@ -83,8 +86,7 @@ class _Window:
     def next(self) -> str:
         """The next character that is not white space, where `at` is then; "" at the end."""
         while True:
-            while self.text[self.at : self.at + 1].isspace():
-                self.at += 1
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or not self._more():
                 return self.text[self.at : self.at + 1]
 
