@@ -31,7 +31,7 @@ OLD_PIP := $(subst $(BIN),.venv-versions/bin,$(PIP))
 OLD_PYTEST := $(subst $(BIN),.venv-versions/bin,$(PYTEST))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci interop-vllm lint docs wheel docker bench hand-pictures faults fuzz check gpu-check gpu-wheels clean
+.PHONY: help demo demo-real study study-real test test-full test-versions interop interop-ci interop-vllm lint docs wheel docker bench hand-pictures faults soak fuzz check gpu-check gpu-wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -98,6 +98,9 @@ hand-pictures: .venv/dev  ## pictures of the pages for labelling by hand, into b
 
 faults: .venv/dev  ## kills and other faults in every command of a tiny run; what was lost, in a table (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py $(FAULTS)
+
+soak: .venv/dev  ## 2,000 steps of PPO, stopped 20 times, and in other numbers of processes: what grew (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK)
 
 fuzz: .venv/dev  ## 1,000,000 calls with hostile input: readers, parsers, operators, with a table (25 minutes); FUZZ="--target gae"
 	$(BIN)/python tests/fuzz/driver.py $(FUZZ)

@@ -12,8 +12,10 @@ held beside the same steps in one process, and in two.
 """
 
 import argparse
+import ctypes
 import functools
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -26,15 +28,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import harness
+from machine import Machine, contents
 
 PPO = {"eval-every": 20, "checkpoint-every": 20, "batch-size": 4, "minibatch-size": 4,
        "max-passes": 1e9}
 # What the last quarter of a run may have more of than the first one.
 BOUNDS = {
     "CPU ms a step": 1.10, "CPU ms a step that is saved": 1.10,  # a ratio
-    "memory": 5.0,  # kB a step, resident; a row of figures takes 1.4 of them
-    "objects": 3.0,  # a step, that Python's garbage collector knows
+    "heap": 2.5,  # kB a step, allocated; a row of figures takes 1.4 of them
+    "resident": 10.0,  # kB a step; pages that the heap leaves half empty are among them
+    "objects": 1.0, "blocks": 6.0,  # a step; containers, and all else of Python but large ones
     "tensors": 0, "handles": 0, "threads": 0, "checkpoints": 0,
     "disk": 1.01,  # a ratio: bytes of the checkpoints, but for rows of figures and answers
 }  # fmt: skip
@@ -42,6 +45,7 @@ WORLDS = {"eval-every": 4, "checkpoint-every": 50, "batch-size": 5, "responses-p
           "minibatch-size": 6, "max-passes": 1e9, "lr": 3e-3, "critic-lr": 3e-3,
           "adaptive-kl": 0.05, "lr-schedule": "cosine"}  # fmt: skip
 FIGURES, WEIGHTS = 1e-4, 1e-5  # relative, absolute: as far as processes may differ (gloo, float32)
+LAST = "weights-behind-the-last-step"
 HANG = 7200  # seconds, against a hang only
 
 
@@ -49,13 +53,23 @@ class Held(NamedTuple):
     """What the process of a training holds after a step."""
 
     step: int
-    memory: int  # bytes
+    heap: int  # bytes
+    resident: int  # bytes
     objects: int
+    blocks: int
     tensors: int
     handles: int
     threads: int
     checkpoints: int
     disk: int  # bytes of the checkpoints without their rows
+
+
+class Allocated(ctypes.Structure):
+    """What glibc says of its heap: `mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost")]  # fmt: skip
 
 
 def held(step, folder):
@@ -65,13 +79,18 @@ def held(step, folder):
     gc.collect()
     objects = gc.get_objects()
     for cache in objects:
-        if isinstance(cache, functools._lru_cache_wrapper) and "tppo.labels" in cache.__module__:
+        if type(cache) is functools._lru_cache_wrapper and "tppo.labels" in cache.__module__:
             cache.cache_clear()  # of words and queries, 65,536 at most: they fill for long
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    library.mallinfo2.restype = Allocated
+    allocated = library.mallinfo2()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     files = [path.stat().st_size for path in folder.rglob("*")
              if path.is_file() and path.suffix != ".jsonl"]  # fmt: skip
     return Held(
-        step, pages * os.sysconf("SC_PAGE_SIZE"), len(objects),
+        step, allocated.hblkhd + allocated.uordblks, pages * os.sysconf("SC_PAGE_SIZE"),
+        len(objects), sys.getallocatedblocks(),
         sum(issubclass(type(x), torch.Tensor) for x in objects),
         len(os.listdir("/proc/self/fd")), threading.active_count(),
         len([*folder.glob("*")]), sum(files),
@@ -79,38 +98,53 @@ def held(step, folder):
 
 
 def after_each_step(act):
-    """To be called in a child: `act(step)` behind every step of the loop."""
+    """To be called in a child: `act(loop, step)` behind every step; then a hash of the weights
+    behind the last one, beside the folder of the stage.
+    """
     from tppo.stages.loop import Loop
 
     real = Loop.step
 
     def step(self, number):
         row = real(self, number)
-        act(number)
+        if number == self.steps:
+            (self.out.parent / LAST).write_text(weights(self.trainer))
+        act(self, number)
         return row
 
     Loop.step = step
 
 
+def weights(trainer):
+    """A hash of all weights that are trained, and of the state of their optimiser."""
+    digest = hashlib.sha256()
+    for parameter in (p for group in trainer.optimizer.param_groups for p in group["params"]):
+        for tensor in (parameter, *trainer.optimizer.state[parameter].values()):
+            digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def measure(folder, into, readings, steps):
     """To be called in a child: read what it holds and how long its steps take, to the end."""
-    seconds, found, before = [], [], [time.process_time()]
+    seconds, found, hashes, before = [], [], [], [time.process_time()]
 
-    def act(step):
+    def act(loop, step):
         seconds.append(time.process_time() - before[0])
         if step % max(1, steps // readings) == 0:
             found.append(held(step, folder / "train.tmp/checkpoints"))
+            hashes.append(weights(loop.trainer))
         before[0] = time.process_time()
 
     after_each_step(act)
-    return lambda: Path(into).write_text(json.dumps({"seconds": seconds, "held": found}))
+    return lambda: Path(into).write_text(json.dumps(
+        {"seconds": seconds, "held": found, "weights": hashes}))  # fmt: skip
 
 
 def stop_after(steps, number):
     """To be called in a child: end it by a signal after so many steps of its own."""
     done = []
 
-    def act(step):
+    def act(loop, step):
         done.append(step)
         if len(done) == steps:
             os.kill(os.getpid(), number)
@@ -119,6 +153,7 @@ def stop_after(steps, number):
 
 
 def command(folder, steps, ppo):
+    """The command line of the training."""
     given = [text for name, value in {**ppo, "steps": steps}.items()
              for text in (f"--ppo.{name}", str(value))]  # fmt: skip
     return ["train", "--out", str(folder), *given]
@@ -128,9 +163,10 @@ def resumed(machine, folder, steps, every, ppo):
     """The training stopped again and again; by which signals."""
     signals = []
     while not (folder / "train").exists():
-        number = (signal.SIGTERM, signal.SIGKILL)[len(signals) % 2]
+        # A kill comes three steps behind a checkpoint, and costs them.
+        number, more = ((signal.SIGTERM, 0), (signal.SIGKILL, 3))[len(signals) % 2]
         ended = machine.run(command(folder, steps, ppo), functools.partial(
-            stop_after, every, number))  # fmt: skip
+            stop_after, every + more, number))  # fmt: skip
         if ended.code == 0:
             break
         signals.append(number.name)
@@ -163,20 +199,21 @@ def in_processes(machine, folder, size, steps, stop=None):
     return ended[0].said
 
 
-def worlds(machine, steps=8, plan=((1, 2), (2, 3), (1, None))):
+def worlds(machine, steps=8, plan=((1, 2), (2, 3), (1, None)), straight=True):
     """How far a training that goes on in other numbers of processes is from one in one process.
 
-    plan: processes, and after how many steps they are stopped.
+    plan: processes, and after how many steps they are stopped.  straight: in two to the end, too.
     """
     one, two, mixed = (machine.copy("train") for _ in range(3))
     in_processes(machine, one, 1, steps)
-    in_processes(machine, two, 2, steps)
+    if straight:
+        in_processes(machine, two, 2, steps)
     said = [in_processes(machine, mixed, size, steps, stop) for size, stop in plan]
     counts = [str(size) for size, _ in plan]
     for before, now, text in zip(counts, counts[1:], said[1:], strict=False):
         assert f"goes on in {now} processes, begun in {before}" in text, text
-    return {"two": apart(one / "train", two / "train"),
-            " -> ".join(counts): apart(one / "train", mixed / "train")}  # fmt: skip
+    folders = {" -> ".join(counts): mixed} | ({"2": two} if straight else {})
+    return {name: apart(one / "train", folder / "train") for name, folder in folders.items()}
 
 
 def apart(one, other):
@@ -197,7 +234,7 @@ def apart(one, other):
 def soak(machine, steps, every, ppo=PPO, readings=40):
     """Both runs; what was found."""
     straight, other = machine.copy("train"), machine.copy("train")
-    into = machine.place / "measured.json"
+    into = machine.new("measured")
     process, log = machine.start(command(straight, steps, ppo), functools.partial(
         measure, straight, into, readings, steps))  # fmt: skip
     try:
@@ -208,9 +245,11 @@ def soak(machine, steps, every, ppo=PPO, readings=40):
             process.kill()
     assert process.exitcode == 0, log.read_text()[-600:]
     measured = json.loads(into.read_text())
+    assert len({*measured["weights"]}) == len(measured["held"]), "weights stood still"
+    one, two = (contents(folder, ("train", LAST)) for folder in (straight, other))
     return {
         "steps": steps, "signals": signals,
-        "differing": harness.differing(straight / "train", other / "train"),
+        "differing": [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)][:3],
         "saved_every": ppo["checkpoint-every"], "seconds": measured["seconds"],
         "held": [Held(*row)._asdict() for row in measured["held"]],
     }  # fmt: skip
@@ -238,9 +277,10 @@ def growth(found):
         rows.append((name, 1e3 * first, 1e3 * last, last / first, BOUNDS[name]))
     for name in list(BOUNDS)[2:]:
         first, last = quarters([row[name] for row in found["held"]])
-        if name == "memory":
+        if name in ("heap", "resident"):
             first, last = first / 1e3, last / 1e3
-        per = 0.75 * found["steps"] if name in ("memory", "objects") else 1
+        a_step = name in ("heap", "resident", "objects", "blocks")
+        per = 0.75 * found["steps"] if a_step else 1
         more = last / max(first, 1) if name == "disk" else (last - first) / per
         rows.append((name, first, last, more, BOUNDS[name]))
     return [(*row, row[3] <= row[4]) for row in rows]
@@ -283,14 +323,21 @@ def main():
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        machine = harness.Machine(place)
+        machine = Machine(place)
         processes = worlds(machine)
         print(worlds_table(processes), flush=True)
         found = soak(machine, options.steps, options.every)
-    if options.json:
-        options.json.write_text(json.dumps({**found, "processes": processes}))
     print(table(found))
+    print(f"{time.monotonic() - start:.0f} s")
+    if options.json:
+        rows = [dict(zip(("what", "first", "last", "growth", "allowed", "good"), row, strict=True))
+                for row in growth(found)]  # fmt: skip
+        figures = {"steps_soaked": found["steps"], "grew": sum(not row["good"] for row in rows),
+                   "stopped": len(found["signals"]), "identical": not found["differing"],
+                   "growth": rows, "processes": processes}  # fmt: skip
+        options.json.write_text(json.dumps(figures | found, indent=1) + "\n")
     sys.exit(0 if good(found) and near(processes) else 1)
 
 

@@ -9,6 +9,7 @@ import endpoint
 import harness
 import injected
 import pytest
+import soak
 import spoilt
 from machine import Ended, Machine, contents
 from works import LOCKED, READERS, RESUMED, WORKS
@@ -168,3 +169,38 @@ def test_what_took_another_time_is_the_same(tmp_path):
     other = tmp_path / "two/map/manifest.json"
     other.write_text(other.read_text().replace("3", "4"))
     assert contents(tmp_path / "two", ["map"]) != one
+
+
+def test_a_training_that_is_stopped_again_and_again_is_the_same(machine):
+    """A reduced form of `make soak`, of whose few steps neither seconds nor memory say anything."""
+    found = soak.soak(machine, 24, 8, soak.PPO | {"eval-every": 4, "checkpoint-every": 4}, 6)
+    assert found["signals"] == ["SIGTERM", "SIGKILL", "SIGTERM"] and not found["differing"]
+    assert len(found["seconds"]) == 24
+    settled = {key: {row[key] for row in found["held"] if row["step"] > 8}
+               for key in ("tensors", "handles", "threads", "checkpoints")}  # fmt: skip
+    assert {key: len(values) for key, values in settled.items()} == dict.fromkeys(settled, 1)
+    assert settled["checkpoints"] == {3}  # the newest two, and what says which is the newest
+
+
+def test_a_training_goes_on_in_other_numbers_of_processes(machine):
+    """One, two and again one gloo process, which SIGTERM ends; two of a batch of five prompts."""
+    far = soak.worlds(machine, 6, ((1, 2), (2, 2), (1, None)), straight=False)
+    assert soak.near(far), soak.worlds_table(far)
+
+
+def test_the_soak_sees_what_grows():
+    held = [soak.Held(i, 10**8, 4 * 10**8, 1000, 9000, 50, 13, 4, 3, 10**6)._asdict()
+            for i in range(0, 400, 10)]  # fmt: skip
+    flat = {"steps": 400, "signals": ["SIGTERM"], "differing": [], "saved_every": 20,
+            "seconds": [0.1] * 400, "held": held}  # fmt: skip
+    assert soak.good(flat) and "steps soaked 400, grew 0; stopped 1 times" in soak.table(flat)
+    for name, step in (("heap", 9e3), ("resident", 2e4), ("objects", 9), ("blocks", 9),
+                       ("handles", 0.02), ("checkpoints", 0.01), ("disk", 1000)):  # fmt: skip
+        grown = [{**row, name: row[name] + step * row["step"]} for row in held]
+        assert not soak.good({**flat, "held": grown}) and "grew 1" in soak.table(
+            {**flat, "held": grown}), name  # fmt: skip
+    slower = [0.1 + 1e-4 * i for i in range(400)]
+    assert "grew 2" in soak.table({**flat, "seconds": slower})
+    saves = [0.1 if i % 20 else 0.1 + 1e-4 * i for i in range(1, 401)]
+    assert "grew 1" in soak.table({**flat, "seconds": saves})
+    assert not soak.good({**flat, "differing": ["train/metrics.jsonl"]})

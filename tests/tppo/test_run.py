@@ -449,6 +449,10 @@ def test_two_processes_train_together_and_resume_bit_identically(finished, tmp_p
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
     metrics = [rows(folder / "train" / "metrics.jsonl") for folder in folders]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == [1, 2, 3, 4]
+    for row, alone in zip(metrics[0], rows(finished / "train" / "metrics.jsonl"), strict=True):
+        numbers = {name: x for name, x in alone.items() if not isinstance(x, list)}
+        found = {name: row[name] for name in numbers}
+        assert found == pytest.approx(numbers, rel=1e-3, abs=1e-4), "one process has other figures"
     exported = [path / "train/model/generation_config.json" for path in (finished, *folders)]
     assert len({path.read_text() for path in exported}) == 1
 
