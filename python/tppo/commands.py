@@ -236,7 +236,7 @@ def _check_early(
 
         check_guide(run.config.guide)
     if command in ("run", "train") and run.config.reward_server.base_url:
-        from tppo.rewards.served import as_endpoint
+        from tppo.rewards.server import as_endpoint
 
         as_endpoint(run.config.reward_server)
     if command in ("run", "train", "eval"):

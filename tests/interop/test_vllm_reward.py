@@ -16,7 +16,7 @@ from tppo.models.own_tokens import load_own_tokenizer
 from tppo.models.policy import RewardModel
 from tppo.models.probe import write_probe
 from tppo.rewards import Answers
-from tppo.rewards.served import RewardServerError
+from tppo.rewards.server import RewardServerError
 
 TINY = {
     "sessions": {"train_users": 80, "heldout_users": 8, "test_users": 8, "transfer_users": 0},

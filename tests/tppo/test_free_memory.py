@@ -1,13 +1,19 @@
 """Before SFT one sentence says where a stage would take more memory than is free."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_preflight import log, tokenizer, write  # noqa: F401  (two fixtures and a function)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tppo.cli import main
+from tppo.config import Config
+from tppo.models.config import RewardServerConfig
 from tppo.stages import free_memory
 from tppo.stages.free_memory import compare, free_nbytes
 from tppo.stages.needs import GB, Need
+from tppo.stages.run import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -78,3 +84,16 @@ def test_what_is_free_on_a_gpu_counts_what_torch_has_of_it():
     kept = torch.ones(64 << 20, device=GPU)
     assert abs(free_nbytes(GPU) - free) < 64 << 20
     del kept
+
+
+def test_a_reward_model_at_a_server_is_not_counted(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(free_memory, "plan", lambda config, how, work, guide: found.append(work))
+    monkeypatch.setattr(free_memory, "compare", lambda *given: None)
+    monkeypatch.setattr(free_memory, "SMALLEST", 0)
+    server = RewardServerConfig(base_url="http://127.0.0.1:8000")
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1)  # fmt: skip
+    run = Run(tmp_path, replace(Config(), reward_server=server))
+    free_memory.check_memory(run, LlamaForCausalLM(config), 10, 5)
+    assert [work.reward_server for work in found] == [server]

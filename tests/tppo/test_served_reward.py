@@ -4,6 +4,7 @@ The server is a real one, over the same transformers model; tests/interop/test_v
 vLLM itself.
 """
 
+import json
 import shutil
 import threading
 import time
@@ -23,7 +24,7 @@ from tppo.models.policy import RewardModel
 from tppo.models.probe import FILE, write_probe
 from tppo.models.tokenizer import train_tokenizer
 from tppo.rewards import Answers
-from tppo.rewards.served import RewardServerError
+from tppo.rewards.server import RewardServerError
 from tppo.stages.artifacts import POLICY, REWARD_MODEL
 from tppo_kernels.integrations._reward_model import TokenRewardModel
 
@@ -234,8 +235,12 @@ def test_a_folder_without_the_short_text_is_refused(folder, server, tmp_path):
     (tmp_path / "m" / FILE).unlink()
     with pytest.raises(DataError, match=f"{FILE}: no such file, expected what the reward model"):
         tppo.ServedReward(server.url, tmp_path / "m")
-    (tmp_path / "m" / FILE).write_text('{"text": "a", "ids": [1, 2], "logits": [[1, 2, 3]]}')
+    short = {"text": "a", "ids": [1, 2], "logits": [[1, 2, 3]], "own_tokens": False}
+    (tmp_path / "m" / FILE).write_text(json.dumps(short))
     with pytest.raises(DataError, match="2 ids and 1 rows of logits"):
+        tppo.ServedReward(server.url, tmp_path / "m")
+    (tmp_path / "m" / FILE).write_text(json.dumps({**short, "ids": [1], "own_tokens": True}))
+    with pytest.raises(DataError, match="reads text with a tokenizer of its own"):
         tppo.ServedReward(server.url, tmp_path / "m")
 
 

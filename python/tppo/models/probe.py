@@ -26,6 +26,8 @@ class Probe(NamedTuple):
     text: str
     ids: list[int]
     logits: list[list[float]]  # [L, C]
+    own_tokens: bool
+    """Whether the model reads text with a tokenizer of its own, and not the policy's tokens."""
 
 
 @torch.no_grad()
@@ -33,7 +35,8 @@ def write_probe(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pa
     """Write what a token classifier, which takes `input_ids`, says of the text."""
     ids = tokenizer.encode(PROBE, add_special_tokens=False)
     logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]  # [L, C]
-    write_json(Path(folder) / FILE, Probe(PROBE, ids, logits.float().tolist())._asdict())
+    own = bool(getattr(model.config, "own_tokens", False))
+    write_json(Path(folder) / FILE, Probe(PROBE, ids, logits.float().tolist(), own)._asdict())
 
 
 def read_probe(folder: str | Path) -> Probe:
@@ -44,7 +47,7 @@ def read_probe(folder: str | Path) -> Probe:
     file = Path(folder) / FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        probe = Probe(str(found["text"]), found["ids"], found["logits"])
+        probe = Probe(str(found["text"]), found["ids"], found["logits"], found["own_tokens"])
         numbers = [x for row in probe.logits for x in row]
         sound = len(probe.ids) == len(probe.logits) > 0 and all(map(math.isfinite, numbers))
     except FileNotFoundError:

@@ -133,7 +133,7 @@ def missing_lines(gpu: bool) -> list[str]:
 
 def server_lines() -> list[str]:
     """How a server of vLLM is started, and asked, for labels and for rewards."""
-    from tppo.rewards.served import START
+    from tppo.rewards.server import START
 
     here = "vLLM is installed here" if find_spec("vllm") else "vLLM, which is not installed here"
     return [

@@ -39,7 +39,7 @@ def check_memory(run: Run, model: PreTrainedModel, prompt_tokens: int, cap: int)
     work = Work(
         max(2, prompt_tokens), cap, config.prefix, config.model, config.sft, config.generate,
         config.reward_model, config.ppo, config.algorithm, config.rlgf, config.guide,
-        rollout=config.rollout, vllm=config.vllm,
+        rollout=config.rollout, vllm=config.vllm, reward_server=config.reward_server,
     )  # fmt: skip
     try:
         needs = plan(model.config, how, work, _of_guide(run))
