@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install tppo-kernels[label]")
 
-from test_label_openai import config, environment, item, judge, label, serving, slots  # noqa: E402, F401
+from test_label_openai import completion, config, environment, item, judge, label, serving, slots  # noqa: E402, F401
 
 from tppo.cli import main  # noqa: E402
 from tppo.errors import DataError  # noqa: E402
@@ -58,7 +58,7 @@ def test_answers_to_one_history_follow_each_other_and_share_their_beginning(tmp_
         common = len(os.path.commonprefix([first, second]))
         where = len(first) - len(first.partition('"returned_queries"')[2])
         assert common >= (where if one == other else first.index('{"history"'))
-        assert common > 0.8 * len(first)
+        assert common > 0.7 * len(first)
 
 
 def test_a_server_that_cannot_be_told_the_words_is_asked_for_the_form_alone(tmp_path, capsys):
@@ -87,3 +87,15 @@ def test_the_schema_names_the_words_of_the_answer(tmp_path):
     assert words["minItems"] == words["maxItems"] == 5 and words["items"] is False
     assert [one["properties"]["word"]["enum"] for one in words["prefixItems"]] == [
         ["red"], ["t-shirt"], ["\u6771\u4eac"], ["blue"], ["hat"]]  # fmt: skip
+
+
+def test_a_server_that_refuses_schemas_is_known_by_answers_that_are_no_judgements_too(
+    tmp_path, capsys
+):
+    """A model that rambles until it is cut has answered all the same: asked without, it is said."""
+    refused, cut = (400, {}, {}), (200, {}, completion("let me think", "length"))
+    with serving(lambda r, n: refused if "response_format" in r else cut) as server:
+        items = [item(n, response=f"red hat {n}") for n in range(6)]
+        run = label(items, config(server, concurrency=1, max_dropped=1.0), tmp_path / "c.jsonl")
+        assert len(run.dropped) == 6 and len(server.requests) == 2 + 6
+    assert capsys.readouterr().err.count("refuses a JSON schema: from now on asked without") == 1

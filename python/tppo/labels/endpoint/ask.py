@@ -137,7 +137,7 @@ class Asker:
         while action == "plain" and level != "none":
             level = max(SIMPLER[level], self.level, key=LEVELS.index)
             result, action = await self._send(messages, item, level)
-            if LEVELS.index(level) > LEVELS.index(self.level) and action in ("label", "repair"):
+            if level in self.works and LEVELS.index(level) > LEVELS.index(self.level):
                 self.level = level
                 say(f"{self.config.base_url} refuses {REFUSED[level]}")
         if action == "repair" and isinstance(result, Trouble):

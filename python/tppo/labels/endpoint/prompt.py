@@ -37,7 +37,7 @@ stands in it.
 
 """
 _RETURNED = "the returned queries that were suggested"
-_DATA = "\n\nThe data:\n{data}"
+_DATA = "\n\nThe data:\n{data}\n\nAnswer now, in that form and with nothing else."
 _REPEAT = """\
 A returned query that has the same words as an earlier one, in any order, tells the user nothing \
 new"""
