@@ -170,9 +170,10 @@ def small_disk(folder, free, inodes=0):
     """
     own_mounts()
     folder.mkdir(exist_ok=True)
-    used = sum(-(-max(path.lstat().st_size, 1) // 4096) * 4096 for path in folder.rglob("*"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
     below = os.open(folder, os.O_RDONLY)
-    options = f"size={max(4096, used + free)}"
+    options = f"size={max(4096, used + free // 4096 * 4096)}"
     if inodes:
         options += f",nr_inodes={sum(1 for _ in folder.rglob('*')) + 2 + inodes}"
     with tempfile.TemporaryDirectory() as copy:

@@ -203,7 +203,8 @@ def contents(folder, names):
     for name in names:
         start = folder / name
         paths = sorted(start.rglob("*")) if start.is_dir() else [start]
-        for path in (p for p in paths if p.is_file()):
+        # Checkpoints that could not be deleted are no part of a result.
+        for path in (p for p in paths if p.is_file() and "checkpoints" not in p.parts):
             content = path.read_bytes()
             if path.name in TIMED:
                 lines = content.splitlines() if path.suffix == ".jsonl" else [content]

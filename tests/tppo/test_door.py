@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from transformers import (
 import tppo
 from tppo.cli import main
 from tppo.errors import DataError
+from tppo.methods.ppo import PPO
 from tppo.models.policy import Critic
 from tppo.rewards.user_function import named_with_source
 from tppo.stages.given import described
@@ -314,6 +316,33 @@ class Half:
 
     def __call__(self, batch, answers):
         return batch.mask / 2
+
+
+def test_a_skipped_batch_is_replayed_and_the_trainer_stays_as_it_is(
+    model, tmp_path, monkeypatch, capsys
+):
+    real, calls = PPO._backward, []
+
+    def backward(self, *given):
+        calls.append(1)
+        losses = real(self, *given)
+        return losses._replace(policy=losses.policy * math.nan) if len(calls) == 2 else losses
+
+    monkeypatch.setattr(PPO, "_backward", backward)
+    trainer = door(model, tmp_path / "out")
+    trainer.train()
+    (path,) = (tmp_path / "out/spoilt").glob("*.json")
+    assert f"{path}` repeats it" in capsys.readouterr().err
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    files = sorted(found for found in (tmp_path / "out").rglob("*") if found.is_file())
+    said = trainer.replay(path)
+    assert "policy loss is nan" in said and "every figure is finite with these weights" in said
+    assert_same(before, dict(trainer.model.named_parameters()))
+    assert files == sorted(found for found in (tmp_path / "out").rglob("*") if found.is_file())
+    with pytest.raises(DataError, match="no batch that PPO has skipped"):
+        trainer.replay(tmp_path / "out/train/report.json")
+    with pytest.raises(SystemExit, match=r"tppo.PPOTrainer\(...\).replay\(FILE\)"):
+        main(["replay", str(path)])
 
 
 def test_a_model_that_is_loaded_is_told_how_to_become_a_folder(model):

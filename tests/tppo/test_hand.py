@@ -57,6 +57,22 @@ def judge(desk, client="a", annotator="me", by=lambda word: int("red" in word)):
     return item
 
 
+def test_a_bit_that_flips_in_a_journal_is_noticed(tmp_path):
+    """A 0 that became a 1 was somebody's word."""
+    journal = HandLabels(tmp_path / "labels.jsonl")
+    journal.add(Judged("a", "me", "red shoes", (0, 1), 1, "random", "g", 1.0))
+    (line,), raw = [*journal], journal.path.read_bytes()
+    for place in range(len(raw) - 1):
+        for bit in (1, 4):
+            flipped = raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :]
+            journal.path.write_bytes(flipped)
+            assert [*HandLabels(journal.path)] in ([], [line]), flipped
+    unsummed = json.loads(raw)
+    del unsummed["sum"]  # as an earlier version wrote it
+    journal.path.write_text(json.dumps(unsummed) + "\n")
+    assert [*HandLabels(journal.path)] == [line]
+
+
 class Told:
     """A teacher who has learnt and is unsure of one answer alone."""
 

@@ -22,6 +22,7 @@ from tppo.labels.hand import HandLabels, Judged
 from tppo.labels.label import read_labels
 from tppo.labels.rule import label_by_rule
 from tppo.labels.words import word_spans
+from tppo.methods import reward_model as methods
 from tppo.methods.auc import area_under_curve
 from tppo.methods.config import RewardModelConfig, SFTConfig
 from tppo.methods.reward_model import (
@@ -39,6 +40,7 @@ from tppo.stages.label import compare_labels, label_answers
 from tppo.stages.report.found import read_folder
 from tppo.stages.report.reward_model import reward_model as drawn
 from tppo.stages.run import Run
+from tppo.store import checkpoint
 from tppo.store.jsonl import read_json
 
 SETTINGS = fill_defaults(
@@ -400,8 +402,43 @@ def test_a_reward_model_tells_its_sources_apart_and_what_fewer_labels_gave(
     assert area_under_curve(rated.score, rated.relevant) == pytest.approx(curve[1]["auc"])
 
     monkeypatch.setattr(reward_curve, "REFITS_BELOW", 30)
-    found = reward_curve.learning_curve(parts, rated, None, run.config.reward_model, 0)
+    found = reward_curve.learning_curve(parts, rated, None, run.config.reward_model, 0, out)
     assert found == [] and "no learning curve of" in capsys.readouterr().err
+
+
+def test_refits_of_the_learning_curve_go_on_where_they_were(out, capsys, monkeypatch):
+    """Killed in the second of two: the first is not trained again, the second from its step on."""
+    for name, value in (("EVERY_S", 0.0), ("LAST_S", 0.0), ("WRITING", float("inf"))):
+        monkeypatch.setattr(checkpoint, name, value)
+    monkeypatch.setattr(reward_curve, "FIRST", 8)
+    real, calls, last = methods._backward, [], [10**6]
+
+    def backward(*given):
+        calls.append(1)
+        if len(calls) == last[0]:
+            raise RuntimeError("killed")
+        return real(*given)
+
+    monkeypatch.setattr(methods, "_backward", backward)
+    run = Run(out, replace(by_hand("rule", answers=20), reward_model=replace(
+        SETTINGS.reward_model, batch_size=8)))  # fmt: skip
+    judge(run, 20, checks=6, wrong=1)
+    for stage in ("label", "map", "train-rm"):
+        run.perform(stage)
+    whole, report = len(calls), read_json(out / "train-rm/report.json")
+    assert [row["by_hand"] for row in report["curve"]] == [0, 8, 14]
+    shutil.rmtree(out / "train-rm")
+    calls.clear()
+    last[0] = whole - 1
+    with pytest.raises(RuntimeError, match="killed"):
+        run.perform("train-rm")
+    calls.clear()
+    capsys.readouterr()
+    run.perform("train-rm")
+    assert "train-rm, learning curve: resumes after refit 1 of 2" in capsys.readouterr().err
+    assert len(calls) == 3  # the last step of the whole, and the two that were left of the refit
+    assert read_json(out / "train-rm/report.json") == report
+    assert not list(out.rglob("checkpoints"))
 
 
 def test_two_who_labelled_are_both_named_where_answers_are_judged():

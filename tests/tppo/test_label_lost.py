@@ -12,6 +12,9 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli
+from tppo.labels.endpoint.cache import Work  # noqa: E402
+from tppo.labels.endpoint.config import EndpointConfig  # noqa: E402
+from tppo.labels.endpoint.prompt import Judgement, Word  # noqa: E402
 from tppo.stages.artifacts import LABELS  # noqa: E402
 from tppo.stages.registry import REGISTRY  # noqa: E402
 from tppo.store.run_folder import RunFolder  # noqa: E402
@@ -39,6 +42,24 @@ def folder(tmp_path, monkeypatch):
         REGISTRY, "map", replace(REGISTRY["map"], function=read_labels, outputs=())
     )
     return out
+
+
+def test_a_bit_that_flips_in_the_cache_is_noticed(tmp_path):
+    """A label that became the other one was given out as what the endpoint had said."""
+    config, path = EndpointConfig(model="m"), tmp_path / "cache.jsonl"
+    judgement = Judgement([Word("red", 0), Word("shoes", 1)], 1)
+    Work(config, path).finish("k", judgement)
+    raw = path.read_bytes()
+    for place in range(len(raw) - 1):
+        for bit in (1, 4):
+            flipped = raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :]
+            path.write_bytes(flipped)
+            found = Work(config, path).get("k")
+            assert found is None or (found.words, found.sentence) == (judgement.words, 1), flipped
+    unsummed = json.loads(raw)
+    del unsummed["sum"]  # as an earlier version wrote it
+    path.write_text(json.dumps(unsummed) + "\n")
+    assert Work(config, path).get("k").words == judgement.words
 
 
 def run(command, folder, server, *flags):

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from tppo.progress import say
-from tppo.store.jsonl import append_line, bounded_lines
+from tppo.store.jsonl import append_line, bounded_lines, is_as_written
 
 
 class Said(Protocol):
@@ -56,6 +56,8 @@ class Journal(Generic[Kind]):
         damaged: list[int] = []
         for number, raw in self._lines():
             try:
+                if not is_as_written(raw):
+                    raise ValueError("the line is not the one that was written")
                 found = line.validate_json(raw)
                 if isinstance(found, kind):
                     found.check()

@@ -7,16 +7,18 @@ import operator
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tppo.config import Config
+from tppo.config import Config, fill_defaults
 from tppo.errors import DataError, short
 from tppo.evaluation.judge import CallableJudge, Judge
 from tppo.methods.advantages import GRPO, RLOO
-from tppo.methods.config import PPOConfig, RLGFConfig
+from tppo.methods.config import Algorithm, PPOConfig, RLGFConfig
 from tppo.methods.rlgf import TARGET
 from tppo.models.config import (
+    AdapterConfig,
     GenerateConfig,
     GuideConfig,
     Prefix,
@@ -30,6 +32,8 @@ from tppo.rewards.terminal import TerminalReward
 from tppo.rewards.user_function import named_with_source
 from tppo.stages.guides import check_guide, guide_folder
 
+OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "format_cost",
+                      "train_on_unlabelled")  # fmt: skip
 _JUDGE = "a function f(prompts, completions, **columns) -> list of numbers, or a tppo.Judge"
 
 
@@ -241,3 +245,36 @@ def described(thing: Any) -> str:
     if isinstance(thing, CallableJudge):
         return described(thing.function.function)
     return named_with_source(thing)
+
+
+
+def own_settings(
+    config: PPOConfig,
+    reward: Reward,
+    lora: AdapterConfig,
+    algorithm: Algorithm,
+    rlgf: RLGFConfig | None,
+    guide: Any,
+) -> Config:
+    """The settings with defaults filled for a model that is not from scratch.
+
+    Errors: DataError for what does not fit a reward function, or an algorithm without a guide.
+    """
+    if function_of(reward) is not None:
+        default = PPOConfig()
+        for name in OF_THE_TOKEN_MODEL:
+            if getattr(config, name) != getattr(default, name):
+                raise DataError(
+                    f"config.{name} was {getattr(config, name)!r}, expected the default: it "
+                    "belongs to the token reward model, and the reward is a function"
+                )
+    if algorithm == "ppo" and guide != GuideConfig():
+        raise DataError(f"guide was {short(guide)}, expected None with algorithm ppo, which has "
+                        "no guide: algorithm='ppo++'")  # fmt: skip
+    given = Config(
+        ppo=config, lora=lora, algorithm=algorithm, rlgf=rlgf or RLGFConfig(),
+        guide=guide if isinstance(guide, GuideConfig) else GuideConfig(),
+    )  # fmt: skip
+    filled = fill_defaults(given, pretrained=True)
+    # as many as the steps take
+    return replace(filled, ppo=replace(filled.ppo, max_passes=config.max_passes))

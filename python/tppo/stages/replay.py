@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ from tppo.errors import DataError
 from tppo.flags import parse
 from tppo.progress import say, status
 from tppo.settings import FilePath, section
-from tppo.store.disk import DiskFull, space_for
+from tppo.store.disk import DiskFull, NotWritable, space_for
 from tppo.store.jsonl import read_object, write_json
 
 if TYPE_CHECKING:
     from tppo.methods.experience import Experience
     from tppo.methods.ppo import PPO
     from tppo.methods.spoilt import SpoiltBatch
+    from tppo.stages.journal import Journal
     from tppo.stages.loop import Loop
 
 ABOUT = (
@@ -74,7 +76,7 @@ def write_spoilt(stage: Path, batch: SpoiltBatch) -> str:
                 "responses": [[*ids] for ids in data.batch.response_ids],
                 "prefix": data.batch.prefix, "pad_id": data.batch.pad_id,
             })  # fmt: skip
-    except DiskFull as error:
+    except (DiskFull, NotWritable) as error:
         path.with_suffix(SUFFIX).unlink(missing_ok=True)
         say(f"WARNING: {error}")
         return ""
@@ -111,6 +113,25 @@ def main(arguments: list[str]) -> None:
     print("\n".join(replay(loop.trainer, loop, kept, path)))
 
 
+def replayed(path: Path, out: Path, loop_in: Callable[[Path, Journal], Loop]) -> str:
+    """The same of a training by the Python door in the folder `out`.
+
+    loop_in: its loop in the folder of its stage, which writes into a journal's.
+    """
+    from tppo.stages.journal import Journal
+
+    kept = read_kept(path)
+    with tempfile.TemporaryDirectory() as written:
+        loop = loop_in(_stage_folder(out), Journal(Path(written)))
+        loop.resume()
+        return "\n".join(replay(loop.trainer, loop, kept, path))
+
+
+def _stage_folder(out: Path) -> Path:
+    """Where checkpoints are: of a training under way, else of one that has ended."""
+    return next((out / name for name in ("train.tmp", "train") if (out / name).is_dir()), out)
+
+
 def read_kept(path: Path) -> dict[str, Any]:
     """The JSON of a batch.  Errors: DataError naming the file, and what it should be."""
     kept = read_object(path)
@@ -138,15 +159,15 @@ def loop_of_run(out: Path, device: str) -> Loop:
 
     path = out / "run.yaml"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; replay repeats batches of a run of stages "
-                        "(`tppo run`, `tppo train` without --reward)")  # fmt: skip
+        raise DataError(f"{path}: no such file; replay repeats batches of a run of stages; those "
+                        "of a reward of one's own are repeated in Python, by "
+                        "tppo.PPOTrainer(...).replay(FILE) with the same arguments")  # fmt: skip
     values, line_of = read_yaml(path)
     config = from_dict(Config, values.get("settings", {}), str(path), line_of)
     model = values.get("model")
     run = Run(out, fill_defaults(config, model is not None), values.get("seed", 0),
               values.get("data"), model, device)  # fmt: skip
-    stage = next((out / name for name in ("train.tmp", "train") if (out / name).is_dir()), out)
-    loop = new_loop(run, stage, ALONE, Journal(Path(tempfile.mkdtemp())))
+    loop = new_loop(run, _stage_folder(out), ALONE, Journal(Path(tempfile.mkdtemp())))
     loop.resume()
     return loop
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tppo.evaluation.judge import spoken
@@ -25,7 +27,9 @@ from tppo.methods.reward_model import (
     train_reward_model,
     weighed,
 )
+from tppo.models.keeper import Rest
 from tppo.progress import say, silent
+from tppo.store.checkpoint import Checkpoints
 
 FIRST = 25  # labels by hand of the shortest refit; each longer one has twice as many
 REFITS_BELOW = 1_000  # labelled sessions: a refit of so many costs more than it tells
@@ -136,11 +140,13 @@ def learning_curve(
     start: Callable[[], Reader],
     config: RewardModelConfig,
     seed: int,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """What the first 25, 50, 100, ... labels by hand gave and what all of them give: reward models
     trained on so many, rated on the same held-out answers, those by hand.
 
-    rated: by the reward model of all.  start: gives a model before its training.
+    rated: by the reward model of all.  start: gives a model before its training.  folder: gets
+    the checkpoints of the refits, each in a folder of its own, and what those that are done gave.
 
     A row has the labels learnt from, `by_hand` and `others`, the `auc` on the held-out answers
     with its `auc_interval`, and how much `more` all labels give, with `more_interval` of paired
@@ -159,13 +165,20 @@ def learning_curve(
         say(f"reward model: no learning curve of {parts.sessions:,} labelled sessions, it is made "
             f"of fewer than {REFITS_BELOW:,}")  # fmt: skip
         return []
-    found = []
-    for n in sizes:
-        reader, rows = start(), parts.training(n)
+    kept = Checkpoints(folder / "curve", "train-rm, learning curve", "refit")
+    before, found = kept.newest(len(sizes)), list[Rated]()
+    if before is not None:
+        found = [Rated(**before.weights[f"refit-{k}"]) for k in range(before.step)]
+    for done, n in enumerate(sizes[len(found) :], len(found) + 1):
+        reader, rows, place = start(), parts.training(n), folder / f"curve-{n}"
         with silent():
-            train_reward_model(reader, rows, passes(config, rows), seed=seed)
+            train_reward_model(reader, rows, passes(config, rows), seed=seed,
+                               keeper=Checkpoints(place, "train-rm, a refit"))  # fmt: skip
             found.append(rate_tokens(reader, parts.heldout, config)[0].of(held))
         del reader
+        kept.after(done, len(sizes), lambda: Rest(
+            {f"refit-{k}": one._asdict() for k, one in enumerate(found)}, {}, {}))  # fmt: skip
+        shutil.rmtree(place, ignore_errors=True)
     found.append(own)
     return _rows(parts, [*sizes, len(sessions)], others, found)
 

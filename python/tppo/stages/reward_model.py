@@ -74,8 +74,9 @@ def train_rm(run: Run) -> None:
         )
         del model, reader  # before others are trained beside it
         report["curve"] = learning_curve(
-            parts, rated, lambda: _new_reader(run)[2], run.config.reward_model, run.seed
-        )
+            parts, rated, lambda: _new_reader(run)[2], run.config.reward_model, run.seed,
+            out / KEPT,
+        )  # fmt: skip
         write_json(out / REWARD_REPORT.name, report)
         tell(report)
 

@@ -6,9 +6,9 @@ command line.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo import stopping
-from tppo.config import Config, fill_defaults, guided_settings
-from tppo.errors import DataError, short
+from tppo.config import guided_settings
+from tppo.errors import DataError
 from tppo.methods.advantages import ADVANTAGES, Advantage
 from tppo.methods.config import WITHOUT_EFFECT, Algorithm, PPOConfig, RLGFConfig
 from tppo.models.adapters import merged, need_peft, origin_of
@@ -34,13 +34,13 @@ from tppo.models.config import (
 from tppo.models.folder import model_eos_ids, save_model
 from tppo.models.hub import locate
 from tppo.models.load import load_policy, resolve_device
-from tppo.models.parallel import World, from_environment, joined
+from tppo.models.parallel import ALONE, World, from_environment, joined
 from tppo.models.preflight import preflight
 from tppo.models.rollout import Engine, Sampling, build
 from tppo.models.tokenizer import decode, load_tokenizer
 from tppo.models.vocabulary import check_embeddings, limit_vocabulary
 from tppo.progress import say
-from tppo.rewards import Questions, Reward
+from tppo.rewards import Questions
 from tppo.rewards.served import check_served
 from tppo.stages.answering.recipe import Recipe, write_recipe
 from tppo.stages.artifacts import POLICY
@@ -58,9 +58,9 @@ from tppo.stages.given import (
     check_targets,
     checked_seed,
     described,
-    function_of,
     guide_files,
     guide_identity,
+    own_settings,
 )
 from tppo.stages.guides import UNGUIDED, Guided, Learner, new_guide
 from tppo.stages.journal import Journal
@@ -68,14 +68,13 @@ from tppo.stages.lengths import positions_of
 from tppo.stages.loop import Held, Loop
 from tppo.stages.models import adapted, ppo_models
 from tppo.stages.prompts import Prompts, encode_given, questions, read_prompts
+from tppo.stages.replay import replayed
 from tppo.stages.trackers import followed, need_trackers
 from tppo.store.jsonl import plain
 from tppo.store.run_folder import RunFolder
 
 STAGE = "train"  # the folder in `out` that holds what `train` makes
 LONGEST = 256  # tokens of an answer by default, but at most half of the model's positions
-OF_THE_TOKEN_MODEL = ("reward", "reward_values", "length_alpha", "format_cost",
-                      "train_on_unlabelled")  # fmt: skip
 
 
 class PPOTrainer:
@@ -171,7 +170,7 @@ class PPOTrainer:
         self.advantage = ADVANTAGES[given.advantage](given) if advantage is None else advantage
         check_advantage_given(self.advantage, given)
         self.guide = as_guide(guide)
-        self.settings = _own_settings(given, self.reward, self.lora, algorithm, rlgf, self.guide)
+        self.settings = own_settings(given, self.reward, self.lora, algorithm, rlgf, self.guide)
         self.config = self.settings.ppo
         self.prompts = read_prompts(prompts)
         self.heldout = None if heldout is None else read_prompts(heldout, "heldout")
@@ -307,6 +306,16 @@ class PPOTrainer:
         rollout = self._engine().generate(asked.ids, sampling)
         return [decode(self.tokenizer, ids, self.eos_ids) for ids in rollout.response_ids]
 
+    def replay(self, batch: str | Path) -> str:
+        """What `tppo replay` says, of a batch that this training has skipped: repeated with the
+        weights of the newest checkpoint, those of this trainer stay as they are.
+
+        batch: the .json that the warning names.  Errors: DataError where it is none.
+        """
+        again = copy.copy(self)
+        again.used = True  # its own model, and not the one of this trainer
+        return replayed(Path(batch), self.out, lambda out, rows: again._loop(out, ALONE, rows))
+
     def save(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write the model as it is now with its tokenizer, as `save_pretrained` does, and after
         `train` a model card.
@@ -368,32 +377,3 @@ class PPOTrainer:
             **guided_settings(self.settings),
             **guide_identity(self.settings, self.guide),
         }
-
-
-def _own_settings(
-    config: PPOConfig,
-    reward: Reward,
-    lora: AdapterConfig,
-    algorithm: Algorithm,
-    rlgf: RLGFConfig | None,
-    guide: Any,
-) -> Config:
-    """The settings with defaults filled for a model that is not from scratch."""
-    if function_of(reward) is not None:
-        default = PPOConfig()
-        for name in OF_THE_TOKEN_MODEL:
-            if getattr(config, name) != getattr(default, name):
-                raise DataError(
-                    f"config.{name} was {getattr(config, name)!r}, expected the default: it "
-                    "belongs to the token reward model, and the reward is a function"
-                )
-    if algorithm == "ppo" and guide != GuideConfig():
-        raise DataError(f"guide was {short(guide)}, expected None with algorithm ppo, which has "
-                        "no guide: algorithm='ppo++'")  # fmt: skip
-    given = Config(
-        ppo=config, lora=lora, algorithm=algorithm, rlgf=rlgf or RLGFConfig(),
-        guide=guide if isinstance(guide, GuideConfig) else GuideConfig(),
-    )  # fmt: skip
-    filled = fill_defaults(given, pretrained=True)
-    # as many as the steps take
-    return replace(filled, ppo=replace(filled.ppo, max_passes=config.max_passes))

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tppo import stopping
 from tppo.progress import say, say_once
-from tppo.store.disk import DiskFull, space_for
+from tppo.store.disk import DiskFull, NotWritable, space_for
 from tppo.store.hashes import sha256
 from tppo.store.jsonl import read_object, sync_directory, write_json, write_text
 from tppo.store.rows import RowFile, Rows, read_rows
@@ -72,8 +72,9 @@ class Checkpoints:
         """Write a checkpoint where it is time for one, or a signal has asked to stop.
 
         rest: weights, optimiser and state, as `save_checkpoint` takes them.
-        Errors: Stopped behind a signal; DiskFull where its checkpoint cannot be written.  One that
-        nobody has asked for is not worth the work: it is left out with a warning.
+        Errors: Stopped behind a signal; DiskFull or NotWritable where its checkpoint cannot be
+        written.  One that nobody has asked for is not worth the work: it is left out, with a
+        warning.
         """
         signum = stopping.asked()
         if signum is not None:
@@ -85,7 +86,7 @@ class Checkpoints:
             return
         try:
             save_checkpoint(self.root, step, *rest())
-        except DiskFull as error:
+        except (DiskFull, NotWritable) as error:
             say_once(f"WARNING: {self.name} goes on without a new checkpoint: {error}")
         self.written = time.monotonic()
         self.took_s = self.written - start

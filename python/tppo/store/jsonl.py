@@ -19,6 +19,8 @@ from tppo.errors import DataError, short
 from tppo.store.fingerprints import Fingerprints
 
 LONGEST = 64 << 20  # bytes of a line, or characters of an item of a list, that are held in memory
+SUM = "sum"  # the last entry of a line that was added to a file
+_SUMMED = re.compile(rb'(\{.*), "sum": "([0-9a-f]{8})"\}\s*', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -279,11 +281,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def append_line(path: Path, row: Any) -> int:
-    """Add one JSON document as a line, on disk when it returns; the byte at which it begins.
+    """Add one JSON object as a line, on disk when it returns; the byte at which it begins.
 
-    Half a line that a killed process has left at the end stays a line of its own.
+    Half a line that a killed process has left at the end stays a line of its own.  The last entry
+    of a line is its checksum (`is_as_written`).
     """
-    line = json.dumps(plain(row), ensure_ascii=False) + "\n"
+    text = json.dumps(plain(row), ensure_ascii=False)
+    line = f"{text[:-1]}, {json.dumps(SUM)}: \"{zlib.crc32(text.encode()):08x}\"}}\n"
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
@@ -292,6 +296,14 @@ def append_line(path: Path, row: Any) -> int:
         file.flush()
         os.fsync(file.fileno())
     return end + torn
+
+
+def is_as_written(line: bytes) -> bool:
+    """Whether a line of `append_line` has not changed since.  One without a checksum is as it is:
+    earlier versions wrote none.
+    """
+    found = _SUMMED.fullmatch(line)
+    return found is None or f"{zlib.crc32(found[1] + b'}'):08x}".encode() == found[2]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tppo.labels.endpoint.prompt import (
 )
 from tppo.progress import say, status
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import append_line, bounded_lines
+from tppo.store.jsonl import append_line, bounded_lines, is_as_written
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Work:
         with open(self.path, "rb") as file:
             file.seek(offset)
             try:
-                entry: _Entry = validated(_Entry, file.readline(), "cache")
+                entry = _read(file.readline())
             except BadAnswer:  # another process wrote between: asked again, not lost
                 return None
         if entry.key != key:
@@ -93,13 +93,20 @@ class Work:
             for line in bounded_lines(file, self.path):
                 try:
                     if line.strip():
-                        self._offsets.setdefault(validated(_Entry, line, "cache").key, offset)
+                        self._offsets.setdefault(_read(line).key, offset)
                 except BadAnswer:
                     damaged += 1
                 offset += len(line)
         if damaged:
             lost = f"{damaged} damaged lines are passed over; their items are asked again"
             say(f"{self.path}: {lost}")
+
+
+def _read(line: bytes) -> _Entry:
+    """A line of the cache.  Errors: BadAnswer for one that is none, or has changed since."""
+    if not is_as_written(line):
+        raise BadAnswer("cache: the line is not the one that was written")
+    return validated(_Entry, line, "cache")
 
 
 @dataclass

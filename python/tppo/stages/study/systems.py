@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from tppo.config import Config, fill_defaults
+from tppo.errors import DataError
 from tppo.evaluation.chart import Line, chart
 from tppo.evaluation.page import page, table
 from tppo.labels.queries import SEPARATOR
@@ -38,7 +40,16 @@ from tppo.stages.artifacts import SER_REPORT, SFT_MODEL
 from tppo.stages.pit import judged_steps, session_better, session_training
 from tppo.stages.pit_parts import gap_part, held_out, sft_part, stage_loop
 from tppo.stages.run import Run
-from tppo.store.jsonl import append_line, plain, read_json, write_json, write_text
+from tppo.store.jsonl import (
+    SUM,
+    append_line,
+    is_as_written,
+    parse_object,
+    plain,
+    read_json,
+    write_json,
+    write_text,
+)
 
 Row = Mapping[str, Any]  # arm, x, figures
 PAID = {"answer": "per answer", "token": "per token", "rule": "by the rule"}  # the true gap
@@ -114,13 +125,9 @@ SYSTEMS: dict[str, Callable[[], SystemStudy]] = {"ser": ser, "pit": pit}
 def run_system(study: SystemStudy, out: Path) -> None:
     """Every seed that has no outcome yet; study.json and report.html behind each."""
     out.mkdir(parents=True, exist_ok=True)
-    path, found = out / "outcomes.jsonl", list[dict[str, Any]]()
+    path = out / "outcomes.jsonl"
     mark = json.dumps(plain(replace(study, seeds=())), sort_keys=True)
-    if path.exists():
-        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-        if cut:  # by a kill
-            write_text(path, f"{whole}\n" if whole else "")
-        found = [row for row in map(json.loads, whole.splitlines()) if row["study"] == mark]
+    found = [row for row in _outcomes(path) if row["study"] == mark]
     for seed in study.seeds:
         if any(row["seed"] == seed for row in found):
             continue
@@ -134,6 +141,27 @@ def run_system(study: SystemStudy, out: Path) -> None:
     for name, gain in _write(study, out, found).items():
         say(f"study {study.system}: {name}: {shown(gain)}")
     say(f"study: {out / 'study.json'}, {out / 'report.html'}")
+
+
+def _outcomes(path: Path) -> list[dict[str, Any]]:
+    """The outcomes of earlier processes; a last line that a kill has cut is taken off the file.
+
+    Errors: DataError naming the line that has changed since it was written.
+    """
+    if not path.exists():
+        return []
+    whole, _, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        values = parse_object(path, number, line)
+        if not is_as_written(line) or not {"study", "seed", "rows"} <= values.keys():
+            raise DataError(f"{path}: line {number}: not an outcome, or it has changed since it "
+                            "was written; without the line its seed is trained again")  # fmt: skip
+        values.pop(SUM, None)
+        found.append(values)
+    return found
 
 
 def _write(

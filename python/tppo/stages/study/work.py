@@ -25,7 +25,7 @@ from tppo.progress import Bar, say, status
 from tppo.settings import from_dict
 from tppo.stages.study.config import Cell, StudyConfig
 from tppo.stopping import Stopped
-from tppo.store.jsonl import append_line, plain, sync_directory
+from tppo.store.jsonl import SUM, append_line, is_as_written, plain, sync_directory
 
 if TYPE_CHECKING:
     from tppo.stages.study.material import Material
@@ -77,6 +77,10 @@ def read_outcomes(folder: Path, mark: str) -> list[Outcome]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
+            if not is_as_written(line):
+                raise ValueError("it has changed since it was written; without the line its arm is "
+                                 "trained again")  # fmt: skip
+            row.pop(SUM, None)
             cell = from_dict(Cell, row.pop("cell"), f"{path}: line {number}: cell")
             same = row.pop("mark") == mark
         except (ValueError, KeyError, AttributeError) as error:
