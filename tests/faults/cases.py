@@ -238,7 +238,7 @@ def harm(path, how):
     elif how == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif how == "flipped":
-        middle = len(content) // 2
+        middle, content = len(content) // 2, content or b"\0"
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x04]) + content[middle + 1 :])
     else:
         path.write_bytes(b'{"of": "another program"}\n')
