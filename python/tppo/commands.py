@@ -101,7 +101,7 @@ def _defaults(command: str, rest: list[str]) -> Options:
         return _read(Path(config))
     if command == "run" or not (out / SETTINGS).exists():
         return Options()
-    return _read(out / SETTINGS)
+    return _read(out / SETTINGS, whole=True)
 
 
 def _flag(rest: list[str], name: str) -> str | None:
@@ -115,15 +115,38 @@ def _flag(rest: list[str], name: str) -> str | None:
     return found
 
 
-def _read(path: Path) -> Options:
-    """The options of a run.yaml, or of a file that holds the settings alone."""
+def _missing(values: Any, whole: dict[str, Any], name: str = "") -> list[str]:
+    """The settings that a document says nothing of, by their names with dots."""
+    if not isinstance(values, dict):
+        return [name.rstrip(".")]
+    found = []
+    for key, value in whole.items():
+        if key not in values:
+            found.append(name + key)
+        elif isinstance(value, dict):
+            found += _missing(values[key], value, f"{name}{key}.")
+    return found
+
+
+def _read(path: Path, *, whole: bool = False) -> Options:
+    """The options of a run.yaml, or of a file that holds the settings alone.
+
+    whole: tell what a file lacks that a run has written, which may have been cut since.
+    """
     from tppo.store.yaml_file import read_yaml  # not where only --help is wanted
 
     try:
         values, line_of = read_yaml(path)
         values = {} if values is None else values
         if isinstance(values, dict) and "settings" in values:
-            return from_dict(Options, values, str(path), line_of)
+            found = from_dict(Options, values, str(path), line_of)
+            expected = plain(found)
+            del expected["round"]
+            if whole and (lacks := _missing(values, expected)):
+                say(f"WARNING: {path} has no {', '.join(lacks[:3])}"
+                    f"{f' and {len(lacks) - 3} more' if len(lacks) > 3 else ''}: their defaults "
+                    "are taken; was it cut, or written by an earlier version?")  # fmt: skip
+            return found
         return Options(settings=from_dict(Config, values, str(path), line_of))
     except DataError as error:
         sys.exit("\n".join(f"tppo: {line}" for line in str(error).splitlines()))

@@ -8,6 +8,7 @@ is gone.  What an endpoint was paid for and a command has kept is never asked ag
 import errno
 import functools
 import os
+import re
 import shutil
 import signal
 import time
@@ -265,7 +266,7 @@ def harmed_settings(machine, name, folder, how):
     place = f"run.yaml {how}"
     if ended.code == 0:
         # Without the file the flags are those by default, as for any command without one.
-        told = "builds on files of sft, which would now be others" in ended.said
+        told = re.search("which would now be others|their defaults are taken", ended.said)
         outcome = machine.same(name, folder)
         return place, "told, setting by setting" if told else outcome
     if ended.refused and "run.yaml" in ended.said:

@@ -640,6 +640,20 @@ def test_labels_that_changed_are_not_compared(finished, tmp_path):
         main(["label", "--agreement", str(finished / "label/labels.jsonl"), "--out", str(folder)])
 
 
+def test_settings_that_were_cut_are_told(tmp_path, capsys):
+    """A file that ends behind some line is YAML too, and the rest of it was the defaults unsaid."""
+    place = tmp_path / "out"
+    main(["data", "--out", str(place), "--sessions.train-users", "12"])
+    lines = (place / "run.yaml").read_text().splitlines(keepends=True)
+    main(["data", "--out", str(place)])
+    assert "WARNING" not in capsys.readouterr().err
+    cut = next(n for n, line in enumerate(lines) if line.startswith("  eval:")) + 2
+    (place / "run.yaml").write_text("".join(lines[:cut]))
+    main(["data", "--out", str(place)])
+    said = capsys.readouterr().err
+    assert "run.yaml has no " in said and "their defaults are taken; was it cut" in said
+
+
 def test_a_run_folder_that_cannot_be_one_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
