@@ -50,7 +50,7 @@ SHAPES = MODELS | {
              "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
 }
 SHARP = 4.0  # standard deviation of the logits
-ENDS = 211  # one id of so many ends an answer
+ENDS = 97  # one id of so many ends an answer
 TIES = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # in nats, what is a tie
 PEER_S = 120  # an engine starts, compiles and answers in so long
 Answers = list[list[int]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tppo.labels.label import machine_of
 from tppo.options import LabelOptions, Options, PairOptions, RunOptions, TrainOptions
 from tppo.progress import say, status
 from tppo.settings import from_dict
-from tppo.stages.registry import REGISTRY
+from tppo.stages.registry import REGISTRY, Given
 from tppo.stages.report.command import kept_fresh
 from tppo.stages.trackers import need_trackers
 from tppo.stopping import Stopped
@@ -254,6 +255,10 @@ def _check_early(
         from tppo.models.adapters import need_peft
 
         need_peft()
+    if run.config.rollout == "vllm" and any(map(partial(_samples, run.config), names)):
+        from tppo.models.rollout.installed import need_vllm
+
+        need_vllm()
     if command in ("run", "train") and run.config.algorithm != "ppo":
         from tppo.stages.guides import check_guide
 
@@ -282,6 +287,11 @@ def _check_early(
         else:
             say("no --label.endpoint.base-url is given: `tppo label --export-batch` and "
                 "--import-batch have to bring the labels")  # fmt: skip
+
+
+def _samples(config: Config, name: str) -> bool:
+    """Whether answers are sampled in a stage."""
+    return "rollout" in REGISTRY[name].dependencies(Given(config, True, True))
 
 
 def _keep_settings(options: Options) -> None:

@@ -35,14 +35,15 @@ def with_adapter():
 
 def assert_stopped(vllm, words="all weights"):
     """The call fails with a sentence, and the next one, without the fault, is fine."""
-    calls = vllm.engine.ask
-    asked = []
-    vllm.engine.ask = lambda prompts, wanted: asked.append(len(prompts)) or calls(prompts, wanted)
-    try:
-        with pytest.raises(GuardError) as found:
-            vllm.generate(ASKED, SAMPLING)
-    finally:
-        del vllm.engine.ask
+    ask, asked = engine.VLLMEngine.ask, []
+
+    def counted(self, prompts, wanted):
+        asked.append(len(prompts))
+        return ask(self, prompts, wanted)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GuardError) as found:
+        patch.setattr(engine.VLLMEngine, "ask", counted)
+        vllm.generate(ASKED, SAMPLING)
     text = str(found.value)
     assert "\n" not in text and text.startswith(f"vLLM was given {words}, and has others: token ")
     assert "expected at most 0.001 in float32" in text and "in the trainer" in text
@@ -54,7 +55,7 @@ def test_the_engine_goes_on_after_a_fault_is_gone(whole, monkeypatch):
     model, vllm = whole
     move(model, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.VLLMEngine, "hand_over", lambda self: None)
+        patch.setattr(engine.VLLMEngine, "hand_over", lambda self, model: None)
         assert_stopped(vllm)  # stale weights
     vllm.generate(ASKED, SAMPLING)
     assert vllm.drift < 1e-4
@@ -147,7 +148,7 @@ def test_an_adapter_of_the_step_before_is_caught(with_adapter, monkeypatch):
     vllm.generate(ASKED, SAMPLING)
     move(model, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm.engine, "hand_over", lambda: None)
+        patch.setattr(vllm.engine, "hand_over", lambda model: None)
         assert_stopped(vllm, "the base with this step's adapter")
     vllm.generate(ASKED, SAMPLING)
     assert vllm.drift < 1e-4
@@ -157,8 +158,8 @@ def test_an_adapter_that_is_not_asked_is_caught(with_adapter, monkeypatch):
     model, vllm = with_adapter
     hand_over = vllm.engine.hand_over
 
-    def without():
-        hand_over()
+    def without(given):
+        hand_over(given)
         vllm.engine.adapter = None
 
     with monkeypatch.context() as patch:
@@ -172,7 +173,7 @@ def test_a_model_that_is_not_trained_is_given_once(monkeypatch):
     vllm = engines(tiny(seed=13).requires_grad_(False))[1]
     given, hand_over = [], engine.VLLMEngine.hand_over
     monkeypatch.setattr(engine.VLLMEngine, "hand_over",
-                        lambda self: given.append(self) or hand_over(self))
+                        lambda self, model: given.append(self) or hand_over(self, model))
     try:
         for _ in range(3):
             vllm.generate(ASKED, SAMPLING)

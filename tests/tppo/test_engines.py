@@ -14,7 +14,7 @@ from tppo.methods.advantages import Masks
 from tppo.methods.experience import drift_metrics
 from tppo.methods.greedy import GreedyLast
 from tppo.models.config import Sampler, VLLMConfig
-from tppo.models.rollout import HFRollout, RolloutBatch, Sampling, build, engine
+from tppo.models.rollout import HFRollout, RolloutBatch, Sampling, build, installed
 from tppo.stages.registry import REGISTRY, Given
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def built(given, rollout="vllm"):
 
 
 def test_without_vllm_one_sentence_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(DataError) as found:
         built(model())
     text = str(found.value)
@@ -40,7 +40,7 @@ def test_without_vllm_one_sentence_names_the_remedy(monkeypatch, tmp_path):
 
 
 def test_what_an_engine_cannot_hold_is_refused_before_it_starts(monkeypatch):
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(installed, "find_spec", lambda name: True)
     with pytest.raises(DataError, match="heads have 16 numbers, expected a multiple of 32"):
         built(model(num_attention_heads=4))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"),

