@@ -22,8 +22,9 @@ from works import SETTINGS, WORKS, filled
 
 HANG = 600  # seconds, against a hang only
 TIMED = ("manifest.json", "report.json", "result.json", "study.json", "outcomes.jsonl")
-# How long it took; the hash of what says so; and, of a run of several stages, of their inputs.
-UNEQUAL = ("seconds", "report.json", "result.json")
+# How long it took; hash and checksum of what says so; and, of a run of several stages, those
+# of their inputs.
+UNEQUAL = ("seconds", "report.json", "result.json", "sum")
 
 
 class Ended(NamedTuple):
