@@ -28,6 +28,7 @@ from tppo.errors import DataError
 from tppo.models.adapters import adapter_settings, has_adapter, save_adapter, unadapted
 from tppo.models.config import VLLMConfig
 from tppo.models.folder import tied_key, without_generation_settings
+from tppo.models.guards import trainable
 from tppo.models.memory import kept_nbytes
 from tppo.models.vocabulary import phantoms
 
@@ -118,7 +119,8 @@ class VLLMEngine:
         self.number = 0  # of the newest adapter: the engine knows one by it
         self.asleep = False
         self.on_gpu = self.device == "cuda"
-        with _scratch() as folder, _undisturbed():
+        nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        with _scratch(nbytes) as folder, _undisturbed():
             plain = unadapted(model) if has_adapter(model) else model
             with without_generation_settings(plain):
                 plain.save_pretrained(folder)
@@ -166,6 +168,7 @@ class VLLMEngine:
                 enable_prefix_caching=share,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=False,
+                use_tqdm_on_load=False,
                 **options,
             )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
@@ -196,7 +199,8 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         old, self.number = self.number, self.number + 1
-        with _scratch() as folder:
+        nbytes = sum(x.numel() * x.element_size() for x in trainable(model))
+        with _scratch(nbytes) as folder:
             save_adapter(model, folder)
             self.adapter = LoRARequest(f"step-{self.number}", self.number, str(folder))
             if old:
@@ -319,10 +323,12 @@ def _without(size: int) -> type:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
-    """A folder in memory where there is one, else on the disk; removed after the block."""
-    memory = Path("/dev/shm")
-    folder = tempfile.mkdtemp(prefix="tppo-", dir=memory if os.access(memory, os.W_OK) else None)
+def _scratch(nbytes: int) -> Iterator[Path]:
+    """A folder in memory where there is room for it, else on the disk; removed after the block."""
+    memory, place = Path("/dev/shm"), None
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1.2 * nbytes + 2**20:
+        place = memory
+    folder = tempfile.mkdtemp(prefix="tppo-", dir=place)
     try:
         yield Path(folder)
     finally:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -130,32 +131,38 @@ class VLLMRollout:
                 written += _apart(kept.weights["answers"])
                 bar.resume(kept.step)
             if bar.count < len(chunks):
-                engine = self._ready(prompts, wanted)
-                for number in range(bar.count, len(chunks)):
-                    rows = chunks[number]
-                    written += engine.ask([prompts[i] for i in rows], [wanted[i] for i in rows])
-                    bar.advance()
-                    keeper.after(number + 1, len(chunks), partial(_rest, written))
-                engine.sleep()
+                engine = self._awake(prompts, wanted)
+                try:
+                    self._give_weights(engine, prompts[0])
+                    for number in range(bar.count, len(chunks)):
+                        rows = chunks[number]
+                        written += engine.ask([prompts[i] for i in rows], [wanted[i] for i in rows])
+                        bar.advance()
+                        keeper.after(number + 1, len(chunks), partial(_rest, written))
+                finally:
+                    engine.sleep()
         found = [Said([], [])] * len(prompts)
         for i, one in zip(order, written, strict=True):
             found[i] = one
         return found
 
-    def _ready(
+    def _awake(
         self, prompts: Sequence[Sequence[int]], wanted: Sequence[dict[str, Any]]
     ) -> VLLMEngine:
-        """The engine, awake, with the weights as they are now."""
+        """An engine with room for the longest of the prompts and its answer."""
         longest = max(len(p) + w["max_tokens"] for p, w in zip(prompts, wanted, strict=True))
         engine = self.engine = running(
             self.model, self.config, longest=longest, start_for=self._length(longest),
             batch_size=self.batch_size, share_prompts=self.prefix == "shared",
         )  # fmt: skip
         engine.wake()
+        return engine
+
+    def _give_weights(self, engine: VLLMEngine, prompt: Sequence[int]) -> None:
+        """The weights as they are now, and the check that the engine has them."""
         if trainable(self.model) or not engine.has(self.model):
             engine.hand_over(self.model)
-        self._check(engine, prompts[0])
-        return engine
+        self._check(engine, prompt)
 
     def _length(self, longest: int) -> int:
         """Tokens that an engine is started for: with reserve, so that it seldom starts again."""
@@ -177,9 +184,10 @@ class VLLMRollout:
         (said,) = engine.ask([prompt], [probe])
         batch = Batch([prompt], [said.ids], self.pad_id, self.model.device)
         own = policy_logprobs(self.model, batch, 1.0)[0][0].tolist()
-        apart = [abs(a - b) for a, b in zip(own, said.logprobs, strict=True)]
+        differences = (abs(a - b) for a, b in zip(own, said.logprobs, strict=True))
+        apart = [inf if isnan(x) else x for x in differences]
         self.drift, bound = max(apart), BOUNDS[self.model.dtype]
-        if not self.drift <= bound:
+        if self.drift > bound:
             engine.given = None
             worst = apart.index(self.drift)
             what = "the base with this step's adapter" if engine.adapter else "all weights"
