@@ -77,7 +77,9 @@ def test_a_trainer_in_a_document_trains_as_it_is_pasted(document, tmp_path, monk
 FLAG = re.compile(r"--\w[\w.-]*\w")
 OTHER_PROGRAMS = {"--nproc-per-node", "--bench-grid", "--index-url", "--help", "--help-all",
                   "--json", "--probe", "--resume", "--smoke", "--only", "--logdir",
-                  "--custom-advantage-function-path"}  # fmt: skip
+                  "--custom-advantage-function-path", "--served-model-name",
+                  "--enable-prefix-caching", "--runner", "--pooler-config", "--max-model-len",
+                  "--yes"}  # fmt: skip
 DOCUMENTS = [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").glob("*.md"))]
 
 

@@ -284,7 +284,7 @@ def test_the_page_is_kept_fresh_while_a_command_works(copied, monkeypatch, capsy
             command.time.sleep(0.02)
         metrics.write_text("".join(lines))
     assert "#episode,objective/kl" in written[0] and page.read_text() != written[0]
-    metrics.write_text("{")  # damaged: the run goes on, and one line says so
+    metrics.write_text("{\n")  # damaged: the run goes on, and one line says so
     with command.kept_fresh(copied):
         pass
     assert "report.html could not be written" in capsys.readouterr().err
@@ -314,7 +314,7 @@ def test_the_command_writes_the_page_and_watches(copied, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=said):
             main(["report", "--out", str(folder)])
     with pytest.raises(DataError, match="metrics.jsonl: line 1: not JSON"):
-        (copied / "train" / "metrics.jsonl").write_text("{")
+        (copied / "train" / "metrics.jsonl").write_text("{\n")
         read_folder(copied)
 
 

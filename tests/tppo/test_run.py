@@ -66,6 +66,9 @@ class Read:
         self._values, self._name = values, name
 
     def __getattr__(self, key):
+        made = getattr(type(self._values), key, None)
+        if isinstance(made, property):  # of settings, each of which is noted
+            return made.fget(self)
         value, name = getattr(self._values, key), f"{self._name}{key}"
         if dataclasses.is_dataclass(value):
             return Read(value, f"{name}.")
@@ -119,20 +122,21 @@ def finished(tmp_path_factory, config):
 
 # Read, and without a word in the result: how often, how fast, whether at all.
 RECOMPUTED = {"model.gradient_checkpointing", "report_to"}
-# Read to decide whether the settings of adapters and of another judge count.
-CHOICES = {"lora.on", "eval.judge", "algorithm"}
+# Read to decide whether the settings of adapters, another judge and another engine count.
+CHOICES = {"lora.on", "eval.judge", "algorithm", "rollout"}
 WITHOUT_RESULT = {
     "sft": RECOMPUTED,
     # The content of the model is compared, wherever it lies.
     "train-rm": RECOMPUTED | {"reward_model.model", "model.allow_pickle"},
     "train": RECOMPUTED | {"ppo.checkpoint_every", "ppo.verify_prefix", "reward_model.min_auc",
                            "reward_model.min_auc_sessions", "ppo.without_signal",
-                           "ppo.max_spoilt"},
+                           "ppo.max_spoilt", "reward_server.base_url"},
     "eval": RECOMPUTED,
     # It builds PPO to score answers, and trains nothing.
     "heat": RECOMPUTED | {"ppo.lr", "ppo.critic_lr", "ppo.clip", "ppo.steps", "ppo.adaptive_kl",
                           "ppo.max_spoilt", "ppo.lr_schedule", "ppo.lr_warmup_steps",
-                          "ppo.critic_lr_warmup_steps", "ppo.critic_warmup_steps"},
+                          "ppo.critic_lr_warmup_steps", "ppo.critic_warmup_steps",
+                          "reward_server.base_url"},
 }  # fmt: skip
 
 
