@@ -86,8 +86,9 @@ DOCUMENTS = [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").g
 @pytest.fixture(scope="module")
 def taken():
     """By command the flags that it takes."""
-    pages = {" ".join(c): page(*c, "--help-all" if c[0] in {"run", *REGISTRY} and len(c) == 1 else
-                               "--help", columns=200) for c in COMMANDS}  # fmt: skip
+    whole = {"run", "plan", *REGISTRY}
+    pages = {" ".join(c): page(*c, "--help-all" if c[0] in whole and len(c) == 1 else "--help",
+                               columns=200) for c in COMMANDS}  # fmt: skip
     return {command: set(FLAG.findall(text)) for command, text in pages.items()}
 
 

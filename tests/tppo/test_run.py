@@ -123,7 +123,7 @@ def finished(tmp_path_factory, config):
 # Read, and without a word in the result: how often, how fast, whether at all.
 RECOMPUTED = {"model.gradient_checkpointing", "report_to"}
 # Read to decide whether the settings of adapters, another judge and another engine count.
-CHOICES = {"lora.on", "eval.judge", "algorithm", "rollout"}
+CHOICES = {"lora.rank", "eval.judge", "algorithm", "rollout"}
 WITHOUT_RESULT = {
     "sft": RECOMPUTED,
     # The content of the model is compared, wherever it lies.
