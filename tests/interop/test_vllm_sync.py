@@ -181,3 +181,19 @@ def test_a_model_that_is_not_trained_is_given_once(monkeypatch):
         assert len(given) == 1
     finally:
         vllm.close()
+
+
+def test_a_log_prob_that_is_no_number_is_caught_wherever_it_stands(with_adapter, monkeypatch):
+    model, vllm = with_adapter
+    ask = vllm.engine.ask
+
+    def spoilt(prompts, wanted):
+        (said,) = ask(prompts, wanted)
+        return [said._replace(logprobs=[*said.logprobs[:5], float("nan"), *said.logprobs[6:]])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm.engine, "ask", spoilt)
+        with pytest.raises(GuardError, match="token 5 of a test answer"):
+            vllm.generate(ASKED, SAMPLING)
+    vllm.generate(ASKED, SAMPLING)
+    assert vllm.drift < 1e-4
