@@ -4,8 +4,10 @@ The formula below is the textbook's, differentiated by torch, and shares nothing
 
 Every gradient is within `LIMIT` of its norm, or its terms nearly cancel: then it is within `SHARE`
 of the norm that they would have if all were positive, and `OF_Z` more for each unit of the row's
-largest |z|, which is rounded to fp32. A row nearly uniform under the entropy alone, or two rows of
-opposite slopes, leave little of terms that are rounded before they are added.
+largest |z|, which is rounded to fp32. Under a softcap it is twice `OF_Z` more for each unit of the
+magnitudes that tanh's argument u is added up of: behind the bend the slope is 4 exp(-2|u|), which
+an error of u multiplies. A row nearly uniform under the entropy alone, or two rows of opposite
+slopes, leave little of terms that are rounded before they are added.
 """
 
 import random
@@ -126,11 +128,16 @@ def exact(call: Call) -> tuple[list[torch.Tensor], list[float]]:
         terms = a * p + b * p * (log_p.abs() + entropy[..., None] + 1)
         terms = terms.scatter_add(-1, call.targets[..., None], a)
         terms = torch.nn.functional.pad(terms, (0, x.shape[-1] - terms.shape[-1]))
-        if o["softcap"] is not None:
-            terms = terms / torch.cosh(y / o["softcap"]).square()
         terms = terms * abs(o["logit_scale"]) / t
         z = (capped / t)[..., :v].abs().amax(-1, keepdim=True)
-        terms = terms * (SHARE[call.hidden.dtype] + OF_Z * z)
+        rounded = SHARE[call.hidden.dtype] + OF_Z * z
+        if o["softcap"] is not None:
+            u = (hidden.double().abs() @ weight.double().abs().T if call.memory is not None
+                 else x.abs())  # the magnitude of what is added to u's numerator
+            u = u if bias is None or call.memory is None else u + bias.double().abs()
+            rounded = rounded + 2 * OF_Z * u * abs(o["logit_scale"]) / o["softcap"]
+            terms = terms / torch.cosh(y / o["softcap"]).square()
+        terms = terms * rounded
         if call.memory is None:
             return results, [float(terms.norm())]
         flat, h = terms.reshape(-1, terms.shape[-1]), hidden.double().reshape(-1, hidden.shape[-1])
