@@ -1,6 +1,7 @@
 """The commands that write into a run folder, each tiny, and where each of them starts."""
 
 import json
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,8 +47,16 @@ def second(name, after, flags="", **others):
     return work._replace(makes=(f"{name}-2",), begins=f"/{name}-2.tmp")
 
 
+def _once(path, text):
+    """Write a file that all copies of a run read: never empty, however many are made at once."""
+    if not path.exists():
+        new = path.with_name(f"{path.name}.{threading.get_ident()}")
+        new.write_text(text)
+        new.replace(path)
+
+
 def _study(place, folder):
-    (place / "study.yaml").write_text(json.dumps(STUDY))
+    _once(place / "study.yaml", json.dumps(STUDY))
 
 
 def _no_report(place, folder):
@@ -57,7 +66,7 @@ def _no_report(place, folder):
 def _pairs(place, folder):
     rows = [{"prompt": f"red shoes {i}\n", "chosen": f"trail shoes {i}", "rejected": "a b"}
             for i in range(12)]  # fmt: skip
-    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _once(place / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 ASK = ("--label.labeller endpoint --label.endpoint.base-url {url} --label.endpoint.model m "

@@ -231,7 +231,8 @@ def test_a_row_is_read_as_if_it_were_alone(make):
         expected.append(alone[0])
     own.model.register_forward_pre_hook(padding_seen, with_kwargs=True)
     for row, real, alone, width in zip(*own(*given), expected, widths, strict=True):
-        seen = (row[real] - alone).abs().max() > 0.1
+        # A hundred times what they may differ by above; how much it is varies with the vocabulary.
+        seen = (row[real] - alone).abs().max() > 0.01
         assert seen == (width < max(widths)), (widths, width)
 
 

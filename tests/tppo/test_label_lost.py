@@ -1,7 +1,10 @@
 """Items without a label: what the label stage records, asks again, and refuses to finish."""
 
+import errno
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from test_label_batch import answered_run, rows  # noqa: E402
 from test_label_openai import environment, judge, serving, slots  # noqa: E402, F401
 
 from tppo import cli
+from tppo.labels.endpoint import cache
 from tppo.labels.endpoint.cache import Work  # noqa: E402
 from tppo.labels.endpoint.config import EndpointConfig  # noqa: E402
 from tppo.labels.endpoint.prompt import Judgement, Word  # noqa: E402
@@ -190,3 +194,29 @@ def test_a_damaged_record_means_asking_again_and_the_rule_leaves_none(folder, ca
         run("run", folder, server, "--label.labeller", "rule")
     assert not (folder / "label-lost.jsonl").exists()
     assert json.loads((folder / "label/labels.jsonl").read_text().split("\n")[0])
+
+
+def test_where_an_answer_cannot_be_kept_nothing_more_is_asked(folder, monkeypatch):
+    """The first answer is the last to come: all others were asked before the error had its turn."""
+    real, kept = cache.append_line, []
+
+    def full(path, entry):
+        if len(kept) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        kept.append(entry)
+        return real(path, entry)
+
+    def slow_first(request, number):
+        if number_of(request) == 0:
+            time.sleep(1)
+        return judge(request)
+
+    monkeypatch.setattr(cache, "append_line", full)
+    with serving(slow_first) as server:
+        with pytest.raises(SystemExit, match="No space left on device"):
+            run("label", folder, server, "--label.endpoint.concurrency", "4")
+        assert len(kept) == 4 and len(server.requests) <= 4 + 4
+        monkeypatch.setattr(cache, "append_line", real)
+        asked, server.reply = len(server.requests), healthy
+        run("label", folder, server)
+        assert len(server.requests) - asked == COUNT - 4

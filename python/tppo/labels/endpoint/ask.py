@@ -99,11 +99,16 @@ class Asker:
                 self.begun -= 1
         except _Stopped:
             return None
-        if isinstance(result, Judgement):
-            self.work.finish(key, result)
-            self.in_a_row = 0
-        else:
-            self._lose(key, result)
+        try:
+            if isinstance(result, Judgement):
+                self.work.finish(key, result)
+                self.in_a_row = 0
+            else:
+                self._lose(key, result)
+        except (OSError, RuntimeError) as error:  # DiskFull and NotWritable are of the second
+            # Before this item's turn comes the others would be asked, paid and not kept.
+            self.stop(f"an answer could not be kept: {error}")
+            raise
         return result
 
     def open(self) -> None:
