@@ -84,7 +84,7 @@ def test_another_engine_makes_a_stage_stale(finished, tmp_path, capsys):
 
 
 def test_eval_gives_the_same_figures_of_greedy_answers(finished, tmp_path):
-    found, name = {}, f"sft_t{COLD:g}"
+    found, name, before = {}, f"sft_t{COLD:g}", {*_OPEN}
     for rollout in ("hf", "vllm"):
         folder = repeated(finished, tmp_path / rollout, "eval", "--rollout", rollout)
         found[rollout] = json.loads((folder / "result.json").read_text())
@@ -92,7 +92,7 @@ def test_eval_gives_the_same_figures_of_greedy_answers(finished, tmp_path):
     assert ours.pop("kl") == pytest.approx(theirs.pop("kl"), abs=1e-6)
     assert ours == theirs and len(ours["example"]) > 2
     assert found["vllm"]["tppo"]["length"] > 0  # sampled at 1: other draws
-    assert len(_OPEN) == 1  # SFT and TPPO took turns in one engine
+    assert len({*_OPEN} - before) <= 1  # SFT and TPPO took turns in one engine
 
 
 def test_training_evaluates_and_answers_by_it(finished, tmp_path, capsys):

@@ -119,9 +119,9 @@ def test_a_run_with_others_weights_in_the_engine_stops_with_the_sentence(
     )  # fmt: skip
     given, hand_over = [], engine.VLLMEngine.hand_over
 
-    def once(self):
+    def once(self, model):
         if not given:
-            hand_over(self)
+            hand_over(self, model)
         given.append(self)
 
     monkeypatch.setattr(engine.VLLMEngine, "hand_over", once)
