@@ -54,11 +54,11 @@ def read_array(path: Path, bad: BadRows, item: str, expected: str) -> Iterator[L
     if text.next() != "[":
         raise text.error(f"a JSON list of {item}s")
     text.at += 1
-    while text.next() != "]":
-        line, error = text.place()[0], text.error(expected)
+    while (first := text.next()) != "]":
+        line, error = text.place()[0], None if first == "{" else text.error(expected)
         found = text.value()
         with bad:
-            if not isinstance(found, dict):
+            if error is not None:  # only an object begins so
                 raise error
             yield Line(path, line, found)
         after = text.next()
@@ -81,7 +81,8 @@ class _Window:
         self.path, self.item = path, item
         self.text, self.at = "", 0
         self._lines = enumerate(read_lines(path), start=1)
-        self._line, self._column = 1, 1  # where `text` begins
+        self._line, self._column = 1, 1  # of the place in `text` that was asked for last
+        self._told = 0
 
     def next(self) -> str:
         """The next character that is not white space, where `at` is then; "" at the end."""
@@ -116,9 +117,13 @@ class _Window:
 
     def place(self) -> tuple[int, int]:
         """Line and column of `at`."""
-        breaks = self.text.count("\n", 0, self.at)
-        column = self.at - self.text.rfind("\n", 0, self.at)
-        return self._line + breaks, column if breaks else self._column + self.at
+        breaks = self.text.count("\n", self._told, self.at)
+        if breaks:
+            self._column = self.at - self.text.rfind("\n", self._told, self.at)
+        else:
+            self._column += self.at - self._told
+        self._line, self._told = self._line + breaks, self.at
+        return self._line, self._column
 
     def error(self, expected: str) -> DataError:
         """The error for what stands at `at`."""
@@ -133,7 +138,7 @@ class _Window:
         """Read on, to twice what is held from `at` on; whether anything was left to read."""
         if len(self.text) - self.at > LONGEST:
             raise self.error(f"a {self.item} of at most {LONGEST >> 20} MB")
-        self._line, self._column = self.place()
+        self.place()
         held, size = [self.text[self.at :]], len(self.text) - self.at
         wanted = max(2 * size, size + self.FIRST)
         for number, raw in self._lines:
@@ -141,5 +146,5 @@ class _Window:
             size += len(held[-1])
             if size >= wanted:
                 break
-        self.text, self.at = "".join(held), 0
+        self.text, self.at, self._told = "".join(held), 0, 0
         return len(held) > 1
