@@ -8,8 +8,7 @@ left out and counted as refused.
 from typing import Any
 
 import torch
-from batches import Batch, Results, compare, on_a_backend
-from guided import REFUSED, Target
+from batches import Batch, NearAnEdge, Results, compare, operator_target
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -23,10 +22,6 @@ REDUCTIONS = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
-
-
-class NearAnEdge(Exception):
-    """The exact value decides nothing here: one of two gradients is right by rounding."""
 
 
 def clear_of(x: Tensor, edge: float) -> None:
@@ -399,23 +394,11 @@ def reward(seed: int) -> None:
     compare(f"token_reward_loss {local}", batch, leaves, actual, formula, {"logits": 4.0})
 
 
-def target(name: str, run: Any, share: int) -> Target:
-    def call(data: bytes) -> str | None:
-        seed = int.from_bytes(data[:8], "little")
-        try:
-            on_a_backend(seed, lambda: run(seed // 2))
-        except NearAnEdge:
-            return REFUSED
-        return None
-
-    return Target(name, call, share)
-
-
 TARGETS = [
-    target("kl", kl, 20_000),
-    target("reduce", reduce, 25_000),
-    target("value_loss", value, 25_000),
-    target("ppo_loss", ppo, 50_000),
-    target("token_head", head, 15_000),
-    target("token_reward_loss", reward, 20_000),
+    operator_target("kl", kl, 20_000),
+    operator_target("reduce", reduce, 25_000),
+    operator_target("value_loss", value, 25_000),
+    operator_target("ppo_loss", ppo, 50_000),
+    operator_target("token_head", head, 15_000),
+    operator_target("token_reward_loss", reward, 20_000),
 ]

@@ -11,9 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from batches import FLOOR, SEQUENTIAL, Batch, compare, exactly_zero, hold, on_a_backend
-from fuzz_losses import NearAnEdge, policy_terms, ppo_options
-from guided import REFUSED, Target, Wrong
+from batches import (
+    FLOOR,
+    SEQUENTIAL,
+    Batch,
+    NearAnEdge,
+    compare,
+    exactly_zero,
+    hold,
+    operator_target,
+)
+from fuzz_losses import policy_terms, ppo_options
+from guided import REFUSED, Wrong
 from torch import Tensor
 
 import tppo_kernels as tk
@@ -568,20 +577,8 @@ def transfer(seed: int) -> None:
         raise Wrong(f"{source} to itself: {tk.align.transfer(source, source, x)} of {x}")
 
 
-def called(name: str, run: Any, share: int) -> Target:
-    def call(data: bytes) -> str | None:
-        seed, told = int.from_bytes(data[:8], "little"), []
-        try:
-            on_a_backend(seed, lambda: told.append(run(seed // 2)))
-        except NearAnEdge:
-            return REFUSED
-        return told[0]
-
-    return Target(name, call, share)
-
-
 TARGETS = [
-    called(*given)
+    operator_target(*given)
     for given in (
         ("gae", gae, 40_000),
         ("whiten", whiten, 30_000),

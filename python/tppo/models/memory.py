@@ -195,11 +195,11 @@ def _layers_pass(config: PretrainedConfig, dtype: torch.dtype, tokens: Tokens) -
 def kept_nbytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token, in all layers."""
     config = config.get_text_config()
-    heads, size = _kept_heads(config)
+    heads, size = kept_heads(config)
     return config.num_hidden_layers * 2 * heads * size * dtype.itemsize
 
 
-def _kept_heads(config: PretrainedConfig) -> tuple[int, int]:
+def kept_heads(config: PretrainedConfig) -> tuple[int, int]:
     """Heads of keys and values, and the numbers in each."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size
@@ -221,7 +221,7 @@ def sampling_pass(config: PretrainedConfig, dtype: torch.dtype, tokens: Tokens) 
     model = meta_model(config, Holding(dtype), layers)
     more = config.num_hidden_layers - layers
     rows = tokens.prompts * tokens.responses
-    heads, size = _kept_heads(config)
+    heads, size = kept_heads(config)
     per_token = 2 * heads * size * dtype.itemsize  # of one layer
     read = tokens._replace(responses=1 if tokens.shared else tokens.responses, response_tokens=0,
                            shared=False)  # fmt: skip

@@ -95,15 +95,14 @@ def as_sampler(rollout: Any, generate: GenerateConfig, prefix: Prefix) -> Sample
 
     Errors: DataError where it is neither, or vLLM is not here.
     """
-    if isinstance(rollout, VLLMConfig):
-        need_vllm()
-        return Sampler("vllm", rollout, generate.batch_size, prefix)
-    if rollout not in get_args(RolloutName):
+    vllm = rollout if isinstance(rollout, VLLMConfig) else VLLMConfig()
+    name: Any = "vllm" if vllm is rollout else rollout
+    if name not in get_args(RolloutName):
         choices = ", ".join(map(repr, get_args(RolloutName)))
         raise DataError(f"rollout was {short(rollout)}, expected {choices} or a tppo.VLLMConfig")
-    if rollout == "vllm":
+    if name == "vllm":
         need_vllm()
-    return Sampler(rollout, batch_size=generate.batch_size, prefix=prefix)
+    return Sampler(name, vllm, generate.batch_size, prefix)
 
 
 def given_rollout(settings: Config) -> RolloutName | VLLMConfig:
@@ -252,7 +251,6 @@ def described(thing: Any) -> str:
     if isinstance(thing, CallableJudge):
         return described(thing.function.function)
     return named_with_source(thing)
-
 
 
 def own_settings(

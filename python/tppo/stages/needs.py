@@ -233,12 +233,12 @@ def engine_need(
     """
     from tppo.models.memory import kept_nbytes
     from tppo.models.meta import meta_model, sizes
-    from tppo.models.rollout.engine import CPU_CACHE
+    from tppo.models.rollout.engine import cpu_cache
 
     weights = sizes(meta_model(config, replace(how, lora=None)), "language").weights
     row = kept_nbytes(config, how.dtype) * (work.prompt_tokens + work.response_tokens)
     if how.gpu_nbytes is None:
-        cache = max(min(rows * row, CPU_CACHE), 2 * row)
+        cache = cpu_cache(rows, row)
         return EngineNeed(weights + cache, weights, cache, min(rows, cache // row))
     share = int(work.vllm.memory_share * how.gpu_nbytes)
     cache = max(share - weights, 0)

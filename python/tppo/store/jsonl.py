@@ -298,6 +298,17 @@ def append_line(path: Path, row: Any) -> int:
     return end + torn
 
 
+def whole_lines(path: Path) -> tuple[list[bytes], bool]:
+    """The lines of a file of `append_line`, and whether a last one was cut, as by a kill: that one
+    is taken off the file.
+    """
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
+    return whole.splitlines(), whole != text
+
+
 def is_as_written(line: bytes) -> bool:
     """Whether a line of `append_line` has not changed since.  One without a checksum is as it is:
     earlier versions wrote none.

