@@ -17,6 +17,8 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tppo.store.jsonl import is_as_written
+
 UP = 120  # seconds, against a hang only
 
 
@@ -116,13 +118,17 @@ class Server:
 
 
 def kept(cache):
-    """The keys of which a cache of judgements has the answer; a line that was cut has none."""
+    """The keys of which a cache of judgements has the answer: a line that was cut has none, and
+    none that has changed since, which is asked again.
+    """
     found = []
     for line in Path(cache).read_bytes().split(b"\n") if Path(cache).exists() else ():
         try:
-            found.append(json.loads(line)["key"])
+            key = json.loads(line)["key"]
         except (ValueError, KeyError):
             continue
+        if is_as_written(line):
+            found.append(key)
     return found
 
 

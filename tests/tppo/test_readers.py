@@ -262,6 +262,8 @@ BAD_IKAT = {
     "no topic": (f"[{TOPIC},\n\n 3]", "line 3: column 2: was '3]', expected an object"),
     "no comma": (f"[{TOPIC}\n{TOPIC}]", "line 2: column 1: .*expected a comma or the end"),
     "cut off": (f"[{TOPIC}", "line 1: column [0-9]+: was the end of the file, expected a comma"),
+    "space of Unicode": (f"[{TOPIC}\u0085,\n{TOPIC}]", r"line 1: .*expected a comma or the end"),
+    "line separator": (f"[{TOPIC},\u2028{TOPIC}]", "line 1: not JSON: .* at column "),
     "more": (f"[{TOPIC}]\nx", "line 2: column 1: was 'x', expected nothing after the list"),
     "no number": (f"[{TOPIC},\n{{}}]", "line 2: field 'number': missing"),
     "twice": (f"[{TOPIC},\n{TOPIC}]", r"line 2: field 'id': was '9-1'.*line 1 has it too"),

@@ -11,7 +11,7 @@ from typing import Any
 from tppo.errors import DataError, short
 from tppo.store.jsonl import LONGEST, BadRows, Line, decode_line, read_jsonl, read_lines
 
-_SPACE = re.compile(r"\s*")
+_SPACE = re.compile(r"[ \t\n\r]*")  # what JSON takes for white space, and no other
 
 
 def read_objects(path: Path, bad: BadRows) -> Iterator[Line]:
