@@ -117,7 +117,8 @@ WORKS = {
 
 LOCKED = [name for name in WORKS if name != "report"]  # that keep other processes out
 RESUMED = ("sft", "generate", "train-rm", "train", "eval", "baselines", "train by d2lols", "pit",
-           "ser by words", "ser by pairs", "train by LoRA", "train by a function")  # fmt: skip
+           "ser by words", "ser by pairs", "ser-train", "ser on a file", "pit on a file",
+           "train by LoRA", "train by a function")  # fmt: skip
 READERS = (  # reader, whose files it reads
     ("sft", "data"), ("generate", "sft"), ("label", "generate"), ("map", "label"),
     ("train-rm", "map"), ("train", "train-rm"), ("eval", "train"), ("heat", "eval"),

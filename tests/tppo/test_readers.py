@@ -255,6 +255,12 @@ def test_ikat_turns_of_every_year(tmp_path, indent):
     assert left_out == {"first turn of a topic": 2, "turn without a resolved utterance": 1}
 
 
+def test_variants_of_an_ikat_topic_are_one_user_whatever_space_is_in_their_numbers(tmp_path):
+    topics = [IKAT[0] | {"number": number} for number in ("9-1", "9\u2028-2", " 9 - 3")]
+    sessions, _ = read(text(tmp_path / "topics.json", json.dumps(topics)))
+    assert {session.user for session in sessions} == {"ikat-topic-9"}
+
+
 TOPIC = json.dumps(IKAT[0])
 BAD_IKAT = {
     "not json": (f"[{TOPIC},\n{{'number'", r"line 2: not JSON: .* at column 2"),

@@ -47,7 +47,7 @@ def _sessions(line: Line, number: str, left_out: Counter[str]) -> Iterator[Sessi
         else:
             yield Session(
                 id=f"ikat-{number}-{turn}",
-                user=f"ikat-topic-{number.split('-')[0]}",
+                user=f"ikat-topic-{number.split('-')[0].strip()}",
                 source="ikat",
                 profile=profile,
                 history=tuple(history),
