@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 UP_WITHIN_S = 420  # only against a hang: on two idle cores it is up within a minute
 
@@ -74,3 +76,66 @@ class VLLMServer:
                                          {"Content-Type": "application/json"})  # fmt: skip
         with urllib.request.urlopen(request, timeout=120) as reply:
             return json.loads(reply.read())
+
+
+class Between:
+    """Passes requests on to a server as they are, and keeps them with their replies.
+
+    refuses: takes the body of a request; where it is true the server is not asked, and the reply is
+    HTTP 400, as of a server that does not know `response_format`.
+    """
+
+    def __init__(self, url, refuses=lambda body: False):
+        kept = self.kept = []  # (the request, the status of the reply, the reply)
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(data)
+                status, reply = self.passed_on(data, body)
+                kept.append((body, status, json.loads(reply)))
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def passed_on(self, data, body):
+                if refuses(body):
+                    told = {"message": "response_format is not supported",
+                            "type": "BadRequestError", "code": 400}  # fmt: skip
+                    return 400, json.dumps({"error": told}).encode()
+                request = urllib.request.Request(url + self.path, data,
+                                                 {"Content-Type": "application/json"})  # fmt: skip
+                try:
+                    with urllib.request.urlopen(request, timeout=600) as reply:
+                        return reply.status, reply.read()
+                except urllib.error.HTTPError as error:
+                    return error.code, error.read()
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def texts(self):
+        """What the server's model wrote in reply to each request without a form, by its first
+        message; the newest last."""
+        found = {}
+        for body, status, reply in self.kept:
+            if status == 200 and "response_format" not in body:
+                text = reply["choices"][0]["message"]["content"]
+                found.setdefault(body["messages"][0]["content"], []).append(text or "")
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()

@@ -24,10 +24,15 @@ class RewardServer:
         self.tokenizer = load_own_tokenizer(folder)
         self.spoil = spoil or (lambda request, reply: reply)
         self.longest, self.names, self.requests = longest, names, []
+        self.connections = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                outer.connections += 1
+                super().setup()
 
             def do_GET(self):
                 self.answer(outer.models() if self.path == "/v1/models" else error(404))

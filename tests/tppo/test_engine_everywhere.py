@@ -51,6 +51,12 @@ def test_a_command_that_samples_is_refused_without_vllm(command, tmp_path, witho
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_study_whose_settings_want_it_is_refused_without_vllm(tmp_path, without_vllm):
+    (tmp_path / "mine.yaml").write_text("settings: {rollout: vllm}\n")
+    refused(main, ["study", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_command_that_samples_nothing_is_not(tmp_path, without_vllm, capsys):
     sizes = [f"--sessions.{name}-users={n}" for name, n in (
         ("train", 8), ("heldout", 4), ("test", 4), ("transfer", 4))]  # fmt: skip

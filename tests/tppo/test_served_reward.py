@@ -95,9 +95,11 @@ def test_requests_are_of_ids_in_parts_and_carry_the_short_text(folder, server):
     reward = tppo.ServedReward(config(server, max_tokens=200), folder)
     whole = tppo.ServedReward(config(server), folder)(batch, given).rewards
     server.requests.clear()
+    connections = server.connections
     torch.testing.assert_close(reward(batch, given).rewards, whole, atol=1e-5, rtol=0)
     asked = [request["input"] for path, request, _ in server.requests if path == "/pooling"]
     assert len(asked) > 5 and all(sum(map(len, rows[1:])) <= 200 for rows in asked)
+    assert 1 <= server.connections - connections <= reward.server.config.concurrency < len(asked)
     assert {tuple(rows[0]) for rows in asked} == {tuple(reward.server.probe.ids)}
     sent = sorted(row for rows in asked for row in rows[1:])
     pairs = zip(batch.prompt_ids, batch.response_ids, strict=True)

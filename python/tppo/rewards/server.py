@@ -12,9 +12,10 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,13 @@ START = ("python -m vllm.entrypoints.openai.api_server --model {folder} --runner
 
 class RewardServerError(RuntimeError):
     """The server of the reward model gave nothing that could be paid; the message says what."""
+
+
+class Line(NamedTuple):
+    """To a server, for one call: its requests share connections."""
+
+    client: Any  # of `new_http`
+    endpoint: EndpointConfig
 
 
 class Served(NamedTuple):
@@ -98,7 +106,8 @@ class RewardServer(nn.Module):
                 zip(batch.prompt_ids, batch.response_ids, strict=True)]  # fmt: skip
         self.check_length(max(map(len, rows)))
         parts = list(_parts(list(map(len, rows)), self.config.max_tokens))
-        found = self._run([self._logits([rows[i] for i in part]) for part in parts])
+        work = [partial(self._logits, [rows[i] for i in part]) for part in parts]
+        found = self._run(self.endpoint, work)
         logits = torch.zeros(*batch.mask.shape, len(CLASSES))
         for part, each in zip(parts, found, strict=True):
             for i, row in zip(part, each, strict=True):
@@ -131,10 +140,10 @@ class RewardServer(nn.Module):
     def _first_look(self) -> Served:
         """The model of the server, after a check that it is the one of the folder."""
         once = replace(self.endpoint, max_retries=0)
-        (served,) = self._run([self._model(once)])
+        (served,) = self._run(once, [self._model])
         self.served = served
-        self._run([self._check_tokenizer(once)])
-        ((row,),) = self._run([self._asked([self.probe.ids], once)])
+        self._run(once, [self._check_tokenizer])
+        ((row,),) = self._run(once, [partial(self._asked, [self.probe.ids])])
         error = self._check_probe(row)
         self.limit = EXACT if error < EXACT else ROUNDED
         if error >= EXACT:
@@ -142,8 +151,8 @@ class RewardServer(nn.Module):
                 f"(relative) from those of {self.folder}, as those of 16-bit weights are")
         return served
 
-    async def _model(self, endpoint: EndpointConfig) -> Served:
-        found = await self._object("/v1/models", None, endpoint)
+    async def _model(self, line: Line) -> Served:
+        found = await self._object("/v1/models", None, line)
         given = found.get("data")
         models = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
         names = [str(model.get("id")) for model in models]
@@ -155,7 +164,7 @@ class RewardServer(nn.Module):
         longest = models[names.index(name)].get("max_model_len")
         return Served(name, longest if type(longest) is int else None)
 
-    async def _check_tokenizer(self, endpoint: EndpointConfig) -> None:
+    async def _check_tokenizer(self, line: Line) -> None:
         """The server's tokenizer gives the ids of ours, for a text with much of its vocabulary."""
         size = len(self.tokenizer)
         spread = range(0, size, max(1, size // SPREAD))
@@ -164,14 +173,14 @@ class RewardServer(nn.Module):
         )
         own = self.tokenizer.encode(text, add_special_tokens=False)
         request = {"model": self.served.name, "prompt": text, "add_special_tokens": False}
-        found = (await self._object("/tokenize", request, endpoint)).get("tokens")
+        found = (await self._object("/tokenize", request, line)).get("tokens")
         if found != own:
             raise self._error(f"it has another tokenizer than {self.folder}: of a text with "
                               f"{len(own)} tokens it makes others; {self._start()}")  # fmt: skip
 
-    async def _logits(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    async def _logits(self, rows: Sequence[Sequence[int]], line: Line) -> list[Tensor]:
         """Class logits of all tokens of each row, [L, 3], of the model that was there at first."""
-        probe, *found = await self._asked([self.probe.ids, *rows], self.endpoint)
+        probe, *found = await self._asked([self.probe.ids, *rows], line)
         self._check_probe(probe)
         return found
 
@@ -191,16 +200,14 @@ class RewardServer(nn.Module):
                           f"logits are off by {error:.1e} (relative), expected < {self.limit:.0e}; "
                           f"{why}; {self._start()}")  # fmt: skip
 
-    async def _asked(
-        self, rows: Sequence[Sequence[int]], endpoint: EndpointConfig
-    ) -> list[Tensor]:
+    async def _asked(self, rows: Sequence[Sequence[int]], line: Line) -> list[Tensor]:
         """What the server replies to rows of ids: for each [L, 3]."""
         request = {
             "model": self.served.name, "task": "token_classify", "input": [[*r] for r in rows],
             "add_special_tokens": False, "use_activation": False, "encoding_format": "base64",
             "embed_dtype": "float32", "endianness": "little",
         }  # fmt: skip
-        given = (await self._object("/pooling", request, endpoint)).get("data")
+        given = (await self._object("/pooling", request, line)).get("data")
         if not isinstance(given, list) or len(given) != len(rows):
             count = f"{len(given)} entries" if isinstance(given, list) else "no list"
             raise self._error(f"its reply has {count} in `data`, expected {len(rows)}: one a row")
@@ -223,10 +230,10 @@ class RewardServer(nn.Module):
         return torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(length, len(CLASSES))
 
     async def _object(
-        self, path: str, body: dict[str, Any] | None, endpoint: EndpointConfig
+        self, path: str, body: dict[str, Any] | None, line: Line
     ) -> dict[str, Any]:
         """The JSON object that one request gives, tried again as a labeller's is."""
-        client = new_http(endpoint)
+        client, endpoint = line
 
         async def attempt() -> tuple[dict[str, Any] | Trouble, Action]:
             url = endpoint.base_url.removesuffix("/v1") + path
@@ -246,26 +253,28 @@ class RewardServer(nn.Module):
                     f"up to {endpoint.max_retries} times")  # fmt: skip
             await asyncio.sleep(seconds)
 
-        try:
-            result, _ = await persistently(attempt, endpoint, pause)
-        finally:
-            await client.aclose()
+        result, _ = await persistently(attempt, endpoint, pause)
         if isinstance(result, Trouble):
             reason = without_key(_named(result.reason), api_key(endpoint))
             raise self._error(f"{reason}; {self._start()}")
         return result
 
-    def _run(self, work: Sequence[Any]) -> list[Any]:
-        """The results of coroutines, some at once, in a thread where no other event loop runs."""
+    def _run(self, endpoint: EndpointConfig, work: Sequence[Callable[[Line], Any]]) -> list[Any]:
+        """The results of what asks a server, some at once, over connections that they share.
+
+        In a thread where no other event loop runs.
+        """
 
         async def all_of_it() -> list[Any]:
             free = asyncio.Semaphore(self.config.concurrency)
 
-            async def one(each: Any) -> Any:
+            async def one(each: Callable[[Line], Any]) -> Any:
                 async with free:
-                    return await each
+                    return await each(line)
 
-            return list(await asyncio.gather(*map(one, work)))
+            async with new_http(endpoint) as client:
+                line = Line(client, endpoint)
+                return list(await asyncio.gather(*map(one, work)))
 
         with ThreadPoolExecutor(1, "reward-server") as thread:
             return thread.submit(asyncio.run, all_of_it()).result()

@@ -155,7 +155,14 @@ def read_noise(text: str) -> Noise:
 
 
 def run(study: StudyConfig, out: Path, workers: int, model: Path | None = None) -> None:
-    """Train what is not trained yet; study.json and report.html now and then, and at the end."""
+    """Train what is not trained yet; study.json and report.html now and then, and at the end.
+
+    Errors: DataError where the engine of its settings cannot be had here.
+    """
+    if study.settings.rollout == "vllm":
+        from tppo.models.rollout.installed import need_vllm
+
+        need_vllm()
     from tppo.stages.study.summary import Summary
     from tppo.stages.study.work import train_all
     from tppo.store.folder_lock import FolderLock
