@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from _vllm import adapted, engines, move, prompts, tiny
+from safetensors.torch import load_file, save_file
 
 from tppo.models.guards import GuardError
 from tppo.models.rollout import Sampling, engine
@@ -143,6 +144,26 @@ def test_an_adapter_of_another_is_caught(with_adapter, monkeypatch):
     assert vllm.drift < 1e-4
 
 
+@pytest.mark.parametrize("name", ["0.self_attn.q_proj.lora_A", "1.mlp.up_proj.lora_B"])
+def test_one_perturbed_tensor_of_an_adapter_is_caught(with_adapter, monkeypatch, name):
+    model, vllm = with_adapter
+    save = engine.save_adapter
+
+    def spoilt(given, folder):
+        save(given, folder)
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        (found,) = (key for key in tensors if name in key)
+        noise = torch.randn(tensors[found].shape, generator=torch.Generator().manual_seed(1))
+        save_file(tensors | {found: tensors[found] * (1 + 0.1 * noise)}, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_adapter", spoilt)
+        assert_stopped(vllm, "the base with this step's adapter")
+    vllm.generate(ASKED, SAMPLING)
+    assert vllm.drift < 1e-4
+
+
 def test_an_adapter_of_the_step_before_is_caught(with_adapter, monkeypatch):
     model, vllm = with_adapter
     vllm.generate(ASKED, SAMPLING)
@@ -167,6 +188,24 @@ def test_an_adapter_that_is_not_asked_is_caught(with_adapter, monkeypatch):
         assert_stopped(vllm)
     vllm.generate(ASKED, SAMPLING)
     assert vllm.drift < 1e-4
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_in_bfloat16_rounding_passes_and_weights_of_another_model_do_not(monkeypatch, lora):
+    model = tiny(seed=14).to(torch.bfloat16)
+    vllm = engines(adapted(model) if lora else model)[1]
+    try:
+        vllm.generate(ASKED, SAMPLING)
+        assert 1e-4 < vllm.drift < 0.3  # above what float32 allows, below what bfloat16 does
+        move(vllm.model, 7, size=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.VLLMEngine, "hand_over", lambda self, model: None)
+            with pytest.raises(GuardError, match="expected at most 0.5 in bfloat16"):
+                vllm.generate(ASKED, SAMPLING)
+        vllm.generate(ASKED, SAMPLING)
+        assert vllm.drift < 0.3
+    finally:
+        vllm.close()
 
 
 def test_a_model_that_is_not_trained_is_given_once(monkeypatch):
