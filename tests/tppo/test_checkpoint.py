@@ -129,5 +129,44 @@ def test_what_a_killed_process_wrote_goes_with_the_next(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-2"]
 
 
+def test_damaged_ones_of_later_steps_do_not_cost_the_new_ones(tmp_path):
+    """They are the newest by number: of three the new one was deleted as the oldest."""
+    for step in (50, 60):
+        save(tmp_path, step)
+        (tmp_path / f"step-{step}/state.json").write_text("{}")
+    assert load_latest(tmp_path) is None
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+        assert load_latest(tmp_path).step == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-20", "step-30"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to a folder", "a link to nothing"])
+@pytest.mark.parametrize("name", ["step-2", "step-3", "step-3.tmp", "step-4"])
+def test_what_is_no_folder_is_passed_over_and_goes_with_the_next(tmp_path, kind, name):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    save(root, 1)
+    outside.mkdir()
+    (outside / "kept").write_text("not of the run")
+    if kind == "a file":
+        (root / name).write_text("text")
+    else:
+        (root / name).symlink_to(outside if kind.endswith("folder") else tmp_path / "nothing")
+    assert load_latest(root).step == 1
+    save(root, 3)
+    assert load_latest(root).step == 3
+    assert (outside / "kept").read_text() == "not of the run"
+    save(root, 5)
+    assert sorted(path.name for path in root.iterdir()) == [LATEST, "step-3", "step-5"]
+
+
+@pytest.mark.parametrize("name", ["step-3", "step-02", "step-\u0663", "Step-3", "step-3.tmp"])
+def test_a_renamed_one_is_no_checkpoint(tmp_path, name):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-2").rename(tmp_path / name)
+    assert load_latest(tmp_path).step == 1
+
+
 def test_none(tmp_path):
     assert load_latest(tmp_path) is None

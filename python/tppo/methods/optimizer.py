@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HYPER = {"params", "lr", "betas", "eps", "weight_decay"}
+
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW`; a parameter of 16 bits is the rounded copy of a weight in float32.
@@ -64,16 +66,41 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Errors: ValueError where the state is that of parameters of another type."""
+        """Errors: ValueError where the state is that of other parameters."""
+        self._check(state_dict)
         kept = state_dict.get("weights", [])
         if len(kept) != len(self._rounded):
             raise ValueError(
                 f"the optimiser's state has {len(kept)} weights beside parameters of 16 bits, "
                 f"expected {len(self._rounded)}; was it saved with another --model.dtype or device?"
             )
+        shapes = [None if not isinstance(x, Tensor) else x.shape for x in kept]
+        if shapes != [x.shape for x in self._rounded]:
+            raise ValueError("the optimiser's state has other weights beside parameters of 16 bits")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "weights"})
         for weight, saved in zip(self._rounded, kept, strict=True):
             weight.copy_(saved)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Errors: ValueError, for what torch would only meet in a step, or not at all."""
+        groups, states = given.get("param_groups"), given.get("state")
+        own = [group["params"] for group in super().state_dict()["param_groups"]]
+        if (
+            not isinstance(groups, list)
+            or not isinstance(states, dict)
+            or not all(isinstance(group, dict) and HYPER <= group.keys() for group in groups)
+            or [group["params"] for group in groups] != own
+            or not {*states} <= {number for numbers in own for number in numbers}
+        ):
+            raise ValueError("the optimiser's state is not that of this model's parameters")
+        shapes = [tuple(x.shape) for group in self.param_groups for x in group["params"]]
+        for number, entry in states.items():
+            wanted = {"step": (), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
+            if not isinstance(entry, dict) or wanted != {
+                name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in entry.items()
+            }:
+                raise ValueError(f"the optimiser's state of parameter {number} has other entries, "
+                                 f"or other shapes, than {wanted}")  # fmt: skip
 
 
 def _step(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

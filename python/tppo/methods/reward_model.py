@@ -22,7 +22,16 @@ from tppo.models.adapters import has_adapter
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
-from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, rest_of, resumed
+from tppo.models.keeper import (
+    NOTHING_KEPT,
+    Keeper,
+    Rest,
+    check,
+    rest_of,
+    resumed,
+    state_of,
+    weights_of,
+)
 from tppo.models.policy import class_logits
 from tppo.progress import say, status
 
@@ -102,8 +111,13 @@ def train_reward_model(
     per_epoch = math.ceil(len(train) / config.batch_size)
     steps = config.epochs * per_epoch
     kept = resumed(keeper, steps, model, optimizer)
-    done, history = (kept.step, kept.state["history"]) if kept else (0, [])
-    losses = [*kept.weights["epoch"]["losses"]] if kept and "epoch" in kept.weights else []
+    done, history, losses = 0, [], []
+    if kept is not None:
+        done, history = kept.step, state_of(kept, {"history": [dict]})["history"]
+        if done % per_epoch:
+            losses = [*weights_of(kept, "epoch", "losses")["losses"]]
+        check(kept, epochs=(len(history), done // per_epoch),
+              losses=([*map(len, losses)], [3] * (done % per_epoch)))  # fmt: skip
     tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in train)
 
     def rest() -> Rest:

@@ -23,7 +23,17 @@ from tppo.methods.reward_model import RELEVANT, LabelledAnswer
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_step, check_weights, trainable
-from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, rest_of, resumed
+from tppo.models.keeper import (
+    NOTHING_KEPT,
+    NUMBER,
+    Keeper,
+    Rest,
+    check,
+    fitting,
+    rest_of,
+    resumed,
+    state_of,
+)
 
 REMEDY = "usually a smaller learning rate helps"
 
@@ -171,9 +181,13 @@ class _Epochs:
         self.losses: list[float] = []
         self.best = Best()
         if kept is not None:
-            self.step, self.total = kept.step, kept.state["total"]
-            self.losses = kept.state["losses"]
-            self.best = Best(kept.state["heldout"], kept.weights.get("best", {}))
+            state = state_of(kept, {"total": NUMBER, "losses": [NUMBER], "heldout": [NUMBER]})
+            self.step, self.total, self.losses = kept.step, state["total"], state["losses"]
+            check(kept, losses=(len(self.losses), (self.step - 1) // self.per_epoch))
+            self.best = Best(state["heldout"])
+            if self.best.losses:
+                check(kept, heldout=(len(self.best.losses), len(self.losses) + 1))
+                self.best.weights = fitting(kept, "best", reader.model)
         self.rng = random.Random(seed)
         for _ in self.losses:
             self._order()

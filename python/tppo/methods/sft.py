@@ -23,7 +23,18 @@ from tppo.methods.optimizer import AdamW
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
-from tppo.models.keeper import NOTHING_KEPT, Keeper, Kept, Rest, rest_of, resumed
+from tppo.models.keeper import (
+    NOTHING_KEPT,
+    NUMBER,
+    Keeper,
+    Kept,
+    Rest,
+    check,
+    fitting,
+    rest_of,
+    resumed,
+    state_of,
+)
 from tppo.models.policy import (
     load_trained,
     policy_head,
@@ -78,7 +89,7 @@ def train_sft(
     optimizer = AdamW(trainable(model), lr=config.lr)
     kept = resumed(keeper, steps, model, optimizer)
     course = _Course.of(kept)
-    best = kept.weights.get("best", {}) if kept else {}
+    best = fitting(kept, "best", model) if kept and course.best_step else {}
     start = time.monotonic() - course.seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, course.steps)
 
@@ -111,6 +122,10 @@ def train_sft(
     return SFTResult(**vars(course))
 
 
+COURSE = {"steps": int, "best_step": int, "heldout_loss": (*NUMBER, type(None)),
+          "seconds": NUMBER, "tokens": int, "history": [dict]}  # fmt: skip
+
+
 @dataclass
 class _Course:
     """What `SFTResult` says, of a training under way."""
@@ -125,7 +140,10 @@ class _Course:
     @classmethod
     def of(cls, kept: Kept | None) -> _Course:
         """As it was kept; JSON has null for the infinity before the first evaluation."""
-        found = cls(**kept.state) if kept else cls()
+        if kept is None:
+            return cls()
+        found = cls(**state_of(kept, COURSE))
+        check(kept, steps=(found.steps, kept.step))
         if found.heldout_loss is None:
             found.heldout_loss = math.inf
         return found
@@ -173,7 +191,9 @@ def continue_sft(
     lr = config.lr * config.final_lr_share
     optimizer = AdamW(trainable(model), lr=lr)
     kept = resumed(keeper, steps, model, optimizer)
-    done, seconds = (kept.step, kept.state["seconds"]) if kept else (0, 0.0)
+    done, seconds = 0, 0.0
+    if kept is not None:
+        done, seconds = kept.step, state_of(kept, {"seconds": NUMBER})["seconds"]
     start = time.monotonic() - seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, done)
 

@@ -7,16 +7,21 @@ what the rest depends on; where and how often that is written is the matter of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from tppo.errors import DataError, short
 from tppo.models.policy import load_trained, trained_state
+
+NUMBER = (int, float)
 
 
 class Kept(Protocol):
-    """What was kept after a step."""
+    """What was kept after a step; the work that goes on from it says what it needs of that by
+    `state_of`, `weights_of` and `resumed`.
+    """
 
     @property
     def step(self) -> int: ...
@@ -26,6 +31,8 @@ class Kept(Protocol):
     def optimizer(self) -> dict[str, Any]: ...
     @property
     def state(self) -> dict[str, Any]: ...
+    def refused(self, why: str) -> DataError:
+        """The error that says why this work cannot go on from it, and what to do."""
 
 
 class Rest(NamedTuple):
@@ -68,9 +75,120 @@ def resumed(keeper: Keeper, steps: int, model: nn.Module, optimizer: Any) -> Kep
     """What was kept of a training; model and optimiser are then as they were."""
     kept = keeper.newest(steps)
     if kept is not None:
-        load_trained(model, kept.weights["model"])
-        optimizer.load_state_dict(kept.optimizer)
+        restore(kept, {"model": model}, optimizer)
     return kept
+
+
+def restore(kept: Kept, models: Mapping[str, nn.Module], optimizer: Any = None) -> None:
+    """Give models the weights that are kept by their names, and an optimiser its state.
+
+    Errors: DataError where they are not those of this work.
+    """
+    found = {name: fitting(kept, name, model) for name, model in models.items()}
+    if optimizer is not None:
+        try:
+            optimizer.load_state_dict(kept.optimizer)
+        except ValueError as error:
+            raise kept.refused(str(error)) from None
+    for name, model in models.items():
+        load_trained(model, found[name])
+
+
+def fitting(kept: Kept, name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Weights that are kept by a name.  Errors: DataError where they are not such as the model
+    trains, by name, shape and type.
+    """
+    own = trained_state(model)
+    found = weights_of(kept, name, *own)
+    for key, x in found.items():
+        was, is_now = ((tuple(y.shape), str(y.dtype)) for y in (x, own[key]))
+        if was != is_now:
+            raise kept.refused(f"weight {key!r} of {name!r} is {was}, expected {is_now}")
+    return found
+
+
+def weights_of(kept: Kept, name: str, *keys: str) -> dict[str, Tensor]:
+    """The tensors that are kept by a name.  keys: theirs, where they are known.
+
+    Errors: DataError where there are none, or with other keys.
+    """
+    found = kept.weights.get(name)
+    if found is None:
+        raise kept.refused(f"it lacks the tensors {name!r}")
+    if keys and found.keys() != {*keys}:
+        raise kept.refused(_apart(f"the tensors {name!r}", found, keys))
+    return found
+
+
+def state_of(kept: Kept, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The state.
+
+    kinds: of each entry its type, several of them, [what each of a list is], or the kinds of its
+    own entries.
+
+    Errors: DataError where an entry is missing, of another type, or not known here.
+    """
+    if why := _misfit("the state", kept.state, kinds):
+        raise kept.refused(why)
+    return kept.state
+
+
+def history_of(kept: Kept) -> list[dict[str, Any]]:
+    """The rows of figures that a training has kept.  Errors: DataError where there are none."""
+    found = kept.state.get("history")
+    if why := _misfit("the state's 'history'", found, [dict]):
+        raise kept.refused(why)
+    return kept.state["history"]
+
+
+def answers_of(kept: Kept, rows: int, *names: str) -> list[list[list[Any]]]:
+    """What is kept of so many rows of answers, one list a name, as numbers a token.
+
+    Errors: DataError where it is of another number of rows.
+    """
+    state_of(kept, {})
+    found = weights_of(kept, "answers", "lengths", *names)
+    lengths: list[int] = found["lengths"].tolist()
+    check(kept, answers=(len(lengths), rows), **{
+        name: (tuple(found[name].shape), (sum(lengths),)) for name in names
+    })  # fmt: skip
+    return [[row.tolist() for row in found[name].split(lengths)] for name in names]
+
+
+def check(kept: Kept, **expected: tuple[Any, Any]) -> None:
+    """Figures that have to be what follows from others: (was, expected) by name.
+
+    Errors: DataError naming the first that is not.
+    """
+    for name, (was, wanted) in expected.items():
+        if was != wanted:
+            raise kept.refused(f"{name} is {short(was)}, expected {short(wanted)}")
+
+
+def _misfit(name: str, value: Any, kind: Any) -> str:
+    if isinstance(kind, Mapping):
+        if not isinstance(value, dict):
+            return f"{name} is {short(value)}, expected an object"
+        if value.keys() != kind.keys():
+            return _apart(name, value, [*kind])
+        return next(filter(None, (_misfit(f"{name}[{k!r}]", value[k], kind[k]) for k in kind)), "")
+    if isinstance(kind, list):
+        wrong = (_misfit(f"{name}[{i}]", x, kind[0]) for i, x in enumerate(value))
+        return next(filter(None, wrong), "") if isinstance(value, list) else (
+            f"{name} is {short(value)}, expected a list")  # fmt: skip
+    if isinstance(value, bool) or not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        return f"{name} is {short(value)}, expected {' or '.join(k.__name__ for k in kinds)}"
+    return ""
+
+
+def _apart(name: str, found: Mapping[str, Any], wanted: Sequence[str]) -> str:
+    """What keys are on one side alone."""
+    parts = [("lacks", {*wanted} - found.keys()), ("has, unknown here,", found.keys() - {*wanted})]
+    return " and ".join(
+        f"{name if i == 0 else 'it'} {verb} {short(sorted(keys), 200)}"
+        for i, (verb, keys) in enumerate((v, k) for v, k in parts if k)
+    )
 
 
 def rest_of(

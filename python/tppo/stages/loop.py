@@ -34,10 +34,12 @@ from tppo.models.adapters import adapter_settings, has_adapter
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.config import Sampler
 from tppo.models.folder import save_model
+from tppo.models.keeper import fitting, restore
 from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
+from tppo.stages.kept import kept_state
 from tppo.stages.order import PromptOrder, schedule
 from tppo.stages.replay import write_spoilt
 from tppo.stages.skipped import skip, steps_taken, taken
@@ -281,32 +283,30 @@ class Loop:
         save_checkpoint(self.out / KEPT, step, weights, optimizer, state)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest checkpoint, if there is one.
+
+        Errors: DataError where it is not of this training, or of another version of tppo.
+        """
         found = Checkpoints(self.out / KEPT, "ppo").newest(self.steps)
         if found is None:
             return
-        for name, model in self.trainer.models.trained.items():
-            load_trained(model, found.weights[name])
-        self.trainer.optimizer.load_state_dict(found.optimizer)
+        state, trained = kept_state(found), self.trainer.models.trained
+        if state["best_step"]:
+            self.best = {name: fitting(found, f"best_{name}", x) for name, x in trained.items()}
+        restore(found, trained, self.trainer.optimizer)
         self.trainer.step_count = found.step
-        self.trainer.schedules.load(found.state["schedules"])
-        self.trainer.skips.in_row = found.state["spoilt_in_row"]
-        self.trainer.part_size.tokens = tokens = found.state["part_size"]
+        self.trainer.schedules.load(state["schedules"])
+        self.trainer.skips.in_row = state["spoilt_in_row"]
+        self.trainer.part_size.tokens = tokens = state["part_size"]
         if tokens < self.config.max_tokens:
             say(f"ppo: reads {tokens} tokens at once, as before: the memory did not hold more")
-        if (before := found.state["processes"]) != self.world.size:
+        if (before := state["processes"]) != self.world.size:
             say(f"ppo: goes on in {self.world.size} processes, begun in {before}: the same answers "
                 "and steps but for rounding, and other answers of an engine or a guide of one's "
                 "own, which each process asks for itself")  # fmt: skip
-        self.critic_fit = found.state["critic_fit"]
-        self.best = {
-            name: found.weights[f"best_{name}"]
-            for name in self.trainer.models.trained
-            if f"best_{name}" in found.weights
-        }
-        self.metrics, self.best_score = found.state["metrics"], found.state["best_score"]
-        self.best_step, self.seconds = found.state["best_step"], found.state["seconds"]
-        self.samples = found.state["samples"]
+        self.critic_fit, self.samples = state["critic_fit"], state["samples"]
+        self.metrics, self.best_score = state["metrics"], state["best_score"]
+        self.best_step, self.seconds = state["best_step"], state["seconds"]
         if self.world.rank == 0:
             self.journal.resume(self.metrics, self.samples)
 

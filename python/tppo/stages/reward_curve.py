@@ -27,7 +27,7 @@ from tppo.methods.reward_model import (
     train_reward_model,
     weighed,
 )
-from tppo.models.keeper import Rest
+from tppo.models.keeper import Rest, weights_of
 from tppo.progress import say, silent
 from tppo.store.checkpoint import Checkpoints
 
@@ -168,7 +168,8 @@ def learning_curve(
     kept = Checkpoints(folder / "curve", "train-rm, learning curve", "refit")
     before, found = kept.newest(len(sizes)), list[Rated]()
     if before is not None:
-        found = [Rated(**before.weights[f"refit-{k}"]) for k in range(before.step)]
+        found = [Rated(**weights_of(before, f"refit-{k}", *Rated._fields))
+                 for k in range(before.step)]  # fmt: skip
     for done, n in enumerate(sizes[len(found) :], len(found) + 1):
         reader, rows, place = start(), parts.training(n), folder / f"curve-{n}"
         with silent():

@@ -22,6 +22,7 @@ from tppo.methods.reward_model import (
 )
 from tppo.models.adapters import add_to_classifier, merged, save_classifier
 from tppo.models.folder import save_weights
+from tppo.models.keeper import history_of
 from tppo.models.own_tokens import OwnTokens, start_reward_model
 from tppo.models.probe import write_probe
 from tppo.models.recompute import recompute_layers
@@ -52,7 +53,7 @@ def train_rm(run: Run) -> None:
         config = passes(config, rows)
         with followed(run.config.report_to, out, run.out, config) as journal:
             kept = Checkpoints(out / KEPT, "train-rm",
-                               resumed=lambda state: journal.resume(state["history"]))  # fmt: skip
+                               resumed=lambda found: journal.resume(history_of(found)))  # fmt: skip
             stopping.defer()
             train_reward_model(reader, rows, config, seed=run.seed, each=journal.write,
                                keeper=kept)  # fmt: skip

@@ -23,7 +23,8 @@ from tppo.methods.sentence_model import SentenceReader
 from tppo.methods.ser import Learner, Pairs, State, evolve
 from tppo.methods.ser_words import Tokens
 from tppo.models.config import AdapterConfig, ModelConfig, Prefix
-from tppo.models.policy import load_trained, trained_state
+from tppo.models.keeper import check, restore, state_of
+from tppo.models.policy import trained_state
 from tppo.progress import say
 from tppo.rewards.sentence_model import SentenceModel
 from tppo.stages.artifacts import (
@@ -111,9 +112,10 @@ def run_rounds(
         learner.keeper = Checkpoints(out / KEPT / name, f"ser, {name.replace('-', ' ')}")
 
     if kept is not None:
-        found = kept.state
+        found = state_of(kept, {"rounds": [dict], "labels": dict, "stopped": str})
         state = State(found["rounds"], {int(i): x for i, x in found["labels"].items()})
-        load_trained(learner.model, kept.weights["model"])  # type: ignore[attr-defined]
+        check(kept, rounds=(len(state.rounds), kept.step))
+        restore(kept, {"model": learner.model})  # type: ignore[attr-defined]
         say(f"ser: resumes after round {len(state.rounds) - 1}")
 
     def keep(state: State[Any]) -> None:

@@ -21,6 +21,7 @@ from tppo.models.adapters import (
 )
 from tppo.models.card import base_of, chosen, write_card
 from tppo.models.folder import model_eos_ids, save_model
+from tppo.models.keeper import history_of
 from tppo.models.load import load_policy, place
 from tppo.models.policy import new_policy
 from tppo.models.preflight import preflight
@@ -60,7 +61,7 @@ def sft(run: Run) -> None:
         check_memory(run, model, max(map(len, examples.prompts)), cap)
         with followed(run.config.report_to, out, run.out, run.config.sft) as journal:
             kept = Checkpoints(out / KEPT, "sft",
-                               resumed=lambda state: journal.resume(state["history"]))  # fmt: skip
+                               resumed=lambda found: journal.resume(history_of(found)))  # fmt: skip
             stopping.defer()
             result = train_sft(
                 model,

@@ -2,15 +2,20 @@
 
 step-N.tmp/ -> files -> fsync -> COMPLETE.json (sizes, sha256) -> rename to step-N -> `latest`.
 No pickle is read back: weights are safetensors, optimiser state loads with `weights_only=True`.
+
+One that is damaged is passed over.  One that is whole but of other work, or of another version of
+tppo that kept other things, is refused: nobody but its owner can say whether it is still of use.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +25,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tppo import stopping
+from tppo.errors import DataError, short
 from tppo.progress import say, say_once
-from tppo.store.disk import DiskFull, NotWritable, space_for
-from tppo.store.hashes import sha256
+from tppo.store.disk import DiskFull, NotWritable, delete, space_for
+from tppo.store.hashes import MANIFEST, sha256
 from tppo.store.jsonl import read_object, sync_directory, write_json, write_text
 from tppo.store.rows import RowFile, Rows, read_rows
-from tppo.store.run_folder import versions
+from tppo.store.run_folder import KEPT, identity_of, versions
 
 COMPLETE, LATEST = "COMPLETE.json", "latest"
 EVERY_S = 300.0  # at least, between two checkpoints of work that does not choose its steps itself
@@ -40,13 +46,19 @@ class Checkpoint(NamedTuple):
     weights: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+    path: Path
+    versions: dict[str, str]
+
+    def refused(self, why: str) -> DataError:
+        """The error of work that cannot go on from it."""
+        return _refused(self.path, self.versions, why)
 
 
 class Checkpoints:
     """The checkpoints of one piece of work in a folder; a `tppo.models.keeper.Keeper`.
 
-    name, unit: what messages call the work, and a step of it.  resumed: called with the state of a
-    checkpoint that is gone on from.
+    name, unit: what messages call the work, and a step of it.  resumed: called with a checkpoint
+    that is gone on from.
     Work of seconds writes none unless a signal asks it to stop.
     """
 
@@ -55,17 +67,27 @@ class Checkpoints:
         root: Path,
         name: str,
         unit: str = "step",
-        resumed: Callable[[dict[str, Any]], object] = lambda state: None,
+        resumed: Callable[[Checkpoint], object] = lambda found: None,
     ):
         self.root, self.name, self.unit, self.resumed = root, name, unit, resumed
         self.written, self.took_s = time.monotonic(), 0.0
 
     def newest(self, steps: int) -> Checkpoint | None:
-        """The newest whole checkpoint, if there is one, of work of so many steps."""
+        """The newest whole checkpoint, if there is one, of work of so many steps.
+
+        Errors: DataError where it is not of this work.
+        """
         found = load_latest(self.root)
-        if found is not None:
-            say(f"{self.name}: resumes after {self.unit} {found.step} of {steps}")
-            self.resumed(found.state)
+        if found is None:
+            return None
+        if found.step > steps:
+            raise found.refused(f"it is of {self.unit} {found.step}, expected one of {steps}")
+        others = [f"{name} {was} (here {now})" for name, now in versions().items()
+                  if (was := found.versions.get(name)) != now]  # fmt: skip
+        say(f"{self.name}: resumes after {self.unit} {found.step} of {steps}" + (
+            f", which was written with {', '.join(others)}: what follows may differ from what "
+            "would have followed there" if others else ""))  # fmt: skip
+        self.resumed(found)
         return found
 
     def after(self, step: int, steps: int, rest: Callable[[], tuple[Any, Any, Any]]) -> None:
@@ -99,30 +121,35 @@ def save_checkpoint(
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Write `root/step-N`, whole or not at all; of the older ones the newest stays.
+    """Write `root/step-N`, whole or not at all; of the others the newest before it stays.
+
+    One of a later step is damaged, or this work would have begun behind it; it would be taken for
+    the newest.
 
     Raises DiskFull, with what is needed and how to go on, where there is no space for it.
     """
     work, final = root / f"step-{step}.tmp", root / f"step-{step}"
     for left in root.glob("step-*.tmp"):  # by a process that was killed while it wrote
-        shutil.rmtree(left)
+        delete(left)
     work.mkdir(parents=True)
-    before = _complete(root)
-    goes_on = f"goes on after step {before[-1][0]}" if before else "begins anew"
+    before = [path for number, path in _complete(root) if number < step]
+    goes_on = f"goes on after {before[-1].name.replace('-', ' ')}" if before else "begins anew"
     remedy = f"Make room and run the same command again: it {goes_on}."
     nbytes = _nbytes(weights, optimizer)
     try:
         with space_for(work, f"the checkpoint of step {step}", remedy, nbytes):
             _write(work, step, weights, optimizer, state)
-            shutil.rmtree(final, ignore_errors=True)
+            delete(final)
             os.rename(work, final)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # why it could not be written is what is to be said
+            delete(work)
         raise
     sync_directory(root)
     write_text(root / LATEST, final.name)
-    for _, old in _complete(root)[:-2]:
-        shutil.rmtree(old)
+    for _, other in _complete(root):
+        if other not in (final, *before[-1:]):
+            delete(other)
 
 
 def _write(
@@ -148,7 +175,8 @@ def _write(
     for file in files:
         sync_directory(file)
     entries = {f.name: {"nbytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
-    write_json(work / COMPLETE, {"step": step, "files": entries, "versions": versions()})
+    write_json(work / COMPLETE, {"step": step, "of": work_of(work.parent), "files": entries,
+                                 "versions": versions()})  # fmt: skip
     sync_directory(work)
 
 
@@ -159,10 +187,13 @@ def _nbytes(*values: Any) -> int:
 
 
 def load_latest(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; a damaged one is skipped with a warning."""
+    """The newest complete checkpoint; a damaged one is skipped with a warning.
+
+    Errors: DataError where it is whole and not of the work in this folder.
+    """
     found = _complete(root)
     for step, path in reversed(found):
-        damage = _damage(path)
+        damage = _damage(path, step)
         if damage is None:
             return _load(path, step)
         say(f"{path}: passed over, {damage}")
@@ -173,25 +204,71 @@ def load_latest(root: Path) -> Checkpoint | None:
 
 def _complete(root: Path) -> list[tuple[int, Path]]:
     """The renamed checkpoints by step."""
-    numbers = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
-    return sorted((int(number), path) for number, path in numbers if number.isdecimal())
+    found = ((re.fullmatch(r"step-(0|[1-9][0-9]*)", path.name), path) for path in root.glob("s*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def work_of(root: Path) -> str:
+    """What a checkpoint in this folder is of: a hash of the folder's place in those of its stage
+    and of its parts, and of the manifests there, which say what each is made of.
+    """
+    found, folder = [], root
+    for place in (root, *root.parents):
+        if place.name == KEPT and (identity := identity_of(place.parent / MANIFEST)) is not None:
+            found.append(identity)
+            folder = place
+    found.append(root.relative_to(folder).as_posix())
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _load(path: Path, step: int) -> Checkpoint:
-    return Checkpoint(
-        step=step,
-        weights={file.stem: load_file(file) for file in path.glob("*.safetensors")},
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        state=json.loads((path / "state.json").read_text(encoding="utf-8"))
-        | {file.stem: read_rows(file) for file in path.glob("*.jsonl")},
+    """Errors: DataError for one of other work, and for files that hold what is never written."""
+    complete = read_object(path / COMPLETE) or {}
+    written = complete.get("versions")
+    by = written if isinstance(written, dict) else {}
+    if complete.get("of") != work_of(path.parent):
+        raise _refused(path, by, "it is not of this work: it was written for other data, settings "
+                       "or another part, or by a version that did not say for which"
+                       )  # fmt: skip
+    try:
+        found = Checkpoint(
+            step=step,
+            weights={file.stem: load_file(file) for file in path.glob("*.safetensors")},
+            optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+            state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+            path=path,
+            versions=by,
+        )
+        if not isinstance(found.optimizer, dict) or not isinstance(found.state, dict):
+            raise ValueError("no entries by name in optimizer.pt or state.json")
+        found.state.update({file.stem: read_rows(file) for file in path.glob("*.jsonl")})
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library has types of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise _refused(path, by, f"it holds what tppo never writes: {reason}") from None
+    return found
+
+
+def _refused(path: Path, written: Mapping[str, str], why: str) -> DataError:
+    """The error of a checkpoint that is whole, and that the work there cannot go on from."""
+    name = "tppo-kernels"
+    return DataError(
+        f"{path}: this checkpoint cannot be gone on from: {why}. It was written by {name} "
+        f"{written.get(name, 'of an unknown version')}, this is {versions()[name]}: go on with the "
+        f"version that wrote it, begin anew in another folder, or delete {path.parent} and begin "
+        "anew here"
     )
 
 
-def _damage(path: Path) -> str | None:
+def _damage(path: Path, step: int) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
-    entries = (read_object(path / COMPLETE) or {}).get("files")
+    complete = read_object(path / COMPLETE) or {}
+    entries = complete.get("files")
     if not isinstance(entries, dict):
         return f"no readable {COMPLETE}"
+    if complete.get("step") != step:
+        return f"{COMPLETE} says that it is of step {short(complete.get('step'))}"
     for name in sorted({*entries, "state.json", "optimizer.pt", *os.listdir(path)} - {COMPLETE}):
         entry, file = entries.get(name), path / name
         if not isinstance(entry, dict) or not {"nbytes", "sha256"} <= entry.keys():

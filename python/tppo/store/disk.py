@@ -53,6 +53,16 @@ def space_for(folder: Path, what: str, remedy: str, nbytes: int | None = None) -
         ) from error
 
 
+def delete(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link and not what it leads to; nothing
+    where there is none of them.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _free(folder: Path) -> int:
     """The free bytes of the disk that a folder is on, or is to be on."""
     while not folder.exists():

@@ -15,7 +15,7 @@ from typing import Any
 
 from tppo.errors import DataError, short
 from tppo.progress import say
-from tppo.store.disk import space_for
+from tppo.store.disk import delete, space_for
 from tppo.store.folder_lock import FolderLock
 from tppo.store.hashes import MANIFEST, Hashes, sha256
 from tppo.store.jsonl import plain, read_object, sync_directory, write_json, write_jsonl
@@ -197,7 +197,16 @@ def _clear(work: Path, *, keep: bool) -> None:
     for entry in list(work.iterdir()):
         if keep and entry.name in (KEPT, MANIFEST):  # the manifest says whose checkpoints they are
             continue
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        delete(entry)
+
+
+def identity_of(path: Path) -> dict[str, Any] | None:
+    """What the work of a manifest depends on, wherever its inputs lie; None without a manifest."""
+    found = read_object(path)
+    if found is None or not _is_identity(found):
+        return None
+    inputs = [entry["sha256"] for entry in found["inputs"]]
+    return {"inputs": inputs, "config": found["config"], "seed": found["seed"]}
 
 
 def _is_identity(found: dict[str, Any]) -> bool:
@@ -237,8 +246,8 @@ def _sync_tree(work: Path) -> None:
 def _replace(work: Path, final: Path) -> None:
     """Rename, after moving an earlier result aside: no folder is renamed over a full one."""
     old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    delete(old)
+    if final.exists() or final.is_symlink():
         os.rename(final, old)
     os.rename(work, final)
     sync_directory(final.parent)

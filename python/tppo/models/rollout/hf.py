@@ -15,7 +15,7 @@ from tppo.models.batch import pad
 from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
-from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, answers_of, weights_of
 from tppo.models.rollout.decoding import CACHE, decode, empty_cache, has_rows
 from tppo.models.rollout.seam import (
     RolloutBatch,
@@ -128,8 +128,10 @@ class HFRollout:
         ):
             torch.manual_seed(sampling.seed)
             kept = keeper.newest(len(chunks))
-            if kept is not None and _draws_go_on(kept.weights["draws"], device, description):
-                written += _apart(kept.weights["answers"])
+            if kept and _draws_go_on(weights_of(kept, "draws"), device, description):
+                rows = sum(map(len, chunks[: kept.step]))
+                (ids,) = answers_of(kept, rows, "ids")
+                written += ids
                 bar.resume(kept.step)
             for number in range(bar.count, len(chunks)):
                 written += self._shared_out([prompts[i] for i in chunks[number]], sampling)
@@ -229,11 +231,6 @@ def _rest(written: Sequence[Sequence[int]], device: torch.device) -> Rest:
     return Rest({"answers": answers, "draws": _draws(device)}, {}, {})
 
 
-def _apart(answers: Mapping[str, Tensor]) -> list[list[int]]:
-    """The answers of `_rest`."""
-    return [row.tolist() for row in answers["ids"].split(answers["lengths"].tolist())]
-
-
 def _draws(device: torch.device) -> dict[str, Tensor]:
     """The state of the generators that sampling on a device draws from."""
     found = {"cpu": torch.get_rng_state()}
@@ -243,7 +240,8 @@ def _draws(device: torch.device) -> dict[str, Tensor]:
 def _draws_go_on(draws: Mapping[str, Tensor], device: torch.device, description: str) -> bool:
     """Sets the generators to what `_draws` gave; False where that was on another kind of device."""
     here = _draws(device)
-    if {name: len(x) for name, x in draws.items()} != {name: len(x) for name, x in here.items()}:
+    was, now = ({name: (len(x), x.dtype) for name, x in of.items()} for of in (draws, here))
+    if was != now:
         say(f"{description}: begins anew all the same: what is kept was drawn on "
             f"{'cuda' if 'cuda' in draws else 'cpu'}, this process draws on {device.type}")
         return False

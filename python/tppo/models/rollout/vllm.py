@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix, VLLMConfig
 from tppo.models.guards import GuardError, trainable
-from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest
+from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, answers_of
 from tppo.models.policy import policy_logprobs
 from tppo.models.rollout.engine import Said, VLLMEngine, check_vllm, running
 from tppo.models.rollout.seam import (
@@ -124,7 +124,8 @@ class VLLMRollout:
         with status(description, len(chunks)) as bar:
             kept = keeper.newest(len(chunks))
             if kept is not None:
-                written += _apart(kept.weights["answers"])
+                rows_kept = sum(map(len, chunks[: kept.step]))
+                written += map(Said, *answers_of(kept, rows_kept, "ids", "logprobs"))
                 bar.resume(kept.step)
             if bar.count < len(chunks):
                 engine = self._awake(prompts, wanted)
@@ -220,10 +221,3 @@ def _rest(written: Sequence[Said]) -> Rest:
         "lengths": torch.tensor([len(one.ids) for one in written], dtype=torch.int32),
     }
     return Rest({"answers": answers}, {}, {})
-
-
-def _apart(answers: dict[str, torch.Tensor]) -> list[Said]:
-    """The answers of `_rest`."""
-    lengths = answers["lengths"].tolist()
-    ids, logprobs = (answers[name].split(lengths) for name in ("ids", "logprobs"))
-    return [Said(i.tolist(), p.tolist()) for i, p in zip(ids, logprobs, strict=True)]

@@ -1,0 +1,31 @@
+"""What a checkpoint of PPO's loop holds, and whether one is such."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tppo.models.keeper import NUMBER, Kept, check, state_of
+from tppo.store.rows import Rows
+
+STATE = {
+    "metrics": Rows, "samples": Rows, "best_score": (*NUMBER, type(None)), "best_step": int,
+    "seconds": NUMBER, "schedules": {"kl_coef": NUMBER}, "spoilt_in_row": int, "part_size": int,
+    "processes": int, "critic_fit": dict,
+}  # fmt: skip
+ROWS = {"metrics": {"step", "num_tokens", "policy/updates"}, "samples": {"step"}}
+"""What later steps and the report read in each row."""
+
+
+def kept_state(kept: Kept) -> dict[str, Any]:
+    """The state of a checkpoint.  Errors: DataError where it is not one that `Loop.save` writes."""
+    state = state_of(kept, STATE)
+    for name, needed in ROWS.items():
+        try:
+            rows = [*state[name]]
+        except ValueError as error:
+            raise kept.refused(f"{name}.jsonl: {error}") from None
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not needed <= row.keys():
+                raise kept.refused(f"row {number} of {name}.jsonl lacks one of {sorted(needed)}")
+    check(kept, rows=([row["step"] for row in state["metrics"]], [*range(1, kept.step + 1)]))
+    return state
