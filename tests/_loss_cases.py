@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tppo_kernels as tk
 from tppo_kernels._core.check import REDUCTIONS, Reduction
 from tppo_kernels._math.sequence import KL_ESTIMATORS
-from tppo_kernels.ops.ppo_loss.reference import Formula, PolicyTerms
+from tppo_kernels.ops.ppo_loss.reference import Formula, PolicyTerms, token_terms, tokens_of
 from tppo_kernels.testing import (
     DTYPES,
     MASKS,
@@ -44,6 +44,23 @@ def policy_run(x, mask=None, scale=1.0, **options):
     out = tk.ppo_loss(mask=mask, **x, **options)
     grads = torch.autograd.grad(out.loss * scale, leaves)
     return out.loss.detach(), grads[0], grads[1] if len(grads) > 1 else None, out.metrics
+
+
+def policy_magnitude(x, mask=None, cu_seqlens=None, **options):
+    """What `ppo_loss` adds up: the same sum of |policy term|, |KL term| and |entropy term| of each
+    token, in fp64."""
+    x = {name: value.double() for name, value in x.items()}
+    nothing, found = torch.zeros_like(x["old_logprobs"]), 0.0
+    for name, term in (("", {**x, "ref_logprobs": None, "entropy": None}),
+                       ("ref_logprobs", {**x, "weights": nothing, "entropy": None}),
+                       ("entropy", {**x, "weights": nothing, "ref_logprobs": None})):
+        if name and x.get(name) is None:
+            continue
+        terms = terms_of(term["old_logprobs"], term["advantages"], term.get("ref_logprobs"),
+                         term.get("weights"), cu_seqlens=cu_seqlens, **options)
+        found += token_terms(term["logprobs"], term.get("entropy"), tokens_of(
+            terms, mask, torch.float64), terms.formula, cu_seqlens).loss.abs().sum()
+    return found
 
 
 def policy_eager(x, mask, ratio):
@@ -105,8 +122,9 @@ def hold_to_fp64(run, x, mask, **options):
     actual = run(x, mask, **options)
     exact = reference(run, {k: v.double() for k, v in x.items()}, mask, **options)
     eager = reference(run, x, mask, **options)
+    added = policy_magnitude(x, mask, **options) if run is policy_run else None
     for i, (a, e, p) in enumerate(zip(*map(flat, (actual, exact, eager)), strict=True)):
-        assert_accurate(a, e, p, name=f"result {i} of {options}")
+        assert_accurate(a, e, p, scale=None if i else added, name=f"result {i} of {options}")
     assert_same_bits(tuple(run(x, mask, **options)), tuple(actual))
     return actual
 

@@ -114,7 +114,9 @@ def test_accuracy_over_dtypes_shapes_masks_strides(backend):
             exact = run(textbook, x.double(), mask, **options)
             eager = run(textbook, x.float(), mask, **options)
             assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
-            assert_accurate(actual[0], exact[0], eager[0], name=f"{CASES[case]} {options}")
+            added = textbook(x.double().abs(), mask, **options)
+            assert_accurate(actual[0], exact[0], eager[0], scale=added,
+                            name=f"{CASES[case]} {options}")
             assert_accurate(actual[1], exact[1], eager[1].to(dtype), name=f"gradient {options}")
             assert_same_bits(run(tk.reduce, x, mask, **options), actual)
             if mask is not None:
@@ -279,3 +281,14 @@ def test_a_second_derivative_and_fp64_elsewhere_are_refused():
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
     assert tk.explain(tk.reduce, x.double()).backend == "reference"
+
+
+def test_the_bound_of_a_sum_that_cancels_is_of_what_it_adds_up():
+    """1e4 and -1e4 and 1: plain float32 may be right to the bit, and one rounding is 1e-3."""
+    exact, added = torch.tensor(1.0, dtype=torch.float64), torch.tensor(20_001.0)
+    for off in (1e-3, -2e-3):
+        assert_accurate(exact + off, exact, exact.float(), scale=added)
+        with pytest.raises(AssertionError, match="result is off by .*, allowed 1.000e-06"):
+            assert_accurate(exact + off, exact, exact.float())
+    with pytest.raises(AssertionError, match="allowed 2.385e-03"):
+        assert_accurate(exact + 2.5e-3, exact, exact.float(), scale=added)

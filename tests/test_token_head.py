@@ -110,8 +110,10 @@ def test_accuracy(dtype, tokens, kind, layout, K):
     x, mask = sample(4, tokens, K, 33, dtype, seed=tokens), sample_mask(kind, 4, tokens)
     actual = run(*(map(strided, x) if layout == "strided" else x), mask)
     exact = run(*(v.double() for v in x), mask, head=eager)
-    for name, a, e, p in zip(NAMES, actual, exact, run(*x, mask, head=eager), strict=True):
-        assert_accurate(a, e, p, name=name)
+    added = run(*(v.double().abs() for v in x), mask, head=eager)
+    for name, a, e, p, scale in zip(NAMES, actual, exact, run(*x, mask, head=eager), added,
+                                    strict=True):
+        assert_accurate(a, e, p, scale=scale, name=name)
         assert a.dtype == (torch.float32 if name == "out" else dtype)
     if mask is not None:
         assert not actual[0][~mask].any() and not actual[1][~mask].any()
@@ -409,11 +411,12 @@ def test_cuda_kernels_emulated(emulated, monkeypatch):
             x[1:] = [v.float() for v in x[1:]]
         exact = run(*(v.double() for v in x), mask, head=eager)
         plain = run(*(v.float() for v in x), mask, head=eager)
+        added = run(*(v.double().abs() for v in x), mask, head=eager)
         if slices:  # as full[:, P - 1:-1]
             x[0] = F.pad(x[0], (0, 0, 2, 3), value=math.nan)[:, 2:2 + tokens]
         actual = cuda(*x, mask)
-        for name, a, e, p in zip(NAMES, actual, exact, plain, strict=True):
-            assert_accurate(a, e, p.to(a.dtype), name=f"{name} {EMULATED[case]}")
+        for name, a, e, p, scale in zip(NAMES, actual, exact, plain, added, strict=True):
+            assert_accurate(a, e, p.to(a.dtype), scale=scale, name=f"{name} {EMULATED[case]}")
         if mask is not None:
             assert not actual[0][~mask].any() and not actual[1][~mask].any()
 

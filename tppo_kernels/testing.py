@@ -1,7 +1,8 @@
 """Sample inputs, and how accurate a result must be: for tests, benchmarks and code of others.
 
 The policy: against fp64 from the same inputs, an operator's largest error is at most twice that of
-plain PyTorch in the inputs' own dtype, plus a floor of `FLOOR` times the largest exact value.
+plain PyTorch in the inputs' own dtype, plus a floor of `FLOOR` times the largest exact value; of a
+sum whose terms may cancel, plus float32's eps of the sum of their magnitudes.
 """
 
 from __future__ import annotations
@@ -71,16 +72,25 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return float(torch.where(difference.isnan(), float("inf"), difference).max())
 
 
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
 def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor | None = None, *,
-                    floor: float = FLOOR, name: str = "result") -> None:
-    """max|actual - exact| <= 2 max|eager - exact| + floor max|exact|, shapes equal.
+                    floor: float = FLOOR, scale: Tensor | None = None, name: str = "result"
+                    ) -> None:
+    """max|actual - exact| <= 2 max|eager - exact| + floor max|exact| + eps max|scale|, same shapes.
 
     exact: computed in fp64 from the same inputs; eager: plain PyTorch in the inputs' own dtype.
+    scale: of a sum, the same sum over the magnitudes of what it adds up.  Where these cancel, the
+    exact value says nothing of what float32 has rounded on the way, and eager may be right by luck;
+    eps is that of float32, 2^-23.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"{name} has shape {list(actual.shape)}, not {list(exact.shape)}")
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    allowed = floor * scale + (2 * max_error(eager, exact) if eager is not None else 0.0)
+    allowed = floor * _largest(exact) + (2 * max_error(eager, exact) if eager is not None else 0.0)
+    if scale is not None:
+        allowed += torch.finfo(torch.float32).eps * _largest(scale)
     error = max_error(actual, exact)
     if not error <= allowed:
         raise AssertionError(f"{name} is off by {error:.3e}, allowed {allowed:.3e}")

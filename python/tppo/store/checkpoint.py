@@ -212,7 +212,8 @@ def work_of(root: Path) -> str:
     """What a checkpoint in this folder is of: a hash of the folder's place in those of its stage
     and of its parts, and of the manifests there, which say what each is made of.
     """
-    found, folder = [], root
+    found: list[Any] = []
+    folder = root
     for place in (root, *root.parents):
         if place.name == KEPT and (identity := identity_of(place.parent / MANIFEST)) is not None:
             found.append(identity)
