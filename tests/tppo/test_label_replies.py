@@ -467,6 +467,42 @@ def test_a_key_is_hidden_however_a_server_spells_it(tmp_path, echo):
     assert not any(FOLDED[i : i + 6] in folded for i in range(len(FOLDED) - 5))
 
 
+@pytest.mark.parametrize(("code", "shown"), [
+    ("a" * 40 + " b", False),  # once 2 to the 40 ways to split the letters
+    ("a-" * 29 + "a", True), ("a" * 60 + " and what a user said", False), ("a" * 61, False),
+    ("model_not_loaded", True), ("_a", False), ("12", False), (1234, True),
+])  # fmt: skip
+def test_a_code_is_shown_where_it_is_one_plain_name(code, shown):
+    begin = time.process_time()
+    reply = Reply(400, {"error": {"message": "x", "code": code}})
+    trouble = outcome(reply, EndpointConfig(base_url="http://a/v1", model="m"), "red", schema=False)
+    assert (f"({code})" in trouble.reason) is shown and "user" not in trouble.reason
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("unit", [
+    "<WORD_SEQUENCE_JUDGEMENTS>", "{", "{ ", '{"', '{"a": 1} ', '{"a" ', "[{", "```json\n",
+    '<WORD_SEQUENCE_JUDGEMENTS>{"', "<WORD_SEQUENCE_JUDGEMENTS>[ </WORD_SEQUENCE_JUDGEMENTS>",
+])  # fmt: skip
+def test_an_answer_full_of_beginnings_is_read_in_no_time(unit):
+    begin = time.process_time()
+    with pytest.raises(BadAnswer):
+        parse(unit * (250_000 // len(unit)), "red shoes")
+    assert time.process_time() - begin < 2  # the time of twice as much was four times this
+
+
+def test_an_answer_has_a_length_and_a_thought_has_none():
+    verdict = '{"WORD_SEQUENCE_JUDGEMENTS": [{"word": "red", "label": 1}], ' \
+              '"ACROSS_QUERY_JUDGEMENTS": {"label": 0}}'  # fmt: skip
+    for longer in ("", "x" * 200_000):  # longer than the part that is tried first
+        assert parse(f"[1 {{ {longer} {verdict} {longer[:9]}", "red").words[0].label == 1
+    padded = verdict.replace(" ", " " * 30_000)
+    assert parse(f'so {{"{padded}', "red").sentence == 0
+    assert parse(f"<think>{'x' * 300_000}</think>{verdict}", "red").sentence == 0
+    with pytest.raises(BadAnswer, match="300,158 characters in the answer, expected at most 262,1"):
+        parse("x" * (300_158 - len(verdict)) + verdict, "red")
+
+
 def test_what_is_no_key_is_shown():
     for text in ("HTTP 500 from http://127.0.0.1:8000/v1", "'red' stands where 'hat' was expected"):
         assert without_key(text, KEY) == text

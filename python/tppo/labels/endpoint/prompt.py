@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pydantic
 
 WORDS_TAG, SENTENCE_TAG = "WORD_SEQUENCE_JUDGEMENTS", "ACROSS_QUERY_JUDGEMENTS"
+LONGEST = 1 << 18  # characters of an answer behind its thought: thousands of judged words
+_DECODER = json.JSONDecoder()
 
 Template = Literal["words", "sentence"]
 
@@ -250,6 +252,8 @@ def parse(
     in a thought that has no end is a draft, and no judgement.
     """
     text = _without_thought(answer, cut)
+    if len(text) > LONGEST:
+        raise BadAnswer(f"{len(text):,} characters in the answer, expected at most {LONGEST:,}")
     try:
         judgement = _in_tags(text, template)
         _check_words(judgement, response, template)
@@ -309,11 +313,13 @@ def _object_in(text: str, template: Template) -> str | None:
 
 def _between(answer: str, tag: str, fits: Callable[[Any], bool]) -> str:
     """The JSON between the last pair of tags: a model may think aloud before it answers."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", answer, re.DOTALL)
-    if not found:
-        raise BadAnswer(f"no <{tag}>...</{tag}> in the answer")
-    values = list(_values(found[-1], "[" if tag == WORDS_TAG else "{", fits))
-    return values[-1] if values else _unfenced(found[-1])
+    begin, end, found, at = f"<{tag}>", f"</{tag}>", None, 0
+    while (start := answer.find(begin, at)) >= 0 and (after := answer.find(end, start)) >= 0:
+        found, at = answer[start + len(begin) : after], after + len(end)
+    if found is None:
+        raise BadAnswer(f"no {begin}...{end} in the answer")
+    values = list(_values(found, "[" if tag == WORDS_TAG else "{", fits))
+    return values[-1] if values else _unfenced(found)
 
 
 def _is_list(value: Any) -> bool:
@@ -322,11 +328,11 @@ def _is_list(value: Any) -> bool:
 
 def _values(text: str, opening: str, fits: Callable[[Any], bool]) -> Iterator[str]:
     """The JSON objects or lists of the wanted type in a text, also inside those of another type."""
-    decoder, start = json.JSONDecoder(), text.find(opening)
+    start = text.find(opening)
     while start >= 0:
         end = start + 1
         try:
-            value, after = decoder.raw_decode(text, start)
+            value, after = _decoded(text, start)
         except ValueError:
             pass
         except RecursionError:
@@ -336,6 +342,23 @@ def _values(text: str, opening: str, fits: Callable[[Any], bool]) -> Iterator[st
                 yield text[start:after]
                 end = after
         start = text.find(opening, end)
+
+
+def _decoded(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends; an error costs no more than the part of
+    the text up to it, so that a text full of brackets takes no time that grows with its square.
+    """
+    size = 1024
+    while True:
+        part = text[start : start + size]
+        try:
+            value, end = _DECODER.raw_decode(part)
+            return value, start + end
+        except json.JSONDecodeError as error:
+            cut = error.pos > len(part) - 16 or error.msg.startswith("Unterminated")
+            if start + size >= len(text) or not cut:
+                raise
+        size *= 8
 
 
 def _unfenced(text: str) -> str:

@@ -250,7 +250,8 @@ def too_long_a_wait(trouble: Trouble, config: EndpointConfig) -> Trouble:
 def _shown(code: Any) -> str:
     """An error's code where it is a plain name or a number; free text may hold anything."""
     text = str(code) if isinstance(code, (str, int)) else ""
-    return text if re.fullmatch(r"[A-Za-z]+([._-]?[A-Za-z]+)*|[0-9]{3,5}", text[:60]) else ""
+    plain = len(text) <= 60 and re.fullmatch(r"[A-Za-z]+([._-][A-Za-z]+)*|[0-9]{3,5}", text)
+    return text if plain else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
