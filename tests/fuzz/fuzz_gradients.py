@@ -100,6 +100,12 @@ def logits_of(call: Call) -> torch.Tensor:
     return x if call.bias is None else x + call.bias.double()
 
 
+def tanh(u: torch.Tensor) -> torch.Tensor:
+    """tanh(u), whose slope far from 0 is no difference of 1 and its square: that has few digits."""
+    e = torch.exp(-2 * u.abs())
+    return torch.where(u.abs() < 1, torch.tanh(u), u.sign() * (1 - e) / (1 + e))
+
+
 def exact(call: Call) -> tuple[list[torch.Tensor], list[float]]:
     """The gradients in fp64, and of each what rounding its terms may cost."""
     o, (hidden, weight, bias) = call.options, leaves(call)
@@ -112,7 +118,7 @@ def exact(call: Call) -> tuple[list[torch.Tensor], list[float]]:
         x = given[0] @ given[1].T
         x = x if given[2] is None else x + given[2]
     y = x * o["logit_scale"]
-    capped = y if o["softcap"] is None else o["softcap"] * torch.tanh(y / o["softcap"])
+    capped = y if o["softcap"] is None else o["softcap"] * tanh(y / o["softcap"])
     t = o["temperature"]
     t = t.double()[..., None] if isinstance(t, torch.Tensor) else t
     v = o["valid_vocab"]

@@ -236,7 +236,8 @@ def policy_terms(
         term = -a * held.detach() * lp
     else:
         tau = torch.where(a > 0, o["tau_pos"], o["tau_neg"]).to(lp.dtype)
-        term = -a * 4 / tau * torch.sigmoid(tau * (r - 1))
+        x = tau * (r - 1)  # 1 - sigmoid(x) is sigmoid(-x): its slope does not round to 0
+        term = -a * 4 / tau * torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x))
     if w is not None:
         term = torch.where(w == 0, 0.0, w * term)
     terms = [term]
