@@ -1,5 +1,6 @@
 """Every form of reply of the table, played by a real HTTP server on this machine."""
 
+import gzip
 import time
 from collections import Counter
 from pathlib import Path
@@ -130,6 +131,10 @@ PLAYS = {  # form -> what the server plays, (who loses the item, requests it cos
         (once(lambda r: (200, {}, {"choices": None})), ("labelled", 2)),
         (always(lambda r: (200, {}, b"<html>")), ("endpoint", 3)),
     ],
+    "too large": [
+        (always(lambda r: (200, {"Content-Encoding": "gzip"}, gzip.compress(b"{}"))),
+         ("endpoint", 1)),
+    ],
     "other": [(always(lambda r: error(418)), ("endpoint", 1))],
 }
 ELSEWHERE = {"quota", "redirect", "wait", "schema", "unreachable", "no words", "unanswered"}
@@ -163,7 +168,7 @@ def test_all_forms_in_one_run_give_the_labels_that_a_person_expects(tmp_path):
         settings = config(server, timeout_s=2.0)
         run = label(items, settings, cache)
         lost = {f"s{n}": by for n, (_, (by, _)) in played.items() if by != "labelled"}
-        assert {each.id: each.by for each in run.dropped} == lost and len(lost) == 40
+        assert {each.id: each.by for each in run.dropped} == lost and len(lost) == 42
         right = {f"s{n}": (("red", 1), ("hat", 0), (str(n), 0)) for n in range(200)}
         assert {each.id: each.words for each in run.labels} == {
             id: words for id, words in right.items() if id not in lost

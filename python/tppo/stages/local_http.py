@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +21,9 @@ from tppo.store.jsonl import plain
 
 ADDRESS = "127.0.0.1"
 MOST_BYTES = 1 << 20  # of a request
-SLOW_S = 60.0  # a client that sends or takes nothing for so long is left
+MOST_CLIENTS = 128  # connections at once
+SLOW_S = 60.0  # for a client to send a body; one that sends or takes nothing for so long is left
+REST_S = 5.0  # a client that still sends what was refused is listened to for so long, then cut off
 
 
 class Refused(Exception):
@@ -33,6 +38,17 @@ class Refused(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param,
                           "code": self.code}}  # fmt: skip
+
+
+def _full() -> bytes:
+    """The whole reply to a connection that there is no place for."""
+    said = f"{MOST_CLIENTS} connections are open, expected a client to close those it has done with"
+    body = json.dumps(Refused(503, said).body()).encode()
+    return (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+FULL = _full()
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -50,6 +66,30 @@ class LocalServer(ThreadingHTTPServer):
             raise DataError(f"{flag} was {port}, which cannot be had ({error.strerror}), expected "
                             "a free one; 0 takes any") from None  # fmt: skip
         self.port = self.server_address[1]
+        self.places = threading.BoundedSemaphore(MOST_CLIENTS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection, or 503 where there are as many as there may be."""
+        if self.places.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # it has got no thread
+                self.places.release()
+                raise
+            return
+        try:
+            request.settimeout(1.0)
+            request.sendall(FULL)
+        except OSError:
+            pass
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The connection, from its first to its last request."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
 
 class LocalHandler(BaseHTTPRequestHandler):
@@ -70,8 +110,17 @@ class LocalHandler(BaseHTTPRequestHandler):
         """Answers a POST."""
         raise NotImplementedError
 
+    def handle(self) -> None:
+        """All requests of the connection; a client that goes away is no error."""
+        try:
+            super().handle()
+        except ConnectionError:
+            self.close_connection = True
+
     def do_GET(self) -> None:
-        """A GET of a client that may ask."""
+        """A GET of a client that may ask; a body, which has no meaning, is no next request."""
+        if {"Content-Length", "Transfer-Encoding"} & {*map(str.title, self.headers)}:
+            self.close_connection = True
         self._guarded(self.get)
 
     def do_POST(self) -> None:
@@ -81,12 +130,39 @@ class LocalHandler(BaseHTTPRequestHandler):
     def _guarded(self, answer: Callable[[str], None]) -> None:
         try:
             self._check_origin()
-            answer(urlsplit(self.path).path)
+            answer(self._asked_path())
         except Refused as error:
-            self.close_connection = True  # what is left of its body is not read
+            self.close_connection = True  # what is left of its body is no request
             self.send_json(error.status, error.body())
+            self._hear_out()
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
+        except Exception as error:  # of this package: whoever waits is told, and so is stderr
+            self.close_connection = True
+            self.send_json(500, Refused(500, f"the server failed: {type(error).__name__}").body())
+            raise
+
+    def _asked_path(self) -> str:
+        try:
+            return urlsplit(self.path).path
+        except ValueError as error:
+            raise Refused(400, f"the path was {self.path!r}, which is none: {error}") from None
+
+    def _hear_out(self) -> None:
+        """Drop what a client still sends: one whose connection is cut while it sends has no reply.
+
+        Nothing of it is kept.
+        """
+        try:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + REST_S
+            while (left := end - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    return
+        except OSError:
+            pass
 
     def _check_origin(self) -> None:
         host = (self.headers.get("Host") or "").lower()
@@ -111,11 +187,26 @@ class LocalHandler(BaseHTTPRequestHandler):
             raise Refused(411, f"Content-Length was {length!r}, expected the number of bytes")
         if int(length) > MOST_BYTES:
             raise Refused(413, f"the body has {length} bytes, expected at most {MOST_BYTES}")
-        raw = self.rfile.read(int(length))
+        raw = self._received(int(length))
         try:
             return json.loads(raw.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is no JSON: {error}") from None
+
+    def _received(self, length: int) -> bytes:
+        """The body.  Errors: Refused where it does not come, or not in time."""
+        raw, end = bytearray(), time.monotonic() + self.timeout
+        while len(raw) < length:
+            try:
+                if not (part := self.rfile.read1(length - len(raw))):
+                    raise Refused(400, f"the body ended after {len(raw)} of {length} bytes")
+            except TimeoutError:
+                end = 0.0
+            else:
+                raw += part
+            if len(raw) < length and time.monotonic() > end:
+                raise Refused(408, f"{len(raw)} of {length} bytes came within {self.timeout:g} s")
+        return bytes(raw)
 
     def send_json(self, status: int, value: Any) -> None:
         self.send(status, json.dumps(plain(value)).encode(), "application/json")

@@ -200,6 +200,14 @@ FORMS = (
         advice="the server's reply is not a chat completion{v1}",
     ),
     Form(
+        "too large",
+        "a reply of more than 8 MB, of which no more is read, or a compressed one, which is not "
+        "asked for and not unpacked",
+        "drop", "drop", "endpoint",
+        advice="the reply has more than 8 MB, or is compressed although it was asked for as it is "
+        "(Accept-Encoding: identity): is {base_url} such an endpoint?",
+    ),
+    Form(
         "other",
         "any other status",
         "drop", "drop", "endpoint",

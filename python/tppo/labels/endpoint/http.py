@@ -1,5 +1,8 @@
 """HTTP to an endpoint: a client without redirections, the proxy of the environment, one exchange.
 
+A reply is read as it comes and left behind `MOST_BYTES`; none that is compressed is unpacked, for a
+few of its bytes may stand for gigabytes.
+
 Nothing is tried again in here: the table of forms.py decides what a reply means.
 """
 
@@ -8,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tppo.labels.endpoint.config import NO_KEY, EndpointConfig, check_port
 from tppo.labels.endpoint.proxy import proxy_for
@@ -16,6 +19,10 @@ from tppo.labels.endpoint.replies import Reply, reply_of
 
 if TYPE_CHECKING:
     import openai
+
+MOST_BYTES = 8 << 20  # of a reply: an answer has thousands, class logits of a request 16 a token
+ENCODING, PLAIN = "content-encoding", "identity"
+OF_TRANSFER = {ENCODING, "content-length", "transfer-encoding"}  # not of the whole content
 
 
 def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
@@ -35,25 +42,48 @@ def new_client(config: EndpointConfig, key: str) -> openai.AsyncOpenAI:
 
 
 def new_http(config: EndpointConfig) -> Any:
-    """A client for requests of any kind, which follows no redirection.  Errors: `new_client`."""
+    """A client for requests of any kind, which follows no redirection and reads a reply of at most
+    `MOST_BYTES`.  Errors: `new_client`.
+    """
     import openai
 
     # httpx or its successor, whichever this release of openai is built on.
     package = openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
-    http = importlib.import_module(package)
+    http: Any = importlib.import_module(package)
+
+    class TooLarge(http.TransportError):
+        """A reply that is not read to its end."""
 
     class Limited(openai.DefaultAsyncHttpxClient):
         """Its time limit is for a whole try; the usual one starts again with every byte."""
 
-        async def send(self, *arguments: Any, **options: Any) -> Any:
+        async def send(self, request: Any, **options: Any) -> Any:
+            whole = self._whole(request, **options | {"stream": True})
             try:
-                return await asyncio.wait_for(super().send(*arguments, **options), config.timeout_s)
+                return await asyncio.wait_for(whole, config.timeout_s)
             except asyncio.TimeoutError:
                 raise http.ReadTimeout("the whole reply took too long") from None
 
+        async def _whole(self, request: Any, **options: Any) -> Any:
+            reply = await super().send(request, **options)
+            content = bytearray()
+            try:
+                if reply.headers.get(ENCODING, PLAIN).strip().lower() not in ("", PLAIN):
+                    raise TooLarge("the reply is compressed")
+                async for part in reply.aiter_raw():
+                    content += part
+                    if len(content) > MOST_BYTES:
+                        raise TooLarge("the reply goes on")
+            finally:
+                await reply.aclose()
+            headers = [(k, v) for k, v in reply.headers.multi_items() if k not in OF_TRANSFER]
+            return http.Response(reply.status_code, headers=headers, content=bytes(content),
+                                 request=request)  # fmt: skip
+
     return Limited(
-        follow_redirects=False, transport=_transport(http, config), timeout=config.timeout_s
-    )
+        follow_redirects=False, transport=_transport(http, config), timeout=config.timeout_s,
+        headers={"Accept-Encoding": PLAIN},
+    )  # fmt: skip
 
 
 def _transport(http: Any, config: EndpointConfig) -> Any:
@@ -90,8 +120,7 @@ async def exchange(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Reply
         return Reply(failure="slow")
     except openai.APIConnectionError as error:
         # By name: httpx's classes, or those of whatever openai is built on.
-        kind = type(error.__cause__).__name__
-        return Reply(failure="unreachable" if re.search("Connect|Proxy", kind) else "broken")
+        return Reply(failure=_failure(type(error.__cause__).__name__))
     except openai.APIStatusError as error:
         return reply_of(error.status_code, error.response.headers, error.response.content)
     except (openai.OpenAIError, ValueError, RecursionError):
@@ -113,5 +142,12 @@ async def exchange_json(client: Any, url: str, key: str, body: dict[str, Any] | 
             return Reply(failure="slow")
         if "TransportError" not in kinds:
             raise
-        return Reply(failure="unreachable" if re.search("Connect|Proxy", kinds[0]) else "broken")
+        return Reply(failure=_failure(kinds[0]))
     return reply_of(raw.status_code, raw.headers, raw.content)
+
+
+def _failure(kind: str) -> Literal["too large", "unreachable", "broken"]:
+    """The form of a reply of which there is an error of this class alone."""
+    if kind == "TooLarge":
+        return "too large"
+    return "unreachable" if re.search("Connect|Proxy", kind) else "broken"

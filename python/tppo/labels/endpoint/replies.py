@@ -29,7 +29,8 @@ class Reply:
     status: int | None = None
     body: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    failure: Literal["", "slow", "broken", "unreachable", "garbled", "unanswered"] = ""
+    failure: Literal["", "slow", "broken", "unreachable", "garbled", "unanswered",
+                     "too large"] = ""  # fmt: skip
     """The form of a reply that is no HTTP response, or none that can be read."""
 
 
