@@ -23,7 +23,7 @@ from tppo.labels.endpoint.replies import object_of, outcome  # noqa: E402
 
 GIGABYTE, PACKED = 1 << 30, 1 << 27
 MOST_MEMORY = 6 * MOST_BYTES  # what is read, as bytes, text and JSON; and nothing of a gigabyte
-SAID = "the reply has more than 8 MB, or is compressed although it was asked for as it is "
+SAID = "the reply has more than 8 MB, or is compressed otherwise than by gzip although it was "
 
 
 class Large(BaseHTTPRequestHandler):
@@ -42,6 +42,11 @@ class Large(BaseHTTPRequestHandler):
                 body = json.dumps({"data": "x" * (MOST_BYTES - 12)}).encode()
                 assert len(body) == MOST_BYTES
                 self.headed({"Content-Length": str(len(body))}, body)
+            elif kind in ("packed", "cut", "no-gzip"):  # though it was not asked for
+                body = gzip.compress(json.dumps({"data": "x" * 5_000_000}).encode())
+                body = {"packed": body, "cut": body[:-9], "no-gzip": b"{}" * 9}[kind]
+                length = str(len(body))
+                self.headed({"Content-Encoding": "gzip", "Content-Length": length}, body)
             elif kind in ("gzip", "zstd"):
                 size = str(len(self.bomb))
                 self.headed({"Content-Encoding": kind, "Content-Length": size}, self.bomb)
@@ -127,3 +132,10 @@ def test_what_fits_is_read_whole(large):
     reply, _, peak = asked(large, "fits", False)
     assert reply.status == 200 and len(reply.body["data"]) == MOST_BYTES - 12
     assert peak < MOST_MEMORY
+
+
+def test_what_is_packed_unasked_was_paid_and_counts(large):
+    reply, _, peak = asked(large, "packed", False)
+    assert reply.status == 200 and len(reply.body["data"]) == 5_000_000 and peak < MOST_MEMORY
+    assert asked(large, "cut", False)[0].failure == "broken"
+    assert asked(large, "no-gzip", True)[0].failure == "broken"

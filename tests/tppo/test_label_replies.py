@@ -132,7 +132,7 @@ PLAYS = {  # form -> what the server plays, (who loses the item, requests it cos
         (always(lambda r: (200, {}, b"<html>")), ("endpoint", 3)),
     ],
     "too large": [
-        (always(lambda r: (200, {"Content-Encoding": "gzip"}, gzip.compress(b"{}"))),
+        (always(lambda r: (200, {"Content-Encoding": "zstd"}, gzip.compress(b"{}"))),
          ("endpoint", 1)),
     ],
     "other": [(always(lambda r: error(418)), ("endpoint", 1))],

@@ -201,11 +201,11 @@ FORMS = (
     ),
     Form(
         "too large",
-        "a reply of more than 8 MB, of which no more is read, or a compressed one, which is not "
-        "asked for and not unpacked",
+        "a reply of more than 8 MB, of which no more is read, or one compressed otherwise than by "
+        "gzip",
         "drop", "drop", "endpoint",
-        advice="the reply has more than 8 MB, or is compressed although it was asked for as it is "
-        "(Accept-Encoding: identity): is {base_url} such an endpoint?",
+        advice="the reply has more than 8 MB, or is compressed otherwise than by gzip although it "
+        "was asked for as it is (Accept-Encoding: identity): is {base_url} such an endpoint?",
     ),
     Form(
         "other",

@@ -1,7 +1,7 @@
 """HTTP to an endpoint: a client without redirections, the proxy of the environment, one exchange.
 
-A reply is read as it comes and left behind `MOST_BYTES`; none that is compressed is unpacked, for a
-few of its bytes may stand for gigabytes.
+A reply is read as it comes and left behind `MOST_BYTES`, which count unpacked: a few bytes of one
+that is compressed, which is not asked for, may stand for gigabytes.
 
 Nothing is tried again in here: the table of forms.py decides what a reply means.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
+import zlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from tppo.labels.endpoint.config import NO_KEY, EndpointConfig, check_port
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import openai
 
 MOST_BYTES = 8 << 20  # of a reply: an answer has thousands, class logits of a request 16 a token
-ENCODING, PLAIN = "content-encoding", "identity"
+ENCODING, PLAIN, GZIP = "content-encoding", "identity", ("gzip", "x-gzip")
 OF_TRANSFER = {ENCODING, "content-length", "transfer-encoding"}  # not of the whole content
 
 
@@ -68,12 +69,19 @@ def new_http(config: EndpointConfig) -> Any:
             reply = await super().send(request, **options)
             content = bytearray()
             try:
-                if reply.headers.get(ENCODING, PLAIN).strip().lower() not in ("", PLAIN):
-                    raise TooLarge("the reply is compressed")
+                packed = reply.headers.get(ENCODING, PLAIN).strip().lower() or PLAIN
+                if packed not in (PLAIN, *GZIP):
+                    raise TooLarge("the reply is compressed in another way")
+                unpack = zlib.decompressobj(zlib.MAX_WBITS | 16) if packed in GZIP else None
                 async for part in reply.aiter_raw():
-                    content += part
+                    room = MOST_BYTES + 1 - len(content)
+                    content += unpack.decompress(part, room) if unpack else part
                     if len(content) > MOST_BYTES:
                         raise TooLarge("the reply goes on")
+                if unpack and not unpack.eof:
+                    raise http.RemoteProtocolError("the reply was cut")
+            except zlib.error:
+                raise http.RemoteProtocolError("the reply is no gzip") from None
             finally:
                 await reply.aclose()
             headers = [(k, v) for k, v in reply.headers.multi_items() if k not in OF_TRANSFER]
