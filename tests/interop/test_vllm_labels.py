@@ -13,8 +13,10 @@ import pytest
 import torch
 from _vllm_server import Between, VLLMServer
 
+from tppo.cli import main
 from tppo.labels.endpoint.live import Dropped, EndpointConfig, LabelItem, label
 from tppo.labels.endpoint.prompt import prompt
+from tppo.labels.label import read_labels
 from tppo.labels.words import word_spans
 from tppo.models.folder import save_model
 from tppo.models.load import load_policy
@@ -22,9 +24,17 @@ from tppo.models.tokenizer import load_tokenizer
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.prompts import history_lines
 from tppo.sessions.synthetic import generate_sessions
+from tppo.stages.doctor import LABEL_FLAGS, LABEL_SERVER
 
-FLAGS = ("--max-model-len", "1536", "--max-num-seqs", "16", "--served-model-name", "judge",
-         "--enable-prefix-caching")  # fmt: skip
+START = LABEL_SERVER.split()  # as `tppo doctor` says it
+FLAGS = (*START[START.index("MODEL") + 1 :], "--max-model-len", "1536", "--max-num-seqs", "16")
+TINY = {
+    "sessions": {"train_users": 40, "heldout_users": 6, "test_users": 6, "transfer_users": 0},
+    "scratch": {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 300, "heads": 2},
+    "sft": {"max_steps": 60, "eval_every": 30, "lr": 0.01},
+    "generate": {"samples": 16, "max_new_tokens": 16},
+    "reward_model": {"epochs": 1, "min_auc": 0.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,22 @@ def test_a_hundred_verdicts_parse_and_the_common_text_is_read_once(server, tmp_p
           f"{hits / queries:.1%} of {queries:.0f} prompt tokens were in the prefix cache")
     assert 0 < relevant < count
     assert hits / queries > 0.7  # of prompts in blocks of 128 tokens, vLLM's on a CPU
+
+
+def test_the_command_that_doctor_names_labels_a_run(server, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    flags = LABEL_FLAGS.replace("http://127.0.0.1:8000", server.url).split()
+    assert f"{server.url}/v1" in flags and server.process.args[1:3] == START[1:3]
+    for stage in ("data", "sft", "generate", "label", "map", "train-rm"):
+        main([stage, "--out", str(out), "--config", str(tmp_path / "tiny.json"),
+              *(flags if stage == "label" else ())])  # fmt: skip
+    labels = read_labels(out / "label/labels.jsonl")
+    answers = [json.loads(line)["text"] for line in open(out / "generate/answers.jsonl")]
+    assert sorted(one.response for one in labels) == sorted(filter(words_of, answers))
+    assert len(labels) > 8 and {one.labeller for one in labels} == {"judge"}
+    assert all([word for word, _ in one.words] == words_of(one.response) for one in labels)
+    assert (out / "train-rm/model/config.json").exists()
 
 
 def verdict_of(text, words):
