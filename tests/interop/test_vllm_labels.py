@@ -104,6 +104,7 @@ def test_the_command_that_doctor_names_labels_a_run(server, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     flags = LABEL_FLAGS.replace("http://127.0.0.1:8000", server.url).split()
+    flags += ["--label.endpoint.max-tokens", "600"]  # of the 1,536 that this server has
     assert f"{server.url}/v1" in flags and server.process.args[1:3] == START[1:3]
     for stage in ("data", "sft", "generate", "label", "map", "train-rm"):
         main([stage, "--out", str(out), "--config", str(tmp_path / "tiny.json"),
