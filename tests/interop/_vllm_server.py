@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-UP_WITHIN_S = 420  # only against a hang: on two idle cores it is up within a minute
+UP_WITHIN_S = 1_200  # only against a hang: on two idle cores it is up within a minute
 
 
 def free_port():

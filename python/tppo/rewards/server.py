@@ -47,8 +47,8 @@ class RewardServerError(RuntimeError):
     """The server of the reward model gave nothing that could be paid; the message says what."""
 
 
-class Line(NamedTuple):
-    """To a server, for one call: its requests share connections."""
+class Connection(NamedTuple):
+    """To a server, for the requests of one call, which share it."""
 
     client: Any  # of `new_http`
     endpoint: EndpointConfig
@@ -151,8 +151,8 @@ class RewardServer(nn.Module):
                 f"(relative) from those of {self.folder}, as those of 16-bit weights are")
         return served
 
-    async def _model(self, line: Line) -> Served:
-        found = await self._object("/v1/models", None, line)
+    async def _model(self, server: Connection) -> Served:
+        found = await self._object("/v1/models", None, server)
         given = found.get("data")
         models = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
         names = [str(model.get("id")) for model in models]
@@ -164,7 +164,7 @@ class RewardServer(nn.Module):
         longest = models[names.index(name)].get("max_model_len")
         return Served(name, longest if type(longest) is int else None)
 
-    async def _check_tokenizer(self, line: Line) -> None:
+    async def _check_tokenizer(self, server: Connection) -> None:
         """The server's tokenizer gives the ids of ours, for a text with much of its vocabulary."""
         size = len(self.tokenizer)
         spread = range(0, size, max(1, size // SPREAD))
@@ -173,14 +173,14 @@ class RewardServer(nn.Module):
         )
         own = self.tokenizer.encode(text, add_special_tokens=False)
         request = {"model": self.served.name, "prompt": text, "add_special_tokens": False}
-        found = (await self._object("/tokenize", request, line)).get("tokens")
+        found = (await self._object("/tokenize", request, server)).get("tokens")
         if found != own:
             raise self._error(f"it has another tokenizer than {self.folder}: of a text with "
                               f"{len(own)} tokens it makes others; {self._start()}")  # fmt: skip
 
-    async def _logits(self, rows: Sequence[Sequence[int]], line: Line) -> list[Tensor]:
+    async def _logits(self, rows: Sequence[Sequence[int]], server: Connection) -> list[Tensor]:
         """Class logits of all tokens of each row, [L, 3], of the model that was there at first."""
-        probe, *found = await self._asked([self.probe.ids, *rows], line)
+        probe, *found = await self._asked([self.probe.ids, *rows], server)
         self._check_probe(probe)
         return found
 
@@ -200,14 +200,14 @@ class RewardServer(nn.Module):
                           f"logits are off by {error:.1e} (relative), expected < {self.limit:.0e}; "
                           f"{why}; {self._start()}")  # fmt: skip
 
-    async def _asked(self, rows: Sequence[Sequence[int]], line: Line) -> list[Tensor]:
+    async def _asked(self, rows: Sequence[Sequence[int]], server: Connection) -> list[Tensor]:
         """What the server replies to rows of ids: for each [L, 3]."""
         request = {
             "model": self.served.name, "task": "token_classify", "input": [[*r] for r in rows],
             "add_special_tokens": False, "use_activation": False, "encoding_format": "base64",
             "embed_dtype": "float32", "endianness": "little",
         }  # fmt: skip
-        given = (await self._object("/pooling", request, line)).get("data")
+        given = (await self._object("/pooling", request, server)).get("data")
         if not isinstance(given, list) or len(given) != len(rows):
             count = f"{len(given)} entries" if isinstance(given, list) else "no list"
             raise self._error(f"its reply has {count} in `data`, expected {len(rows)}: one a row")
@@ -230,10 +230,10 @@ class RewardServer(nn.Module):
         return torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(length, len(CLASSES))
 
     async def _object(
-        self, path: str, body: dict[str, Any] | None, line: Line
+        self, path: str, body: dict[str, Any] | None, server: Connection
     ) -> dict[str, Any]:
         """The JSON object that one request gives, tried again as a labeller's is."""
-        client, endpoint = line
+        client, endpoint = server
 
         async def attempt() -> tuple[dict[str, Any] | Trouble, Action]:
             url = endpoint.base_url.removesuffix("/v1") + path
@@ -259,7 +259,9 @@ class RewardServer(nn.Module):
             raise self._error(f"{reason}; {self._start()}")
         return result
 
-    def _run(self, endpoint: EndpointConfig, work: Sequence[Callable[[Line], Any]]) -> list[Any]:
+    def _run(
+        self, endpoint: EndpointConfig, work: Sequence[Callable[[Connection], Any]]
+    ) -> list[Any]:
         """The results of what asks a server, some at once, over connections that they share.
 
         In a thread where no other event loop runs.
@@ -268,12 +270,12 @@ class RewardServer(nn.Module):
         async def all_of_it() -> list[Any]:
             free = asyncio.Semaphore(self.config.concurrency)
 
-            async def one(each: Callable[[Line], Any]) -> Any:
+            async def one(each: Callable[[Connection], Any]) -> Any:
                 async with free:
-                    return await each(line)
+                    return await each(server)
 
             async with new_http(endpoint) as client:
-                line = Line(client, endpoint)
+                server = Connection(client, endpoint)
                 return list(await asyncio.gather(*map(one, work)))
 
         with ThreadPoolExecutor(1, "reward-server") as thread:
