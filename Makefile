@@ -72,7 +72,7 @@ interop: .venv/dev  ## TRL, verl, SkyRL and the others from the index against ou
 interop-ci: .venv/dev  ## the part of interop that takes two minutes with its installs
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py --ci $(PEERS)
 
-interop-vllm: .venv/dev  ## vLLM as rollout, server of labels and of reward models: 4 minutes to install, then as long to test
+interop-vllm: .venv/dev  ## vLLM as rollout, server of labels and of reward models: 4 minutes to install, then about 10 to test
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/interop/run.py vllm
 
 lint: .venv/dev
