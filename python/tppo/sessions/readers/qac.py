@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tppo.errors import DataError, short
 from tppo.sessions.session import Event, Session, collapse, held
 from tppo.store.fingerprints import Fingerprints
-from tppo.store.jsonl import BadRows, is_text
+from tppo.store.jsonl import LONGEST, BadRows, is_text
 
 REQUIRED = ("session_id", "final_search_term")
 OPTIONAL = ("query_id", "past_search_terms", "prefix", "prefixes", "search_time")
-ROWS = 1024  # rows held at a time
+ROWS = 1024  # rows held at a time, and fewer where they are long
+EACH = 8  # bytes of a value beside its text
+MOST_BYTES, MOST_VALUES = 1 << 30, 1 << 27  # of a column in a row group, unpacked
 
 
 class _Row(NamedTuple):
@@ -97,7 +99,7 @@ def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
         ) from None
     number = 0
     try:
-        with open(path, "rb") as content, pyarrow.parquet.ParquetFile(content) as file:
+        with open(path, "rb") as content, _opened(content) as file:
             columns = file.schema_arrow.names
             for column in REQUIRED:
                 if column not in columns:
@@ -106,9 +108,11 @@ def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
                         f"it has {', '.join(columns)}"
                     )
             wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in columns]
+            _check_sizes(path, file, wanted)
             for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
-                yield from _of_batch(path, number, batch, bad)
-                number += batch.num_rows
+                for part in _parts(batch):
+                    yield from _of_batch(path, number, part, bad)
+                    number += part.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise DataError(f"{path}: not a sound parquet file: {message}") from None
@@ -118,10 +122,78 @@ def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
         raise DataError(f"{path}: no rows, expected searches")
 
 
+def _opened(content: BinaryIO) -> Any:
+    """A parquet file whose texts are read as they lie there: each of them once, and who has which.
+
+    A text of a megabyte that a thousand rows share takes a kilobyte of the file.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    schema = ParquetFile(content).schema
+    columns = [schema.column(i) for i in range(len(schema))]
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"
+             and column.logical_type.type in ("STRING", "NONE")]  # fmt: skip
+    content.seek(0)
+    return ParquetFile(content, read_dictionary=texts)
+
+
+def _check_sizes(path: Path, file: Any, wanted: Sequence[str]) -> None:
+    """Errors: DataError for a row group of which a column alone would fill the memory."""
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] not in wanted:
+                continue
+            nbytes, values = column.total_uncompressed_size, column.num_values
+            if nbytes > MOST_BYTES or values > MOST_VALUES or nbytes > LONGEST * max(values, 1):
+                raise DataError(
+                    f"{path}: row group {number + 1}: column '{column.path_in_schema}' has "
+                    f"{nbytes:,} bytes unpacked and {values:,} values, expected at most "
+                    f"{MOST_BYTES:,} and {MOST_VALUES:,}, and {LONGEST:,} a value: is the file "
+                    "damaged? Smaller row groups are read as well"
+                )
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """The rows of a batch, so many together as memory should hold at once, or one."""
+    if batch.num_rows < 2 or _weight(batch.columns) <= LONGEST:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(batch.slice(0, half))
+    yield from _parts(batch.slice(half))
+
+
+def _weight(arrays: Sequence[Any]) -> int:
+    """About how many bytes the values of columns take, of which each has its own copy of a text."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    total = 0
+    for array in arrays:
+        total += EACH * len(array)
+        if types.is_dictionary(array.type):
+            lengths = pyarrow.compute.binary_length(array.dictionary)
+            total += pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0
+        elif types.is_map(array.type):
+            total += _weight([array.keys, array.items])
+        elif types.is_nested(array.type) and not types.is_union(array.type):
+            inner = array.flatten()  # of a struct its fields, of a list what is in the lists
+            total += _weight(inner if isinstance(inner, list) else [inner])
+        else:
+            total += array.nbytes
+    return total
+
+
 def _of_batch(path: Path, before: int, batch: Any, bad: BadRows) -> Iterator[_Row]:
     """The rows of a batch behind so many others.  Nobody has checked that their texts are UTF-8, or
     that Python has such a time.
     """
+    if batch.num_rows == 1 and _weight(batch.columns) > LONGEST:
+        with bad:
+            raise DataError(f"{path}: row {before + 1}: holds more than {LONGEST >> 20} MB, "
+                            "expected shorter ones")  # fmt: skip
+        return
     try:
         found = batch.to_pylist()
     except (ValueError, OverflowError):  # in one of the rows: ask them one by one

@@ -1,0 +1,102 @@
+"""A parquet file of kilobytes may stand for gigabytes: what is held of it at once is bounded."""
+
+import tracemalloc
+
+import pytest
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: tppo-kernels[data]")
+
+import pyarrow  # noqa: E402
+import pyarrow.parquet  # noqa: E402
+
+from tppo.errors import DataError  # noqa: E402
+from tppo.sessions.readers import ReadConfig, SessionLog, qac  # noqa: E402
+
+TEXT = "x" * 100_000
+MOST = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(qac, "LONGEST", MOST)
+
+
+def shared(n):
+    """The text n times, which a file holds once."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * n, pyarrow.int32()), [TEXT])
+
+
+def listed(rows, each):
+    offsets = pyarrow.array(range(0, rows * each + 1, each), pyarrow.int32())
+    return pyarrow.ListArray.from_arrays(offsets, shared(rows * each))
+
+
+def write(path, rows, group=1 << 20, **columns):
+    given = {"session_id": range(rows), "final_search_term": ["a"] * rows, "prefix": ["ab"] * rows}
+    arrays = {name: x if isinstance(x, pyarrow.Array) else pyarrow.array(x)
+              for name, x in (given | columns).items()}  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(arrays), path, group, compression="zstd",
+                                store_schema=False)  # fmt: skip
+    assert path.stat().st_size < 1 << 17
+
+
+def read(path, **options):
+    """The sessions, what was left out, and the most bytes that Python and Arrow held."""
+    pool, log = pyarrow.default_memory_pool(), SessionLog(path, ReadConfig(format="qac", **options))
+    pool.release_unused()
+    before = pool.max_memory()
+    tracemalloc.start()
+    try:
+        found = sum(1 for _ in log)
+        return found, log.bad.count, tracemalloc.get_traced_memory()[1], pool.max_memory() - before
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("column", ["final_search_term", "prefixes"])
+def test_a_text_that_rows_share_is_not_held_once_a_row(tmp_path, column):
+    """1,000 times 100 kB are 100 MB, in a file of kilobytes."""
+    path = tmp_path / "log.parquet"
+    given = shared(1_000) if column == "final_search_term" else listed(200, 5)
+    write(path, len(given), **{column: given})
+    found, bad, held, arrow = read(path)
+    assert found == len(given) and not bad
+    assert held < 16 * MOST and arrow < 16 * MOST
+
+
+def test_a_row_that_is_too_large_is_named_and_left_out(tmp_path):
+    path = tmp_path / "log.parquet"
+    write(path, 300, prefixes=pyarrow.concat_arrays([listed(150, 5), listed(1, 500),
+                                                     listed(149, 5)]))  # fmt: skip
+    said = f"{path}: row 151: holds more than 1 MB, expected shorter ones"
+    with pytest.raises(DataError, match=said):
+        read(path)
+    found, bad, held, arrow = read(path, on_bad_row="skip")
+    assert (found, bad) == (299, 1) and held < 16 * MOST and arrow < 16 * MOST
+
+
+@pytest.mark.parametrize("kind", ["one large value", "many values"])
+def test_a_column_that_would_fill_the_memory_is_refused_before_it_is_read(
+    tmp_path, kind, monkeypatch
+):
+    path = tmp_path / "log.parquet"
+    if kind == "one large value":
+        write(path, 2, final_search_term=["x" * (4 * MOST), "a"])
+    else:
+        monkeypatch.setattr(qac, "MOST_VALUES", 1 << 16)
+        write(path, 2, prefixes=[["a"] * (1 << 17), ["b"]])
+    with pytest.raises(DataError, match="row group 1: column '(final_search_term|prefixes.list."
+                       "element)' has .*Smaller row groups are read as well") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_same_rows_whatever_their_groups(tmp_path):
+    """Rows that are parted, and rows that are not, are numbered alike."""
+    texts = ["a" * (1 + n % 50_000) for n in range(0, 400_000, 997)]
+    found = []
+    for group in (1 << 20, 7):
+        path = tmp_path / f"{group}.parquet"
+        write(path, len(texts), group, final_search_term=texts)
+        found.append([(s.id, s.targets) for s in SessionLog(path, ReadConfig(format="qac"))])
+    assert found[0] == found[1] and len(found[0]) == len(texts)
