@@ -31,12 +31,12 @@ def listed(rows, each):
     return pyarrow.ListArray.from_arrays(offsets, shared(rows * each))
 
 
-def write(path, rows, group=1 << 20, **columns):
+def write(path, rows, group=1 << 20, limit=None, **columns):
     given = {"session_id": range(rows), "final_search_term": ["a"] * rows, "prefix": ["ab"] * rows}
     arrays = {name: x if isinstance(x, pyarrow.Array) else pyarrow.array(x)
               for name, x in (given | columns).items()}  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.table(arrays), path, group, compression="zstd",
-                                store_schema=False)  # fmt: skip
+                                store_schema=False, dictionary_pagesize_limit=limit)  # fmt: skip
     assert path.stat().st_size < 1 << 17
 
 
@@ -91,12 +91,15 @@ def test_a_column_that_would_fill_the_memory_is_refused_before_it_is_read(
     assert str(path) in str(caught.value)
 
 
-def test_the_same_rows_whatever_their_groups(tmp_path):
-    """Rows that are parted, and rows that are not, are numbered alike."""
-    texts = ["a" * (1 + n % 50_000) for n in range(0, 400_000, 997)]
+def test_the_same_rows_whatever_their_groups_and_pages(tmp_path):
+    """Rows that are parted, and rows that are not, are numbered alike; so are they where a group
+    begins with texts that it holds once and goes on with others (limit)."""
+    texts = [f"{n} " + "a" * (n % 50_000) for n in range(0, 400_000, 997)]
     found = []
-    for group in (1 << 20, 7):
-        path = tmp_path / f"{group}.parquet"
-        write(path, len(texts), group, final_search_term=texts)
-        found.append([(s.id, s.targets) for s in SessionLog(path, ReadConfig(format="qac"))])
-    assert found[0] == found[1] and len(found[0]) == len(texts)
+    for group, limit in ((1 << 20, None), (7, None), (1 << 20, 4096)):
+        path = tmp_path / f"{group}-{limit}.parquet"
+        write(path, len(texts), group, limit, final_search_term=texts,
+              prefixes=[["b", text[:9]] * (i % 3) for i, text in enumerate(texts)])  # fmt: skip
+        found.append([(s.id, s.history, s.targets)
+                      for s in SessionLog(path, ReadConfig(format="qac"))])  # fmt: skip
+    assert found[0] == found[1] == found[2] and len(found[0]) == len(texts)

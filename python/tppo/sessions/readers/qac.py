@@ -109,10 +109,12 @@ def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
                     )
             wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in columns]
             _check_sizes(path, file, wanted)
-            for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
-                for part in _parts(batch):
-                    yield from _of_batch(path, number, part, bad)
-                    number += part.num_rows
+            for group in range(file.num_row_groups):  # one after the other: texts in lists that
+                # are kept once have no form in which two groups could be one batch
+                for batch in file.iter_batches(ROWS, row_groups=[group], columns=wanted):
+                    for part in _parts(batch):
+                        yield from _of_batch(path, number, part, bad)
+                        number += part.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise DataError(f"{path}: not a sound parquet file: {message}") from None
