@@ -55,9 +55,9 @@ def read(path, **options):
 
 @pytest.mark.parametrize("column", ["final_search_term", "prefixes"])
 def test_a_text_that_rows_share_is_not_held_once_a_row(tmp_path, column):
-    """1,000 times 100 kB are 100 MB, in a file of kilobytes."""
+    """500 times 100 kB are 50 MB, in a file of kilobytes."""
     path = tmp_path / "log.parquet"
-    given = shared(1_000) if column == "final_search_term" else listed(200, 5)
+    given = shared(500) if column == "final_search_term" else listed(100, 5)
     write(path, len(given), **{column: given})
     found, bad, held, arrow = read(path)
     assert found == len(given) and not bad
@@ -66,13 +66,13 @@ def test_a_text_that_rows_share_is_not_held_once_a_row(tmp_path, column):
 
 def test_a_row_that_is_too_large_is_named_and_left_out(tmp_path):
     path = tmp_path / "log.parquet"
-    write(path, 300, prefixes=pyarrow.concat_arrays([listed(150, 5), listed(1, 500),
-                                                     listed(149, 5)]))  # fmt: skip
-    said = f"{path}: row 151: holds more than 1 MB, expected shorter ones"
+    write(path, 60, prefixes=pyarrow.concat_arrays([listed(30, 5), listed(1, 200),
+                                                    listed(29, 5)]))  # fmt: skip
+    said = f"{path}: row 31: holds more than 1 MB, expected shorter ones"
     with pytest.raises(DataError, match=said):
         read(path)
     found, bad, held, arrow = read(path, on_bad_row="skip")
-    assert (found, bad) == (299, 1) and held < 16 * MOST and arrow < 16 * MOST
+    assert (found, bad) == (59, 1) and held < 16 * MOST and arrow < 16 * MOST
 
 
 @pytest.mark.parametrize("kind", ["one large value", "many values"])
@@ -94,7 +94,7 @@ def test_a_column_that_would_fill_the_memory_is_refused_before_it_is_read(
 def test_the_same_rows_whatever_their_groups_and_pages(tmp_path):
     """Rows that are parted, and rows that are not, are numbered alike; so are they where a group
     begins with texts that it holds once and goes on with others (limit)."""
-    texts = [f"{n} " + "a" * (n % 50_000) for n in range(0, 400_000, 997)]
+    texts = [f"{n} " + "a" * (n % 50_000) for n in range(0, 200_000, 997)]
     found = []
     for group, limit in ((1 << 20, None), (7, None), (1 << 20, 4096)):
         path = tmp_path / f"{group}-{limit}.parquet"
