@@ -54,6 +54,8 @@ def chi_square(model, ids, drawn, temperature):
     often = expected >= 5
     e = torch.cat([expected[often], expected[~often].sum()[None]])
     o = torch.cat([counts[often], counts[~often].sum()[None]])
+    if e[-1] == 0:  # no token is rare
+        e, o = e[:-1], o[:-1]
     assert len(e) > 10
     statistic = ((o - e) ** 2 / e).sum().double()
     return 1 - torch.special.gammainc(torch.tensor((len(e) - 1) / 2).double(), statistic / 2).item()
@@ -62,7 +64,7 @@ def chi_square(model, ids, drawn, temperature):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_first_tokens_are_distributed_as_the_softmax(both, temperature):
     model, _, vllm = both
-    ids, n = prompts(1, seed=5)[0], 4_000
+    ids, n = prompts(1, seed=5)[0], 20_000
     drawn = vllm.generate([ids] * n, Sampling(1, temperature, seed=11)).response_ids
     first = [row[0] for row in drawn]
     p = chi_square(model, ids, first, temperature)
