@@ -345,9 +345,7 @@ def _values(text: str, opening: str, fits: Callable[[Any], bool]) -> Iterator[st
 
 
 def _decoded(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends; an error costs no more than the part of
-    the text up to it, so that a text full of brackets takes no time that grows with its square.
-    """
+    """The JSON value that begins there, and where it ends; an error costs the time of its part."""
     size = 1024
     while True:
         part = text[start : start + size]
