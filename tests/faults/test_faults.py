@@ -8,6 +8,7 @@ import cases
 import endpoint
 import harness
 import injected
+import proof
 import pytest
 import soak
 import spoilt
@@ -147,6 +148,22 @@ def test_every_moment_of_a_work_can_be_chosen(machine):
     few = harness.spread(machine, some, 20)
     assert {name for name, _ in few} == set(some) and len(few) < 30
     assert all(1 <= when <= machine.done(name).moments for name, when in few)
+
+
+def test_the_readme_says_what_the_whole_runs_have_found(tmp_path):
+    """And would say so if it were less."""
+    readme = (proof.ROOT / "README.md").read_text()
+    assert proof.written(readme) == readme, "README.md: `python tests/faults/proof.py`"
+    for name, figure, other in (("faults", "survived", 7), ("soak", "grew", 3)):
+        file = tmp_path / f"{name}.json"
+        given = json.loads((proof.RESULTS / file.name).read_text())
+        file.write_text(json.dumps(given | {figure: other}))
+    fuzz = json.loads((proof.RESULTS / "fuzz.json").read_text())
+    fuzz["targets"][0]["wrong"] += 2
+    (tmp_path / "fuzz.json").write_text(json.dumps(fuzz))
+    said = proof.written(readme, tmp_path).replace("\n", " ")
+    assert " faults, 7 survived" in said and " 3 of 12 measures grew" in said
+    assert f" {sum(target['wrong'] for target in fuzz['targets'])} wrong values" in said
 
 
 def test_every_command_that_writes_is_among_the_works():
