@@ -96,13 +96,13 @@ bench: .venv/dev  ## the operators against eager and compiled PyTorch on this ma
 hand-pictures: .venv/dev  ## pictures of the pages for labelling by hand, into build/hand-pictures
 	$(BIN)/python tests/tppo/hand_pictures.py
 
-faults: .venv/dev  ## kills and other faults in every command of a tiny run; what was lost, in a table (about 20 minutes)
+faults: .venv/dev  ## kills and other faults in every command of a tiny run; what was lost, in a table (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py $(FAULTS)
 
-soak: .venv/dev  ## 2,000 steps of PPO, stopped 20 times, and in other numbers of processes: what grew (10 minutes)
+soak: .venv/dev  ## 2,000 steps of PPO, stopped every 100, and in other numbers of processes: what grew (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK)
 
-fuzz: .venv/dev  ## 1,000,000 calls with hostile input: readers, parsers, operators, with a table (25 minutes); FUZZ="--target gae"
+fuzz: .venv/dev  ## 1,000,000 calls with hostile input: readers, parsers, operators, with a table (15 minutes); FUZZ="--target gae"
 	$(BIN)/python tests/fuzz/driver.py $(FUZZ)
 
 gpu-check:  ## on a machine with an NVIDIA GPU, no network: build, measure, test, train (10 minutes)
