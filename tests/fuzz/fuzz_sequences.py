@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from batches import (
     FLOOR,
+    FLOOR,
     SEQUENTIAL,
     Batch,
     NearAnEdge,
@@ -476,6 +477,7 @@ def prefix_attention(seed: int) -> None:
     scale = pick((None, 0.31))
 
     def formula(x: dict[str, Tensor]) -> Any:
+        """The result, and what a rounding of every product in the scores costs it."""
         sees = torch.zeros(total, total, dtype=torch.bool)
         at = 0
         for prompt, of_one in zip(prompts, answers, strict=True):
@@ -486,9 +488,15 @@ def prefix_attention(seed: int) -> None:
                 sees[at : at + n, at : at + n] = torch.ones(n, n).tril().bool()
                 at += n
         k, v = (y.repeat_interleave(groups, 0) for y in (x["k"], x["v"]))
-        z = x["q"] @ k.transpose(1, 2) * (size**-0.5 if scale is None else scale)
+        factor = size**-0.5 if scale is None else scale
+        z = x["q"] @ k.transpose(1, 2) * factor
         p = torch.softmax(z.masked_fill(~sees, float("-inf")), -1)
-        return {"out": (p @ v, 1.0)}
+        out = p @ v
+        with torch.no_grad():
+            terms = x["q"].abs() @ k.abs().transpose(1, 2) * factor
+            apart = (v[:, None] - out[:, :, None]).abs()  # [heads, query, key, size]
+            cost = ((p * terms)[..., None] * apart).sum(2).max()
+        return {"out": (out, float(cost))}
 
     fresh = {
         kind: {key: x.detach().to(kind).requires_grad_() for key, x in leaves.items()}
@@ -497,13 +505,14 @@ def prefix_attention(seed: int) -> None:
     slopes = batch.randn(heads * groups, total, size)
     ours = {key: x.detach().clone().requires_grad_() for key, x in leaves.items()}
     got = tk.prefix_attention(ours["q"], ours["k"], ours["v"], layout, scale=scale)
-    outs = {kind: formula(x)["out"][0] for kind, x in fresh.items()}
+    found = {kind: formula(x)["out"] for kind, x in fresh.items()}
+    outs = {kind: out for kind, (out, _) in found.items()}
     hold(
         "prefix_attention",
         got.detach(),
         outs[torch.float64].detach(),
         outs[torch.float32].detach(),
-        1.0,
+        max(1.0, found[torch.float64][1] * 2.0**-23 / FLOOR),
     )
     mine = torch.autograd.grad((got * slopes).sum(), list(ours.values()))
     e, t = (
