@@ -9,6 +9,7 @@ The paragraph between the marks `proof` of README.md is that of the files in `re
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 from tppo.stages.study.summary import replace_between
@@ -23,15 +24,17 @@ def paragraph(faults, fuzz, soak):
         sum(target[name] for target in fuzz["targets"]) for name in ("calls", "crashes", "wrong")
     )
     weights = "the same" if soak["identical"] else "OTHER"
-    return (
+    return textwrap.fill(
         f"Is anything lost? Every command, ended at a moment of its work and started again: "
-        f"**{faults['killed']:,} moments killed, {faults['identical']:,}\nidentical** to the bit. "
+        f"**{faults['killed']:,} moments killed, {faults['identical']:,} identical** to the bit. "
         f"Full and read-only disks, harmed files, signals, dead endpoints, memory, NaN: "
-        f"**{faults['injected']:,} faults, {faults['survived']:,}\nsurvived**, without loss or in "
+        f"**{faults['injected']:,} faults, {faults['survived']:,} survived**, without loss or in "
         f"a sentence (`make faults`). Hostile input (`make fuzz`): **{calls:,} calls, "
-        f"{crashes:,} crashes, {wrong:,}\nwrong values**. `make soak`: "
+        f"{crashes:,} crashes, {wrong:,} wrong values**. `make soak`: "
         f"**{soak['steps_soaked']:,} steps of PPO, {soak['grew']:,} of {len(soak['growth'])} "
-        f"measures grew**; stopped {soak['stopped']} times, it ends in {weights} weights."
+        f"measures grew beyond bounds**; stopped {soak['stopped']} times, it ends in {weights} "
+        "weights.",
+        124,
     )
 
 

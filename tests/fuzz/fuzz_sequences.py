@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from batches import (
     FLOOR,
-    FLOOR,
     SEQUENTIAL,
     Batch,
     NearAnEdge,
