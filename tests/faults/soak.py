@@ -4,8 +4,9 @@ again and again?
     python tests/faults/soak.py --steps 2000 --every 100 --json soak.json
 
 Two runs of the stage `train` side by side, each in processes of its own.  The first is not
-disturbed; it reads what its own process holds.  The second is ended every 100 steps, by turns by
-SIGTERM and by SIGKILL, and started again by the same command.  Both must end in the same files.
+disturbed, and reads what its own process holds; a load of the machine that changes meanwhile
+changes what a step takes.  The second is ended every 100 steps, by turns by SIGTERM and by SIGKILL,
+and started again by the same command.  Both must end in the same files.
 
 Behind them a third one of a few steps, which goes on in one, two and again one process (gloo), is
 held beside the same steps in one process, and in two.
