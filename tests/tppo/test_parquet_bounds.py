@@ -1,5 +1,6 @@
 """A parquet file of kilobytes may stand for gigabytes: what is held of it at once is bounded."""
 
+import io
 import tracemalloc
 
 import pytest
@@ -11,6 +12,7 @@ import pyarrow.parquet  # noqa: E402
 
 from tppo.errors import DataError  # noqa: E402
 from tppo.sessions.readers import ReadConfig, SessionLog, qac  # noqa: E402
+from tppo.sessions.readers.footer import column_sizes  # noqa: E402
 
 TEXT = "x" * 100_000
 MOST = 1 << 20
@@ -103,3 +105,39 @@ def test_the_same_rows_whatever_their_groups_and_pages(tmp_path):
         found.append([(s.id, s.history, s.targets)
                       for s in SessionLog(path, ReadConfig(format="qac"))])  # fmt: skip
     assert found[0] == found[1] == found[2] and len(found[0]) == len(texts)
+
+
+def test_sizes_of_columns_are_those_that_pyarrow_says():
+    lists = pyarrow.array([[["a", "b"], ["c", "d"]]] * 9)
+    maps = pyarrow.array([[("k", 1)]] * 9, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    table = pyarrow.table({"a": ["x"] * 9, "é.b": [1.5] * 9, "lists": lists, "maps": maps,
+                           "structs": [{"f": True, "g": [1, 2]}] * 9})  # fmt: skip
+    table = table.replace_schema_metadata({"k" * 300: "v" * 1000})
+    for options in ({}, {"row_group_size": 4}, {"write_page_index": True}, {"version": "1.0"}):
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(table, file, **options)
+        metadata = pyarrow.parquet.read_metadata(io.BytesIO(file.getvalue()))
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        columns = [(i, group.column(k)) for i, group in enumerate(groups)
+                   for k in range(group.num_columns)]  # fmt: skip
+        assert [*column_sizes(file)] == [
+            (i, c.path_in_schema, c.num_values, c.total_uncompressed_size) for i, c in columns]
+
+
+def test_metadata_of_which_a_bit_has_flipped_never_ends_the_process(tmp_path):
+    """pyarrow ends it where the statistics of a column contradict themselves."""
+    path = tmp_path / "log.parquet"
+    write(path, 3, prefixes=[["a", "b"]] * 3)
+    whole = path.read_bytes()
+    first = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    outcomes = set()
+    for at in range(first, len(whole) - 8):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 4
+        path.write_bytes(flipped)
+        try:
+            outcomes.add(sum(1 for _ in SessionLog(path, ReadConfig(format="qac"))))
+        except DataError as error:
+            assert str(error).startswith(str(path))
+            outcomes.add("refused")
+    assert "refused" in outcomes and len(outcomes) > 1

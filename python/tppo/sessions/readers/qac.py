@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tppo.errors import DataError, short
+from tppo.sessions.readers.footer import column_sizes
 from tppo.sessions.session import Event, Session, collapse, held
 from tppo.store.fingerprints import Fingerprints
 from tppo.store.jsonl import LONGEST, BadRows, is_text
@@ -108,7 +109,7 @@ def _rows(path: Path, bad: BadRows) -> Iterator[_Row]:
                         f"it has {', '.join(columns)}"
                     )
             wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in columns]
-            _check_sizes(path, file, wanted)
+            _check_sizes(path, content, wanted)
             for group in range(file.num_row_groups):  # one after the other: texts in lists that
                 # are kept once have no form in which two groups could be one batch
                 for batch in file.iter_batches(ROWS, row_groups=[group], columns=wanted):
@@ -139,21 +140,24 @@ def _opened(content: BinaryIO) -> Any:
     return ParquetFile(content, read_dictionary=texts)
 
 
-def _check_sizes(path: Path, file: Any, wanted: Sequence[str]) -> None:
+def _check_sizes(path: Path, content: BinaryIO, wanted: Sequence[str]) -> None:
     """Errors: DataError for a row group of which a column alone would fill the memory."""
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.partition(".")[0] not in wanted:
-                continue
-            nbytes, values = column.total_uncompressed_size, column.num_values
-            if nbytes > MOST_BYTES or values > MOST_VALUES or nbytes > LONGEST * max(values, 1):
-                raise DataError(
-                    f"{path}: row group {number + 1}: column '{column.path_in_schema}' has "
-                    f"{nbytes:,} bytes unpacked and {values:,} values, expected at most "
-                    f"{MOST_BYTES:,} and {MOST_VALUES:,}, and {LONGEST:,} a value: is the file "
-                    "damaged? Smaller row groups are read as well"
-                )
+    before = content.tell()
+    try:
+        found = [*column_sizes(content)]
+    except ValueError as error:
+        raise DataError(f"{path}: not a sound parquet file: {error}") from None
+    for group, name, values, nbytes in found:
+        if name.partition(".")[0] not in wanted:
+            continue
+        if nbytes > MOST_BYTES or values > MOST_VALUES or nbytes > LONGEST * max(values, 1):
+            raise DataError(
+                f"{path}: row group {group + 1}: column '{name}' has "
+                f"{nbytes:,} bytes unpacked and {values:,} values, expected at most "
+                f"{MOST_BYTES:,} and {MOST_VALUES:,}, and {LONGEST:,} a value: is the file "
+                "damaged? Smaller row groups are read as well"
+            )
+    content.seek(before)
 
 
 def _parts(batch: Any) -> Iterator[Any]:
