@@ -209,7 +209,7 @@ def test_the_soak_sees_what_grows():
     held = [soak.Held(i, 10**8, 4 * 10**8, 1000, 9000, 50, 13, 4, 3, 10**6)._asdict()
             for i in range(0, 400, 10)]  # fmt: skip
     flat = {"steps": 400, "signals": ["SIGTERM"], "differing": [], "saved_every": 20,
-            "seconds": [0.1] * 400, "held": held}  # fmt: skip
+            "seconds": [0.1] * 400, "fixed": [0.002] * 400, "held": held}  # fmt: skip
     assert soak.good(flat) and "steps soaked 400, grew 0; stopped 1 times" in soak.table(flat)
     for name, step in (("heap", 9e3), ("resident", 2e4), ("objects", 9), ("blocks", 9),
                        ("handles", 0.02), ("checkpoints", 0.01), ("disk", 1000)):  # fmt: skip
@@ -218,6 +218,7 @@ def test_the_soak_sees_what_grows():
             {**flat, "held": grown}), name  # fmt: skip
     slower = [0.1 + 1e-4 * i for i in range(400)]
     assert "grew 2" in soak.table({**flat, "seconds": slower})
+    assert soak.good({**flat, "seconds": slower, "fixed": [x / 50 for x in slower]})  # the machine
     saves = [0.1 if i % 20 else 0.1 + 1e-4 * i for i in range(1, 401)]
     assert "grew 1" in soak.table({**flat, "seconds": saves})
     assert not soak.good({**flat, "differing": ["train/metrics.jsonl"]})
