@@ -49,6 +49,8 @@ def policy_run(x, mask=None, scale=1.0, **options):
 def policy_magnitude(x, mask=None, cu_seqlens=None, **options):
     """What `ppo_loss` adds up: the same sum of |policy term|, |KL term| and |entropy term| of each
     token, in fp64."""
+    if options.get("objective") == "sapo":
+        options = {"tau_pos": 1.0, "tau_neg": 1.05, **options}  # the defaults
     x = {name: value.double() for name, value in x.items()}
     nothing, found = torch.zeros_like(x["old_logprobs"]), 0.0
     for name, term in (("", {**x, "ref_logprobs": None, "entropy": None}),

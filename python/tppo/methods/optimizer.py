@@ -67,13 +67,13 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Errors: ValueError where the state is that of other parameters."""
-        self._check(state_dict)
         kept = state_dict.get("weights", [])
         if len(kept) != len(self._rounded):
             raise ValueError(
                 f"the optimiser's state has {len(kept)} weights beside parameters of 16 bits, "
                 f"expected {len(self._rounded)}; was it saved with another --model.dtype or device?"
             )
+        self._check(state_dict)
         shapes = [None if not isinstance(x, Tensor) else x.shape for x in kept]
         if shapes != [x.shape for x in self._rounded]:
             raise ValueError("the optimiser's state has other weights beside parameters of 16 bits")
