@@ -298,6 +298,13 @@ def append_line(path: Path, row: Any) -> int:
     return end + torn
 
 
+def may_go_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether a text that is no JSON may be the first part of one: it is wrong near its end only,
+    or in a string that does not end.
+    """
+    return error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+
+
 def whole_lines(path: Path) -> tuple[list[bytes], bool]:
     """The lines of a file of `append_line`, and whether a last one was cut, as by a kill: that one
     is taken off the file.

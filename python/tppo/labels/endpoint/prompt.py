@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tppo.labels.words import fold, map_labels, word_spans
+from tppo.store.jsonl import may_go_on
 
 if TYPE_CHECKING:
     import pydantic
@@ -353,8 +354,7 @@ def _decoded(text: str, start: int) -> tuple[Any, int]:
             value, end = _DECODER.raw_decode(part)
             return value, start + end
         except json.JSONDecodeError as error:
-            cut = error.pos > len(part) - 16 or error.msg.startswith("Unterminated")
-            if start + size >= len(text) or not cut:
+            if start + size >= len(text) or not may_go_on(error, part):
                 raise
         size *= 8
 

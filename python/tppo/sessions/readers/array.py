@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tppo.errors import DataError, short
-from tppo.store.jsonl import LONGEST, BadRows, Line, decode_line, read_jsonl, read_lines
+from tppo.store.jsonl import (
+    LONGEST,
+    BadRows,
+    Line,
+    decode_line,
+    may_go_on,
+    read_jsonl,
+    read_lines,
+)
 
 _SPACE = re.compile(r"[ \t\n\r]*")  # what JSON takes for white space, and no other
 
@@ -99,9 +107,7 @@ class _Window:
             except RecursionError:
                 raise self.error(f"a {self.item}, not nested so deeply") from None
             except json.JSONDecodeError as error:
-                # Near the end of what is held, or in a string that does not end, more may help.
-                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
-                if cut and self._more():
+                if may_go_on(error, self.text) and self._more():
                     continue
                 self.at = error.pos
                 line, column = self.place()
