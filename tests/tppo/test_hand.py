@@ -7,7 +7,9 @@ import pty
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -290,6 +292,29 @@ def test_the_page_opens_with_its_key_alone(server):
 def test_what_is_wrong_with_a_request_is_named(server, path, body, problem):
     status, found = call(server, path, body)
     assert status == 400 and problem in found["error"]["message"]
+
+
+def test_the_server_ends_after_its_replies(server, monkeypatch):
+    """The process ends with the server, and a reply that is not sent by then is never sent."""
+    handler, begun, replies = server.RequestHandlerClass, threading.Event(), []
+    send = handler.send
+
+    def slow(self, *reply):
+        begun.set()
+        time.sleep(0.5)
+        send(self, *reply)
+        replies.append(self.path)
+
+    item = call(server, "/next", ME)[1]["item"]
+    said = {"id": item["id"], "words": [1] * len(item["texts"]), "sentence": 1}
+    monkeypatch.setattr(handler, "send", slow)
+    with ThreadPoolExecutor() as pool:
+        label = pool.submit(call, server, "/label", ME | said)
+        assert begun.wait(10)
+        finish = pool.submit(call, server, "/finish", ME)
+        server.thread.join(30)
+        assert not server.thread.is_alive() and sorted(replies) == ["/finish", "/label"]
+        assert label.result()[0] == finish.result()[0] == 200
 
 
 def test_words_are_shown_in_their_lines_and_the_truth_only_if_asked_for(server, tmp_path):

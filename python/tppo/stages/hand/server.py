@@ -7,13 +7,15 @@ import secrets
 import sys
 import threading
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tppo.errors import short
 from tppo.progress import say
 from tppo.stages.hand.forms import Form, Given
-from tppo.stages.local_http import ADDRESS, LocalHandler, LocalServer, Refused
+from tppo.stages.local_http import ADDRESS, REST_S, LocalHandler, LocalServer, Refused
 from tppo.stopping import Stopped
 
 HEADER = "X-Tppo-Key"
@@ -26,10 +28,32 @@ class LabelServer(LocalServer):
         super().__init__(port, _Handler, "--label.hand.port")
         self.form, self.key = form, secrets.token_urlsafe(16)
         self.address = f"http://{ADDRESS}:{self.port}/?key={self.key}"
+        self._acts, self._changed = 0, threading.Condition()
+
+    @contextmanager
+    def act(self) -> Iterator[None]:
+        """Around what a person does, with its reply, which `finish` waits for."""
+        with self._changed:
+            self._acts += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._acts -= 1
+                self._changed.notify_all()
 
     def finish(self) -> None:
-        """End `serve_forever`, from a thread of a request."""
-        threading.Thread(target=self.shutdown, daemon=True).start()
+        """End `serve_forever` from the thread of a request, once the replies are sent.
+
+        The process ends with it, and with the process every reply that is not: a page whose answer
+        was kept would say that it was not.
+        """
+        threading.Thread(target=self._finish, daemon=True).start()
+
+    def _finish(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._acts, REST_S)
+        self.shutdown()
 
 
 def label_in_browser(form: Form, port: int, what: str, *, browser: bool) -> None:
@@ -85,7 +109,8 @@ class _Handler(LocalHandler):
         if not isinstance(body, dict):
             raise Refused(400, f"the body was {short(body)}, expected a JSON object")
         try:
-            self.send_json(200, acts[path](Given(body)))
+            with self.server.act():
+                self.send_json(200, acts[path](Given(body)))
         except ValueError as error:
             raise Refused(400, str(error)) from None
 
