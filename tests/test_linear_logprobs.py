@@ -213,6 +213,9 @@ def test_a_row_over_capacity_is_nan_everywhere(memory, backend):
     assert out[3].isnan().all() and out[4].isnan().all()
     enough = tk.linear_logprobs(hidden, weight, targets, mask, capacity=8)
     assert enough.logprobs.isfinite().all()
+    with tk.use_backend(backend):  # no slots are made that no row can take
+        most = tk.linear_logprobs(hidden, weight, targets, mask, capacity=2**62, memory=memory)
+    torch.testing.assert_close(most, enough)
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -507,7 +510,9 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
     (ValueError, r"weight has shape \[0, 4\], expected at least one row", {"weight": W[:0]}),
     (ValueError, r"bias has shape \[8\].*\[9\]", {"bias": torch.zeros(8)}),
     (TypeError, "mask has dtype float32, expected bool", {"mask": T.float()}),
-    (ValueError, "targets holds 9", {"targets": T + 9}),
+    (ValueError, r"targets holds 9, expected values in \[0, 8\]; the first stands at 1, 2", {
+        "targets": torch.tensor([[0, 9, 1], [2, -100, 9]]),
+        "mask": torch.tensor([[1, 0, 1], [1, 0, 1]])}),
     (ValueError, "targets holds -1", {"targets": T - 1}),
     (ValueError, r"targets holds 5, expected values in \[0, 4\]", {"targets": T + 5,
                                                                    "valid_vocab": 5}),
@@ -521,6 +526,7 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
     (TypeError, "logit_scale is str", {"logit_scale": "x"}),
     (ValueError, "memory is 'all', expected one of 'auto', 'store', 'recompute'",
      {"memory": "all"}),
+    (ValueError, "memory is 9223372036854775808, expected", {"memory": 2**63}),
     (ValueError, "memory is 0, expected a number >= 1", {"memory": 0}),
     (TypeError, "memory is bool True", {"memory": True}),
     (ValueError, "memory is 1.5", {"memory": 1.5}),

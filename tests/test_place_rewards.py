@@ -304,6 +304,8 @@ def test_opcheck_and_compile():
     (TypeError, r"spans\[0\] is tuple .*three whole numbers", (MASK,),
      {"spans": [(0, 0.0, 1, 1.0)]}),
     (TypeError, r"spans\[0\] is tuple .*and a number", (MASK,), {"spans": [(0, 0, 1, None)]}),
+    (ValueError, r"spans\[0\] is tuple .*of 64 bits", (MASK,), {"spans": [(2**63, 0, 1, 1.0)]}),
+    (ValueError, r"spans\[0\] is tuple .*of 64 bits", (MASK,), {"spans": [(0, 0, 1, 10**400)]}),
     (ValueError, r"spans\[0\] is \(b, start, end\) = \(2, 0, 1\), expected a sequence in \[0, 2\)",
      (MASK,), {"spans": [(2, 0, 1, 1.0)]}),
     (ValueError, r"spans\[0\].*\(-1, 0, 1\), expected a sequence", (MASK,),

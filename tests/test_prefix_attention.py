@@ -104,6 +104,22 @@ def test_textbook(backend):
             torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_is_not_finite_gives_no_number(backend):
+    """torch's kernel for a CPU makes 0 of it, the mean of no values."""
+    layout = tk.PrefixLayout.from_lengths([4], [[2, 3]])
+    inputs = batch(layout)
+    for head, token, value in ((0, 0, math.nan), (2, 5, math.inf), (3, 8, -math.inf)):
+        inputs[0][0, head, token, 1] = value
+    grad = torch.ones_like(inputs[0])
+    with tk.use_backend(backend):
+        out, dq, dk, dv = run(tk.prefix_attention, inputs, layout, grad)
+    spoilt = ~inputs[0].isfinite().all(-1, keepdim=True)
+    assert torch.equal(out.isnan(), spoilt.expand_as(out))
+    assert torch.equal(dq.isnan(), spoilt.expand_as(dq))
+    assert dk[0, 0, 0].isnan().all() and dv[0, 0, 0].isnan().all()
+
+
 def test_gradcheck():
     layout = tk.PrefixLayout.from_lengths([2, 1], [[1, 2], [1]])
     inputs = [x.requires_grad_() for x in batch(layout, 4, 2, 2, torch.float64)]
@@ -401,6 +417,8 @@ BAD = {
     r"v has shape \[1, 4, 45, 8\], expected .* as q, k": dict(v=torch.zeros(1, 4, 45, 8)),
     r"q has 4 heads, expected a multiple of the 3": dict(k=torch.zeros(1, 3, 45, 8),
                                                          v=torch.zeros(1, 3, 45, 8)),
+    r"q has shape \[1, 0, 45, 8\], expected one or more": dict(q=torch.zeros(1, 0, 45, 8)),
+    r"q has shape \[2, 45, 0\], expected one or more": dict.fromkeys("qkv", torch.zeros(2, 45, 0)),
     "scale is str": dict(scale="auto"),
     "scale is nan": dict(scale=float("nan")),
     "scale is a tensor of shape": dict(scale=torch.ones(2)),

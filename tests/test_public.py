@@ -111,6 +111,7 @@ def test_a_response_counts_up_to_and_including_its_first_end():
     (None, TypeError, "eos_id is NoneType None, expected a whole number"),
     ("</s>", TypeError, "eos_id is str '</s>', expected a whole number"),
     ([2, -1], ValueError, r"eos_id\[1\] is -1, expected a number >= 0"),
+    ([2, 2**63], ValueError, r"eos_id\[1\] is 9223372036854775808, expected .* <= 9.22337e\+18"),
     ([], ValueError, "eos_id is empty, expected one or more token ids"),
     (torch.ones(1, 2).long(), ValueError, r"eos_id has shape \[1, 2\]"),
     (torch.ones(2), TypeError, "eos_id has dtype float32, expected int64, int32")])

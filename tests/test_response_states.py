@@ -269,6 +269,8 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
      {}),
     (ValueError, "puts token 3 of sequence 0 at position 6", (X, 3, 4, "bootstrap"),
      {"mask": MASK}),
+    (ValueError, "T is 1099511627776, expected up to the 6 tokens of full",
+     (X, torch.tensor([2, 3]), 2**40), {}),
     (ValueError, "T is -1, expected a number >= 0", (X, 1, -1), {}),
     (TypeError, "T is float", (X, 1, 2.0), {}),
     (ValueError, "align is 'rewards', expected one of 'logprob'", (X, 1, 4, "rewards"), {}),

@@ -29,6 +29,7 @@ MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.ui
          torch.uint32, torch.uint64)
 STRIDED = torch.strided
 FP32_MAX = torch.finfo(torch.float32).max
+INT64_MAX = torch.iinfo(torch.int64).max  # what a raw op takes for a whole number
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
               "seq-mean-token-sum-norm")
 
@@ -307,6 +308,7 @@ class Check:
             expected = "a whole number" if kind is int else "a number"
             raise TypeError(f"{self.op}: {name} is {describe(value)}, expected {expected}")
         assert isinstance(value, int | float)
+        high = INT64_MAX if kind is int and high == math.inf else high
         if not low <= value <= high or not value > above:
             raise ValueError(f"{self.op}: {name} is {value!r:.80}, expected "
                              f"{_range(low, high, above)}")

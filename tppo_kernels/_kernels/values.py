@@ -43,7 +43,7 @@ def _within(x: Tensor, low: float, high: float, open_low: bool) -> bool:
 def values_between(op: str, name: str, x: Tensor | None, low: float, high: float,
                    valid: Tensor | Callable[[], Tensor] | None = None, *,
                    open_low: bool = False) -> None:
-    """Checks that the valid values of x lie in [low, high] (or (low, high]).
+    """Checks that the valid values of x lie in [low, high] (or (low, high]); names the first.
 
     `valid` may be a function, which is called only when a value lies outside.
     """
@@ -61,5 +61,7 @@ def values_between(op: str, name: str, x: Tensor | None, low: float, high: float
         good = good | (~valid.expand_as(x) if x.dim() else ~valid.any())
     if not bool(good.all()):
         bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{op}: {name} holds {float(x[~good].flatten()[0]):g}, expected values "
-                         f"in {bound}")
+        place = (~good).nonzero()[0].tolist()
+        where = f"; the first stands at {', '.join(map(str, place))}" if place else ""
+        raise ValueError(f"{op}: {name} holds {float(x[tuple(place)]):g}, expected values in "
+                         f"{bound}{where}")

@@ -54,10 +54,11 @@ def response_mask(
         check.tensor("eos_id", eos_id, "E|", LABELS)
         ends = eos_id.reshape(-1)
     else:
+        named = {"eos_id": eos_id}
         if isinstance(eos_id, Iterable) and not isinstance(eos_id, str):
-            ids = [check.number(f"eos_id[{i}]", x, low=0, kind=int) for i, x in enumerate(eos_id)]
-        else:
-            ids = [check.number("eos_id", eos_id, low=0, kind=int)]
+            named = {f"eos_id[{i}]": x for i, x in enumerate(eos_id)}
+        most = torch.iinfo(tokens.dtype).max
+        ids = [check.number(name, x, low=0, high=most, kind=int) for name, x in named.items()]
         ends = torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
     if ends.shape[0] == 0:
         raise ValueError("response_mask: eos_id is empty, expected one or more token ids")

@@ -61,19 +61,22 @@ def check_values(op: str, inputs: LinearInputs) -> None:
     """Checks the values that both linear operators take: `rows` are the True tokens of the mask,
     targets of valid rows lie in the vocabulary, their temperatures and the softcap are > 0."""
     mask, rows, (temperature, softcap, logit_scale) = inputs.mask, inputs.rows, inputs.scaling
-    flat_targets, columns = inputs.targets.reshape(-1), shard_of(inputs).total
-    valid = None if mask is None else mask.reshape(-1)
+    targets, columns = inputs.targets, shard_of(inputs).total
+    valid: Any = mask
     if rows is not None:
-        values_between(op, "rows", rows, 0, flat_targets.shape[0] - 1)
+        values_between(op, "rows", rows, 0, targets.numel() - 1)
         if bool((rows[1:] <= rows[:-1]).any()):
             raise ValueError(f"{op}: rows is not ascending, expected tk.valid_rows(mask)")
-        if valid is not None and (rows.shape[0] != int(valid.sum()) or not bool(valid[rows].all())):
+        flat = None if mask is None else mask.reshape(-1)
+        if flat is not None and (rows.shape[0] != int(flat.sum()) or not bool(flat[rows].all())):
             raise ValueError(f"{op}: rows names {rows.shape[0]} rows, expected the "
-                             f"{int(valid.sum())} True tokens of mask: tk.valid_rows(mask)")
-        flat_targets, valid = flat_targets[rows], None
-    values_between(op, "targets", flat_targets, 0, columns - 1, valid)
-    if temperature.dim():
-        temperature = temperature.reshape(-1) if rows is None else temperature.reshape(-1)[rows]
+                             f"{int(flat.sum())} True tokens of mask: tk.valid_rows(mask)")
+
+        def valid() -> Tensor:
+            chosen = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
+            return chosen.index_fill_(0, rows, True).view(targets.shape)
+
+    values_between(op, "targets", targets, 0, columns - 1, valid)
     values_between(op, "temperature", temperature, 0.0, FP32_MAX,
                    valid if temperature.dim() else None, open_low=True)
     values_between(op, "softcap", softcap, 0.0, FP32_MAX, open_low=True)
@@ -189,6 +192,8 @@ def check_choice_of_rows(check: Check, hidden: Tensor, mask: Tensor | None, rows
             raise ValueError(f"{check.op}: capacity is {capacity!r} and rows is given, expected "
                              "one of them")
         capacity = check.number("capacity", capacity, low=0, kind=int)
+        if not torch.compiler.is_compiling():  # slots that no row can take only cost
+            capacity = min(capacity, hidden.shape[:-1].numel())
     elif (rows is None and mask is not None and not torch.compiler.is_compiling()
           and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())):
         return valid_rows(mask), None

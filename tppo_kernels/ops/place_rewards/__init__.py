@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core.check import LABELS, Check, describe, offsets
+from ..._core.check import INT64_MAX, LABELS, Check, describe, offsets
 from ..._core.keywords import suggests
 from ..._core.op import Op
 from ..._math.sequence import compute_dtype
@@ -63,9 +63,12 @@ def _pairs(check: Check, spans: Iterable | None, dtype: torch.dtype,
             b, start, end, value = span
             where.append([operator.index(b), operator.index(start), operator.index(end)])
             values.append(float(value))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{check.op}: spans[{i}] is {describe(span)}, expected (b, start, "
-                              f"end, value), three whole numbers and a number") from error
+            if max(map(abs, where[-1])) > INT64_MAX:
+                raise OverflowError
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{check.op}: spans[{i}] is {describe(span)}, expected (b, start, end, "
+                       "value), three whole numbers of 64 bits and a number") from error
     return (torch.tensor(where, dtype=torch.int64, device=device).reshape(-1, 3),
             torch.tensor(values, dtype=dtype, device=device))
 

@@ -137,6 +137,9 @@ def prefix_attention(
     check.tensor("v", v, f"{one}Hkv L Dv")
     layout = layout.to(q.device)
     heads, kv_heads = check.sizes["Hq"], check.sizes["Hkv"]
+    if heads == 0 or check.sizes["D"] == 0:
+        raise ValueError(f"prefix_attention: q has shape {list(q.shape)}, expected one or more "
+                         "heads, of one or more values each")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"prefix_attention: q has {heads} heads, expected a multiple of the "
                          f"{kv_heads} of k and v")

@@ -126,6 +126,8 @@ def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
                                dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
+    # Of a query that is not finite torch's kernel makes 0, with a logsumexp of 0.
+    spoilt = torch.linalg.vector_norm(q, torch.inf, -1).flatten(1).isfinite().logical_not_()
     out = q.new_empty(q.shape)  # [L, Hkv, G, D]
     lse = q.new_empty(q.shape[:-1])
     for start, prompt_end, end in groups:
@@ -144,6 +146,9 @@ def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
         share = (weight - merged).exp().float()[..., None]
         out.index_copy_(0, bucket.tokens,
                         torch.lerp(out.index_select(0, bucket.tokens), part, share))
+    if bool(spoilt.any()):
+        out.masked_fill_(spoilt[..., None], torch.nan)
+        lse.masked_fill_(spoilt, torch.nan)
     return out.to(dtype).transpose(0, 1), lse.t().contiguous()
 
 

@@ -33,6 +33,8 @@ def _check_values(call: ResponseStatesCall) -> None:
     if cu_seqlens is not None:
         offsets("response_states", cu_seqlens, length)
         batch = cu_seqlens.shape[0] - 1
+    if mask is None and batch and T > length:  # before anything of the size of T is made
+        raise ValueError(f"response_states: T is {T}, expected up to the {length} tokens of full")
     first, wanted = reference.window(prompt_length, mask, batch, T, align)
     position, inside = reference.positions(first, wanted.shape[1], cu_seqlens, length)
     wrong = (wanted & ~inside).nonzero()
