@@ -261,15 +261,18 @@ def test_an_engine_that_answers_something_else_gets_no_number(bench_rollout, har
     def raises(work):
         raise RuntimeError("no engine here")
 
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
     monkeypatch.setattr(bench_rollout, "PEERS", {
-        "another": lambda work: another, "shorter": lambda work: shorter, "raises": raises})
+        "another": lambda work: another, "shorter": lambda work: shorter, "raises": raises,
+        "vLLM": bench_rollout.vllm_of})
     rows = {r.engine: r for r in bench_rollout.measure(work, 2, harness.Attempts("x", "cpu"))}
     assert rows["HFRollout"].tokens == rows["generate"].tokens > 0
     assert rows["generate"].speed_up == 1.0 and rows["HFRollout"].tokens_s > 0
-    reasons = {name: rows[name].note for name in ("another", "shorter", "raises")}
+    reasons = {name: rows[name].note for name in ("another", "shorter", "raises", "vLLM")}
     assert "answer 0 has token" in reasons["another"] and "nats" in reasons["another"]
     assert "answer 0 has 4 tokens, expected 6" in reasons["shorter"]
     assert reasons["raises"] == "no number: RuntimeError: no engine here"
+    assert reasons["vLLM"] == "no number: RuntimeError: vllm is not installed"
     assert all(rows[name].tokens_s is None for name in reasons)
     monkeypatch.setattr(bench_rollout, "by_trainer", another)  # ours gets none either, nor has any
     with pytest.raises(harness.RedGate, match="no number: HFRollout: answer 0 has token"):

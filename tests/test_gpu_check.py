@@ -20,6 +20,11 @@ MACHINE = {"gpu": None, "cpu": "a CPU", "torch": "2", "python": "3", "copy_gb_s"
 ROW = {"op": "gae", "shape": "1 x 1", "implementation": "op", "device": "cpu", "median_us": 1.0,
        "wall_us": 1.0, "device_us": None, "gb_s": 1.0, "percent_of_copy": 1.0, "peak_mb": 0.0,
        "speed_up": {}, "rounds": 1, "note": "", "errors": []}
+ANSWERS = {"model": "1.5B", "device": "cuda", "prompts": 64, "response": 400, "engine": "generate",
+           "tokens": 9000, "seconds": 2.0, "tokens_s": 4500.0, "speed_up": 1.0, "excused": 0,
+           "note": ""}
+NO_ENGINE = {"engine": "vLLM", "tokens": None, "seconds": None, "tokens_s": None, "speed_up": None,
+             "note": "no number: RuntimeError: vllm is not installed"}
 
 
 @pytest.fixture
@@ -65,6 +70,9 @@ def rehearsal(gpu_check, tmp_path, monkeypatch):
                 (folder / "metrics.jsonl").write_text('{"objective/scores": 0.5}\n' * 4)
             else:
                 self.journal.add("row", **{**ROW, "shape": name})
+            if part.name == "rollouts":
+                self.journal.add("rollout", **ANSWERS)
+                self.journal.add("rollout", **{**ANSWERS, **NO_ENGINE})
 
         def on_disk(self):
             path = self.out / "results.json"
@@ -109,6 +117,9 @@ def test_a_part_says_how_it_ended(rehearsal, gpu_check, tmp_path):
     assert said["exit"] == "exit status 7: begun | no"
     assert said["time-out"].startswith("no failure before; stopped after 0 s")
     assert said["kill"] == "exit status -9: begun"
+    (engines,) = (p.said for p in parts if p.name == "rollouts")
+    assert engines == ["generate, 400: 4,500 tokens/s",
+                       "vLLM, 400: no number: RuntimeError: vllm is not installed"]
 
 
 def test_the_machine_comes_first_and_without_it_nothing_runs(rehearsal, gpu_check, monkeypatch):
