@@ -263,7 +263,7 @@ def _check_early(
         from tppo.stages.guides import check_guide
 
         check_guide(run.config.guide)
-    if command in ("run", "train") and run.config.reward_server.base_url:
+    if command in ("run", "train", "baselines", "noise") and run.config.reward_server.base_url:
         from tppo.rewards.server import as_endpoint
 
         as_endpoint(run.config.reward_server)

@@ -18,7 +18,12 @@ from tppo.methods.reward_model import (
     PolicyTokens,
     train_reward_model,
 )
-from tppo.models.config import AdapterConfig, GenerateConfig, ScratchConfig
+from tppo.models.config import (
+    AdapterConfig,
+    GenerateConfig,
+    RewardServerConfig,
+    ScratchConfig,
+)
 from tppo.models.load import load_reward_model
 from tppo.sessions.config import SessionsConfig
 from tppo.stages.registry import REGISTRY
@@ -61,7 +66,7 @@ def test_all_labels_of_words_as_the_seed_are_the_stage_train_rm_bit_for_bit(prep
     assert report["rounds"][0]["auc"] == read_json(prepared / "train-rm/report.json")["auc"]
 
 
-def test_words_are_labelled_by_their_probability_and_pay_in_ppo(prepared):
+def test_words_are_labelled_by_their_probability_and_pay_in_ppo(prepared, capsys):
     run = run_with(prepared, labels="words", seed_share=0.3, tau_token=0.6, rounds=1)
     run.perform("ser")
     report = read_json(prepared / "ser/report.json")
@@ -69,7 +74,11 @@ def test_words_are_labelled_by_their_probability_and_pay_in_ppo(prepared):
     assert report["rounds"][1]["kept"] > 0 and report["rounds"][1]["kept_accuracy"] > 0.5
     assert report["all_labels"]["trained_on"] == report["seed"] + report["pool"]
     assert run.done("ser")
+    # Kept from `tppo train`: nobody is there, and it would be another reward model.
+    server = RewardServerConfig("http://127.0.0.1:9")
+    run = replace(run, config=replace(run.config, reward_server=server))
     run.perform("ser-train")
+    assert "the reward model of ser is read here" in capsys.readouterr().err
     assert read_json(prepared / "ser-train/report.json")["labels"] == "words"
     assert (prepared / "ser-train/model/model.safetensors").exists()
     assert (prepared / "ser-train/model/tppo.json").exists()  # `tppo answer` can ask it

@@ -302,6 +302,8 @@ def test_what_passes_is_tried_again_and_costs_nothing(folder, replies, capsys):
     (changed(lambda table, i: table if i == 0 else table.fill_(torch.nan)),
      "class logits of answer 0 are not finite"),
     (changed(lambda table, i: table * 1.01), "off by 1.0e-02 .relative., expected < 1e-03"),
+    # Started again by another name.
+    (lambda request, reply: error(404), "HTTP 404 from .*: no such path, or no model 'rm';"),
     (lambda request, reply: error(500), "HTTP 500.*, 5 times"),
     (lambda request, reply: (429, {"Retry-After": "900"}, {}), "asks to wait 900 s"),
 ])  # fmt: skip

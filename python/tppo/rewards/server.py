@@ -27,7 +27,7 @@ from tppo.errors import DataError
 from tppo.labels.endpoint.config import EndpointConfig, api_key, need_libraries, without_key
 from tppo.labels.endpoint.forms import Action
 from tppo.labels.endpoint.http import exchange_json, new_http
-from tppo.labels.endpoint.replies import Trouble, object_of
+from tppo.labels.endpoint.replies import V1_HINT, Trouble, object_of
 from tppo.labels.endpoint.retry import persistently
 from tppo.models.batch import Batch
 from tppo.models.config import RewardServerConfig
@@ -142,6 +142,7 @@ class RewardServer(nn.Module):
         once = replace(self.endpoint, max_retries=0)
         (served,) = self._run(once, [self._model])
         self.served = served
+        self.endpoint = replace(self.endpoint, model=served.name)
         self._run(once, [self._check_tokenizer])
         ((row,),) = self._run(once, [partial(self._asked, [self.probe.ids])])
         error = self._check_probe(row)
@@ -303,8 +304,9 @@ def as_endpoint(config: RewardServerConfig) -> EndpointConfig:
 
 
 def _named(text: str) -> str:
-    """A message of the labeller's with our flags in it."""
-    return text.replace("--label.endpoint.", "--reward-server.")
+    """A message of the labeller's with our flags in it; an address is taken with /v1 and without.
+    """
+    return text.replace("--label.endpoint.", "--reward-server.").replace(V1_HINT, "")
 
 
 def _parts(lengths: Sequence[int], most: int) -> list[list[int]]:

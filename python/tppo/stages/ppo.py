@@ -172,15 +172,15 @@ def new_trainer(run: Run, world: World = ALONE, start: Artifact = SFT_MODEL) -> 
 def run_reward(
     run: Run, policy: PreTrainedModel, ref: PreTrainedModel, model: Artifact = REWARD_MODEL
 ) -> Reward:
-    """What pays in a run of stages: a frozen token reward model, here or at `--reward-server`, and
-    the form where it costs.
+    """What pays in a run of stages: a frozen token reward model, here or, where it is that of
+    train-rm, at `--reward-server`, and the form where it costs.
     """
     config, server = run.config.ppo, run.config.reward_server
     paid: dict[str, Any] = {
         "mode": config.reward, "values": config.reward_values, "length_alpha": config.length_alpha,
     }  # fmt: skip
     reward: Reward
-    if server.base_url:
+    if server.base_url and model == REWARD_MODEL:
         reward = ServedReward(server, run.path(model), **paid)
     else:
         eos_ids, dtype = model_eos_ids(run.tokenizer, policy), run.config.model.dtype

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from tppo import stopping
 from tppo.models.parallel import joined
+from tppo.progress import say
 from tppo.rewards import Reward
 from tppo.rewards.format import FormatReward
 from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
@@ -37,7 +38,13 @@ def train_by_ser(run: Run) -> None:
 
 
 def ser_reward(run: Run, policy: PreTrainedModel, ref: PreTrainedModel) -> Reward:
-    """That of SER's token reward model, or of its model of whole answers; form costs the same."""
+    """That of SER's token reward model, or of its model of whole answers; form costs the same.
+
+    Either is read here: the server that the run may have for `train` has the model of train-rm.
+    """
+    if url := run.config.reward_server.base_url:
+        say(f"ser-train: the reward model of ser is read here; --reward-server.base-url {url} is "
+            "for that of train-rm")  # fmt: skip
     if read_json(run.path(SER_REPORT))["labels"] == "words":
         return run_reward(run, policy, ref, SER_MODEL)
     model, config = run.path(SER_MODEL), run.config.ppo

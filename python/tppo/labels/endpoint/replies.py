@@ -21,6 +21,8 @@ from tppo.labels.endpoint.forms import BY_CODE, BY_STATUS, FORM, PARAMETERS, SPE
 from tppo.labels.endpoint.prompt import BadAnswer, Judgement, parse
 from tppo.labels.endpoint.proxy import proxy_for
 
+V1_HINT = " (should the base URL end in /v1?)"
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -225,7 +227,7 @@ def _trouble(
         "timeout": config.timeout_s,
         "parameter": f"the model refuses {name}{': ' + remedy if remedy else ''}" if name else "",
         "v1": "" if "/v1" in config.base_url or not config.base_url
-        else " (should the base URL end in /v1?)",
+        else V1_HINT,
         "proxy": f" through the proxy of {proxy}" if proxy else "",
         "here": origin(config.base_url),
         "there": origin(reply.headers.get("location") or "", config.base_url),
