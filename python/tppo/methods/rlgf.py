@@ -101,7 +101,8 @@ class MixedRollout:
             return _lost(prompts)
         assert found.author is not None  # of forced beginnings: True where the later one wrote
         author = [[late == plus for late in row] for row in found.author]
-        return found._replace(logprobs=None, author=author)
+        told = found.logprobs if plus else None  # those of the guide say nothing of the learner
+        return found._replace(logprobs=told, author=author)
 
     def _write(
         self,
