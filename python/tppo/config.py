@@ -75,7 +75,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.rollout != "vllm" and self.vllm != VLLMConfig():
             raise ValueError(f"vllm was {self.vllm}, expected the defaults with rollout "
-                             f"{self.rollout}: --rollout vllm")  # fmt: skip
+                             f"{self.rollout}, --vllm.memory-share {VLLMConfig().memory_share:g}, "
+                             "or --rollout vllm")  # fmt: skip
         if self.algorithm == "ppo":
             for name in ("rlgf", "guide"):
                 given = getattr(self, name)

@@ -18,9 +18,10 @@ from _vllm import (
     tiny,
 )
 
+from tppo.errors import DataError
 from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout import Sampling
+from tppo.models.rollout import Sampling, engine
 from tppo.models.rollout.vllm import row_seed
 
 EOS_IDS = [EOS, OTHER_EOS, 100, 150, 200, 250, 300]  # so many that answers do end
@@ -96,6 +97,25 @@ def test_a_call_is_repeatable_and_another_seed_gives_other_answers(both):
     assert vllm.generate(asked, Sampling(10, seed=5)).response_ids != first.response_ids
     assert len({tuple(row) for row in first.response_ids[:3]}) == 3  # a row, a seed
     assert len({row_seed(seed, row) for seed in range(50) for row in range(50)}) == 2_500
+
+
+def test_more_prompts_than_are_read_at_once_and_in_smaller_batches(both):
+    """The seed of a row is its own, whoever is answered beside it."""
+    model, _, vllm = both
+    asked, before = prompts(64, length=100, seed=17), vllm.batch_size
+    assert sum(map(len, asked)) > 6_000  # a step of the engine reads 4,096
+    found = vllm.generate(asked, Sampling(6, seed=3))
+    batch = Batch(found.prompt_ids, found.response_ids, PAD, model.device)
+    own = policy_logprobs(model, batch, 1.0)[0].detach()
+    for row, told in zip(own, found.logprobs, strict=True):
+        torch.testing.assert_close(row[: len(told)], torch.tensor(told), atol=1e-4, rtol=0)
+    try:
+        vllm.batch_size = 2
+        again = vllm.generate(asked, Sampling(6, seed=3)).response_ids
+    finally:
+        vllm.batch_size = before
+    alike = [a == b for a, b in zip(found.response_ids, again, strict=True)]
+    assert sum(alike) >= 63  # a rounding may decide a draw
 
 
 def test_a_prompt_is_computed_once_for_its_answers(both):
@@ -229,6 +249,44 @@ def test_two_engines_of_a_process_do_not_disturb_each_other():
     one.close()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_call_that_was_interrupted_leaves_no_request_behind(trained):
+    """As Ctrl-C in a notebook does, in the middle of answers; the next call is as any other."""
+    model = tiny(seed=9).requires_grad_(trained)
+    vllm = engines(model)[1]
+    asked, sampling, steps = prompts(12, seed=9), Sampling(12, seed=4), []
+    try:
+        whole = vllm.generate(asked, sampling).response_ids
+        core = vllm.engine.llm.llm_engine
+        step = core.step
+
+        def interrupted():
+            steps.append(core.get_num_unfinished_requests())
+            if len(steps) == 22:  # the test answer takes sixteen
+                raise KeyboardInterrupt
+            return step()
+
+        core.step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            vllm.generate(asked, sampling)
+        assert steps[0] == 1 < steps[-1]
+        assert vllm.generate(asked, sampling).response_ids == whole
+        with pytest.raises(IndexError):  # of the engine's own step, which cannot be repeated
+            vllm.generate([[SIZE + 1]], sampling)
+        assert vllm.generate(asked, sampling).response_ids == whole
+    finally:
+        vllm.close()
+
+
+def test_what_the_engine_cannot_compute_is_refused_before_a_file_is_written(monkeypatch):
+    with pytest.raises(DataError, match="weights are of float16, expected float32 or bfloat16"):
+        engines(tiny(seed=9).to(torch.float16))
+    vllm = engines(tiny(seed=9).to("meta"))[1]
+    monkeypatch.setattr(engine, "_scratch", None)
+    with pytest.raises(DataError, match="computes on cpu, the model is on meta, expected both"):
+        vllm.generate(prompts(1), Sampling(4))
+
+
 class Kept:
     """A keeper that is asked to stop after so many chunks, and gives them to the next call."""
 
@@ -241,6 +299,10 @@ class Kept:
     @property
     def weights(self):
         return self.rest.weights
+
+    @property
+    def state(self):
+        return self.rest.state
 
     def after(self, step, steps, rest):
         self.step, self.rest = step, rest()

@@ -209,7 +209,9 @@ def test_in_bfloat16_rounding_passes_and_weights_of_another_model_do_not(monkeyp
 
 
 def test_a_model_that_is_not_trained_is_given_once(monkeypatch):
-    vllm = engines(tiny(seed=13).requires_grad_(False))[1]
+    """When an engine starts, or is that of another model."""
+    models = [tiny(seed=seed).requires_grad_(False) for seed in (13, 14)]
+    vllm, other = (engines(model)[1] for model in models)
     given, hand_over = [], engine.VLLMEngine.hand_over
     monkeypatch.setattr(engine.VLLMEngine, "hand_over",
                         lambda self, model: given.append(self) or hand_over(self, model))
@@ -217,7 +219,10 @@ def test_a_model_that_is_not_trained_is_given_once(monkeypatch):
         for _ in range(3):
             vllm.generate(ASKED, SAMPLING)
             assert vllm.drift < 1e-4
-        assert len(given) == 1
+        assert not given
+        for one, times in ((other, 1), (other, 1), (vllm, 2), (vllm, 2)):
+            one.generate(ASKED, SAMPLING)
+            assert one.drift < 1e-4 and len(given) == times
     finally:
         vllm.close()
 

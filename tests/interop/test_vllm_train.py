@@ -78,18 +78,19 @@ if __name__ == "__main__":
         config=tppo.PPOConfig(steps=4, batch_size=4, responses_per_prompt=2, minibatch_size=8,
                               checkpoint_every=1, lr=1e-3, critic_lr=1e-3),
         generate=tppo.GenerateConfig(max_new_tokens=12), out=out, device="cpu",
-        rollout=tppo.VLLMConfig(), lora=tppo.AdapterConfig(rank=4),
+        rollout=tppo.VLLMConfig(), lora=tppo.AdapterConfig(rank=int(sys.argv[4])),
     ).train()
 """
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path):
+@pytest.mark.parametrize("rank, file", [(4, "adapter_model"), (0, "model")])
+def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path, rank, file):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
     def run(out, kill):
         return subprocess.run([sys.executable, script, tmp_path / out, trained / "sft/model",
-                               str(kill)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               str(kill), str(rank)], env=os.environ | {"OMP_NUM_THREADS": "1"},
                               capture_output=True, text=True)  # fmt: skip
 
     whole = run("whole", 0)
@@ -97,12 +98,15 @@ def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path):
     assert run("killed", 3).returncode == -signal.SIGKILL
     again = run("killed", 0)
     assert again.returncode == 0, again.stderr[-2000:]
-    weights = [load_file(tmp_path / name / "train/model/adapter_model.safetensors")
+    weights = [load_file(tmp_path / name / f"train/model/{file}.safetensors")
                for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 4
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
-    assert any(tensor.abs().max() > 0 for name, tensor in weights[0].items() if "lora_B" in name)
+    before = {} if rank else load_file(trained / "sft/model/model.safetensors")
+    moved = [name for name, tensor in weights[0].items()
+             if ("lora_B" in name and tensor.any()) or not tensor.equal(before.get(name, tensor))]
+    assert len(moved) > 4
 
 
 def test_a_run_with_others_weights_in_the_engine_stops_with_the_sentence(

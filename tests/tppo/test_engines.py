@@ -2,10 +2,11 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import tppo
 from tppo.config import Config
@@ -43,6 +44,10 @@ def test_what_an_engine_cannot_hold_is_refused_before_it_starts(monkeypatch):
     monkeypatch.setattr(installed, "find_spec", lambda name: True)
     with pytest.raises(DataError, match="heads have 16 numbers, expected a multiple of 32"):
         built(model(num_attention_heads=4))
+    with pytest.raises(DataError, match="MambaForCausalLM has no attention heads, expected a mod"):
+        built(MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)))
+    with pytest.raises(DataError, match="on cuda:1, expected the first GPU.*CUDA_VISIBLE_DEVICES"):
+        built(SimpleNamespace(device=torch.device("cuda:1"), config=LlamaConfig()))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"),
                         ("MASTER_PORT", "1")):  # fmt: skip
         monkeypatch.setenv(name, value)
@@ -68,7 +73,7 @@ def test_nobody_imports_vllm_but_the_engine_and_only_when_it_runs():
 
 
 def test_settings_of_vllm_belong_to_its_rollout():
-    with pytest.raises(DataError, match="expected the defaults with rollout hf"):
+    with pytest.raises(DataError, match="rollout hf, --vllm.memory-share 0.4, or --rollout vllm"):
         Config(vllm=VLLMConfig(memory_share=0.5))
     for share in (0.0, 1.0, "half"):
         with pytest.raises(DataError, match="memory_share"):

@@ -13,7 +13,7 @@ from tppo.methods.experience import Experience, Models
 from tppo.models.batch import Batch
 from tppo.models.guards import GuardError, trainable
 from tppo.models.policy import policy_logprobs
-from tppo.models.precision import relative_rms, rounding_error
+from tppo.models.precision import dtype_name, relative_rms, rounding_error
 from tppo.progress import say
 from tppo.rewards import Reward, TokenReward
 from tppo.rewards.token_model import TokenModelReward
@@ -58,7 +58,7 @@ def check_step_zero(
         raise GuardError(
             f"step 0: the log-probs of the update differ from those of scoring by {error:.1e} "
             f"(root mean square, relative), expected < {limit:.1e}, the error of roundings in "
-            f"{str(policy.dtype).removeprefix('torch.')}"
+            f"{dtype_name(policy.dtype)}"
         )
 
 

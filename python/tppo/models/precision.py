@@ -14,6 +14,11 @@ from torch import Tensor
 ROUNDINGS = 18  # roundings a layer: each of two sublayers rounds its sum and about eight products
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type of numbers as users write it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def rounding_error(model: Any, passes: int = 1) -> float:
     """Root mean square by which two readings in 16 bits differ, over that of what is read.
 

@@ -17,7 +17,7 @@ from tppo.store.run_folder import KEPT
 def generate(run: Run) -> None:
     """Answers of the SFT model to training sessions; resumes."""
     with stopping.deferrable(), run.stage("generate", resume=True) as out:
-        model, sessions = run.sft_model(), run.sessions("train")
+        model, sessions = run.sft_model().requires_grad_(False), run.sessions("train")
         config = run.config.generate
         order = random.Random(f"{run.seed}/generate").sample(sessions, len(sessions))
         n = min(config.samples, config.samples_per_session * len(sessions))

@@ -29,12 +29,12 @@ from tppo.models.adapters import adapter_settings, has_adapter, save_adapter, un
 from tppo.models.config import VLLMConfig
 from tppo.models.folder import tied_key, without_generation_settings
 from tppo.models.guards import trainable
-from tppo.models.memory import kept_heads, kept_nbytes
-from tppo.models.rollout.installed import need_vllm
+from tppo.models.memory import kept_nbytes
+from tppo.models.precision import dtype_name
 from tppo.models.vocabulary import phantoms
 
-HEAD_SIZES = 32  # on a CPU the engine's attention takes multiples of it
 CPU_BLOCK = 32  # tokens; the smallest block of keys and values there
+CPU_STEP = 4096  # tokens that are read at once there, of whole prompts
 CPU_CACHE = 2 * 2**30  # bytes; more answers than fit wait for their turn
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that an engine can be started for
 SETTINGS = {
@@ -55,19 +55,6 @@ class Said(NamedTuple):
     ids: list[int]
     logprobs: list[float]
     """Of the distribution that it sampled from."""
-
-
-def check_vllm(model: PreTrainedModel) -> None:
-    """What can be known before an engine is started.
-
-    Errors: those of `need_vllm`; DataError for a model that it cannot hold.
-    """
-    need_vllm()
-    _, size = kept_heads(model.config.get_text_config())
-    if model.device.type == "cpu" and size % HEAD_SIZES:
-        raise DataError(f"--rollout vllm: the model's attention heads have {size} numbers, "
-                        f"expected a multiple of {HEAD_SIZES} on a CPU; --rollout hf takes "
-                        "any")  # fmt: skip
 
 
 def cpu_cache(answers: int, nbytes: int) -> int:
@@ -140,12 +127,16 @@ class VLLMEngine:
         self.asleep = False
         self.on_gpu = self.device == "cuda"
         nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        with _scratch(nbytes) as folder, _undisturbed():
-            plain = unadapted(model) if has_adapter(model) else model
-            with without_generation_settings(plain):
-                plain.save_pretrained(folder)
-            del plain
-            self.llm = self._start(model, folder, config, share_prompts)
+        with _undisturbed():
+            self._check_can_hold(model)
+            with _scratch(nbytes) as folder:
+                plain = unadapted(model) if has_adapter(model) else model
+                with without_generation_settings(plain):
+                    plain.save_pretrained(folder)
+                del plain
+                self.llm = self._start(model, folder, config, share_prompts)
+        if self.base is None:
+            self.given = weakref.ref(model)
         # It would take the process group along that other engines of the process have too.
         self.llm.llm_engine.engine_core._finalizer.detach()
         _OPEN.add(self)
@@ -154,23 +145,40 @@ class VLLMEngine:
         """Whether it has the base of an adapted model, or takes all weights."""
         return self.base is None or self.base() is model.get_input_embeddings().weight
 
-    def _start(
-        self, model: PreTrainedModel, folder: Path, config: VLLMConfig, share: bool
-    ) -> Any:
-        from vllm import LLM
+    def _check_can_hold(self, model: PreTrainedModel) -> None:
+        """vLLM computes where the model is, and knows its kind; before a file is written for it.
+
+        For a kind that it has no code of its own for, vLLM takes transformers' class, and changes
+        it so that the trainer's models of that class work no more.
+        """
+        from vllm import ModelRegistry
         from vllm.platforms import current_platform
 
-        kind = current_platform.device_type
+        kind, name = current_platform.device_type, type(model).__name__
         if kind != self.device:
             raise DataError(f"--rollout vllm: the vLLM that is installed computes on {kind}, the "
                             f"model is on {self.device}, expected both on the same "
                             "(docs/vllm.md)")  # fmt: skip
+        if name not in ModelRegistry.get_supported_archs():
+            raise DataError(f"--rollout vllm: vLLM has no {name} of its own, expected a model that "
+                            "it has; --rollout hf takes any")  # fmt: skip
+
+    def _start(
+        self, model: PreTrainedModel, folder: Path, config: VLLMConfig, share: bool
+    ) -> Any:
+        from vllm import LLM
+
         options: dict[str, Any] = {"gpu_memory_utilization": config.memory_share,
                                    "enable_sleep_mode": True}  # fmt: skip
         if not self.on_gpu:
             row = kept_nbytes(model.config, model.dtype) * self.max_length
+            # A prompt is read whole: the generator of one that is read in parts would be set back,
+            # which torch's cannot be on a CPU.
             options = {"kv_cache_memory_bytes": cpu_cache(self.batch_size, row),
-                       "block_size": CPU_BLOCK, "enforce_eager": True}  # fmt: skip
+                       "block_size": CPU_BLOCK, "enforce_eager": True,
+                       "enable_chunked_prefill": False,
+                       "max_num_batched_tokens": max(CPU_STEP, self.max_length, self.batch_size),
+                       }  # fmt: skip
         if has_adapter(model):
             rank = adapter_settings(model)["lora_rank"]
             options |= {"enable_lora": True, "max_loras": 1,
@@ -182,7 +190,7 @@ class VLLMEngine:
                 model=str(folder),
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # none of the model's own settings of sampling
-                dtype=str(model.dtype).removeprefix("torch."),
+                dtype=dtype_name(model.dtype),
                 max_model_len=self.max_length,
                 max_num_seqs=self.batch_size,
                 enable_prefix_caching=share,
@@ -199,15 +207,15 @@ class VLLMEngine:
     def hand_over(self, model: PreTrainedModel) -> None:
         """The model's weights as they are now; answers that the engine remembers are forgotten."""
         self.given = None
-        if has_adapter(model):
-            self._hand_over_adapter(model)
-        else:
-            weights = iter([*checkpoint(model).items()])
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.llm.apply_model(pack_tied_heads)
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept the keys and values of older weights: it is still "
-                               "writing an answer")  # fmt: skip
+        with self._whole():
+            if has_adapter(model):
+                self._hand_over_adapter(model)
+            else:
+                weights = iter([*checkpoint(model).items()])
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+                self.llm.apply_model(pack_tied_heads)
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept the keys and values of older weights")
         self.given = weakref.ref(model)
 
     def has(self, model: PreTrainedModel) -> bool:
@@ -235,9 +243,23 @@ class VLLMEngine:
 
         params = [SamplingParams(logprobs=0, detokenize=False, **one) for one in wanted]
         given = [TokensPrompt(prompt_token_ids=[*ids]) for ids in prompts]
-        with torch.random.fork_rng():  # it draws, and then takes the draws of the requests' seeds
+        # It draws, and then takes the draws of the requests' seeds.
+        with self._whole(), torch.random.fork_rng():
             found = self.llm.generate(given, params, use_tqdm=False, lora_request=self.adapter)
         return [_said(request.outputs[0]) for request in found]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Close the engine where the block does not come to its end, as after Ctrl-C: it would go
+        on with the requests that are left, and reply to them among the next ones.
+        """
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            if not ended:
+                self.close()
 
     def prefix_hits(self) -> tuple[int, int]:
         """Tokens of prompts that were asked for since the start, and those among them that were
@@ -248,7 +270,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Give the memory of a GPU free until `wake`; weights wait in the host's memory."""
-        if self.on_gpu and not self.asleep:
+        if self.on_gpu and not self.asleep and self in _OPEN:
             self.llm.sleep(level=1)
             self.asleep = True
 

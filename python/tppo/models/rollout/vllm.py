@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tppo.errors import DataError
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix, VLLMConfig
 from tppo.models.guards import GuardError, trainable
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, answers_of
 from tppo.models.policy import policy_logprobs
-from tppo.models.rollout.engine import Said, VLLMEngine, check_vllm, running
+from tppo.models.precision import dtype_name
+from tppo.models.rollout.engine import Said, VLLMEngine, running
+from tppo.models.rollout.installed import check_vllm
 from tppo.models.rollout.seam import (
     RolloutBatch,
     Sampling,
@@ -60,6 +63,10 @@ class VLLMRollout:
         config: VLLMConfig | None = None,
     ):
         check_vllm(model)
+        if model.dtype not in BOUNDS:
+            known = " or ".join(map(dtype_name, BOUNDS))
+            raise DataError(f"--rollout vllm: the model's weights are of {dtype_name(model.dtype)}"
+                            f", expected {known}; --rollout hf takes any")  # fmt: skip
         self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
         self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.prefix, self.config = prefix, config or VLLMConfig()
@@ -192,7 +199,7 @@ class VLLMRollout:
                 f"vLLM was given {what}, and has others: token {worst} of a test answer, "
                 f"{said.ids[worst]}, has the log-prob {said.logprobs[worst]:.6g} there and "
                 f"{own[worst]:.6g} in the trainer, {self.drift:.3g} apart, expected at most "
-                f"{bound:g} in {str(self.model.dtype).removeprefix('torch.')}. Stopped before "
+                f"{bound:g} in {dtype_name(self.model.dtype)}. Stopped before "
                 "anything was sampled from them; --rollout hf goes on from the same checkpoint"
             )
 

@@ -122,6 +122,7 @@ class Answerer:
         self.device = resolve_device(device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
         model = load_policy(self.path, self.device, dtype)
+        model = model.requires_grad_(False)  # an engine gets weights that stay only once
         self.model: PreTrainedModel = limit_vocabulary(model, self.tokenizer)
         self.eos_ids = model_eos_ids(self.tokenizer, self.model)
         self.reward = None if rewards is None else self._reward(rewards, dtype)
