@@ -93,7 +93,7 @@ def model(tokenizer, **options):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
              "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes | ids | options)
+    config = LlamaConfig(**{"vocab_size": len(tokenizer)} | sizes | ids | options)
     return enlarged(LlamaForCausalLM(config)).eval()
 
 
@@ -150,6 +150,23 @@ def test_an_attention_that_shares_wrongly_is_sent_to_dense_prompts(tokenizer, mo
     assert found["shared prompts, gradients"] == "train with --prefix dense"
     assert found["step-0 ratio: as the update reads it"] == FIT
     assert table(check_model(given, tokenizer))[-1] == "what to trust: train with --prefix dense"
+
+
+def test_a_model_that_shares_no_prompts_is_not_said_to_share_them(tokenizer):
+    """Batches of shared prompts read it dense: a comparison would be of dense with dense."""
+    given = model(tokenizer)
+    given.config.sliding_window = given.model.config.sliding_window = 4
+    given.model.config.layer_types = ["sliding_attention"] * 2
+    found = check_model(given, tokenizer)
+    (shared,) = [row for row in found if "shared" in row.check]
+    assert re.match("ok: each answer is read with a prompt of its own, because .*sliding_attention",
+                    shared.verdict) and shared.good and not shared.error  # fmt: skip
+    assert table(found)[-1].endswith("as you like; each answer is read with a prompt of its own")
+
+
+def test_a_tokenizer_of_another_model_is_found(tokenizer):
+    ((_, _, _, verdict),) = check_model(model(tokenizer, vocab_size=100), tokenizer)
+    assert re.match(r"do not train it: .*the tokenizer gives token \d+, .*belong together", verdict)
 
 
 def test_the_table_of_a_model_on_disk_and_the_exit_status(tokenizer, tmp_path, capsys):

@@ -307,6 +307,26 @@ def test_pickled_weights_are_read_where_they_are_asked_for(tokenizer, log, tmp_p
     main(["sft", "--out", str(log), "--model", str(log / "sft" / "model"), *SMALL])
 
 
+def test_weights_of_another_model_are_refused(tokenizer, tmp_path):
+    """transformers would draw what is missing at random, and leave out what is too much."""
+    path = write(tmp_path / "given", tokenizer)
+    for layers, message in (
+        (3, r"given: its weights lack 'model.layers.2.input_layernorm.weight' and 8 others of the "
+            r"\w+ that config.json describes"),
+        (1, r"weights hold, beyond what it has, 'model.layers.1.input_layernorm.weight' and 8 oth"),
+        (0, "given/config.json: num_hidden_layers is 0, expected one or more"),
+    ):  # fmt: skip
+        change(path / "config.json", num_hidden_layers=layers)
+        for load in (load_policy, load_reward_model):
+            with pytest.raises(ValueError, match=message):
+                load(path, CPU)
+    change(path / "config.json", num_hidden_layers=2)
+    load_reward_model(path, CPU).save_pretrained(tmp_path / "classes")  # its head alone is new
+    load_reward_model(tmp_path / "classes", CPU)
+    with pytest.raises(ValueError, match="classes: its weights lack 'lm_head.weight' of the Llama"):
+        load_policy(tmp_path / "classes", CPU)
+
+
 def test_quantised_weights_are_refused(tokenizer, tmp_path):
     path = write(tmp_path, tokenizer)
     change(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

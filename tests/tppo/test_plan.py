@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, T5Config
+from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2Config, T5Config
 
 from tppo.cli import main
 from tppo.methods.config import PPOConfig, RewardModelConfig, SFTConfig
@@ -19,7 +19,7 @@ from tppo.models.meta import Holding, LiveBytes, meta_model, sizes
 from tppo.models.tokenizer import train_tokenizer
 from tppo.sessions.config import SessionsConfig
 from tppo.sessions.split import write_generated
-from tppo.stages import plan
+from tppo.stages import doctor, plan
 from tppo.stages.needs import LEVELS, Work, batch_tokens, need
 
 HERE = Path(__file__).parent
@@ -228,6 +228,32 @@ def test_what_it_cannot_plan_is_said(given, said, monkeypatch, capsys):
         main(["plan", *given])
     told = " ".join((str(stop.value) + capsys.readouterr().err).replace("│", " ").split())
     assert said in told
+
+
+def test_adapters_on_layers_that_are_stored_transposed_are_planned():
+    """GPT-2's linear layers: without adapters there, nothing of it would have a gradient."""
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2)
+    work = Work(prompt_tokens=8, response_tokens=4)
+    found = need("sft", config, Holding(lora=4), work)
+    # Of each layer the four projections: 32 -> 96, 32 -> 32, 32 -> 128 and 128 -> 32.
+    trained = 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) * 2)
+    assert sizes(meta_model(config, Holding(lora=4)), "language").trained == trained
+    assert 0 < found.total < need("sft", config, Holding(), work).total
+
+
+def test_a_model_that_cannot_be_planned_may_be_read(tmp_path, monkeypatch, capsys):
+    """Mamba has a state in place of keys, and layer types that follow from their number."""
+    MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=4, state_size=4).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(SystemExit, match="no plan for a model of type 'mamba': "):
+        main(["plan", "--model", str(tmp_path)])
+    read = []
+    monkeypatch.setattr(doctor, "check", lambda *given: read.append(given) or True)
+    monkeypatch.setattr("tppo_kernels.__main__.main", lambda _: 0)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--model", str(tmp_path)])
+    assert "what fits: no plan for a model of type 'mamba'" in capsys.readouterr().out and read
 
 
 def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tppo.errors import short
 from tppo.models.adapters import base_path, is_adapter, merge_into
 from tppo.models.config import DType
 from tppo.models.hub import is_gguf
@@ -58,7 +60,8 @@ def load_policy(
     dtype: of the weights in memory, see `compute_dtype`.
     pickles: take weights from a pickle too, read without executing what is in it.
     Errors: ValueError naming the folder whose generation config transformers refuses, whose model
-    needs code of its own, or which holds a pickle, quantised weights, or an adapter without a base.
+    needs code of its own, or which holds a pickle, quantised weights, an adapter without a base, or
+    weights that are not all that its configuration describes, or more.
     """
     own = read_generation_config(path)  # transformers takes a broken one for an absent one
     model = _load(AutoModelForCausalLM, path, device, dtype, pickles)
@@ -104,7 +107,10 @@ def _load(
         stored = stored_dtype(Path(path), config)
     held = compute_dtype(dtype, stored, device)
     safe = None if pickles or is_gguf(path) else True
-    model = load_from(auto, path, dtype=held, use_safetensors=safe, **options)
+    model, report = load_from(
+        auto, path, dtype=held, use_safetensors=safe, output_loading_info=True, **options
+    )
+    _check_names(path, model, report)
     if is_gguf(path):
         model = _unquantised(model)
     model.folder_dtype = stored
@@ -151,6 +157,10 @@ def _check_weights(path: Path, config: Any, pickles: bool) -> None:
             "expected weights that are not quantised: they are trained; take the model that this "
             "one was made of"
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not layers >= 1:
+        raise ValueError(f"{path / 'config.json'}: num_hidden_layers is {layers}, expected one or "
+                         "more")  # fmt: skip
     safe = any(path.glob("*.safetensors"))
     if not safe and not pickles and any((path / name).exists() for name in _PICKLED):
         raise ValueError(
@@ -158,6 +168,25 @@ def _check_weights(path: Path, config: Any, pickles: bool) -> None:
             "them (from_pretrained and save_pretrained), or --model.allow-pickle reads the tensors "
             "of a pickle and executes nothing"
         )
+
+
+def _check_names(path: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse weights of another model, of which transformers would draw the rest at random.
+
+    A classifier's head may be missing, and weights that no part of the model is named like may be
+    left over, such as the head of what the trunk was taken from.
+    """
+    needed = f"{model.base_model_prefix}." if model.get_output_embeddings() is None else ""
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(needed))
+    own = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    more = sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in own)
+    for names, what in ((missing, "lack"), (more, "hold, beyond what it has,")):
+        if names:
+            rest = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            raise ValueError(
+                f"{path}: its weights {what} {short(names[0])}{rest} of the {type(model).__name__} "
+                "that config.json describes; expected the weights and configuration of one model"
+            )
 
 
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
@@ -199,8 +228,9 @@ def load_from(auto: Any, path: str | Path, **options: Any) -> Any:
     except Exception as error:  # a damaged file meets errors of every kind in there
         raise ValueError(f"{path}: {_why(error)}") from error
     # An export does not hold the code that `auto_map` names, so it must not name it.
-    vars(getattr(loaded, "config", loaded)).pop("auto_map", None)
-    getattr(loaded, "init_kwargs", {}).pop("auto_map", None)
+    found = loaded[0] if isinstance(loaded, tuple) else loaded
+    vars(getattr(found, "config", found)).pop("auto_map", None)
+    getattr(found, "init_kwargs", {}).pop("auto_map", None)
     return loaded
 
 

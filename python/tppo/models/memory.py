@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from tppo.models.guards import trainable
-from tppo.models.meta import META, Head, Holding, LiveBytes, Mark, Role, meta_model, sizes
+from tppo.models.meta import (
+    META,
+    Head,
+    Holding,
+    LiveBytes,
+    Mark,
+    Role,
+    meta_model,
+    no_plan,
+    sizes,
+)
 from tppo.models.recompute import recompute_layers
 from tppo.models.rollout.decoding import CACHE
 
@@ -76,14 +86,21 @@ def _logits(config: PretrainedConfig, how: Holding, rows: int) -> int:
 
 
 def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Each pass is computed once, whatever the configuration object that describes its model."""
+    """Each pass is computed once, whatever the configuration object that describes its model.
+
+    Errors: ValueError where the model cannot run so: it has a state in place of keys and values,
+    or makes of the mask what the stand-ins do not.
+    """
     known: dict[Any, Any] = {}
 
     @functools.wraps(function)
     def call(config: PretrainedConfig, *args: Any) -> Any:
         key = (config.to_json_string(use_diff=False), *args)
         if key not in known:
-            known[key] = function(config, *args)
+            try:
+                known[key] = function(config, *args)
+            except Exception as error:  # of every kind: the layers are the family's own
+                raise no_plan(config, error) from error
         return known[key]
 
     return call

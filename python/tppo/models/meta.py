@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from tppo.models.guards import trainable
 
@@ -181,29 +182,40 @@ class Mark(torch.autograd.Function):
 
 
 class _Adapted(nn.Module):
-    """A linear layer whose weight is frozen, with a LoRA adapter."""
+    """A linear layer whose weight is frozen, with a LoRA adapter.
 
-    def __init__(self, base: nn.Linear, rank: int):
+    Conv1D is the linear layer of GPT-2, whose weight is stored transposed.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int):
         super().__init__()
         self.base = base.requires_grad_(False)
+        own = (base.nx, base.nf) if isinstance(base, Conv1D) else (
+            base.in_features, base.out_features)  # fmt: skip
         dtype = base.weight.dtype
-        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=META))
-        self.b = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device=META))
+        self.a = nn.Parameter(torch.empty(rank, own[0], dtype=dtype, device=META))
+        self.b = nn.Parameter(torch.empty(own[1], rank, dtype=dtype, device=META))
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output and the adapter's, scaled."""
         return self.base(x) + 2.0 * ((x @ self.a.T) @ self.b.T)
 
 
+def no_plan(config: PretrainedConfig, error: Exception) -> ValueError:
+    """The error of a model that cannot be planned."""
+    why = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ValueError(f"no plan for a model of type {config.model_type!r}: {why}")
+
+
 def meta_model(config: PretrainedConfig, how: Holding, layers: int | None = None) -> Any:
     """A causal LM without data, held as `how` says; of so many layers.
 
-    Errors: ValueError where transformers has no causal LM for the configuration.
+    Errors: ValueError where transformers has no causal LM for the configuration, or none of it.
     """
     config = copy.deepcopy(config)
     if layers is not None:
         config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
+        if vars(config).get("layer_types"):  # of Mamba it follows from the number of layers
             config.layer_types = config.layer_types[:layers]
     config.padded = False
     try:
@@ -211,14 +223,14 @@ def meta_model(config: PretrainedConfig, how: Holding, layers: int | None = None
             model = AutoModelForCausalLM.from_config(
                 config, dtype=how.dtype, attn_implementation="tppo_plan"
             )
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"no plan for a model of type {config.model_type!r}: {error}") from error
+    except Exception as error:  # of every kind: each family reads its configuration itself
+        raise no_plan(config, error) from error
     model.tie_weights()
     if how.lora is not None:
         model.requires_grad_(False)
         for module in list(model.base_model.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear | Conv1D):
                     setattr(module, name, _Adapted(child, how.lora))
     return model.eval()
 

@@ -71,7 +71,11 @@ def main(arguments: list[str]) -> None:
     print("\n".join([*machine_lines(device), "", *vllm_lines(), "",
                      *missing_lines(device.type == "cuda"), "", *server_lines()]))  # fmt: skip
     if options.plan == "yes":
-        print("\n".join(["", *fit_lines(shapes(options.model), device, free_memory(device))]))
+        configs = shapes(options.model)  # a folder that cannot be read ends the command here
+        try:
+            print("\n".join(["", *fit_lines(configs, device, free_memory(device))]))
+        except ValueError as error:  # the model may still be read, and trained
+            print(f"\nwhat fits: {error}")
     good = options.model is None or check(options.model, device)
     print()
     from tppo_kernels.__main__ import main as kernels
@@ -84,7 +88,7 @@ def check(path: Path, device: torch.device) -> bool:
     """Prints what reading a local model in every way gives; whether all of them agree."""
     from tppo.models.load import load_policy
     from tppo.models.tokenizer import load_tokenizer
-    from tppo.stages.model_check import FIT, check_model, table
+    from tppo.stages.model_check import check_model, table
 
     if not path.is_dir() or not any(path.glob("*.safetensors")):
         print(f"\n{path}: no weights here (model.safetensors), so the model itself is not read")
@@ -92,7 +96,7 @@ def check(path: Path, device: torch.device) -> bool:
     with status(f"reading {path}"):
         findings = check_model(load_policy(path, device), load_tokenizer(path))
     print("\n".join(["", f"{path}, read in every way that a training reads it", *table(findings)]))
-    return all(found.verdict == FIT for found in findings)
+    return all(found.good for found in findings)
 
 
 def machine_lines(device: torch.device) -> list[str]:

@@ -16,12 +16,14 @@ from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.precision import relative_rms, rounding_error
 from tppo.models.preflight import SHARED_TO, UNFIT
 from tppo.models.rollout import HFRollout, Sampling
+from tppo.models.vocabulary import check_embeddings
 
 TEXTS = ("search: red shoes for children\nsearch: boots\n", "search: hat\n")
 ANSWERS, TOKENS = 3, 8  # to each text, and of each answer
 HEADS = ("reference", "chunked", "cpp", "triton")
 ATTENTIONS = ("reference", "efficient", "flash", "flash_attn", "flash_attn_3")
 FIT = "ok"
+DENSE = "each answer is read with a prompt of its own"
 
 
 class Finding(NamedTuple):
@@ -30,7 +32,12 @@ class Finding(NamedTuple):
     check: str
     error: str
     bound: str
-    verdict: str  # FIT, or what to do
+    verdict: str  # FIT, FIT and a note behind a colon, or what to do
+
+    @property
+    def good(self) -> bool:
+        """Whether the model may be read so."""
+        return self.verdict.partition(":")[0] == FIT
 
 
 class Bounds(NamedTuple):
@@ -54,6 +61,10 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     """
     pad = tokenizer.pad_token_id
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS for _ in range(ANSWERS)]
+    try:
+        check_embeddings(tokenizer, model, max(map(max, prompts)))
+    except ValueError as error:
+        return [Finding("tokens of its tokenizer", "", "", f"do not train it: {error}")]
     exact = model.dtype == torch.float32
     bounds = Bounds(exact, *((SHARED_TO,) * 2 if exact else
                              (rounding_error(model), rounding_error(model, 2))))  # fmt: skip
@@ -109,6 +120,17 @@ def _alone(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _shared(model: PreTrainedModel, batch: Batch, old: Tensor, bounds: Bounds) -> list[Finding]:
     way = Batch(batch.prompt_ids, batch.response_ids, batch.pad_id, batch.device, "shared")
     remedy = "train with --prefix dense"
+    responses = [[*way.response_ids[k : k + ANSWERS]]
+                 for k in range(0, len(way.response_ids), ANSWERS)]  # fmt: skip
+    prompts = [*way.prompt_ids[::ANSWERS]]
+    layout = tk.PrefixLayout.from_lengths(map(len, prompts), [map(len, r) for r in responses])
+    layout, packed = layout.to(way.device), layout.pack(prompts, responses).to(way.device)
+    try:
+        with tk.shared_prefix(model.base_model, layout):
+            pass
+    except ValueError as error:  # a training reads them dense then, and says so
+        why = str(error).removeprefix("shared_prefix: ")
+        return [Finding("shared prompts", "", "", f"{FIT}: {DENSE}, because {why}")]
 
     def gradients(of: Batch) -> Tensor:
         output = policy_logprobs(model, of, 1.0)[0].sum()
@@ -122,30 +144,22 @@ def _shared(model: PreTrainedModel, batch: Batch, old: Tensor, bounds: Bounds) -
         dense = gradients(batch)
         rows.append(_row("shared prompts, gradients", lambda: gradients(way), dense, bounds,
                          bounds.backward, remedy))  # fmt: skip
-    return rows + [row for name in ATTENTIONS for row in _attention(model, way, old, bounds, name)]
 
-
-def _attention(model: PreTrainedModel, way: Batch, old: Tensor, bounds: Bounds, name: str
-               ) -> list[Finding]:
-    """Shared prompts by one backend of `prefix_attention`, none where it is not here."""
-    responses = [[*way.response_ids[k : k + ANSWERS]]
-                 for k in range(0, len(way.response_ids), ANSWERS)]  # fmt: skip
-    prompts = [*way.prompt_ids[::ANSWERS]]
-    layout = tk.PrefixLayout.from_lengths(map(len, prompts), [map(len, r) for r in responses])
-    layout, packed = layout.to(way.device), layout.pack(prompts, responses).to(way.device)
-    try:
-        with torch.no_grad(), tk.shared_prefix(model.base_model, layout), tk.use_backend(name):
+    def by_backend(name: str) -> Tensor:
+        with tk.shared_prefix(model.base_model, layout), tk.use_backend(name):
             hidden = model.base_model(input_ids=packed, use_cache=False).last_hidden_state[0]
-    except (tk.BackendError, *UNFIT):  # not here, or no shared prompts: the row above says so
-        return []
-
-    def read() -> Tensor:
         states = layout.response_states(hidden, "logprob")
         return policy_head(model)(states, way.targets, way.mask)[0]
 
-    with torch.no_grad():
-        return [_row(f"shared attention, backend {name}", read, old, bounds, bounds.forward,
-                     "train with --prefix dense")]  # fmt: skip
+    for name in ATTENTIONS:
+        try:
+            with torch.no_grad():
+                found = by_backend(name)
+        except (tk.BackendError, *UNFIT):  # not here, or a row above says what is wrong
+            continue
+        rows.append(_row(f"shared attention, backend {name}", found.clone, old, bounds,
+                         bounds.forward, remedy))  # fmt: skip
+    return rows
 
 
 def _heads(model: PreTrainedModel, batch: Batch, old: Tensor, bounds: Bounds) -> list[Finding]:
@@ -185,6 +199,8 @@ def table(findings: list[Finding]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
              for row in rows]  # fmt: skip
-    bad = list(dict.fromkeys(row.verdict.split(" (")[0] for row in findings if row.verdict != FIT))
+    bad = list(dict.fromkeys(row.verdict.split(" (")[0] for row in findings if not row.good))
     told = "; ".join(bad) if bad else "every way of reading agrees: train it as you like"
+    if not bad and any(DENSE in row.verdict for row in findings):
+        told += f"; {DENSE}"
     return [*lines, f"what to trust: {told}"]
