@@ -105,19 +105,29 @@ def test_textbook(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_query_that_is_not_finite_gives_no_number(backend):
-    """torch's kernel for a CPU makes 0 of it, the mean of no values."""
-    layout = tk.PrefixLayout.from_lengths([4], [[2, 3]])
-    inputs = batch(layout)
-    for head, token, value in ((0, 0, math.nan), (2, 5, math.inf), (3, 8, -math.inf)):
-        inputs[0][0, head, token, 1] = value
-    grad = torch.ones_like(inputs[0])
+@pytest.mark.parametrize(("which", "token", "reaches"), [
+    ("q", 5, [5]), ("k", 2, [2, 3, 4, 5, 6, 7, 8]), ("k", 4, [4, 5]), ("v", 3, [3, 4, 5, 6, 7, 8]),
+    ("v", 6, [6, 7, 8]),
+])  # fmt: skip
+def test_what_is_not_finite_reaches_those_that_see_it_and_no_other(backend, which, token, reaches):
+    """torch's kernel for a CPU makes 0 of such a query, passes over such a key, and lets such a
+    value reach earlier tokens, as 0 NaN is NaN.
+    """
+    layout = tk.PrefixLayout.from_lengths([4, 2], [[2, 3], [1]])
+    inputs, place = batch(layout), "qkv".index(which)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
     with tk.use_backend(backend):
-        out, dq, dk, dv = run(tk.prefix_attention, inputs, layout, grad)
-    spoilt = ~inputs[0].isfinite().all(-1, keepdim=True)
-    assert torch.equal(out.isnan(), spoilt.expand_as(out))
-    assert torch.equal(dq.isnan(), spoilt.expand_as(dq))
-    assert dk[0, 0, 0].isnan().all() and dv[0, 0, 0].isnan().all()
+        sound = run(tk.prefix_attention, inputs, layout, grad)
+        for value in (math.nan, math.inf):
+            spoilt = [x.clone() for x in inputs]
+            spoilt[place][0, 1, token, 3] = value
+            out, dq, *_ = run(tk.prefix_attention, spoilt, layout, grad)
+            heads = [1] if which == "q" else [2, 3]  # that read head 1 of k and v
+            lost = torch.zeros(out.shape[:3], dtype=torch.bool)
+            lost[0, torch.tensor(heads)[:, None], torch.tensor(reaches)] = True
+            for found, before in ((out, sound[0]), (dq, sound[1])):
+                assert torch.equal(found.isnan(), lost[..., None].expand_as(found))
+                assert torch.equal(found[~lost], before[~lost])
 
 
 def test_gradcheck():

@@ -19,6 +19,7 @@ import tppo_kernels as tk
 
 LENGTHS = (3, 0, 4, 2)
 N, B = sum(LENGTHS), len(LENGTHS)
+LAYOUT = tk.PrefixLayout.from_lengths([3], [[4, 2]])
 Args = dict[str, Any]
 
 
@@ -102,6 +103,14 @@ def sound(name: str, g: torch.Generator) -> Args:
             "mask": torch.tensor([[1], [0], [1], [1]]).bool(),
             "cu_seqlens": cu,
         },
+        "response_mask": {"tokens": targets.reshape(3, 3), "eos_id": 2},
+        "prefix_attention": {
+            "q": torch.randn(2, N, 4, generator=g),
+            "k": torch.randn(1, N, 4, generator=g),
+            "v": torch.randn(1, N, 3, generator=g),
+            "layout": LAYOUT,
+            "scale": 0.5,
+        },
     }[name]
 
 
@@ -122,13 +131,19 @@ NAMES = (
     "linear_logprobs",
     "token_head",
     "response_states",
+    "response_mask",
+    "prefix_attention",
 )
+HUGE = (2**63, 2**70, 10**400)
 RANGES: Mapping[str, tuple[float, ...]] = {
     "lam": (-0.1, 1.5),
     "temperature": (0.0, -1.0),
     "clip": (-0.1,),
     "eps": (-1.0,),
-    "num_tokens": (-1, 1.5),
+    "num_tokens": (-1, 1.5, HUGE[-1]),
+    "T": (-1, 1.5, N + 1, 10**15, *HUGE),
+    "eos_id": (-1, 1.5, *HUGE),
+    "scale": (float("inf"),),
     "clip_low": (-0.1,),
     "alpha": (-1.0,),
     "suggested_length": (-1.0,),
@@ -163,9 +178,13 @@ def wrong_offsets(cu: Tensor, rng: random.Random) -> Tensor:
 
 
 def wrong_tensor(x: Tensor, name: str, rng: random.Random) -> Any:
-    kind = rng.randrange(8)
-    if name == "weight" and kind < 2 or name == "full" and kind == 2:
-        kind = 3  # of V rows, and of any sizes behind a token
+    kind = rng.randrange(9)
+    if name == "weight" and kind < 2 or name == "full" and kind in (2, 8) or name == "tokens":
+        kind = 3  # of V rows, of any sizes behind a token, of any sizes
+    if name == "v" and kind == 8:
+        kind = 3  # a value of a key may have any size
+    if name in ("q", "k", "v") and kind < 2:
+        return x[:, : N - 1] if kind else torch.cat([x, x[:, :1]], 1)  # any number of heads
     if kind == 0:
         return torch.cat([x, x[:1]])
     if kind == 1:
@@ -180,6 +199,8 @@ def wrong_tensor(x: Tensor, name: str, rng: random.Random) -> Any:
         return x.tolist()
     if kind == 6:
         return x.to("meta")
+    if kind == 8:
+        return x[..., :0]
     if name == "mask":
         return x.float()
     if name in ("targets", "labels"):
@@ -198,7 +219,11 @@ def spoilt(name: str, given: Args, rng: random.Random) -> str:
         given[key] = bad
     elif isinstance(value, Tensor):
         given[key] = wrong_tensor(value, key, rng)
-    elif isinstance(value, float | int) and key != "T":
+    elif isinstance(value, tk.PrefixLayout):
+        given[key] = rng.choice(
+            ("text", None, tk.PrefixLayout.from_lengths([3], [[4]]), [value])
+        )
+    elif isinstance(value, float | int):
         given[key] = rng.choice(
             (*RANGES.get(key, ()), float("nan"), "1", [1.0], True, torch.ones(2, 3))
         )

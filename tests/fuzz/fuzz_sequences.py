@@ -459,6 +459,35 @@ def linear_ppo(seed: int) -> None:
     )
 
 
+def visible(prompts: list[int], answers: list[list[int]]) -> Tensor:
+    """Which keys a query sees: its prompt up to itself, or all of it, and its answer."""
+    total = sum(prompts) + sum(map(sum, answers))
+    sees, at = torch.zeros(total, total, dtype=torch.bool), 0
+    for prompt, of_one in zip(prompts, answers, strict=True):
+        first, at = at, at + prompt
+        sees[first:at, first:at] = torch.ones(prompt, prompt).tril().bool()
+        for n in of_one:
+            sees[at : at + n, first : first + prompt] = True
+            sees[at : at + n, at : at + n] = torch.ones(n, n).tril().bool()
+            at += n
+    return sees
+
+
+def spoil(batch: Batch, leaves: dict[str, Tensor], sees: Tensor) -> Tensor:
+    """Makes tokens of the leaves NaN or infinite, in place; which queries may be no number."""
+    groups = leaves["q"].shape[0] // leaves["k"].shape[0]
+    spoilt, rng = torch.zeros(leaves["q"].shape[:2], dtype=torch.bool), batch.choose
+    for key in rng.choice(("q", "k", "v", "qk", "kv")):
+        x = leaves[key]
+        head, token, place = (rng.randrange(n) for n in x.shape)
+        x[head, token, place] = rng.choice((float("nan"), float("inf"), float("-inf")))
+        if key == "q":
+            spoilt[head, token] = True
+        else:
+            spoilt[head * groups : (head + 1) * groups] |= sees[:, token]
+    return spoilt
+
+
 def prefix_attention(seed: int) -> None:
     batch = Batch(seed)
     pick, rng = batch.choose.choice, batch.choose
@@ -475,17 +504,10 @@ def prefix_attention(seed: int) -> None:
     }
     scale = pick((None, 0.31))
 
+    sees = visible(prompts, answers)
+
     def formula(x: dict[str, Tensor]) -> Any:
         """The result, and what a rounding of every product in the scores costs it."""
-        sees = torch.zeros(total, total, dtype=torch.bool)
-        at = 0
-        for prompt, of_one in zip(prompts, answers, strict=True):
-            first, at = at, at + prompt
-            sees[first:at, first:at] = torch.ones(prompt, prompt).tril().bool()
-            for n in of_one:
-                sees[at : at + n, first : first + prompt] = True
-                sees[at : at + n, at : at + n] = torch.ones(n, n).tril().bool()
-                at += n
         k, v = (y.repeat_interleave(groups, 0) for y in (x["k"], x["v"]))
         factor = size**-0.5 if scale is None else scale
         z = x["q"] @ k.transpose(1, 2) * factor
@@ -520,6 +542,18 @@ def prefix_attention(seed: int) -> None:
     )
     for key, one, two, three in zip(leaves, mine, e, t, strict=True):
         hold(f"prefix_attention: gradient of {key}", one, three, two, spread * total)
+    if rng.random() < 0.3:
+        return
+    hostile = {key: x.detach().clone() for key, x in leaves.items()}
+    spoilt = spoil(batch, hostile, sees)
+    q = hostile.pop("q").requires_grad_()
+    out = tk.prefix_attention(q, **hostile, layout=layout, scale=scale)
+    dq = torch.autograd.grad((out * slopes).sum(), q)[0]
+    for name, x, sound in (("result", out.detach(), got.detach()), ("gradient of q", dq, mine[0])):
+        if not torch.equal(x.isnan(), spoilt[..., None].expand_as(x)):
+            raise Wrong(f"prefix_attention: the {name} is {x}, expected NaN at {spoilt.nonzero()}")
+        if not torch.equal(x[~spoilt], sound[~spoilt]):
+            raise Wrong(f"prefix_attention: the {name} at the others is {x}, was {sound}")
 
 
 def response_states(seed: int) -> str | None:

@@ -119,6 +119,10 @@ def prefix_attention(
     head size of v, and the dtype of q; computed in fp32 (fp64 where an input is fp64, by the
     reference). Differentiable in q, k and v.
 
+    On a CPU a query, key or value that is not finite gives NaN to the queries that it is or that
+    see it, and changes no other; on a GPU, where no value is read on the host, it may give NaN to
+    others of its group.
+
     Flash-attention kernels run over the prompt and within each response, merged by logsumexp, and
     nothing of size L x L exists: FlashAttention-3 on a Hopper GPU where its package
     (`flash_attn_interface`) is installed, PyTorch's own, or those of the flash-attn package; on a

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,19 +116,42 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
     return x[start:end].permute(1, 2, 0, 3)  # [L, Hkv, G, D] -> [Hkv, G, n, D]
 
 
+def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(keys that are finite, with their values [L, Hkv, G, 1], k and v with 0 at the others).
+
+    torch's kernels take no notice of such a key, and let such a value reach queries that do not
+    see it.
+    """
+    fine = (k.isfinite() & v.isfinite()).all(-1, keepdim=True)
+    return fine, torch.where(fine, k, 0), torch.where(fine, v, 0)
+
+
+def _spoilt(q: Tensor, fine: Tensor, lengths: Sequence[int], prompts: Sequence[bool]) -> Tensor:
+    """Queries that are not finite, of which torch's kernel makes 0, or see such a key: [L, Hq]."""
+    spoilt, of_prompt = ~q.isfinite().all(-1, keepdim=True), torch.zeros_like(fine[0])
+    segments = (x.split(list(lengths)) for x in (spoilt, ~fine))
+    for (out, lost), is_prompt in zip(zip(*segments, strict=True), prompts, strict=True):
+        of_prompt = lost.any(0) if is_prompt else of_prompt
+        out |= lost.cumsum(0) > 0
+        out |= of_prompt & (not is_prompt)
+    return spoilt.flatten(1)
+
+
 def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """(attention [Hq, L, D] in the dtype of q, logsumexp of the scores [Hq, L] in fp32)."""
     if call.q.is_cuda:
         return _varlen.fwd(KERNELS, call)
     q, k, v, plan, scale = call
     dtype = q.dtype
-    groups, buckets = _plan(tuple(plan.cu_segments.diff().tolist()),
-                            tuple(plan.is_prompt.tolist()))
+    lengths, prompts = tuple(plan.cu_segments.diff().tolist()), tuple(plan.is_prompt.tolist())
+    groups, buckets = _plan(lengths, prompts)
     attend = functools.partial(_aten._scaled_dot_product_flash_attention_for_cpu.default,
                                dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
-    # Of a query that is not finite torch's kernel makes 0, with a logsumexp of 0.
-    spoilt = torch.linalg.vector_norm(q, torch.inf, -1).flatten(1).isfinite().logical_not_()
+    spoilt = None
+    if not all(math.isfinite(x.sum()) for x in (q, k[:, :, 0], v[:, :, 0])):
+        fine, k, v = _finite_keys(k, v)
+        spoilt = _spoilt(q, fine, lengths, prompts)
     out = q.new_empty(q.shape)  # [L, Hkv, G, D]
     lse = q.new_empty(q.shape[:-1])
     for start, prompt_end, end in groups:
@@ -146,7 +170,7 @@ def fwd(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
         share = (weight - merged).exp().float()[..., None]
         out.index_copy_(0, bucket.tokens,
                         torch.lerp(out.index_select(0, bucket.tokens), part, share))
-    if bool(spoilt.any()):
+    if spoilt is not None:
         out.masked_fill_(spoilt[..., None], torch.nan)
         lse.masked_fill_(spoilt, torch.nan)
     return out.to(dtype).transpose(0, 1), lse.t().contiguous()
@@ -164,6 +188,8 @@ def bwd(call: PrefixAttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
         _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         dropout_p=0.0, is_causal=True, scale=float(scale))
     q, k, v = _prepare(q, k, v)
+    if not math.isfinite(lse.sum()):
+        _, k, v = _finite_keys(k, v)
     heads = q.shape[1:3]
     grad, out = (_fp32(x).transpose(0, 1).unflatten(1, heads) for x in (grad, out))
     lse = lse.t().unflatten(1, heads)  # [L, Hkv, G]
