@@ -52,6 +52,13 @@ def read(path: Path):
     return json.loads(text)
 
 
+def accept_changes(out: Path, *stages: str):
+    """Files of the stages may be others than those that they have written."""
+    for name in stages:
+        manifest = read(out / name / "manifest.json") | {"outputs": {}}
+        (out / name / "manifest.json").write_text(json.dumps(manifest))
+
+
 def standing_at(out: Path, source: str):
     """What stands in a file at a JSON pointer; a row of a JSONL file is a number."""
     file, _, way = source.partition("#")
@@ -192,6 +199,7 @@ def made_hostile(value):
 
 
 def test_hostile_texts_stay_texts(copied, tmp_path, chromium):
+    accept_changes(copied, "heat", "train", "sft")
     for name in ("heat/tokens.jsonl", "train/samples.jsonl", "result.json", "sft/manifest.json"):
         values = made_hostile(read(copied / name))
         lines = values if isinstance(values, list) else [values]
@@ -270,6 +278,7 @@ def test_a_run_under_way_has_a_page_too(copied):
 
 def test_the_page_is_kept_fresh_while_a_command_works(copied, monkeypatch, capsys):
     monkeypatch.setattr(command, "EVERY_S", 0.02)
+    accept_changes(copied, "train")
     page = copied / "report.html"
     metrics = copied / "train" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -313,8 +322,25 @@ def test_the_command_writes_the_page_and_watches(copied, monkeypatch, capsys):
     for folder, said in ((copied / "no", "no such folder"), (copied / "data", "holds no stage")):
         with pytest.raises(SystemExit, match=said):
             main(["report", "--out", str(folder)])
+
+
+def test_a_file_that_is_not_the_stages_own_is_named(copied):
+    """A flipped bit is another figure, or a traceback where it is in the name of one."""
+    for name in ("train-rm/report.json", "train/metrics.jsonl", "train/samples.jsonl",
+                 "heat/tokens.jsonl"):  # fmt: skip
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(whole.replace(b'"', b"'", 1))
+        stage = name.partition("/")[0]
+        with pytest.raises(DataError, match=f"{name}: not the file that stage {stage} wrote"):
+            write_report(copied)
+        (copied / name).write_bytes(whole)
+    result = read(copied / "result.json")  # beside the stages: nothing says what it was
+    (copied / "result.json").write_text(json.dumps({"rows": result}))
+    with pytest.raises(DataError, match="copy: result.json, or a file of a stage under way, holds"):
+        write_report(copied)
+    accept_changes(copied, "train")
+    (copied / "train" / "metrics.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="metrics.jsonl: line 1: not JSON"):
-        (copied / "train" / "metrics.jsonl").write_text("{\n")
         read_folder(copied)
 
 

@@ -18,7 +18,7 @@ from tppo.stages.artifacts import BASELINES, HEAT_ROWS, IMPROVED
 from tppo.stages.journal import METRICS, SAMPLES
 from tppo.stages.registry import REGISTRY
 from tppo.store.folder_lock import holder
-from tppo.store.hashes import MANIFEST
+from tppo.store.hashes import MANIFEST, sha256
 from tppo.store.jsonl import parse_object, read_lines, read_object
 
 REPORT = "report.html"
@@ -79,7 +79,10 @@ class Found:
     def rows(self, stage: StageFound, name: str) -> list[dict[str, Any]]:
         """The rows of a JSONL file of a stage, or of a list; none where it is not there or has
         none.
+
+        Errors: DataError where it is not what the stage wrote.
         """
+        check_written(self.out / stage.folder, name, stage.manifest)
         return _rows(self.out / stage.file(name))
 
 
@@ -133,10 +136,26 @@ def _folders(out: Path) -> list[str]:
 
 def _stage(out: Path, folder: str) -> StageFound:
     path = out / folder
+    manifest = read_object(path / MANIFEST) or {}
+    for name in (METRICS, "report.json"):
+        check_written(path, name, manifest)
     return StageFound(
-        folder.removesuffix(UNDER_WAY), folder, read_object(path / MANIFEST) or {},
-        _rows(path / METRICS), read_object(path / "report.json") or {},
+        folder.removesuffix(UNDER_WAY), folder, manifest, _rows(path / METRICS),
+        read_object(path / "report.json") or {},
     )  # fmt: skip
+
+
+def check_written(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """A file that a finished stage has is the one that it wrote.
+
+    Errors: DataError where it is another: figures of it would be shown as the stage's own.
+    """
+    outputs = manifest.get("outputs")
+    entry = outputs.get(name) if isinstance(outputs, dict) else None
+    file = folder / name
+    if isinstance(entry, dict) and file.is_file() and sha256(file) != entry.get("sha256"):
+        raise DataError(f"{file}: not the file that stage {folder.name} wrote, by SHA-256; run "
+                        f"stage {folder.name} again, or restore it")  # fmt: skip
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

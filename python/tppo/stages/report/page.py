@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tppo.errors import DataError
 from tppo.evaluation.page import markup, page
 from tppo.evaluation.style import HEAT
 from tppo.stages.report.answers import samples, side_by_side
@@ -70,5 +71,15 @@ def write_report(out: Path) -> Path:
 
     Errors: DataError where it is no run folder, or a file that is shown is damaged.
     """
-    write_text(out / REPORT, report_html(read_folder(out)))
+    found = read_folder(out)
+    try:
+        text = report_html(found)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # Files of finished stages are those that were written: it is one of those beside them.
+        raise DataError(
+            f"{out}: {found.result_file}, or a file of a stage under way, holds what tppo does not "
+            f"write ({type(error).__name__}: {error}); restore it, or run the command that wrote "
+            "it again"
+        ) from error
+    write_text(out / REPORT, text)
     return out / REPORT
