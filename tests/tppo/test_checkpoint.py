@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and damage is seen."""
 
+import json
 import os
 import resource
 import subprocess
@@ -7,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from tppo.errors import DataError
 from tppo.store.checkpoint import COMPLETE, LATEST, load_latest, save_checkpoint
 from tppo.store.disk import DiskFull
 
@@ -72,6 +74,29 @@ def test_one_whose_list_of_files_is_damaged_is_passed_over(tmp_path, text, capsy
     (tmp_path / "step-1" / COMPLETE).write_text(text)
     assert load_latest(tmp_path) is None
     assert "no checkpoint is whole; the stage begins anew" in capsys.readouterr().err
+
+
+def test_any_bit_of_the_list_of_files_that_flips_is_noticed(tmp_path, capsys):
+    """Also one of the hash of the work, which else would look like that of another work."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    file = tmp_path / "step-2" / COMPLETE
+    text = file.read_bytes()
+    assert load_latest(tmp_path).step == 2
+    for place in range(0, len(text), 7):
+        file.write_bytes(text[:place] + bytes([text[place] ^ 1 << place % 8]) + text[place + 1 :])
+        assert load_latest(tmp_path).step == 1, text[max(0, place - 20) : place + 20]
+    assert f"{COMPLETE} has changed" in capsys.readouterr().err
+
+
+def test_one_of_an_earlier_format_is_one_sentence(tmp_path):
+    save(tmp_path, 1)
+    file = tmp_path / "step-1" / COMPLETE
+    found = json.loads(file.read_text())
+    del found["sum"]
+    file.write_text(json.dumps(found))
+    with pytest.raises(DataError, match=f"{COMPLETE} has no checksum of itself. It was written by "):
+        load_latest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.pt", "state.json"])

@@ -33,7 +33,7 @@ from tppo.stages.ser import run_rounds
 from tppo.store import checkpoint
 from tppo.store.checkpoint import COMPLETE, Checkpoints, load_latest, save_checkpoint
 from tppo.store.hashes import sha256
-from tppo.store.jsonl import read_json, write_json
+from tppo.store.jsonl import SUM, read_json, summed, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REMEDY = "go on with the version that wrote it, begin anew in another folder, or delete "
@@ -43,7 +43,8 @@ def resealed(step, **changes):
     """COMPLETE.json says of what is there that it is whole."""
     files = {f.name: {"nbytes": f.stat().st_size, "sha256": sha256(f)}
              for f in step.iterdir() if f.name != COMPLETE}  # fmt: skip
-    write_json(step / COMPLETE, read_json(step / COMPLETE) | {"files": files} | changes)
+    found = read_json(step / COMPLETE) | {"files": files} | changes
+    (step / COMPLETE).write_text(summed({k: v for k, v in found.items() if k != SUM}))
 
 
 GONE = object()

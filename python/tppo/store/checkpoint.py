@@ -1,6 +1,7 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-step-N.tmp/ -> files -> fsync -> COMPLETE.json (sizes, sha256) -> rename to step-N -> `latest`.
+step-N.tmp/ -> files -> fsync -> COMPLETE.json (sizes, sha256, and a checksum of itself) -> rename
+to step-N -> `latest`.
 No pickle is read back: weights are safetensors, optimiser state loads with `weights_only=True`.
 
 One that is damaged is passed over.  One that is whole but of other work, or of another version of
@@ -29,11 +30,12 @@ from tppo.errors import DataError, short
 from tppo.progress import say, say_once
 from tppo.store.disk import DiskFull, NotWritable, delete, space_for
 from tppo.store.hashes import MANIFEST, sha256
-from tppo.store.jsonl import read_object, sync_directory, write_json, write_text
+from tppo.store.jsonl import SUM, read_object, summed, sync_directory, write_json, write_text
 from tppo.store.rows import RowFile, Rows, read_rows
 from tppo.store.run_folder import KEPT, identity_of, versions
 
 COMPLETE, LATEST = "COMPLETE.json", "latest"
+ENTRIES = {"step", "of", "files", "versions", SUM}  # of COMPLETE.json
 EVERY_S = 300.0  # at least, between two checkpoints of work that does not choose its steps itself
 LAST_S = 30.0  # the same before one behind the last step: what follows would have to repeat it all
 WRITING = 0.05  # share of the time, at most, that such work spends on writing them
@@ -175,8 +177,9 @@ def _write(
     for file in files:
         sync_directory(file)
     entries = {f.name: {"nbytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
-    write_json(work / COMPLETE, {"step": step, "of": work_of(work.parent), "files": entries,
-                                 "versions": versions()})  # fmt: skip
+    write_text(work / COMPLETE, summed({
+        "step": step, "of": work_of(work.parent), "files": entries, "versions": versions(),
+    }))  # fmt: skip
     sync_directory(work)
 
 
@@ -227,6 +230,9 @@ def _load(path: Path, step: int) -> Checkpoint:
     complete = read_object(path / COMPLETE) or {}
     written = complete.get("versions")
     by = written if isinstance(written, dict) else {}
+    if SUM not in complete:
+        raise _refused(path, by, f"an earlier version wrote it, whose {COMPLETE} has no checksum of "
+                       "itself")  # fmt: skip
     if complete.get("of") != work_of(path.parent):
         raise _refused(path, by, "it is not of this work: it was written for other data, settings "
                        "or another part, or by a version that did not say for which"
@@ -262,12 +268,19 @@ def _refused(path: Path, written: Mapping[str, str], why: str) -> DataError:
     )
 
 
+def _as_written(file: Path, found: dict[str, Any]) -> bool:
+    """Whether a file of `summed` has not changed since, by what is read from it."""
+    return file.read_bytes() == summed({k: v for k, v in found.items() if k != SUM}).encode()
+
+
 def _damage(path: Path, step: int) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
     complete = read_object(path / COMPLETE) or {}
     entries = complete.get("files")
     if not isinstance(entries, dict):
         return f"no readable {COMPLETE}"
+    if complete.keys() - ENTRIES or SUM in complete and not _as_written(path / COMPLETE, complete):
+        return f"{COMPLETE} has changed"
     if complete.get("step") != step:
         return f"{COMPLETE} says that it is of step {short(complete.get('step'))}"
     for name in sorted({*entries, "state.json", "optimizer.pt", *os.listdir(path)} - {COMPLETE}):

@@ -280,14 +280,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         write(text)
 
 
+def summed(row: Any) -> str:
+    """A JSON object as a line that ends with its checksum, so that a change to it is noticed."""
+    text = json.dumps(plain(row), ensure_ascii=False)
+    return f"{text[:-1]}, {json.dumps(SUM)}: \"{zlib.crc32(text.encode()):08x}\"}}\n"
+
+
 def append_line(path: Path, row: Any) -> int:
     """Add one JSON object as a line, on disk when it returns; the byte at which it begins.
 
     Half a line that a killed process has left at the end stays a line of its own.  The last entry
     of a line is its checksum (`is_as_written`).
     """
-    text = json.dumps(plain(row), ensure_ascii=False)
-    line = f"{text[:-1]}, {json.dumps(SUM)}: \"{zlib.crc32(text.encode()):08x}\"}}\n"
+    line = summed(row)
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
