@@ -256,6 +256,12 @@ def test_a_stage_in_two_rounds(made, tmp_path, monkeypatch, capsys):
         second.perform("label")
     answers.write_text(content)
     assert second.done("label")
+    manifest = answers.with_name("manifest.json")
+    lost = manifest.read_text()
+    manifest.unlink()  # the answers of the first round would be others
+    with pytest.raises(DataError, match="generate-2/manifest.json: absent or damaged, run stage"):
+        second.perform("label")
+    manifest.write_text(lost)
 
     pooled = []
 

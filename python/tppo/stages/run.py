@@ -37,7 +37,6 @@ from tppo.stages.registry import (
     Stage,
     before,
 )
-from tppo.store.hashes import MANIFEST
 from tppo.store.jsonl import read_jsonl
 from tppo.store.run_folder import RunFolder, differences
 
@@ -289,11 +288,13 @@ class Run:
         return inputs
 
     def _rounds(self, reader: Stage | None, artifact: Artifact) -> list[Path]:
-        """Where it lies in each finished round up to this; for its own stage, before this."""
+        """Where it lies in each finished round up to this; for its own stage, before this.  One
+        whose manifest has been lost is among them, and is named when it is read.
+        """
         own = reader is not None and artifact.stage == reader.name
         folders = [self.out / self.at(r)._folder_of(artifact.stage)
                    for r in range(1, self.round + (not own))]  # fmt: skip
-        return [folder / artifact.name for folder in folders if (folder / MANIFEST).exists()]
+        return [folder / artifact.name for folder in folders if folder.is_dir()]
 
     def _newest(self, artifact: Artifact) -> Path:
         run = self.at(self._newest_round(artifact.stage))
@@ -302,7 +303,7 @@ class Run:
     def _newest_round(self, stage: str) -> int:
         """The newest round up to this in which the stage has finished; 1 where none has."""
         finished = (r for r in range(self.round, 1, -1)
-                    if (self.out / self.at(r)._folder_of(stage) / MANIFEST).exists())  # fmt: skip
+                    if (self.out / self.at(r)._folder_of(stage)).is_dir())  # fmt: skip
         return next(finished, 1)
 
     def _folder_of(self, stage: str) -> str:
