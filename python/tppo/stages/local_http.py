@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,15 +65,16 @@ class LocalServer(ThreadingHTTPServer):
             raise DataError(f"{flag} was {port}, which cannot be had ({error.strerror}), expected "
                             "a free one; 0 takes any") from None  # fmt: skip
         self.port = self.server_address[1]
-        self.places = threading.BoundedSemaphore(MOST_CLIENTS)
+        self.clients: set[Any] = set()  # connections that have a place; this thread alone adds some
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection, or 503 where there are as many as there may be."""
-        if self.places.acquire(blocking=False):
+        if len(self.clients) < MOST_CLIENTS:
+            self.clients.add(request)
             try:
                 super().process_request(request, client_address)
-            except BaseException:  # it has got no thread
-                self.places.release()
+            except BaseException:  # it has no thread, or a signal came behind the thread's start
+                self.clients.discard(request)
                 raise
             return
         try:
@@ -89,7 +89,14 @@ class LocalServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.places.release()
+            self.clients.discard(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What went wrong in the thread of a connection, but for one that the end of the server,
+        by a signal, has closed meanwhile.
+        """
+        if request.fileno() >= 0:
+            super().handle_error(request, client_address)
 
 
 class LocalHandler(BaseHTTPRequestHandler):
