@@ -41,8 +41,8 @@ SHARED_TESTS = {"conftest.py", "_families.py", "_linear_cases.py", "_loss_cases.
                 "test_hops.py", "test_docs.py", "test_integrations.py", "test_rooms.py",
                 "test_ppo_objectives.py", "test_ppo_loss_backends.py", "test_ppo_loss_torch.py",
                 "test_peer.py", "test_peers_from_source.py", "test_trl.py", "test_watch.py"}
-FAULTS = {"cases.py", "endpoint.py", "harness.py", "injected.py", "machine.py", "proof.py",
-          "results", "soak.py", "spoilt.py", "works.py", "test_faults.py"}  # fmt: skip
+FAULTS = {"cases.py", "endpoint.py", "harness.py", "injected.py", "machine.py", "person.py",
+          "proof.py", "results", "soak.py", "spoilt.py", "works.py", "test_faults.py"}  # fmt: skip
 GPU_TESTS = {"conftest.py", "_gpu.py", "test_gpu_backends.py", "test_gpu_streams.py"}
 TRITON_TESTS = {"conftest.py", "_bf16.py", "test_interpreter.py", "test_triton_saturation.py"}
 LIMITS = {"README.md": 200, "setup.py": 80, "tppo_kernels/_core/op.py": 170,

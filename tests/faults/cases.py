@@ -2,11 +2,13 @@
 
 A kill is survived where the same command then ends in the same files; any other fault also where
 the command refuses in one sentence, without a traceback, and ends in the same files when the cause
-is gone.  What an endpoint was paid for and a command has kept is never asked again.
+is gone.  What an endpoint was paid for, or a person has said, and a command has kept is never asked
+again; what a person was told is kept is.
 """
 
 import errno
 import functools
+import json
 import os
 import re
 import shutil
@@ -17,7 +19,9 @@ from typing import NamedTuple
 import endpoint
 import injected
 from machine import HANG
-from works import WORKS
+from works import WORKS, answers_of
+
+from tppo.store.jsonl import read_object
 
 IN_FLIGHT = 4  # questions of the works that ask: what a kill may cost
 HARMS = ("truncated", "flipped", "missing", "foreign")
@@ -62,23 +66,27 @@ def case(kind):
 
 def again(machine, name, folder):
     """The same command once more; what it was paid for before is not asked again."""
-    asks = WORKS[name].asks
-    before = machine.server_of(folder).asked(folder) if asks else []
-    paid = set(endpoint.kept(folder / asks)) if asks else set()
+    work = WORKS[name]
+    if not work.asks:
+        return machine.again(name, folder)
+    before, paid = machine.asked(folder), set(endpoint.kept(folder / work.asks))
+    person = machine.people.get(folder.name)
+    told = set(person.kept) if person else set()
     outcome = machine.again(name, folder)
-    if not asks:
-        return outcome
-    later = machine.server_of(folder).asked(folder)[len(before) :]
-    if twice := paid & set(later):
+    later = machine.asked(folder)[len(before) :]
+    earlier = set(endpoint.kept(machine.done(work.after).folder / work.asks))
+    if twice := (paid & set(later)) | (earlier & set(before)):
         return f"{len(twice)} answers that were kept are asked again"
-    if len(lost := set(before) - paid) > IN_FLIGHT:
+    if len(lost := set(before) - paid) > (1 if person else IN_FLIGHT):
         return f"{len(lost)} questions were answered and not kept"
+    if lost := told - paid:
+        return f"{len(lost)} answers were acknowledged and not kept"
     return outcome
 
 
 def judged(machine, name, folder, ended):
     """A disturbed command that ended by itself, and what the next one makes of it."""
-    if ended.code == 0:
+    if ended.code == 0 and "Traceback" not in ended.said:
         outcome = machine.same(name, folder)
         return outcome if outcome == "identical" else f"{outcome}, and no word"
     if not ended.refused:
@@ -121,10 +129,15 @@ def kill_in_write(machine, name, folder, nbytes):
 
 
 def begun(machine, name, folder, process):
-    """Wait until its work has begun."""
-    path = folder / WORKS[name].begins.strip("/") if WORKS[name].begins else folder / ".lock"
-    end = time.monotonic() + HANG
-    while not path.exists() and process.is_alive() and time.monotonic() < end:
+    """Wait until its work has begun: its folder is there, or the lock is its own."""
+    begins, end = WORKS[name].begins.strip("/"), time.monotonic() + HANG
+
+    def has_begun():
+        if begins:
+            return (folder / begins).exists()
+        return (read_object(folder / ".lock") or {}).get("pid") == process.pid
+
+    while not has_begun() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
 
 
@@ -310,6 +323,42 @@ def harmed_cache(machine, name, folder, how):
     shutil.copy(finished / WORKS[name].asks, cache)
     harm(cache, how)
     return f"{cache.name} {how}", again(machine, name, folder)
+
+
+@case("rest of a batch")
+def rest_of_batch(machine, name, folder, when):
+    """The import is killed; the next export asks for what is not kept, and for nothing else, and
+    the answers to that alone give all.
+    """
+    kill = functools.partial(injected.signal_me, signal.SIGKILL)
+    met(machine, name, folder, when, kill)
+    requests = folder / "batch.jsonl"
+    every = _requested(requests)
+    paid = set(endpoint.kept(folder / WORKS[name].makes[0]))
+    place = f"call {when}: {len(paid)} of {len(every)} kept"
+    ended = machine.run(machine.command("export a batch", folder))
+    if ended.code:
+        return place, f"no export: {ended.said[-300:]}"
+    if _requested(requests) != every - paid:
+        return place, f"asked again: {len(_requested(requests) & paid)}"
+    (folder / "answers.jsonl").write_text(answers_of(requests))
+    return place, machine.again(name, folder)
+
+
+def _requested(path):
+    return {json.loads(line)["custom_id"] for line in path.read_text().splitlines()}
+
+
+@case("harmed answers")
+def harmed_answers(machine, name, folder, how):
+    """The file that a batch API gives back, which comes whole when it is fetched again."""
+    path, place = folder / "answers.jsonl", f"answers.jsonl {how}"
+    harm(path, how)
+    ended = machine.run(machine.command(name, folder))
+    if ended.code == 0 or str(path) not in ended.said:
+        return place, f"no sentence that names it: {ended.said[-300:]}"
+    path.write_text(answers_of(folder / "batch.jsonl"))
+    return place, judged(machine, name, folder, ended)
 
 
 def pieces(machine, name):

@@ -117,18 +117,20 @@ class Server:
         return path.read_text().split() if path.exists() else []
 
 
-def kept(cache):
-    """The keys of which a cache of judgements has the answer: a line that was cut has none, and
-    none that has changed since, which is asked again.
+def kept(cache, whole=False):
+    """The keys of which a cache of judgements has the answer, or the ids of which a journal of
+    what people said has: a line that was cut has none, and none that has changed since, which is
+    asked again.  whole: the lines themselves.
     """
     found = []
     for line in Path(cache).read_bytes().split(b"\n") if Path(cache).exists() else ():
         try:
-            key = json.loads(line)["key"]
+            row = json.loads(line)
+            key = row["key"] if "key" in row else row["id"]
         except (ValueError, KeyError):
             continue
         if is_as_written(line):
-            found.append(key)
+            found.append(line if whole else key)
     return found
 
 

@@ -4,6 +4,7 @@ A process of a command is forked from one that has imported everything.  Every w
 the clock for its checkpoints writes one after each step here, so that there is something to harm.
 """
 
+import collections
 import functools
 import json
 import multiprocessing
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import endpoint
-from works import SETTINGS, WORKS, filled
+from person import Person
+from works import BY_HAND, SETTINGS, WORKS, filled
 
 HANG = 600  # seconds, against a hang only
 TIMED = ("manifest.json", "report.json", "result.json", "study.json", "outcomes.jsonl")
@@ -90,6 +92,11 @@ def child(log, arguments, prepare):
         os._exit(code)
 
 
+def without_word_of_semaphores():
+    """Python's own process that clears up says nothing of what those left that were killed."""
+    sys.warnoptions.append("ignore:resource_tracker")
+
+
 class Machine:
     """Every work of `WORKS` once undisturbed, when it is first asked for, in a folder of its own.
 
@@ -99,12 +106,14 @@ class Machine:
     def __init__(self, place):
         self.place, self.known, self.number = Path(place), {}, 0
         self.servers = {}  # of run folders that have one of their own
+        self.people = collections.defaultdict(Person)  # who label by hand, by run folder
         self.lock, self.counting = threading.RLock(), threading.Lock()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([
             "tppo.cli", "tppo.commands", "tppo.stages.ppo", "tppo.stages.evaluate", "yaml",
             "tppo.stages.label", "tppo.stages.ser", "tppo.stages.pit", "tppo.stages.baselines",
             "tppo.stages.heat", "tppo.stages.guides", "tppo.stages.own_reward", "openai", "peft",
+            "tppo.stages.prefer", "tppo.stages.hand.teacher",
         ])  # fmt: skip
         (self.place / "tiny.yaml").write_text(json.dumps(SETTINGS))
 
@@ -116,6 +125,12 @@ class Machine:
     def server_of(self, folder):
         """That which a run folder asks: its own, where it has one."""
         return self.servers.get(folder.name) or self.server
+
+    def asked(self, folder):
+        """What was asked from a run folder, in order: of its endpoint, or of who labels by hand."""
+        if folder.name in self.people:
+            return [*self.people[folder.name].sent]
+        return self.server_of(folder).asked(folder)
 
     def close(self):
         """End the endpoint's process."""
@@ -157,6 +172,8 @@ class Machine:
         log = self.new("said")
         process = self.context.Process(target=child, args=(log, command, prepare))
         process.start()
+        if BY_HAND in command:
+            self.people[Path(command[command.index("--out") + 1]).name].sit_down(process, log)
         return process, log
 
     def ended(self, process, log):
@@ -207,7 +224,9 @@ def contents(folder, names):
         # Checkpoints that could not be deleted are no part of a result.
         for path in (p for p in paths if p.is_file() and "checkpoints" not in p.parts):
             content = path.read_bytes()
-            if path.name in TIMED:
+            if path.name.endswith("-cache.jsonl"):  # a line that a kill has cut is one of its own
+                content = sorted(endpoint.kept(path, whole=True))
+            elif path.name in TIMED:
                 lines = content.splitlines() if path.suffix == ".jsonl" else [content]
                 content = [untimed(json.loads(line), several) for line in lines]
             elif path.name == "report.html":  # its title is the folder's name

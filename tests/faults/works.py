@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+from endpoint import verdict
+
 SETTINGS = {
     "sessions": {"train_users": 40, "heldout_users": 8, "test_users": 8, "transfer_users": 4},
     "scratch": {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 300, "heads": 2},
@@ -32,7 +34,7 @@ class Work(NamedTuple):
     makes: tuple[str, ...]  # folders and files of the run folder
     after: str | None = None
     begins: str = ""  # part of the path where the work begins; moments count from there
-    asks: str = ""  # the cache of what an endpoint is paid for
+    asks: str = ""  # the cache of what an endpoint is paid for, the journal of what people said
     given: Callable | None = None  # writes into the folder beforehand
 
 
@@ -69,11 +71,34 @@ def _pairs(place, folder):
     _once(place / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def answers_of(requests):
+    """What a batch API gives back for a file of requests: its lines in another order."""
+    rows = [json.loads(line) for line in requests.read_text().splitlines()]
+    found = []
+    for row in reversed(rows):
+        message = {"role": "assistant", "content": verdict(row["body"]["messages"][0]["content"])}
+        body = {"object": "chat.completion", "model": row["body"]["model"],
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        response = {"status_code": 200, "request_id": "r", "body": body}
+        found.append({"id": "r", "custom_id": row["custom_id"], "response": response,
+                      "error": None})  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in found)
+
+
+def _answers(place, folder):
+    (folder / "answers.jsonl").write_text(answers_of(folder / "batch.jsonl"))
+
+
 ASK = ("--label.labeller endpoint --label.endpoint.base-url {url} --label.endpoint.model m "
        "--label.endpoint.api-key-env None --label.endpoint.concurrency 4 ")  # fmt: skip
 JUDGE = ("--eval.judge endpoint --eval.endpoint.base-url {url} --eval.endpoint.model m "
          "--eval.endpoint.api-key-env None --eval.endpoint.concurrency 4")  # fmt: skip
 RUN = ("data", "sft", "generate", "label", "map", "train-rm", "train", "eval", "heat")
+BATCH = ("label --out {folder} --label.labeller endpoint --label.endpoint.model m "
+         "--label.endpoint.api-key-env None")  # fmt: skip
+BY_HAND = "--label.hand.no-browser"  # who has it opens the page himself
+HAND = f"--label.labeller hand --label.hand.answers 14 {BY_HAND}"
+PAIRS = f"--label.hand.pairs 12 {BY_HAND}"
 LORA = "--lora.rank 2"
 OWN = "--out {folder}/own --model {folder}/sft/model --config {place}/tiny.yaml"
 WORKS = {
@@ -90,6 +115,13 @@ WORKS = {
     "baselines": stage("baselines", "train"),
     "label by an endpoint": stage("label", "generate", ASK, asks="label-cache.jsonl"),
     "eval by an endpoint": stage("eval", "train", JUDGE, asks="judge-cache.jsonl"),
+    "label by hand": stage("label", "generate", HAND, asks="hand-labels.jsonl"),
+    "prefer": second("prefer", "generate, round 2", PAIRS, asks="hand-pairs-2.jsonl"),
+    "export a batch": Work(f"{BATCH} --export-batch {{folder}}/batch.jsonl", ("batch.jsonl",),
+                           "generate"),
+    "import a batch": Work(f"{BATCH} --import-batch {{folder}}/answers.jsonl",
+                           ("label-cache.jsonl",), "export a batch", given=_answers),
+    "label by a batch": stage("label", "import a batch", ASK, asks="label-cache.jsonl"),
     "train by d2lols": stage("train", "train-rm", "--algorithm d2lols"),
     "map, endpoint": stage("map", "label by an endpoint"),
     "ser by words": stage("ser", "map, endpoint", "--ser.labels words"),
@@ -123,6 +155,7 @@ READERS = (  # reader, whose files it reads
     ("sft", "data"), ("generate", "sft"), ("label", "generate"), ("map", "label"),
     ("train-rm", "map"), ("train", "train-rm"), ("eval", "train"), ("heat", "eval"),
     ("improve", "pit"), ("ser-train", "ser by words"), ("merge", "train by LoRA"),
+    ("prefer", "generate, round 2"),
     ("train by LoRA", "train-rm by LoRA"),
 )  # fmt: skip
 

@@ -127,7 +127,9 @@ def test_labels_by_hand_stand_before_those_of_the_rule_and_each_is_counted(out, 
 
 
 def test_the_order_of_labelling_makes_no_difference(out, tmp_path):
-    """The rule first and then a person, or the other way round: the same labels."""
+    """The rule first and then a person, or the other way round, or the last answer first, as after
+    a line of the journal was damaged and asked again: the same labels.
+    """
     other = shutil.copytree(out, tmp_path / "other")
     by_rule = replace(SETTINGS, label=LabelConfig())
     Run(out, by_rule).perform("label")
@@ -141,6 +143,9 @@ def test_the_order_of_labelling_makes_no_difference(out, tmp_path):
         assert not run.done("label")  # who labels has changed
         run.perform("label")
         assert run.done("label") and not Run(folder, by_hand()).done("label")
+        journal = journal_of(run)
+        journal.write_text("".join(reversed(journal.read_text().splitlines(keepends=True))))
+    run.perform("label")
     one, two = ((folder / "label/labels.jsonl").read_bytes() for folder in (out, other))
     assert one == two
 

@@ -97,6 +97,10 @@ def test_what_was_said_is_kept_where_the_stage_is_repeated_and_people_are_compar
     rows = [line.values for name in ("pairs", "equal")
             if (prepared / f"prefer/{name}.jsonl").exists()
             for line in read_jsonl(prepared / f"prefer/{name}.jsonl")]  # fmt: skip
+    order = [pair.id for pair in answer_pairs([prepared / "generate/answers.jsonl"])]
+    by_place = sorted(read_jsonl(prepared / "prefer/pairs.jsonl"),
+                      key=lambda line: order.index(line.values["id"]))  # fmt: skip
+    assert [line.number for line in by_place] == [*range(1, len(by_place) + 1)]
     both = [row for row in rows if row["labeller"] == "hand:me, hand:anna"]
     of = {said.id: said for said in HandPairs(path) if said.annotator == "anna"}
     mine = {said.id: said for said in HandPairs(path) if said.annotator == "me"}

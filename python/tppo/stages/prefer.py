@@ -58,7 +58,8 @@ def prefer(run: Run) -> None:
             of_pair.setdefault(said.id, []).append(said)
         if not of_pair:
             raise DataError(f"{path}: no pair is compared, expected one or more")
-        rows = [_row(known[id], of(known[id]), said) for id, said in of_pair.items()]
+        # In the order of the pairs: what is trained on them must not depend on when each was said.
+        rows = [_row(pair, of(pair), of_pair[id]) for id, pair in known.items() if id in of_pair]
         for artifact, with_better in ((PREFERENCES, True), (EQUALS, False)):
             if chosen := [row for row in rows if ("chosen" in row) == with_better]:
                 write_jsonl(out / artifact.name, chosen)

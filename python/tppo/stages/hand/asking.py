@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from tppo.labels.journal import Journal, Said, Without
+from tppo.progress import say
+from tppo.store.disk import DiskFull, NotWritable, space_for
 
 LEFT_S = 900.0  # a client that asks nothing for so long has gone
 LAST = 20  # answers of which is said how long they took, and how well they were foretold
+
+
+class NotKept(ValueError):
+    """What a person said is not on the disk; the question stays on the screen, to be said again."""
 
 
 class Question(Protocol):
@@ -138,8 +144,17 @@ class Asking(Generic[Asked, Answered]):
         return {state.item.id for state in self.clients.values() if state.item is not None}
 
     def _keep(self, client: str, entry: Answered | Without) -> None:
-        """Keep it, on disk first; the screen is free then."""
-        self.labels.add(entry)
+        """Keep it, on disk first; the screen is free then.
+
+        Errors: NotKept where the disk is full or read-only.
+        """
+        remedy = "Make room, and say it again."
+        try:
+            with space_for(self.labels.path.parent, "what you said", remedy):
+                self.labels.add(entry)
+        except (DiskFull, NotWritable) as error:
+            say(f"WARNING: not kept: {error}")
+            raise NotKept(f"not kept: {error}") from None
         self._state(client).item = None
 
 

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from tppo.errors import short
 from tppo.progress import say
+from tppo.stages.hand.asking import NotKept
 from tppo.stages.hand.forms import Form, Given
 from tppo.stages.local_http import ADDRESS, REST_S, LocalHandler, LocalServer, Refused
 from tppo.stopping import Stopped
@@ -111,6 +112,8 @@ class _Handler(LocalHandler):
         try:
             with self.server.act():
                 self.send_json(200, acts[path](Given(body)))
+        except NotKept as error:
+            raise Refused(507, str(error)) from None
         except ValueError as error:
             raise Refused(400, str(error)) from None
 

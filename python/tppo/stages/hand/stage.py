@@ -22,17 +22,21 @@ from tppo.stages.run import Run
 def label_by_hand(
     run: Run, session_of: Callable[[Answer], Session], *, ask: bool = True
 ) -> list[Label]:
-    """What everybody has judged, the oldest first, when it is as much as is wanted or somebody says
-    that it is enough; what was judged at an earlier time counts.
+    """What everybody has judged, when it is as much as is wanted or somebody says that it is
+    enough; what was judged at an earlier time counts.
 
-    ask: whether more may be asked for.
+    The labels are in the order of the answers, so that what is trained on them does not depend on
+    when somebody judged which; those of one answer the oldest first.  ask: whether more may be
+    asked for.
     """
     labels = judgements_of(run, journal_of(run))
     config = run.config.label.hand
     desk = Desk(run.iter_answers(), session_of, labels, config, run.seed)
     if ask and desk.count() < config.answers:
         _ask(run, desk)
-    return [found.label() for found in labels]
+    judged = {found.id for found in labels}
+    places = {a.id: place for place, a in enumerate(run.iter_answers()) if a.id in judged}
+    return [found.label() for found in sorted(labels, key=lambda found: places[found.id])]
 
 
 def journal_of(run: Run) -> Path:
