@@ -89,7 +89,7 @@ def door(model, out, **changes):
 
 
 @pytest.fixture(scope="module")
-def trained(model, tmp_path_factory):
+def trained(model, tmp_path_factory, one_thread):
     """A finished training, with the folder that it was given."""
     out = tmp_path_factory.mktemp("door")
     trainer = door(model, out)
@@ -218,6 +218,7 @@ def train_through_a_kill(folder, monkeypatch, module, model, config, *more):
     """`tppo train --reward` in the folder, killed in step 4 and run again to its end, in `o`.
 
     module: where the reward stands; of a name of its own, because Python keeps what it imported.
+    The killed process has one thread, and so has to have who calls this: fixture `one_thread`.
     """
     (folder / f"{module}.py").write_text(KILLED)
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
@@ -231,7 +232,6 @@ def train_through_a_kill(folder, monkeypatch, module, model, config, *more):
     assert (folder / "o/train.tmp/checkpoints/step-2").is_dir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.path", list(sys.path))
-    torch.set_num_threads(1)
     main(flags)
     assert (folder / "calls").stat().st_size == 4 + 2  # steps 3 and 4 again
 

@@ -105,7 +105,7 @@ FLAGS = ("--algorithm", "lols", "--rlgf.tau", "0.5")
 
 
 @pytest.fixture(scope="module")
-def by_lols(model, tmp_path_factory):  # noqa: F811
+def by_lols(model, tmp_path_factory, one_thread):  # noqa: F811  # as the one that is killed
     out = tmp_path_factory.mktemp("lols")
     trainer = door(model, out, **LOLS)
     trainer.train()

@@ -229,9 +229,10 @@ def test_one_of_another_training_is_refused_and_goes_on_where_it_belongs(
 
 def test_another_version_is_told(left, capsys):
     found = read_json(step_of(left) / COMPLETE)["versions"]
-    resealed(step_of(left), versions=found | {"torch": "1.0"})
+    resealed(step_of(left), versions=found | {"torch": "1.0", "CPU threads": "7"})
     assert Checkpoints(step_of(left).parent, "ppo").newest(4).step == 2
-    said = f"resumes after step 2 of 4, which was written with torch 1.0 (here {found['torch']}): "
+    said = (f"resumes after step 2 of 4, which was written with torch 1.0 (here {found['torch']}), "
+            "CPU threads 7 (here 1): what follows may differ")  # fmt: skip
     assert said in capsys.readouterr().err
 
 

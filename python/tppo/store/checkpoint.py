@@ -84,7 +84,7 @@ class Checkpoints:
             return None
         if found.step > steps:
             raise found.refused(f"it is of {self.unit} {found.step}, expected one of {steps}")
-        others = [f"{name} {was} (here {now})" for name, now in versions().items()
+        others = [f"{name} {was} (here {now})" for name, now in _made_with().items()
                   if (was := found.versions.get(name)) != now]  # fmt: skip
         say(f"{self.name}: resumes after {self.unit} {found.step} of {steps}" + (
             f", which was written with {', '.join(others)}: what follows may differ from what "
@@ -178,9 +178,14 @@ def _write(
         sync_directory(file)
     entries = {f.name: {"nbytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     write_text(work / COMPLETE, summed({
-        "step": step, "of": work_of(work.parent), "files": entries, "versions": versions(),
+        "step": step, "of": work_of(work.parent), "files": entries, "versions": _made_with(),
     }))  # fmt: skip
     sync_directory(work)
+
+
+def _made_with() -> dict[str, str]:
+    """What the last bits of a step depend on besides its work: sums of other threads are others."""
+    return versions() | {"CPU threads": str(torch.get_num_threads())}
 
 
 def _nbytes(*values: Any) -> int:
@@ -231,8 +236,8 @@ def _load(path: Path, step: int) -> Checkpoint:
     written = complete.get("versions")
     by = written if isinstance(written, dict) else {}
     if SUM not in complete:
-        raise _refused(path, by, f"an earlier version wrote it, whose {COMPLETE} has no checksum of "
-                       "itself")  # fmt: skip
+        raise _refused(path, by, f"an earlier version wrote it, whose {COMPLETE} has no checksum "
+                       "of itself")  # fmt: skip
     if complete.get("of") != work_of(path.parent):
         raise _refused(path, by, "it is not of this work: it was written for other data, settings "
                        "or another part, or by a version that did not say for which"
