@@ -29,7 +29,7 @@ def lost_nothing(case):
 
 
 @pytest.mark.parametrize("work, share", [
-    ("train", 0.6), ("sft", 0.9), ("label by an endpoint", 0.5), ("label by hand", 0.5),
+    ("train", 0.6), ("label by an endpoint", 0.5), ("label by hand", 0.5),
 ])  # fmt: skip
 def test_a_kill_at_a_call_to_the_system_costs_nothing(machine, work, share):
     lost_nothing(cases.kill_at_call(machine, work, 1 + int(share * machine.done(work).moments)))
@@ -90,7 +90,7 @@ def test_a_disk_that_takes_no_judgement_is_told_and_the_key_is_pressed_again(mac
     """The answer stays on the screen, and is kept when there is room."""
     name, folder = "label by hand", machine.copy("label by hand")
     full = functools.partial(injected.fail, errno.ENOSPC)
-    moments = functools.partial(injected.at_moment, folder, "hand-labels.jsonl", 3, full)
+    moments = functools.partial(injected.at_moment, folder, "hand-labels.jsonl", 4, full)
     ended = machine.run(machine.command(name, folder), moments)
     assert "WARNING: not kept: " in ended.said and "Make room, and say it again." in ended.said
     assert cases.judged(machine, name, folder, ended) == "identical"

@@ -3,6 +3,7 @@ learned of itself outlives a kill."""
 
 import json
 import random
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,33 @@ def test_rows_are_what_a_later_process_reads_of_them(tmp_path):
     assert json.loads((tmp_path / "step-5/state.json").read_text()) == {"best": 3}
     (tmp_path / "step-5/metrics.jsonl").write_text("{}\n")
     assert load_latest(tmp_path) is None  # it is checked as every file of a checkpoint is
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["in a file", "no room for one"])
+def test_rows_beyond_the_newest_are_not_held_in_memory(tmp_path, monkeypatch, capsys, room):
+    if not room:
+        def full(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.pwrite", full)
+    expected = [{"step": n, "text": "\u00e9" * 200} for n in range(2000)]
+    rows, before = Rows(), 0
+    for n, row in enumerate(expected, 1):
+        rows.append(row)
+        if n == 200:
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    # 1,800 rows of 429 bytes; of each stays where it ends, eight bytes.
+    assert (grown < 60_000) == room and (grown > 700_000) != room
+    assert ("are held in memory: [Errno 28]" in capsys.readouterr().err) != room
+    assert [*rows] == expected and rows[-1] == expected[-1] and rows[-3:] == expected[-3:]
+    assert [rows[i] for i in (0, 34, 35, 1999)] == [expected[i] for i in (0, 34, 35, 1999)]
+    file = RowFile(tmp_path / "rows.jsonl")
+    for n in (1000, 1001, 2000):
+        file.write(Rows(expected[:n]))
+    assert read_rows(file.path) == rows and rows != Rows(expected[1:])
 
 
 @pytest.mark.parametrize("rows", [ROWS, Rows(ROWS)], ids=["dicts", "lines"])

@@ -20,12 +20,15 @@ def kept_state(kept: Kept) -> dict[str, Any]:
     """The state of a checkpoint.  Errors: DataError where it is not one that `Loop.save` writes."""
     state = state_of(kept, STATE)
     for name, needed in ROWS.items():
-        try:
-            rows = [*state[name]]
-        except ValueError as error:
-            raise kept.refused(f"{name}.jsonl: {error}") from None
-        for number, row in enumerate(rows, 1):
+        rows = state[name]
+        for number in range(len(rows)):  # one by one: all of them may be more than is to be held
+            try:
+                row = rows[number]
+            except ValueError as error:
+                raise kept.refused(f"{name}.jsonl: line {number + 1}: {error}") from None
             if not isinstance(row, dict) or not needed <= row.keys():
-                raise kept.refused(f"row {number} of {name}.jsonl lacks one of {sorted(needed)}")
+                raise kept.refused(
+                    f"row {number + 1} of {name}.jsonl lacks one of {sorted(needed)}"
+                )
     check(kept, rows=([row["step"] for row in state["metrics"]], [*range(1, kept.step + 1)]))
     return state

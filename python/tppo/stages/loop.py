@@ -42,7 +42,7 @@ from tppo.stages.journal import Journal, sample_rows
 from tppo.stages.kept import kept_state
 from tppo.stages.order import PromptOrder, schedule
 from tppo.stages.replay import write_spoilt
-from tppo.stages.skipped import skip, steps_taken, taken
+from tppo.stages.skipped import course_of, skip, taken
 from tppo.store.checkpoint import Checkpoints, save_checkpoint
 from tppo.store.jsonl import write_json
 from tppo.store.rows import Rows
@@ -355,15 +355,15 @@ class Loop:
 
     def report(self) -> dict[str, Any]:
         """What the closing table needs to know of the training."""
-        rows = steps_taken(self.metrics)
+        course = course_of(self.metrics)
         return {
             "steps": self.steps,
-            "optimizer_steps": sum(row["policy/updates"] for row in self.metrics),
+            "optimizer_steps": course.updates,
             "kept_step": self.best_step,
             "qualified": bool(self.best),
-            "first_reward": rows[0]["objective/scores"],
-            "last_reward": rows[-1]["objective/scores"],
-            **({"skipped_steps": missed} if (missed := self.steps - len(rows)) else {}),
+            "first_reward": course.first["objective/scores"],
+            "last_reward": course.last["objective/scores"],
+            **({"skipped_steps": missed} if (missed := self.steps - course.steps) else {}),
             "reached": self.reached(),
             **({"critic_fit": self.critic_fit} if self.critic_fit else {}),
             **self.about,

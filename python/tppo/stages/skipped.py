@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tppo.methods.rlgf import SKIPPED, GuidedPPO
 from tppo.models.guards import GuardError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
-
     from tppo.stages.loop import Loop
 
 
@@ -19,13 +17,26 @@ def taken(row: Mapping[str, Any]) -> bool:
     return "objective/scores" in row
 
 
-def steps_taken(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of the steps that were taken.  Errors: GuardError where there are none."""
-    found = [row for row in rows if taken(row)]
-    if not found:
+class Course(NamedTuple):
+    """The steps of a training that were taken."""
+
+    steps: int
+    first: Mapping[str, Any]
+    last: Mapping[str, Any]
+    updates: int
+
+
+def course_of(rows: Sequence[Mapping[str, Any]]) -> Course:
+    """What rows say of the steps that were taken.  Errors: GuardError where none was."""
+    steps, updates, first, last = 0, 0, None, None
+    for row in rows:  # one by one: a long training has more than are to be held
+        updates += row["policy/updates"]
+        if taken(row):
+            steps, first, last = steps + 1, first or row, row
+    if first is None or last is None:
         raise GuardError(f"ppo: none of {len(rows)} steps could be taken, because the figures of "
                          "their answers are not finite (the reasons stand above)")  # fmt: skip
-    return found
+    return Course(steps, first, last, updates)
 
 
 def skip(loop: Loop, step: int) -> None:
