@@ -101,6 +101,34 @@ def test_a_reward_model_trained_in_parts_is_that_of_whole_batches(way):
     assert relative(in_parts[2], weights) < 1e-3  # Adam's first steps enlarge rounding
 
 
+def test_sft_and_reward_model_go_on_with_half_of_a_batch_that_does_not_fit(monkeypatch, capsys):
+    """The allocator refuses more than 40 tokens at once, behind the first part's backward."""
+    expected = [sft_of(65_536, False, "dense")[:3], reward_model_of(65_536, "dense")[::2]]
+    real = torch.nn.Embedding.forward
+    read = []
+
+    def forward(layer, ids):
+        if ids.dim() == 2:
+            read.append(ids.numel())
+            if ids.numel() > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(layer, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    found = [sft_of(65_536, False, "dense")[:3], reward_model_of(65_536, "dense")[::2]]
+    assert max(read) > 40 and len(read) > 12
+    (loss, heldout, gradient), (history, weights) = found
+    (right, right_heldout, right_gradient), (right_history, right_weights) = expected
+    assert (loss, heldout) == pytest.approx((right, right_heldout), rel=1e-5)
+    assert relative(gradient, right_gradient) < ROUNDING
+    for row, other in zip(history, right_history, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    assert relative(weights, right_weights) < 1e-3
+    said = capsys.readouterr().err
+    for flag in ("--sft.max-tokens", "--reward-model.max-tokens"):
+        assert f"with the same gradients: {flag} " in said
+
+
 def backward_of(model, way):
     batch = Batch(PROMPTS, RESPONSES, PAD, prefix=way)
     logprobs, entropy = policy_logprobs(model, batch, 0.7)

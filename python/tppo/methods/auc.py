@@ -141,3 +141,23 @@ def shown_auc(auc: float | None, between: Sequence[float] | None) -> str:
     if auc is None:
         return "unknown (the held-out labels are all alike)"
     return f"{auc:.3f}" + (f" (95 % {between[0]:.3f} to {between[1]:.3f})" if between else "")
+
+
+def calibration(probability: Tensor, positive: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """How often what has a probability comes true: for each of `bins` equal parts of 0 to 1 that
+    is not empty its ends, how many tokens are in it, their mean probability and the share of them
+    that is positive.
+
+    probability, positive: [N], of which the second is bool.
+    """
+    found = []
+    place = (probability * bins).long().clamp(max=bins - 1)
+    for k in range(bins):
+        chosen = place == k
+        if n := int(chosen.sum()):
+            found.append({
+                "low": k / bins, "high": (k + 1) / bins, "tokens": n,
+                "predicted": probability[chosen].mean().item(),
+                "relevant": int(positive[chosen].sum()) / n,
+            })  # fmt: skip
+    return found

@@ -49,8 +49,9 @@ from tppo.methods.guards import (
 )
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
+from tppo.methods.part_size import PartSize
 from tppo.methods.schedules import Schedules
-from tppo.methods.spoilt import SPOILT, PartSize, Skips, SpoiltRollout, check_experience
+from tppo.methods.spoilt import SPOILT, Skips, SpoiltRollout, check_experience
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_weights, not_finite, trainable

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tppo_kernels as tk
-from tppo.methods.auc import Rated, area_under_curve
+from tppo.methods.auc import Rated, area_under_curve, calibration
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.optimizer import AdamW
+from tppo.methods.part_size import PartSize
 from tppo.models.adapters import has_adapter
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
@@ -125,11 +127,12 @@ def train_reward_model(
         return rest_of(model, optimizer, {"history": history}, epoch=epoch)
 
     batches = enumerate(_batches(train, config, seed), 1)
+    size = part_size(config)
     with status("reward model", steps) as bar:
         bar.resume(done)
         for step, rows in islice(batches, done, None):
-            optimizer.zero_grad()
-            parts = _backward(reader, rows, config, seed + step - 1)
+            again = partial(_backward, reader, rows, config, seed + step - 1)
+            parts = size.fitted(_batch(reader, rows), again)
             if step == 1:
                 check_trunk_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
@@ -169,15 +172,16 @@ def _epoch_row(epoch: int, losses: Sequence[Tensor], tokens: int) -> dict[str, f
 
 
 def _backward(
-    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int
+    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig, seed: int, most: int
 ) -> list[Tensor]:
-    """Adds the gradients of a batch; its total, local and global loss.
+    """Makes the gradients of a batch; its total, local and global loss.
 
     Which tokens the balance keeps, and the denominators, depend on the whole batch.  One of more
-    than `max_tokens` tokens is therefore read first without a graph, for the gradient of the loss
+    than `most` tokens is therefore read first without a graph, for the gradient of the loss
     by its class logits; then each part is read again and takes its rows of that gradient.
     """
-    parts = _parts(reader, rows, config)
+    reader.model.zero_grad()
+    (parts,) = _batch(reader, rows).parts(most)
     if len(parts) == 1:
         logits, mask = _read(reader, rows)
         losses = _losses(logits, mask, rows, config, seed)
@@ -285,26 +289,6 @@ def figures_of(rated: Rated, confusion: Tensor) -> dict[str, Any]:
     }
 
 
-def calibration(probability: Tensor, positive: Tensor, bins: int = 10) -> list[dict[str, float]]:
-    """How often what has a probability comes true: for each of `bins` equal parts of 0 to 1 that
-    is not empty its ends, how many tokens are in it, their mean probability and the share of them
-    that is positive.
-
-    probability, positive: [N], of which the second is bool.
-    """
-    found = []
-    place = (probability * bins).long().clamp(max=bins - 1)
-    for k in range(bins):
-        chosen = place == k
-        if n := int(chosen.sum()):
-            found.append({
-                "low": k / bins, "high": (k + 1) / bins, "tokens": n,
-                "predicted": probability[chosen].mean().item(),
-                "relevant": int(positive[chosen].sum()) / n,
-            })  # fmt: skip
-    return found
-
-
 def relevant_share(data: Sequence[LabelledAnswer]) -> float:
     """Share of relevant tokens of all that are labelled; 0 where none is."""
     judged = [label for row in data for label in row.categories if label > 0]
@@ -356,19 +340,25 @@ def check_trunk_gradients(model: PreTrainedModel) -> None:
         raise GuardError(f"every gradient of the reward model's {where} is zero")
 
 
-def _parts(
-    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig
-) -> list[list[int]]:
-    """The answers by number, in parts of at most `max_tokens` tokens."""
+def _batch(reader: Reader, rows: Sequence[LabelledAnswer]) -> Batch:
+    """The answers, as they are cut into parts."""
     prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
-    return Batch(prompts, responses, 0, prefix=reader.prefix).parts(config.max_tokens)[0]
+    return Batch(prompts, responses, 0, prefix=reader.prefix)
 
 
 def class_logits_of(
     reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig
 ) -> tuple[Tensor, Tensor]:
     """Class logits [B, T, 3] and mask [B, T] of answers, read in parts, without a graph."""
-    return _read_in_parts(reader, rows, _parts(reader, rows, config))
+    batch = _batch(reader, rows)
+    return part_size(config).fitted(
+        batch, lambda most: _read_in_parts(reader, rows, batch.parts(most)[0])
+    )
+
+
+def part_size(config: RewardModelConfig) -> PartSize:
+    """How many tokens of a batch are read at once."""
+    return PartSize(config.max_tokens, "--reward-model.max-tokens")
 
 
 @torch.no_grad()

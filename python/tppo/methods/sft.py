@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tppo.methods.config import SFTConfig
 from tppo.methods.optimizer import AdamW
+from tppo.methods.part_size import PartSize
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
@@ -92,6 +94,7 @@ def train_sft(
     best = fitting(kept, "best", model) if kept and course.best_step else {}
     start = time.monotonic() - course.seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, course.steps)
+    size = part_size(config)
 
     def rest() -> Rest:
         course.seconds = time.monotonic() - start
@@ -103,12 +106,12 @@ def train_sft(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _decay(step, config)
             batch = next(batches)
-            loss = sft_step(model, batch, optimizer, config, step)
+            loss = sft_step(model, batch, optimizer, config, step, size)
             course.steps = step
             course.tokens += sum(map(len, (*batch.prompt_ids, *batch.response_ids)))
             bar.advance()
             if step % eval_every == 0 or step == steps:
-                heldout_loss = answer_loss(model, heldout, config, pad_id, prefix)
+                heldout_loss = answer_loss(model, heldout, config, pad_id, prefix, size)
                 if course.is_best(loss, heldout_loss, model, config):
                     best = snapshot(model, best)
                 each(course.history)
@@ -196,6 +199,7 @@ def continue_sft(
         done, seconds = kept.step, state_of(kept, {"seconds": NUMBER})["seconds"]
     start = time.monotonic() - seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, done)
+    size = part_size(config)
 
     def rest() -> Rest:
         return rest_of(model, optimizer, {"seconds": time.monotonic() - start})
@@ -203,7 +207,7 @@ def continue_sft(
     with status("sft continued", steps) as bar:
         bar.resume(done)
         for step in range(done + 1, steps + 1):
-            sft_step(model, next(batches), optimizer, config, step)
+            sft_step(model, next(batches), optimizer, config, step, size)
             bar.advance()
             keeper.after(step, steps, rest)
     return time.monotonic() - start
@@ -215,9 +219,11 @@ def sft_step(
     optimizer: torch.optim.Optimizer,
     config: SFTConfig,
     step: int,
+    size: PartSize | None = None,
 ) -> float:
     """One optimiser step on the mean negative log-likelihood of a batch.
 
+    size: of a training, which remembers what its memory holds.
     Errors: GuardError, before the step, where its loss or gradient is not finite.
     """
     if config.prompt_loss:
@@ -226,13 +232,18 @@ def sft_step(
                                                         strict=True))  # fmt: skip
     else:
         count = int(batch.mask.sum())
-    optimizer.zero_grad()
-    losses = []
-    for part in _parts(batch, config):
-        summed = _full_loss(model, part) if config.prompt_loss else _answer_loss(model, part)
-        loss = summed / torch.tensor(count, device=summed.device)
-        loss.backward()
-        losses.append(loss.detach())
+
+    def gradients(most: int) -> list[Tensor]:
+        optimizer.zero_grad()
+        losses = []
+        for part in _parts(batch, most):
+            summed = _full_loss(model, part) if config.prompt_loss else _answer_loss(model, part)
+            loss = summed / torch.tensor(count, device=summed.device)
+            loss.backward()
+            losses.append(loss.detach())
+        return losses
+
+    losses = (size or part_size(config)).fitted(batch, gradients)
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
     figures = check_step(f"sft step {step}", {"model": model}, {"loss": total}, {"model": norm},
@@ -248,22 +259,33 @@ def answer_loss(
     config: SFTConfig,
     pad_id: int,
     prefix: Prefix = "shared",
+    size: PartSize | None = None,
 ) -> float:
     """Mean negative log-likelihood of the answers' tokens, in nats."""
-    total, count = 0.0, 0
+    total, count, size = 0.0, 0, size or part_size(config)
     for i in range(0, len(data.prompts), config.batch_size):
         rows = slice(i, i + config.batch_size)
         batch = Batch(data.prompts[rows], data.answers[rows], pad_id, model.device, prefix)
-        for part in _parts(batch, config):
-            logprobs, _ = policy_logprobs(model, part, 1.0)  # [B, T]
-            total -= logprobs.sum().item()
-            count += int(part.mask.sum())
+        for loss, tokens in size.fitted(batch, partial(_losses, model, batch)):
+            total += loss
+            count += tokens
     return total / count
 
 
-def _parts(batch: Batch, config: SFTConfig) -> Iterator[Batch]:
-    """The batch in parts of at most `max_tokens` tokens; itself where it is within that."""
-    return (batch.rows(index) for index in batch.parts(config.max_tokens)[0])
+def _losses(model: PreTrainedModel, batch: Batch, most: int) -> list[tuple[float, int]]:
+    """Of each part its negative log-likelihood, summed, and its tokens."""
+    return [(-policy_logprobs(model, part, 1.0)[0].sum().item(), int(part.mask.sum()))
+            for part in _parts(batch, most)]  # fmt: skip
+
+
+def part_size(config: SFTConfig) -> PartSize:
+    """How many tokens of a batch are read at once."""
+    return PartSize(config.max_tokens, "--sft.max-tokens")
+
+
+def _parts(batch: Batch, most: int) -> Iterator[Batch]:
+    """The batch in parts of at most so many tokens; itself where it is within that."""
+    return (batch.rows(index) for index in batch.parts(most)[0])
 
 
 def _answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:

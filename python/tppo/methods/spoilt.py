@@ -1,24 +1,21 @@
-"""What PPO does with a batch that it cannot train on: figures that are not finite, or no memory.
+"""What PPO does with a batch whose figures are not finite.
 
 One bad batch of a long training is skipped, counted, told and kept for `tppo replay`; several in a
-row stop it.  A part of a batch that does not fit the memory is read in smaller ones.
+row stop it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from tppo.methods.experience import Experience, Reading
-from tppo.models.batch import Batch
 from tppo.models.guards import GuardError, check_figures, check_weights
 from tppo.progress import say
 
 SPOILT = "ppo/spoilt"  # figure of a step: its batches that were skipped; only where there are some
-Found = TypeVar("Found")
 
 
 class SpoiltBatch(NamedTuple):
@@ -94,46 +91,3 @@ class Skips:
                 "a smaller --ppo.lr or --ppo.critic-lr, or a reward without such values, helps; "
                 "--ppo.max-spoilt N allows more of them"
             )
-
-
-class PartSize:
-    """Tokens that a model reads at once: `max_tokens`, and less where memory did not hold them."""
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-
-    def fitted(self, batch: Batch, work: Callable[[int], Found]) -> Found:
-        """`work(tokens)`, begun again with half of the tokens as long as it is out of memory.
-
-        Errors: torch.OutOfMemoryError where one answer alone does not fit.
-        """
-        least = max(map(len, batch.prompt_ids)) + max(map(len, batch.response_ids))
-        while True:
-            try:
-                return work(self.tokens)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if self.tokens <= least:
-                    raise torch.OutOfMemoryError(
-                        f"{error} One answer of {least} tokens alone does not fit the memory: "
-                        "--model.gradient-checkpointing, --lora.rank 16 or shorter answers "
-                        "(--generate.max-new-tokens) take less"
-                    ) from error
-            # Behind the `except`: until there the error holds the tensors of the failed pass.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            before, self.tokens = self.tokens, max(least, min(self.tokens, _tokens(batch)) // 2)
-            say(f"WARNING: out of memory with {before} tokens read at once; from here on "
-                f"{self.tokens}, with the same gradients: --ppo.max-tokens {self.tokens} begins "
-                "with them")  # fmt: skip
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused; that of the CPU has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _tokens(batch: Batch) -> int:
-    """Of the whole batch, counted with a prompt for each answer."""
-    return sum(map(len, (*batch.prompt_ids, *batch.response_ids)))
