@@ -5,6 +5,7 @@ Its weights are large, so that every log-prob depends on everything before it.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from tppo.sessions.session import Session
 from tppo.sessions.synthetic import generate_sessions
 from tppo.stages.answering.recipe import Paid, Recipe, recipe_of, write_recipe
 from tppo.stages.artifacts import POLICY, REWARD_MODEL
-from tppo.store.hashes import MANIFEST
+from tppo.store.run_folder import RunFolder
 
 PAID = Paid("argmax", (0.0, -0.5, 0.5), 2.0, 5.0)
 
@@ -40,15 +41,18 @@ def export(out: Path, recipe: Recipe | None = None, template: str | None = None)
     tokenizer = train_tokenizer(texts, 400)
     tokenizer.chat_template = template
     config = ScratchConfig(hidden_size=32, intermediate_size=32, layers=2, heads=2, max_length=256)
-    policy = out / POLICY.path
+    made = out / "made"
+    policy, classifier = made / POLICY.path, made / REWARD_MODEL.path
     policy.mkdir(parents=True)
     save_model(enlarged(new_policy(config, tokenizer)), tokenizer, policy)
     write_recipe(policy, recipe or recipe_of(sessions(), 12, 1.0, PAID))
     reward = load_reward_model(policy, torch.device("cpu"))
     reward.config.own_tokens = False
-    enlarged(reward).save_pretrained(out / REWARD_MODEL.path)
-    tokenizer.save_pretrained(out / REWARD_MODEL.path)
-    write_probe(reward, tokenizer, out / REWARD_MODEL.path)
+    enlarged(reward).save_pretrained(classifier)
+    tokenizer.save_pretrained(classifier)
+    write_probe(reward, tokenizer, classifier)
     for artifact in (POLICY, REWARD_MODEL):
-        (out / artifact.stage / MANIFEST).write_text("{}")
+        with RunFolder(out).stage(artifact.stage) as work:
+            (made / artifact.path).rename(work / artifact.name)
+    shutil.rmtree(made)
     return out

@@ -256,6 +256,17 @@ def test_what_is_wrong_is_said(out, monkeypatch, capsys, tmp_path, arguments, st
     assert re.search(message, text), text
 
 
+def test_weights_of_a_run_that_are_not_its_own_give_no_answer(out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    for artifact in (POLICY, REWARD_MODEL):
+        weights = tmp_path / "out" / artifact.path / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        with pytest.raises(DataError, match=f"{artifact.path}/model.safetensors: not the file"):
+            tppo.load(tmp_path / "out")
+        weights.write_bytes(whole)
+
+
 def test_a_folder_without_a_model_says_what_to_do(out, tmp_path):
     with pytest.raises(DataError, match="no such folder, expected a run"):
         tppo.load(tmp_path / "none")

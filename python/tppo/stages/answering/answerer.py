@@ -34,6 +34,7 @@ from tppo.stages.given import as_sampler
 from tppo.stages.lengths import positions_of
 from tppo.stages.prompts import Prompts, questions
 from tppo.store.hashes import MANIFEST
+from tppo.store.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -257,13 +258,17 @@ def load(
 def find(folder: Path) -> tuple[Path, Path | None]:
     """The model in a folder, and the reward model beside it in a run.
 
-    Errors: DataError saying what to run, or to give, where there is none.
+    Errors: DataError saying what to run, or to give, where there is none; naming a file of a run
+    that its stage has not written.
     """
     if (folder / "config.json").exists() or is_adapter(folder):
         return folder, None
     round, policy = _newest(folder, POLICY)
     if policy is not None:
-        return policy, _newest(folder, REWARD_MODEL, round)[1]
+        rated_by = _newest(folder, REWARD_MODEL, round)[1]
+        for path in filter(None, (policy, rated_by)):
+            RunFolder(folder).verify(path)
+        return policy, rated_by
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, expected a run (--out of `tppo run`) or an "
                         "exported model")  # fmt: skip
