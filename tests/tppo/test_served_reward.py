@@ -191,7 +191,7 @@ def in_body(change):
     (in_body(lambda body: body.pop("data")), "no list in `data`"),
     (in_body(lambda body: body["data"][0].update(data=[[0.1] * 3])), "no base64 text"),
     (lambda request, reply: (200, {}, b"<html>"), "no JSON object"),
-    (lambda request, reply: error(404), r"HTTP 404 .*no such path"),
+    (lambda request, reply: error(404), "HTTP 404 .*no such path, or no model 'rm';"),
     (lambda request, reply: error(400, "BadRequestError", "task"), "HTTP 400"),
     (lambda request, reply: error(401, "invalid_api_key"), "HTTP 401.*the key"),
 ])  # fmt: skip

@@ -142,7 +142,7 @@ class RewardServer(nn.Module):
         once = replace(self.endpoint, max_retries=0)
         (served,) = self._run(once, [self._model])
         self.served = served
-        self.endpoint = replace(self.endpoint, model=served.name)
+        self.endpoint, once = (replace(x, model=served.name) for x in (self.endpoint, once))
         self._run(once, [self._check_tokenizer])
         ((row,),) = self._run(once, [partial(self._asked, [self.probe.ids])])
         error = self._check_probe(row)
