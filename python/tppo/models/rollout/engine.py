@@ -288,12 +288,12 @@ class VLLMEngine:
         _OPEN.discard(self)
         if self in _kept:
             _kept.remove(self)
-        client = self.llm.llm_engine.engine_core
+        core = self.llm.llm_engine.engine_core.engine_core
         if _OPEN:
-            client.engine_core.model_executor.shutdown()
+            core.model_executor.shutdown()
         else:
-            client.shutdown()
-        del self.llm, client
+            core.shutdown()  # its client does so no more: see `__init__`
+        del self.llm, core
         gc.collect()
 
     def __del__(self) -> None:
