@@ -278,6 +278,7 @@ def test_a_run_under_way_has_a_page_too(copied):
 
 def test_the_page_is_kept_fresh_while_a_command_works(copied, monkeypatch, capsys):
     monkeypatch.setattr(command, "EVERY_S", 0.02)
+    monkeypatch.setattr(command, "WRITING", 1.0)
     accept_changes(copied, "train")
     page = copied / "report.html"
     metrics = copied / "train" / "metrics.jsonl"
@@ -300,6 +301,25 @@ def test_the_page_is_kept_fresh_while_a_command_works(copied, monkeypatch, capsy
     with command.kept_fresh(copied / "nothing"):
         pass
     assert capsys.readouterr().err == "" and not (copied / "nothing").exists()
+
+
+def test_a_page_of_many_rows_is_written_the_less_often(monkeypatch):
+    """Late in a long training the page takes seconds, which are those of the training too."""
+    clock, waits, takes = [0.0], [], [0.1, 4.0, 20.0]
+
+    class Ended:
+        def wait(self, seconds):
+            waits.append(seconds)
+            return not takes
+
+    def written(out):
+        clock[0] += takes.pop(0)
+
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(command, "sources", lambda out: len(waits))
+    monkeypatch.setattr(command, "_try", written)
+    command._follow(Path(), Ended(), 0)
+    assert waits == pytest.approx([5.0, 5.0, 80.0, 400.0])
 
 
 def test_the_command_writes_the_page_and_watches(copied, monkeypatch, capsys):

@@ -22,7 +22,8 @@ from tppo.store.disk import space_for
 ABOUT = ("Write report.html into a run folder, finished or under way: the result, curves of every "
          "stage, answers of SFT and TPPO token by token, settings, versions, time and files. "
          "A command that works in a run folder writes it by itself.")  # fmt: skip
-EVERY_S = 5.0  # between two looks whether a file has changed
+EVERY_S = 5.0  # between two looks whether a file has changed, at least
+WRITING = 0.05  # share of the time, at most, that is spent on the page while other work goes on
 
 
 @section
@@ -69,10 +70,12 @@ def kept_fresh(out: Path) -> Iterator[None]:
 
 
 def _follow(out: Path, ended: threading.Event, seen: object) -> None:
-    while not ended.wait(EVERY_S):
+    wait_s = EVERY_S
+    while not ended.wait(wait_s):
         if (now := sources(out)) != seen:
-            seen = now
-            _try(out)
+            seen, start = now, time.monotonic()
+            _try(out)  # which reads all rows: late in a long training that takes seconds
+            wait_s = max(EVERY_S, (time.monotonic() - start) / WRITING)
 
 
 def _try(out: Path) -> None:
