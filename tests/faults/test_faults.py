@@ -230,7 +230,7 @@ def test_the_soak_sees_what_grows():
     flat = {"steps": 400, "signals": ["SIGTERM"], "differing": [], "saved_every": 20,
             "seconds": [0.1] * 400, "fixed": [0.002] * 400, "held": held}  # fmt: skip
     assert soak.good(flat) and "steps soaked 400, grew 0; stopped 1 times" in soak.table(flat)
-    for name, step in (("heap", 9e3), ("resident", 2e4), ("objects", 9), ("blocks", 9),
+    for name, step in (("heap", 700), ("resident", 2e4), ("objects", 0.7), ("blocks", 2),
                        ("handles", 0.02), ("checkpoints", 0.01), ("disk", 1000)):  # fmt: skip
         grown = [{**row, name: row[name] + step * row["step"]} for row in held]
         assert not soak.good({**flat, "held": grown}) and "grew 1" in soak.table(
