@@ -8,17 +8,26 @@ import torch
 from test_shared_prefix import PAD, PROMPTS, RESPONSES, models, relative
 
 from tppo.cli import main
+from tppo.evaluation.metrics import _kl
 from tppo.methods.config import RewardModelConfig, SFTConfig
+from tppo.methods.doubt import answer_doubts
+from tppo.methods.pit import GapReader
 from tppo.methods.reward_model import (
     LabelledAnswer,
     PolicyTokens,
     evaluate_reward_model,
     train_reward_model,
 )
+from tppo.methods.sentence_model import SentenceReader, bernoulli_loss
 from tppo.methods.sft import Examples, answer_loss, sft_step
 from tppo.models.batch import Batch
 from tppo.models.policy import policy_logprobs, snapshot
 from tppo.models.recompute import recompute_layers
+from tppo.rewards.dense import ABC, RED
+from tppo.rewards.gap import GapReward
+from tppo.rewards.implicit import ImplicitReward, ImplicitScore
+from tppo.rewards.sentence_model import SentenceModel, SentenceModelReward
+from tppo.rewards.token_model import TokenModelReward
 
 ROUNDING = 2e-5  # of the largest value, in fp32
 BUDGET = 14  # tokens; the whole batch has 31 with shared prompts, more without
@@ -101,20 +110,25 @@ def test_a_reward_model_trained_in_parts_is_that_of_whole_batches(way):
     assert relative(in_parts[2], weights) < 1e-3  # Adam's first steps enlarge rounding
 
 
-def test_sft_and_reward_model_go_on_with_half_of_a_batch_that_does_not_fit(monkeypatch, capsys):
-    """The allocator refuses more than 40 tokens at once, behind the first part's backward."""
-    expected = [sft_of(65_536, False, "dense")[:3], reward_model_of(65_536, "dense")[::2]]
+def refuse(most, monkeypatch):
+    """The allocator refuses more than so many tokens at once; the tokens of every reading."""
     real = torch.nn.Embedding.forward
     read = []
 
     def forward(layer, ids):
         if ids.dim() == 2:
             read.append(ids.numel())
-            if ids.numel() > 40:
+            if ids.numel() > most:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(layer, ids)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    return read
+
+
+def test_sft_and_reward_model_go_on_with_half_of_a_batch_that_does_not_fit(monkeypatch, capsys):
+    expected = [sft_of(65_536, False, "dense")[:3], reward_model_of(65_536, "dense")[::2]]
+    read = refuse(40, monkeypatch)
     found = [sft_of(65_536, False, "dense")[:3], reward_model_of(65_536, "dense")[::2]]
     assert max(read) > 40 and len(read) > 12
     (loss, heldout, gradient), (history, weights) = found
@@ -126,7 +140,57 @@ def test_sft_and_reward_model_go_on_with_half_of_a_batch_that_does_not_fit(monke
     assert relative(weights, right_weights) < 1e-3
     said = capsys.readouterr().err
     for flag in ("--sft.max-tokens", "--reward-model.max-tokens"):
-        assert f"with the same gradients: {flag} " in said
+        assert f"with the same result: {flag} " in said
+
+
+def dense():
+    return Batch(PROMPTS, RESPONSES, PAD, prefix="dense")
+
+
+def of_answers(used, model):
+    """Loss, gradients and scores of a sentence model."""
+    reader = SentenceReader(SentenceModel(used.policy.model, 16, "mean"), PAD, "dense")
+    reader.model.head.bias.grad = torch.ones(1)  # of a pass that was not ended
+    loss = reader.backward(reader.batch(labelled()), bernoulli_loss(labelled()))
+    return [loss, gradients(reader.model), reader.scores(labelled())]
+
+
+def of_gaps(used, model):
+    reader = GapReader(SentenceModel(used.policy.model, 16, "mean"), PAD, "dense")
+    return [reader.gaps(PROMPTS, RESPONSES)]
+
+
+def of_rewards(used, model):
+    score = SentenceModel(used.policy.model, 16, "mean")
+    paid = [TokenModelReward(model, length_alpha=None), SentenceModelReward(score),
+            GapReward(score, tokens=True), RED(score), ABC(score),
+            ImplicitReward(ImplicitScore(used.policy, models(seed=1)[0].policy))]  # fmt: skip
+    return [reward(dense(), None).rewards for reward in paid]
+
+
+def of_doubts(used, model):
+    """Three batches, of which the first one finds out how many tokens fit."""
+    reader = PolicyTokens(model.model, PAD, "dense")
+    found = answer_doubts(reader, labelled() * 3, RewardModelConfig(batch_size=len(PROMPTS)))
+    return [torch.tensor(found)]
+
+
+def of_kl(used, model):
+    return [torch.tensor(_kl(used.policy, models(seed=1)[0].policy, [dense()] * 2, 0.7))]
+
+
+@pytest.mark.parametrize("work", [of_answers, of_gaps, of_rewards, of_doubts, of_kl])
+def test_whatever_reads_answers_goes_on_with_half_of_them(work, monkeypatch, capsys):
+    expected = work(*models())
+    read = refuse(40, monkeypatch)
+    for found, right in zip(work(*models()), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert max(read) > 40
+    assert capsys.readouterr().err.count("WARNING: out of memory") == (
+        6 if work is of_rewards else 1)  # fmt: skip
+    refuse(3, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError, match=r"One answer of \d+ tokens .*--generate.max-"):
+        work(*models())
 
 
 def backward_of(model, way):

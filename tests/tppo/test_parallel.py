@@ -300,6 +300,6 @@ def test_who_reads_what_does_not_depend_on_what_the_memory_of_one_holds():
     for rank, tokens in enumerate((65_536, 20, 33)):
         ppo = new_trainer("shared", CONFIG, 6)
         ppo.world = World(rank, 3)
-        shares.append(ppo._share(batch, tokens))
+        shares.append(ppo.share(batch, tokens))
         assert all(tokens_of(batch, part) <= tokens or len(part) == 1 for part in shares[-1])
     assert sorted(i for share in shares for part in share for i in part) == [*range(20)]

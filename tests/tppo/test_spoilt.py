@@ -1,5 +1,5 @@
 """A batch with figures that are not finite is skipped, counted, told and kept; one too large for
-the memory is read in smaller parts, with the same gradients."""
+the memory is read in smaller parts, with the same result."""
 
 import errno
 import json
@@ -217,7 +217,7 @@ def test_a_batch_too_large_for_the_memory_has_the_same_gradients(
     for found, right in zip(gradients(ppo), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
     said = capsys.readouterr().err
-    assert "WARNING: out of memory with" in said and "the same gradients" in said
+    assert "WARNING: out of memory with" in said and "the same result" in said
     ppo.part_size.fitted(whole.batch, lambda n: ppo.gradients(whole, n))
     assert "out of memory" not in capsys.readouterr().err  # said once
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sacrebleu.metrics import CHRF
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tppo.evaluation.intent import intent_figures
@@ -15,10 +16,12 @@ from tppo.evaluation.overlap import bleu, rouge_l, self_bleu
 from tppo.evaluation.ranking import rank_figures
 from tppo.labels.queries import answer_text, parse_answer, query_text
 from tppo.labels.words import fold
+from tppo.methods.config import MAX_TOKENS
 from tppo.models.batch import Batch
 from tppo.models.config import Sampler
 from tppo.models.folder import model_eos_ids
 from tppo.models.keeper import NOTHING_KEPT, Keeper
+from tppo.models.part_size import PartSize
 from tppo.models.policy import policy_logprobs
 from tppo.models.rollout import Sampling, build
 from tppo.rewards import Answers, Questions
@@ -86,12 +89,14 @@ def _kl(
     model: PreTrainedModel, ref: PreTrainedModel, batches: Iterable[Batch], temperature: float
 ) -> float:
     """Sum over responses of sum_t log pi_T(y_t) - log ref(y_t), in nats."""
-    total = 0.0
-    for batch in batches:
-        logprobs, _ = policy_logprobs(model, batch, temperature)  # [B, T]
-        ref_logprobs, _ = policy_logprobs(ref, batch, 1.0)  # [B, T]
-        total += (logprobs - ref_logprobs).sum().item()
-    return total
+
+    def apart(part: Batch) -> Tensor:
+        logprobs, _ = policy_logprobs(model, part, temperature)  # [B, T]
+        ref_logprobs, _ = policy_logprobs(ref, part, 1.0)  # [B, T]
+        return logprobs - ref_logprobs
+
+    size = PartSize(MAX_TOKENS, "")
+    return sum(size.read(batch, apart).sum().item() for batch in batches)
 
 
 def text_figures(sessions: Sequence[Session], texts: Sequence[str]) -> dict[str, float]:

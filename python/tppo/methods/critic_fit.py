@@ -101,7 +101,7 @@ def fit_critic(ppo: PPO, questions: Questions, rollout: RolloutBatch) -> CriticF
                   f"critic fit, epoch {number}")  # fmt: skip
 
     def loss() -> float:
-        found = [_losses(ppo, heldout.rows(range(i, min(i + 256, len(heldout.prompts)))), False)
+        found = [_losses(ppo, heldout.rows(range(i, min(i + 256, len(heldout.prompts)))))
                  for i in range(0, len(heldout.prompts), 256)]  # fmt: skip
         metrics = [part for losses in found for _, part in losses]
         merged = metrics[0]
@@ -158,8 +158,7 @@ def _step(ppo: PPO, data: _Rated, optimizer: AdamW, where: str) -> None:
     """One step of the optimiser."""
     critic, world = ppo.models.critic, ppo.world
     assert critic is not None
-    optimizer.zero_grad()
-    losses = _losses(ppo, data, True)
+    losses = _losses(ppo, data, optimizer)
     world.add_gradients(critic.parameters())
     norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), ppo.config.grad_norm)
     check_step(where, {"critic": critic}, {"value loss": sum(loss for loss, _ in losses)},
@@ -167,19 +166,33 @@ def _step(ppo: PPO, data: _Rated, optimizer: AdamW, where: str) -> None:
     optimizer.step()
 
 
-def _losses(ppo: PPO, data: _Rated, train: bool) -> list[tuple[Tensor, Any]]:
-    """Loss and metrics of the parts of a minibatch, of all processes; their gradients if wanted."""
-    critic, world = ppo.models.critic, ppo.world
-    assert critic is not None
+def _losses(
+    ppo: PPO, data: _Rated, optimizer: AdamW | None = None
+) -> list[tuple[Tensor, Any]]:
+    """Loss and metrics of the parts of a minibatch, of all processes; with an optimiser its
+    gradients are made, those of this process.
+    """
     batch = Batch(data.prompts, data.responses, ppo.pad_id, ppo.models.policy.device, ppo.prefix)
-    found = []
-    for index in batch.parts(ppo.config.max_tokens, world.size)[world.rank]:
-        part = batch.rows(index)
-        with torch.set_grad_enabled(train):
-            values, _ = critic(part)  # [B, T]
-            returns = pad_rows([data.returns[i] for i in index], values.detach())  # [B, T]
-            loss = tk.value_loss(values, returns, part.mask, num_tokens=batch.mask.sum())
-        if train:
-            loss.loss.backward()
-        found.append((loss.loss.detach(), loss.metrics))
-    return [*chain.from_iterable(world.exchanged(found))]
+
+    def read(tokens: int) -> list[tuple[Tensor, Any]]:
+        if optimizer is not None:
+            optimizer.zero_grad()
+        return [_part(ppo, data, batch, rows, optimizer is not None)
+                for rows in ppo.share(batch, tokens)]  # fmt: skip
+
+    return [*chain.from_iterable(ppo.world.exchanged(ppo.part_size.fitted(batch, read)))]
+
+
+def _part(
+    ppo: PPO, data: _Rated, batch: Batch, rows: Sequence[int], train: bool
+) -> tuple[Tensor, Any]:
+    """Loss and metrics of these rows, with the denominator of the batch."""
+    critic, part = ppo.models.critic, batch.rows(rows)
+    assert critic is not None
+    with torch.set_grad_enabled(train):
+        values, _ = critic(part)  # [B, T]
+        returns = pad_rows([data.returns[i] for i in rows], values.detach())  # [B, T]
+        loss = tk.value_loss(values, returns, part.mask, num_tokens=batch.mask.sum())
+    if train:
+        loss.loss.backward()
+    return loss.loss.detach(), loss.metrics

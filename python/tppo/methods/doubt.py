@@ -14,6 +14,7 @@ from tppo.methods.reward_model import (
     LabelledAnswer,
     Reader,
     class_logits_of,
+    part_size,
 )
 
 
@@ -26,11 +27,10 @@ def answer_doubts(
 
     The labels of the answers are not read.  An answer without tokens has none of it.
     """
-    found: list[float] = []
+    found, size = list[float](), part_size(config)
     for first in range(0, len(answers), config.batch_size):
-        found += doubts_of(*class_logits_of(
-            reader, answers[first : first + config.batch_size], config
-        ))  # fmt: skip
+        rows = answers[first : first + config.batch_size]
+        found += doubts_of(*class_logits_of(reader, rows, size))
     return found
 
 

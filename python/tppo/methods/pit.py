@@ -83,7 +83,7 @@ class GapReader(SentenceReader):
         """r_gap of answers to prompts with references in them, [B]."""
         device = next(self.model.parameters()).device
         batch = Batch(asked, answers, self.pad_id, device, self.prefix)
-        return batch.in_parts(self.model, self.max_tokens)
+        return self.part_size.read(batch, self.model)
 
     def loss(self, rows: Sequence[Any]) -> Callable[[Tensor], Tensor]:
         """That of the ordering."""

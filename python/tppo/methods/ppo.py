@@ -49,13 +49,13 @@ from tppo.methods.guards import (
 )
 from tppo.methods.objective import Clipped, PolicyObjective
 from tppo.methods.optimizer import AdamW
-from tppo.methods.part_size import PartSize
 from tppo.methods.schedules import Schedules
 from tppo.methods.spoilt import SPOILT, Skips, SpoiltRollout, check_experience
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import check_weights, not_finite, trainable
 from tppo.models.parallel import ALONE, World
+from tppo.models.part_size import PartSize
 from tppo.models.policy import policy_head, policy_logprobs, policy_states
 from tppo.models.rollout import Rollout, RolloutBatch, Sampling, together
 from tppo.rewards import Answers, Questions, Reward
@@ -216,7 +216,7 @@ class PPO:
             return index, (old, ref, *(models.critic(part) if models.critic else ()))
 
         states = self.part_size.fitted(
-            batch, lambda n: [read(index) for index in self._share(batch, n)]
+            batch, lambda n: [read(index) for index in self.share(batch, n)]
         )
         exchanged = world.exchanged((states, self.rated(batch, answers)))
         old, ref, *of_critic = columns(batch, [row for part, _ in exchanged for row in part])
@@ -285,7 +285,7 @@ class PPO:
                    if name == "critic" or not alone}  # fmt: skip
         # The policy's first update is checked as the critic's is, where that came before.
         step_zero = first and self.step_count in (1, config.critic_warmup_steps + 1)
-        own = self._share(data.batch, self.part_size.tokens)
+        own = self.share(data.batch, self.part_size.tokens)
         if step_zero and config.verify_prefix and own and data.batch.rows(own[0]).shares:
             check_shared_prefix(models, self.reward, data.batch.rows(own[0]),
                                 self.sampling.temperature)  # fmt: skip
@@ -318,10 +318,10 @@ class PPO:
     def gradients(self, data: Experience, max_tokens: int, step_zero: bool = False) -> list[Losses]:
         """The gradients of a minibatch, from the beginning, with so many tokens read at once."""
         self.optimizer.zero_grad()
-        parts = self._share(data.batch, max_tokens)
+        parts = self.share(data.batch, max_tokens)
         return [self._backward(data.rows(index), data, step_zero) for index in parts]
 
-    def _share(self, batch: Batch, max_tokens: int) -> list[list[int]]:
+    def share(self, batch: Batch, max_tokens: int) -> list[list[int]]:
         """The responses of this process, in parts of so many tokens; which ones they are depends on
         no process's memory, or some would be read twice and others not at all.
         """

@@ -19,7 +19,6 @@ import tppo_kernels as tk
 from tppo.methods.auc import Rated, area_under_curve, calibration
 from tppo.methods.config import RewardModelConfig
 from tppo.methods.optimizer import AdamW
-from tppo.methods.part_size import PartSize
 from tppo.models.adapters import has_adapter
 from tppo.models.batch import Batch, pad_rows
 from tppo.models.config import Prefix
@@ -34,6 +33,7 @@ from tppo.models.keeper import (
     state_of,
     weights_of,
 )
+from tppo.models.part_size import PartSize
 from tppo.models.policy import class_logits
 from tppo.progress import say, status
 
@@ -257,10 +257,10 @@ def rate_tokens(
     all tokens the confusion of the classes [3, 3]: rows are labels, columns the likeliest class.
     """
     scores, relevant, whose = [torch.zeros(0)], [_NO_LABEL], [torch.zeros(0, dtype=torch.int64)]
-    confusion = torch.zeros(3, 3, dtype=torch.long)
+    confusion, size = torch.zeros(3, 3, dtype=torch.long), part_size(config)
     for i in range(0, len(data), config.batch_size):
         rows = data[i : i + config.batch_size]
-        logits, mask = class_logits_of(reader, rows, config)
+        logits, mask = class_logits_of(reader, rows, size)
         label = _labels(rows, mask)
         known = mask & (label != NOT_LABELLED)
         pairs = 3 * label[known] + logits.argmax(-1)[known]
@@ -347,11 +347,14 @@ def _batch(reader: Reader, rows: Sequence[LabelledAnswer]) -> Batch:
 
 
 def class_logits_of(
-    reader: Reader, rows: Sequence[LabelledAnswer], config: RewardModelConfig
+    reader: Reader, rows: Sequence[LabelledAnswer], size: PartSize
 ) -> tuple[Tensor, Tensor]:
-    """Class logits [B, T, 3] and mask [B, T] of answers, read in parts, without a graph."""
+    """Class logits [B, T, 3] and mask [B, T] of answers, read in parts, without a graph.
+
+    size: one of all batches of a loop, which remembers what the memory holds.
+    """
     batch = _batch(reader, rows)
-    return part_size(config).fitted(
+    return size.fitted(
         batch, lambda most: _read_in_parts(reader, rows, batch.parts(most)[0])
     )
 

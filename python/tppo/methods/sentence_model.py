@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from tppo.models.keeper import (
     resumed,
     state_of,
 )
+from tppo.models.part_size import PartSize
 
 REMEDY = "usually a smaller learning rate helps"
 
@@ -58,7 +60,8 @@ class SentenceReader:
     def __init__(
         self, model: nn.Module, pad_id: int, prefix: Prefix = "shared", max_tokens: int = 65_536
     ):
-        self.model, self.pad_id, self.prefix, self.max_tokens = model, pad_id, prefix, max_tokens
+        self.model, self.pad_id, self.prefix = model, pad_id, prefix
+        self.part_size = PartSize(max_tokens, "--reward-model.max-tokens")
 
     def batch(self, rows: Sequence[Example]) -> Batch:
         """Answers as they stand; of pairs both, the better one first."""
@@ -84,21 +87,26 @@ class SentenceReader:
     def scores(self, rows: Sequence[Example], size: int = 256) -> Tensor:
         """The score of each answer, [N]; of pairs [2 N]."""
         batches = (self.batch(rows[i : i + size]) for i in range(0, len(rows), size))
-        return torch.cat([batch.in_parts(self.model, self.max_tokens) for batch in batches])
+        return torch.cat([self.part_size.read(batch, self.model) for batch in batches])
 
     def backward(self, batch: Batch, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Adds the gradients of a loss of the scores [B] of a whole batch; returns the loss.
+        """Makes the gradients of a loss of the scores [B] of a whole batch; returns the loss.
 
         A batch in several parts is read first without a graph, for the gradient of the loss by its
         scores; then each part is read again and takes its rows of that gradient.
         """
-        (parts,) = batch.parts(self.max_tokens)
+        return self.part_size.fitted(batch, partial(self._backward, batch, loss_of))
+
+    def _backward(self, batch: Batch, loss_of: Callable[[Tensor], Tensor], most: int) -> Tensor:
+        """With at most so many tokens read at once."""
+        self.model.zero_grad()
+        (parts,) = batch.parts(most)
         if len(parts) == 1:
             loss = loss_of(self.model(batch))
             loss.backward()
             return loss.detach()
         with torch.no_grad():
-            scores = batch.in_parts(self.model, self.max_tokens)
+            scores = batch.in_parts(self.model, most)
         loss = loss_of(scores.requires_grad_())
         (gradient,) = torch.autograd.grad(loss, scores)  # [B]
         for index in parts:
@@ -201,7 +209,6 @@ class _Epochs:
         size, steps = self.config.batch_size, self.config.epochs * self.per_epoch
         for i in range((self.step - (number - 1) * self.per_epoch) * size, len(order), size):
             rows = [self.rows[j] for j in order[i : i + size]]
-            self.optimizer.zero_grad()
             loss = self.reader.backward(self.reader.batch(rows), self.reader.loss(rows))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_norm)
             self.step += 1

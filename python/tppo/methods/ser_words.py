@@ -20,6 +20,7 @@ from tppo.methods.reward_model import (
     class_logits_of,
     enough_passes,
     evaluate_reward_model,
+    part_size,
     train_reward_model,
 )
 from tppo.methods.ser import Found
@@ -69,10 +70,10 @@ class Tokens:
     def sure_of(self, items: Sequence[LabelledAnswer], enough: int) -> Found[TokenLabel]:
         """Tokens by the probability of their class; `right` counts those of class 1 and 2."""
         labels: dict[int, TokenLabel] = {}
-        right = known = 0
+        right, known, size = 0, 0, part_size(self.training)
         for first in range(0, len(items), self.training.batch_size):
             rows = items[first : first + self.training.batch_size]
-            logits, _ = class_logits_of(self.reader, rows, self.training)  # [B, T, 3]
+            logits, _ = class_logits_of(self.reader, rows, size)  # [B, T, 3]
             p, classes = logits.softmax(-1).max(-1)
             sure = p >= self.config.tau_token
             for i, row in enumerate(rows):

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from tppo.methods.config import SFTConfig
 from tppo.methods.optimizer import AdamW
-from tppo.methods.part_size import PartSize
 from tppo.models.batch import Batch
 from tppo.models.config import Prefix
 from tppo.models.guards import GuardError, check_step, check_weights, trainable
@@ -37,6 +36,7 @@ from tppo.models.keeper import (
     resumed,
     state_of,
 )
+from tppo.models.part_size import PartSize
 from tppo.models.policy import (
     load_trained,
     policy_head,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tppo.models.batch import Batch
+from tppo.models.part_size import PartSize
 from tppo.rewards import Answers, Reward, TokenReward
 from tppo.rewards.implicit import ImplicitReward
 from tppo.rewards.mark import weights_mark
@@ -34,7 +35,7 @@ class RED(nn.Module):
 
     def __init__(self, model: Callable[[Batch], Tensor], *, max_tokens: int = READ):
         super().__init__()
-        self.model, self.max_tokens = model, max_tokens
+        self.model, self.part_size = model, PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights of a model that has some."""
@@ -43,7 +44,7 @@ class RED(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T]; NaN where a score is not finite."""
-        scores = batch.in_parts(getattr(self.model, "prefixes", self.beginnings), self.max_tokens)
+        scores = self.part_size.read(batch, getattr(self.model, "prefixes", self.beginnings))
         earlier = torch.nn.functional.pad(scores, (1, 0))[:, :-1]  # [B, T]
         return TokenReward(torch.where(batch.mask, scores - earlier, 0.0))
 
@@ -53,7 +54,7 @@ class RED(nn.Module):
         rows = [(p, y[: t + 1]) for p, y in pairs for t in range(len(y))]
         prompts, begun = zip(*rows, strict=True)
         each = Batch(prompts, begun, batch.pad_id, batch.device, batch.prefix)
-        scores = each.in_parts(self.model, self.max_tokens)  # [sum of lengths]
+        scores = each.in_parts(self.model, self.part_size.tokens)  # [sum of lengths]
         return scores.new_zeros(batch.mask.shape).masked_scatter(batch.mask, scores)
 
 
@@ -69,7 +70,7 @@ class ABC(nn.Module):
 
     def __init__(self, model: SentenceModel, *, max_tokens: int = READ):
         super().__init__()
-        self.model, self.max_tokens = model, max_tokens
+        self.model, self.part_size = model, PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights, as `SentenceModelReward` has."""
@@ -78,8 +79,8 @@ class ABC(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T].  Errors: ValueError for a trunk that gives no attention."""
-        scores = batch.in_parts(self.model, self.max_tokens)  # [B]
-        weights = batch.in_parts(self.model.attention, self.max_tokens)  # [B, T]
+        scores = self.part_size.read(batch, self.model)  # [B]
+        weights = self.part_size.read(batch, self.model.attention)  # [B, T]
         return TokenReward(weights / weights.sum(1, keepdim=True) * scores[:, None])
 
 

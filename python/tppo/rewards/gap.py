@@ -7,6 +7,7 @@ from torch import nn
 
 import tppo_kernels as tk
 from tppo.models.batch import Batch
+from tppo.models.part_size import PartSize
 from tppo.rewards import Answers, TokenReward
 from tppo.rewards.mark import weights_mark
 from tppo.rewards.sentence_model import SentenceModel
@@ -30,7 +31,8 @@ class GapReward(nn.Module):
         if tokens and model.pooling != "mean":
             raise ValueError(f"model.pooling was {model.pooling!r}, expected 'mean' for rewards of "
                              "tokens: the score has to be a sum over them")  # fmt: skip
-        self.model, self.tokens, self.scale, self.max_tokens = model, tokens, scale, max_tokens
+        self.model, self.tokens, self.scale = model, tokens, scale
+        self.part_size = PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights, as `SentenceModelReward` has."""
@@ -40,7 +42,7 @@ class GapReward(nn.Module):
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T]."""
         if self.tokens:
-            parts = batch.in_parts(self.model.of_tokens, self.max_tokens).float()  # [B, T]
+            parts = self.part_size.read(batch, self.model.of_tokens).float()  # [B, T]
             return TokenReward(self.scale * parts)
-        gaps = batch.in_parts(self.model, self.max_tokens).float()  # [B]
+        gaps = self.part_size.read(batch, self.model).float()  # [B]
         return TokenReward(tk.place_rewards(batch.mask, terminal=self.scale * gaps).rewards)

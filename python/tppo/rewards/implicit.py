@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tppo.models.batch import Batch
+from tppo.models.part_size import PartSize
 from tppo.models.policy import policy_logprobs
 from tppo.rewards import Answers, TokenReward
 from tppo.rewards.mark import weights_mark
@@ -51,7 +52,7 @@ class ImplicitReward(nn.Module):
 
     def __init__(self, model: ImplicitScore, *, max_tokens: int = 65_536):
         super().__init__()
-        self.model, self.max_tokens = model, max_tokens
+        self.model, self.part_size = model, PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights of both models."""
@@ -61,4 +62,4 @@ class ImplicitReward(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T]."""
-        return TokenReward(batch.in_parts(self.model.tokens, self.max_tokens).float())
+        return TokenReward(self.part_size.read(batch, self.model.tokens).float())

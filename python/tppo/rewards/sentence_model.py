@@ -16,6 +16,7 @@ from tppo.models.batch import Batch, pad
 from tppo.models.config import AdapterConfig, DType
 from tppo.models.folder import save_model
 from tppo.models.load import load_policy
+from tppo.models.part_size import PartSize
 from tppo.models.recompute import recompute_layers
 from tppo.models.token_classifier import state_size
 from tppo.rewards import Answers, TokenReward
@@ -182,7 +183,8 @@ class SentenceModelReward(nn.Module):
         max_tokens: int = 65_536,
     ):
         super().__init__()
-        self.model, self.mode, self.scale, self.max_tokens = model, mode, scale, max_tokens
+        self.model, self.mode, self.scale = model, mode, scale
+        self.part_size = PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights: a training that resumes must not go on with other ones."""
@@ -191,7 +193,7 @@ class SentenceModelReward(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, answers: Answers) -> TokenReward:
         """Rewards [B, T], 0 but at the last tokens; NaN where a score is not finite."""
-        scores = batch.in_parts(self.model, self.max_tokens).float()  # [B]
+        scores = self.part_size.read(batch, self.model).float()  # [B]
         paid = scores.sigmoid() - 0.5 if self.mode == "probability" else scores
         # An infinite score has a finite probability: it must stop the training all the same.
         terminal = (self.scale * paid).masked_fill(~scores.isfinite(), torch.nan)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tppo_kernels as tk
 from tppo.models.batch import Batch
+from tppo.models.part_size import PartSize
 from tppo.rewards import Answers, TokenReward
 from tppo.rewards.mark import weights_mark
 
@@ -36,7 +37,7 @@ class TokenModelReward(nn.Module):
     ):
         super().__init__()
         self.model, self.mode, self.values = model, mode, values
-        self.length_alpha, self.max_tokens = length_alpha, max_tokens
+        self.length_alpha, self.part_size = length_alpha, PartSize(max_tokens)
 
     def extra_repr(self) -> str:
         """With a mark of the weights, as `SentenceModelReward` has."""
@@ -65,7 +66,7 @@ class TokenModelReward(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits of a batch, read in parts, [B, T, 3]; 0 where masked."""
-        return batch.in_parts(self.model, self.max_tokens)
+        return self.part_size.read(batch, self.model)
 
     def _suggested(self, answers: Answers, like: Tensor) -> Tensor:
         if SUGGESTED_LENGTH not in answers.columns:

@@ -20,6 +20,7 @@ from tppo.models.config import DType, GenerateConfig, RolloutName, VLLMConfig
 from tppo.models.folder import model_eos_ids
 from tppo.models.load import load_policy, resolve_device
 from tppo.models.own_tokens import AlignedRewardModel, load_frozen, load_own_tokenizer
+from tppo.models.part_size import PartSize
 from tppo.models.policy import policy_logprobs
 from tppo.models.rollout import Sampling, build
 from tppo.models.tokenizer import load_tokenizer
@@ -183,8 +184,9 @@ class Answerer:
         rollout = engine.generate([prompts[i] for i in rows], Sampling(cap, warmth, seed))
         batch = Batch(rollout.prompt_ids, rollout.response_ids, self.tokenizer.pad_token_id,
                       self.device)  # fmt: skip
-        logprobs = batch.in_parts(lambda part: policy_logprobs(self.model, part, 1.0)[0],
-                                  MAX_TOKENS)  # [B, T]  # fmt: skip
+        logprobs = PartSize(MAX_TOKENS, "").read(
+            batch, lambda part: policy_logprobs(self.model, part, 1.0)[0]
+        )  # [B, T]
         answers = Answers((), rollout.response_ids, self._columns(counts, rows), self.tokenizer,
                           self.eos_ids, rows)  # fmt: skip
         paid = None if self.reward is None else self.reward(batch, answers)

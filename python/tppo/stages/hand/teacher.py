@@ -19,6 +19,7 @@ from tppo.methods.reward_model import (
     PolicyTokens,
     class_logits_of,
     enough_passes,
+    part_size,
     train_reward_model,
 )
 from tppo.models.adapters import add_to_classifier
@@ -120,12 +121,12 @@ class BackgroundTeacher:
             add_to_classifier(model, run.config.lora, seed=run.seed, origin=self.origin)
         reader = PolicyTokens(model, self.tokenizer.pad_token_id, run.config.prefix)
         train_reward_model(reader, rows, enough_passes(config, len(rows)), seed=run.seed)
-        told: dict[str, Told] = {}
+        told, size = dict[str, Told](), part_size(config)
         for i in range(0, len(self.pool), config.batch_size):
             part = self.pool[i : i + config.batch_size]
             unknown = [LabelledAnswer(a.prompt_ids, a.response_ids, [0] * len(a.response_ids), 1)
                        for a in part]  # fmt: skip
-            logits, mask = class_logits_of(reader, unknown, config)
+            logits, mask = class_logits_of(reader, unknown, size)
             wanted = (logits[..., RELEVANT] - logits[..., IRRELEVANT]).sigmoid().tolist()
             told |= {
                 a.id: Told(self._of_words(a, row), doubt)

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from tppo.methods.config import MAX_TOKENS
 from tppo.methods.reward_model import IRRELEVANT, RELEVANT, LabelledAnswer
 from tppo.models.adapters import AdaptedClassifier, shared_copy
 from tppo.models.batch import Batch
+from tppo.models.part_size import PartSize
 from tppo.models.policy import RewardModel
 from tppo.rewards.sentence_model import Pooling, SentenceModel
 from tppo.stages.study.config import Cell
@@ -69,13 +71,13 @@ def states_of(material: Material, layer: int, rows: Sequence[LabelledAnswer]) ->
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         model = run.sft_model()
-        trunk = first_layers(model.base_model, layer)
+        trunk, size = first_layers(model.base_model, layer), PartSize(MAX_TOKENS, "")
         for first in range(0, len(new), AT_ONCE):
             part = new[first : first + AT_ONCE]
             batch = Batch([rows[i].prompt_ids for i in part], [rows[i].response_ids for i in part],
                           run.tokenizer.pad_token_id, run.device, run.config.prefix)  # fmt: skip
             with torch.no_grad():
-                (states,) = batch.states(trunk, "reward")  # [B, T, D]
+                states = size.read(batch, lambda part: part.states(trunk, "reward")[0])  # [B, T, D]
             for k, i in enumerate(part):
                 length = len(rows[i].response_ids)
                 known[keys[i]] = states[k, :length].float().cpu().clone()

@@ -254,7 +254,7 @@ def scores(material: Material, cell: Cell, reward: Reward | None) -> list[float]
             run.tokenizer.pad_token_id, run.device, run.config.prefix,
         )  # fmt: skip
         if not isinstance(rated, TokenModelReward):
-            found += rated.model(batch).tolist()
+            found += rated.part_size.read(batch, rated.model).tolist()
             continue
         chance = rated.logits(batch).float().softmax(-1) * batch.mask[..., None]  # [B, T, 3]
         relevant, irrelevant = chance[..., RELEVANT].sum(1), chance[..., IRRELEVANT].sum(1)

@@ -1,4 +1,4 @@
-"""Batches that do not fit the memory are read in smaller parts, which gives the same gradients."""
+"""Batches that do not fit the memory are read in smaller parts, which gives the same result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from tppo.models.batch import Batch
 from tppo.progress import say
@@ -16,7 +17,7 @@ Found = TypeVar("Found")
 class PartSize:
     """Tokens that a model reads at once: `max_tokens`, and less where memory did not hold them.
 
-    flag: what sets them, for messages.
+    flag: what sets them, for messages; "" where nothing does.
     """
 
     def __init__(self, tokens: int, flag: str = "--ppo.max-tokens"):
@@ -44,9 +45,13 @@ class PartSize:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             before, self.tokens = self.tokens, max(least, min(self.tokens, _tokens(batch)) // 2)
+            begins = f": {self.flag} {self.tokens} begins with them" if self.flag else ""
             say(f"WARNING: out of memory with {before} tokens read at once; from here on "
-                f"{self.tokens}, with the same gradients: {self.flag} {self.tokens} begins with "
-                "them")  # fmt: skip
+                f"{self.tokens}, with the same result{begins}")  # fmt: skip
+
+    def read(self, batch: Batch, read: Callable[[Batch], Tensor]) -> Tensor:
+        """`batch.in_parts(read, tokens)` with as many tokens as fit."""
+        return self.fitted(batch, lambda tokens: batch.in_parts(read, tokens))
 
 
 def out_of_memory(error: RuntimeError) -> bool:
