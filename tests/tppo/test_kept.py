@@ -17,6 +17,7 @@ import torch
 from _matrix import third
 from safetensors.torch import load_file, save_file
 from test_door import CONFIG, assert_same, door, model  # noqa: F401  # a fixture
+from test_memory import refuse
 from test_reward_model import answers
 from test_sentence_model import new_reader, paired
 from test_shared_prefix import PAD, models
@@ -106,7 +107,9 @@ REFUSED = {
     "lacks a field": (lambda s: stated(s, processes=GONE), r"the state lacks \['processes'\]"),
     "has a field more": (lambda s: stated(s, later=1),
                          r"the state has, unknown here, \['later'\]"),
-    "another type": (lambda s: stated(s, part_size="8"), r"'part_size'\] is '8', expected int"),
+    "another type": (lambda s: stated(s, part_sizes=["8"]),
+                     r"'part_sizes'\]\[0\] is '8', expected int"),
+    "another reward": (lambda s: stated(s, part_sizes=[8, 8, 8]), "part_sizes is 3, expected "),
     "lacks a part of a field": (lambda s: stated(s, schedules={"coef": 1}),
                                 r"'schedules'\] lacks \['kl_coef'\] and it has, unknown here, "),
     "no object": (lambda s: (s / "state.json").write_text("[]"), "it holds what tppo never writes"),
@@ -310,6 +313,41 @@ def test_all_other_work_says_why_it_cannot_go_on(work, tmp_path, monkeypatch):
     shutil.rmtree(found.path)
     shutil.copytree(aside, found.path)
     work(kept)
+
+
+class Killed(Checkpoints):
+    """The process ends behind this step's checkpoint."""
+
+    last = 0
+
+    def after(self, step, steps, rest):
+        super().after(step, steps, rest)
+        if step == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("work", [small_sft, more_sft, token_rewards, sentence_rewards])
+def test_a_training_in_parts_is_killed_and_goes_on_to_the_same_bits(
+    work, tmp_path, monkeypatch, capsys
+):
+    """The memory holds all of a batch by then: other sums would be those of whole batches."""
+    monkeypatch.setattr(checkpoint, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "WRITING", 1e9)
+    whole, killed = (Killed(tmp_path / name, "work") for name in ("whole", "killed"))
+    killed.last = 1
+    with monkeypatch.context() as patch:
+        refuse(16, patch)
+        work(whole)
+        with pytest.raises(KeyboardInterrupt):
+            work(killed)
+    killed.last = 0
+    assert "WARNING: out of memory" in capsys.readouterr().err
+    work(killed)
+    assert "tokens at once, as before" in capsys.readouterr().err
+    found, expected = load_latest(killed.root), load_latest(whole.root)
+    assert found.step == expected.step > 1
+    for name, tensors in expected.weights.items():
+        assert_same(found.weights[name], tensors)
 
 
 def without(step, name):

@@ -8,8 +8,12 @@ from dataclasses import replace
 
 import pytest
 from test_door import CONFIG, PROMPTS, door, model  # noqa: F401  # a fixture
+from test_shared_prefix import new_trainer
 
+from tppo.methods.config import PPOConfig
+from tppo.rewards.format import FormatReward
 from tppo.stages.journal import Journal
+from tppo.stages.kept import part_sizes
 from tppo.stages.loop import Loop
 from tppo.stages.order import PromptOrder
 from tppo.stages.report.found import _rows
@@ -109,12 +113,13 @@ def test_skips_and_parts_outlive_a_kill(model, tmp_path, monkeypatch, capsys):  
     real, seen = Loop.step, []
 
     def step(self, number):
-        seen.append((self.trainer.skips.in_row, self.trainer.part_size.tokens))
+        sizes = part_sizes(self.trainer)
+        seen.append((self.trainer.skips.in_row, *(size.tokens for size in sizes)))
         if len(seen) == 4:
             raise KeyboardInterrupt
         row = real(self, number)
         if number == 2:
-            self.trainer.skips.in_row, self.trainer.part_size.tokens = 1, 40
+            self.trainer.skips.in_row, sizes[0].tokens = 1, 40
         if number == 2 and len(seen) == 2:
             self.save(2)
         return row
@@ -128,9 +133,15 @@ def test_skips_and_parts_outlive_a_kill(model, tmp_path, monkeypatch, capsys):  
     assert "metrics" not in json.loads((saved / "state.json").read_text())
     trainer.train()
     assert seen[4] == (1, 40)
-    assert "ppo: reads 40 tokens at once, as before" in capsys.readouterr().err
+    assert "reads 40 tokens at once, as before" in capsys.readouterr().err
     assert [row["step"] for row in read_rows(tmp_path / "train/metrics.jsonl")] == [1, 2, 3, 4]
     assert [row["step"] for row in trainer.metrics] == [1, 2, 3, 4]
+
+
+def test_what_the_reward_reads_at_once_is_kept_too():
+    ppo = new_trainer("dense", PPOConfig(max_tokens=50), 4)
+    ppo.reward = FormatReward(ppo.reward, 0.1)
+    assert part_sizes(ppo) == [ppo.part_size, ppo.reward.reward.part_size]
 
 
 class Formed:

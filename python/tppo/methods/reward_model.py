@@ -112,10 +112,10 @@ def train_reward_model(
     optimizer = AdamW(trainable(model), lr=config.lr)
     per_epoch = math.ceil(len(train) / config.batch_size)
     steps = config.epochs * per_epoch
-    kept = resumed(keeper, steps, model, optimizer)
+    kept, size = resumed(keeper, steps, model, optimizer), part_size(config)
     done, history, losses = 0, [], []
     if kept is not None:
-        done, history = kept.step, state_of(kept, {"history": [dict]})["history"]
+        done, history = kept.step, state_of(kept, {"history": [dict]}, size)["history"]
         if done % per_epoch:
             losses = [*weights_of(kept, "epoch", "losses")["losses"]]
         check(kept, epochs=(len(history), done // per_epoch),
@@ -124,10 +124,9 @@ def train_reward_model(
 
     def rest() -> Rest:
         epoch = {"losses": torch.stack([loss.cpu() for loss in losses])} if losses else {}
-        return rest_of(model, optimizer, {"history": history}, epoch=epoch)
+        return rest_of(model, optimizer, {"history": history}, size, epoch=epoch)
 
     batches = enumerate(_batches(train, config, seed), 1)
-    size = part_size(config)
     with status("reward model", steps) as bar:
         bar.resume(done)
         for step, rows in islice(batches, done, None):

@@ -38,6 +38,7 @@ from tppo.models.keeper import (
 from tppo.models.part_size import PartSize
 
 REMEDY = "usually a smaller learning rate helps"
+STATE = {"total": NUMBER, "losses": [NUMBER], "heldout": [NUMBER]}  # of a checkpoint
 
 
 class Pair(NamedTuple):
@@ -189,7 +190,7 @@ class _Epochs:
         self.losses: list[float] = []
         self.best = Best()
         if kept is not None:
-            state = state_of(kept, {"total": NUMBER, "losses": [NUMBER], "heldout": [NUMBER]})
+            state = state_of(kept, STATE, reader.part_size)
             self.step, self.total, self.losses = kept.step, state["total"], state["losses"]
             check(kept, losses=(len(self.losses), (self.step - 1) // self.per_epoch))
             self.best = Best(state["heldout"])
@@ -222,7 +223,8 @@ class _Epochs:
 
     def _rest(self) -> Rest:
         state = {"total": self.total, "losses": self.losses, "heldout": self.best.losses}
-        return rest_of(self.reader.model, self.optimizer, state, best=self.best.weights)
+        return rest_of(self.reader.model, self.optimizer, state, self.reader.part_size,
+                       best=self.best.weights)  # fmt: skip
 
 
 def evaluate_sentence_model(

@@ -90,15 +90,15 @@ def train_sft(
     steps, eval_every = schedule(len(train.prompts), config)
     optimizer = AdamW(trainable(model), lr=config.lr)
     kept = resumed(keeper, steps, model, optimizer)
-    course = _Course.of(kept)
+    size = part_size(config)
+    course = _Course.of(kept, size)
     best = fitting(kept, "best", model) if kept and course.best_step else {}
     start = time.monotonic() - course.seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, course.steps)
-    size = part_size(config)
 
     def rest() -> Rest:
         course.seconds = time.monotonic() - start
-        return rest_of(model, optimizer, asdict(course), best=best)
+        return rest_of(model, optimizer, asdict(course), size, best=best)
 
     with status("sft") as bar:
         bar.resume(course.steps)
@@ -141,11 +141,11 @@ class _Course:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, kept: Kept | None) -> _Course:
+    def of(cls, kept: Kept | None, size: PartSize) -> _Course:
         """As it was kept; JSON has null for the infinity before the first evaluation."""
         if kept is None:
             return cls()
-        found = cls(**state_of(kept, COURSE))
+        found = cls(**state_of(kept, COURSE, size))
         check(kept, steps=(found.steps, kept.step))
         if found.heldout_loss is None:
             found.heldout_loss = math.inf
@@ -194,15 +194,14 @@ def continue_sft(
     lr = config.lr * config.final_lr_share
     optimizer = AdamW(trainable(model), lr=lr)
     kept = resumed(keeper, steps, model, optimizer)
-    done, seconds = 0, 0.0
+    done, seconds, size = 0, 0.0, part_size(config)
     if kept is not None:
-        done, seconds = kept.step, state_of(kept, {"seconds": NUMBER})["seconds"]
+        done, seconds = kept.step, state_of(kept, {"seconds": NUMBER}, size)["seconds"]
     start = time.monotonic() - seconds
     batches = _batches(train, config, pad_id, model.device, seed, prefix, done)
-    size = part_size(config)
 
     def rest() -> Rest:
-        return rest_of(model, optimizer, {"seconds": time.monotonic() - start})
+        return rest_of(model, optimizer, {"seconds": time.monotonic() - start}, size)
 
     with status("sft continued", steps) as bar:
         bar.resume(done)

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from tppo.errors import DataError, short
+from tppo.models.part_size import PartSize
 from tppo.models.policy import load_trained, trained_state
 
 NUMBER = (int, float)
+PART_SIZE = "part_size"  # tokens that a training reads at once, where the memory set them too
 
 
 class Kept(Protocol):
@@ -120,17 +122,23 @@ def weights_of(kept: Kept, name: str, *keys: str) -> dict[str, Tensor]:
     return found
 
 
-def state_of(kept: Kept, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The state.
+def state_of(
+    kept: Kept, kinds: Mapping[str, Any], size: PartSize | None = None
+) -> dict[str, Any]:
+    """The state, without what `size` takes of it: how much the memory has held at once.
 
     kinds: of each entry its type, several of them, [what each of a list is], or the kinds of its
     own entries.
 
     Errors: DataError where an entry is missing, of another type, or not known here.
     """
+    if size is not None:
+        kinds = {**kinds, PART_SIZE: int}
     if why := _misfit("the state", kept.state, kinds):
         raise kept.refused(why)
-    return kept.state
+    if size is not None:
+        size.go_on(kept.state[PART_SIZE])
+    return {name: value for name, value in kept.state.items() if size is None or name != PART_SIZE}
 
 
 def history_of(kept: Kept) -> list[dict[str, Any]]:
@@ -192,8 +200,12 @@ def _apart(name: str, found: Mapping[str, Any], wanted: Sequence[str]) -> str:
 
 
 def rest_of(
-    model: nn.Module, optimizer: Any, state: dict[str, Any], **tensors: dict[str, Tensor]
+    model: nn.Module,
+    optimizer: Any,
+    state: dict[str, Any],
+    size: PartSize,
+    **tensors: dict[str, Tensor],
 ) -> Rest:
-    """What a training depends on: `resumed` reads model and optimiser back."""
+    """What a training depends on: `resumed` reads model and optimiser back, `state_of` the rest."""
     weights = {"model": trained_state(model)} | {n: kept for n, kept in tensors.items() if kept}
-    return Rest(weights, optimizer.state_dict(), state)
+    return Rest(weights, optimizer.state_dict(), state | {PART_SIZE: size.tokens})

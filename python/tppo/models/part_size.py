@@ -49,6 +49,12 @@ class PartSize:
             say(f"WARNING: out of memory with {before} tokens read at once; from here on "
                 f"{self.tokens}, with the same result{begins}")  # fmt: skip
 
+    def go_on(self, tokens: int) -> None:
+        """With what an earlier process of the same work read at once."""
+        if tokens < self.tokens:
+            say(f"reads {tokens} tokens at once, as before: the memory did not hold more")
+        self.tokens = tokens
+
     def read(self, batch: Batch, read: Callable[[Batch], Tensor]) -> Tensor:
         """`batch.in_parts(read, tokens)` with as many tokens as fit."""
         return self.fitted(batch, lambda tokens: batch.in_parts(read, tokens))

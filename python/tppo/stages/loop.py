@@ -39,7 +39,7 @@ from tppo.models.policy import learners, load_trained, snapshot, trained_state
 from tppo.progress import say, status
 from tppo.rewards import Answers, Questions
 from tppo.stages.journal import Journal, sample_rows
-from tppo.stages.kept import kept_state
+from tppo.stages.kept import kept_state, part_sizes
 from tppo.stages.order import PromptOrder, schedule
 from tppo.stages.replay import write_spoilt
 from tppo.stages.skipped import course_of, skip, taken
@@ -275,7 +275,7 @@ class Loop:
             "seconds": self.seconds,
             "schedules": self.trainer.schedules.state(),
             "spoilt_in_row": self.trainer.skips.in_row,
-            "part_size": self.trainer.part_size.tokens,
+            "part_sizes": [size.tokens for size in part_sizes(self.trainer)],
             "processes": self.world.size,
             "critic_fit": self.critic_fit,
         }
@@ -290,16 +290,16 @@ class Loop:
         found = Checkpoints(self.out / KEPT, "ppo").newest(self.steps)
         if found is None:
             return
-        state, trained = kept_state(found), self.trainer.models.trained
+        sizes, trained = part_sizes(self.trainer), self.trainer.models.trained
+        state = kept_state(found, len(sizes))
         if state["best_step"]:
             self.best = {name: fitting(found, f"best_{name}", x) for name, x in trained.items()}
         restore(found, trained, self.trainer.optimizer)
         self.trainer.step_count = found.step
         self.trainer.schedules.load(state["schedules"])
         self.trainer.skips.in_row = state["spoilt_in_row"]
-        self.trainer.part_size.tokens = tokens = state["part_size"]
-        if tokens < self.config.max_tokens:
-            say(f"ppo: reads {tokens} tokens at once, as before: the memory did not hold more")
+        for size, tokens in zip(sizes, state["part_sizes"], strict=True):
+            size.go_on(tokens)
         if (before := state["processes"]) != self.world.size:
             say(f"ppo: goes on in {self.world.size} processes, begun in {before}: the same answers "
                 "and steps but for rounding, and other answers of an engine or a guide of one's "
