@@ -84,6 +84,32 @@ def drawn_apart(engine, sampling):
         return engine.generate(PROMPTS, sampling).response_ids
 
 
+def test_a_batch_that_does_not_fit_is_sampled_in_turn_with_the_same_answers(capsys):
+    """The allocator refuses more than six rows at the fourth token of an answer."""
+    model, sampling = tiny("llama"), Sampling(CAP, seed=4)
+    expected = HFRollout(model, pad_id=0, eos_id=EOS, batch_size=16).generate(PROMPTS, sampling)
+    calls, most = [], 6
+
+    def full(module, args, kwargs):
+        calls.append(kwargs["input_ids"].shape[0])
+        if calls[-1] > most and len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    engine = HFRollout(model, pad_id=0, eos_id=EOS, batch_size=16)
+    try:
+        assert engine.generate(PROMPTS, sampling) == expected  # the second batch: the noise behind
+        assert engine.at_once == 4
+        said = capsys.readouterr().err
+        assert said.count("WARNING: out of memory") == 2
+        assert "8 answers sampled at once; from here on 4, with the same draws" in said
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError, match=r"One answer alone .*--generate.max-new-"):
+            engine.generate(PROMPTS, sampling)
+    finally:
+        handle.remove()
+
+
 def test_rows_take_their_own_keys_and_values_with_them():
     """The control of the test above, of greedy answers too: rows that get another's cache."""
     model, sampling = tiny("llama"), Sampling(CAP, 0.0)

@@ -16,6 +16,7 @@ from tppo.models.config import Prefix
 from tppo.models.folder import without_generation_settings
 from tppo.models.guards import GuardError, check_weights
 from tppo.models.keeper import NOTHING_KEPT, Keeper, Rest, answers_of, weights_of
+from tppo.models.part_size import out_of_memory
 from tppo.models.rollout.decoding import CACHE, decode, empty_cache, has_rows
 from tppo.models.rollout.seam import (
     RolloutBatch,
@@ -40,6 +41,7 @@ class HFRollout:
 
     Several processes share every batch out and get its answers, which are those of one process but
     where rounding decides a draw: the noise of a token is drawn for the whole batch by each.
+    So is that of a batch which does not fit the memory, and is sampled in smaller ones.
     """
 
     shares_out = True
@@ -56,6 +58,7 @@ class HFRollout:
         self.model, self.pad_id = model, pad_id
         self.eos_ids = [eos_id] if isinstance(eos_id, int) else [*eos_id]
         self.batch_size, self.prefix = batch_size, prefix
+        self.at_once = batch_size  # answers, and fewer where memory did not hold them
 
     @torch.no_grad()
     def generate(
@@ -146,9 +149,9 @@ class HFRollout:
         """The answers of a batch, of which each process samples a share."""
         world, n = sampling.world, len(prompts)
         if world.size == 1:
-            return self._sample(prompts, sampling, (0, n))
+            return self._fitted(prompts, sampling, (0, n))
         first, end = (n * k // world.size for k in (world.rank, world.rank + 1))
-        own = self._sample(prompts[first:end], sampling, (first, n)) if first < end else []
+        own = self._fitted(prompts[first:end], sampling, (first, n)) if first < end else []
         rows = [*chain.from_iterable(world.exchanged(own))]
         # The next batch's noise comes behind that of the longest answer, in whichever process.
         behind = max(map(len, rows)) - max(map(len, own), default=0)
@@ -157,6 +160,52 @@ class HFRollout:
             for _ in range(behind):
                 like.multinomial(1)
         return rows
+
+    def _fitted(
+        self, prompts: list[Sequence[int]], sampling: Sampling, place: tuple[int, int]
+    ) -> list[list[int]]:
+        """As `_sample`, begun again with half of the answers as long as it is out of memory.
+
+        Errors: torch.OutOfMemoryError where one answer alone does not fit.
+        """
+        begun = _draws(self.model.device)
+        while True:
+            try:
+                return self._in_turn(prompts, sampling, place)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                before = min(self.at_once, len(prompts))
+                if before == 1:
+                    raise torch.OutOfMemoryError(
+                        f"{error} One answer alone does not fit the memory while it is sampled: "
+                        "--lora.rank 16 or shorter answers (--generate.max-new-tokens) take less"
+                    ) from error
+            # Behind the `except`: until there the error holds the cache of the failed answers.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.at_once = before // 2
+            say(f"WARNING: out of memory with {before} answers sampled at once; from here on "
+                f"{self.at_once}, with the same draws: --generate.batch-size {self.at_once} begins "
+                "with them, and draws others")  # fmt: skip
+            _set_draws(begun, self.model.device)
+
+    def _in_turn(
+        self, prompts: list[Sequence[int]], sampling: Sampling, place: tuple[int, int]
+    ) -> list[list[int]]:
+        """At most `at_once` answers at a time, each drawn as in the whole batch."""
+        (first, whole), device = place, self.model.device
+        begun = behind = _draws(device)
+        written: list[list[int]] = []
+        longest = 0
+        for i in range(0, len(prompts), self.at_once):
+            _set_draws(begun, device)
+            rows = self._sample(prompts[i : i + self.at_once], sampling, (first + i, whole))
+            if max(map(len, rows)) > longest:
+                longest, behind = max(map(len, rows)), _draws(device)
+            written += rows
+        _set_draws(behind, device)
+        return written
 
     def _sample(
         self, prompts: list[Sequence[int]], sampling: Sampling, place: tuple[int, int]
@@ -245,7 +294,11 @@ def _draws_go_on(draws: Mapping[str, Tensor], device: torch.device, description:
         say(f"{description}: begins anew all the same: what is kept was drawn on "
             f"{'cuda' if 'cuda' in draws else 'cpu'}, this process draws on {device.type}")
         return False
+    _set_draws(draws, device)
+    return True
+
+
+def _set_draws(draws: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(draws["cpu"])
     if "cuda" in draws:
         torch.cuda.set_rng_state(draws["cuda"], device)
-    return True
