@@ -139,7 +139,7 @@ def test_skips_and_parts_outlive_a_kill(model, tmp_path, monkeypatch, capsys):  
 
 
 def test_what_the_reward_reads_at_once_is_kept_too():
-    ppo = new_trainer("dense", PPOConfig(max_tokens=50), 4)
+    ppo = new_trainer("dense", PPOConfig(lr=1e-3, critic_lr=1e-3), 4)
     ppo.reward = FormatReward(ppo.reward, 0.1)
     assert part_sizes(ppo) == [ppo.part_size, ppo.reward.reward.part_size]
 
