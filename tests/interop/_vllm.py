@@ -1,12 +1,16 @@
 """Models and prompts that the tests of vLLM share: tiny ones, whose log-probs are not all alike."""
 
+import json
+
 import torch
 from _weights import enlarged
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tppo.cli import main
 from tppo.models.adapters import add_adapter
 from tppo.models.config import AdapterConfig
 from tppo.models.rollout import HFRollout
+from tppo.models.rollout.engine import _OPEN
 from tppo.models.rollout.vllm import VLLMRollout
 
 PAD, EOS, OTHER_EOS, SIZE = 0, 1, 2, 320
@@ -48,6 +52,18 @@ def prompts(rows, length=40, seed=1, size=SIZE):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, size, (length - i % 5,), generator=generator).tolist()
             for i in range(rows)]
+
+
+def run_by_transformers(folder, settings):
+    """A run with these settings that transformers sampled, up to the policy; all engines are closed
+    when the test module has done with it.
+    """
+    (folder / "tiny.yaml").write_text(json.dumps(settings))
+    for stage in ("data", "sft", "generate", "label", "map", "train-rm", "train"):
+        main([stage, "--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")])
+    yield folder / "out"
+    for engine in [*_OPEN]:
+        engine.close()
 
 
 def engines(model, eos_id=EOS, batch_size=64, **options):

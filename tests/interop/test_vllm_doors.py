@@ -6,6 +6,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from _vllm import run_by_transformers
 
 import tppo
 from tppo.cli import main
@@ -27,14 +28,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that transformers sampled, up to the policy."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.yaml").write_text(json.dumps(TINY))
-    for stage in ("data", "sft", "generate", "label", "map", "train-rm", "train"):
-        main([stage, "--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")])
-    yield folder / "out"
-    for engine in [*_OPEN]:
-        engine.close()
+    yield from run_by_transformers(tmp_path_factory.mktemp("run"), TINY)
 
 
 @pytest.fixture

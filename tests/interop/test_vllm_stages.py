@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from _vllm import adapted, engines, prompts, tiny
+from _vllm import adapted, engines, prompts, run_by_transformers, tiny
 
 import tppo
 from tppo.cli import main
@@ -39,14 +38,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that transformers sampled, up to the policy."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
-    for stage in ("data", "sft", "generate", "label", "map", "train-rm", "train"):
-        main([stage, "--out", str(folder / "out"), "--config", str(folder / "tiny.yaml")])
-    yield folder / "out"
-    for engine in [*_OPEN]:
-        engine.close()
+    yield from run_by_transformers(tmp_path_factory.mktemp("run"), SETTINGS)
 
 
 def repeated(finished, to, stage, *flags):
